@@ -1,0 +1,68 @@
+"""Self-attention with normalized queries and keys, and the cache sampling keeps of keys and values.
+
+Shapes: B pictures, l tokens of this call, L tokens so far, D width, h heads of c = 64 channels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.config import HEAD_WIDTH, TransformerConfig
+
+
+class KeyValueCache:
+    """Keys and values of all blocks, allocated once for the whole sequence of a batch."""
+
+    def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.depth, 2, batch, config.heads, config.length, HEAD_WIDTH)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.filled = 0
+
+    def append(self, block: int, k_BhlC: Tensor, v_BhlC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one block's keys and values of a scale; return those of all scales so far."""
+        end = self.filled + k_BhlC.shape[2]
+        self.kv[block, 0, :, :, self.filled : end] = k_BhlC
+        self.kv[block, 1, :, :, self.filled : end] = v_BhlC
+        return self.kv[block, 0, :, :, :end], self.kv[block, 1, :, :, :end]
+
+    def advance(self, count: int) -> None:
+        """Note that every block has stored `count` more tokens."""
+        self.filled += count
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with cosine similarity and one learned temperature a head."""
+
+    zero_k_bias: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // HEAD_WIDTH
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4.0)))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x_BlD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return unit-length queries (times their temperature), unit-length keys, and values: (B, h, l, c) each."""
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        qkv_BlD3 = F.linear(x_BlD, self.mat_qkv.weight, bias)
+        q, k, v = qkv_BlD3.unflatten(2, (3, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+        temperature = self.scale_mul_1H11.clamp(max=math.log(100.0)).exp()
+        return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), v
+
+    def forward(
+        self, x_BlD: Tensor, block: int, bias_11LL: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Return (B, l, D). Training passes the block-causal bias, sampling the cache, which needs none."""
+        q, k, v = self.project(x_BlD)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache is not None:
+            k, v = cache.append(block, k, v)
+        bias = None if bias_11LL is None else bias_11LL.to(v.dtype)
+        h_Bhlc = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.proj(h_Bhlc.transpose(1, 2).flatten(2))

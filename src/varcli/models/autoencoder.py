@@ -1,0 +1,100 @@
+"""Encoder and decoder of the tokenizer, the convolutional pair of VQGAN.
+
+Shapes: B pictures, 3 or C channels, H and W rows and columns.
+Module names are those inside the released checkpoint files, hence `down.0.block.1`.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.config import TokenizerConfig
+from varcli.models.layers import Downsample, ResidualBlock, SpatialAttention, Upsample, group_norm
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution; at the lowest an attention follows each block."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        widths = [width_in] + [width] * (blocks - 1)
+        self.block = nn.ModuleList(ResidualBlock(w, width) for w in widths)
+        self.attn = nn.ModuleList(SpatialAttention(width) for _ in widths if attention)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the level's output at the resolution of its input."""
+        for i, block in enumerate(self.block):
+            x_BCHW = block(x_BCHW)
+            if self.attn:
+                x_BCHW = self.attn[i](x_BCHW)
+        return x_BCHW
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(width, width)
+        self.attn_1 = SpatialAttention(width)
+        self.block_2 = ResidualBlock(width, width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return a map of the same shape."""
+        return self.block_2(self.attn_1(self.block_1(x_BCHW)))
+
+
+class Encoder(nn.Module):
+    """Pixels in [-1, 1] to features, at 1/downsampling of the resolution."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.base_width * m for m in config.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.base_width, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (width_in, width) in enumerate(zip([config.base_width, *widths], widths, strict=False)):
+            level = Level(width_in, width, config.encoder_blocks, attention=i == last)
+            if i < last:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.codebook_width, 3, padding=1)
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        """Return features (B, C, H/downsampling, W/downsampling)."""
+        h_BCHW = self.conv_in(image_B3HW)
+        for level in self.down:
+            h_BCHW = level(h_BCHW)
+            if hasattr(level, "downsample"):
+                h_BCHW = level.downsample(h_BCHW)
+        h_BCHW = self.mid(h_BCHW)
+        return self.conv_out(F.silu(self.norm_out(h_BCHW)))
+
+
+class Decoder(nn.Module):
+    """Features to pixels, the encoder's mirror with one more block a level."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.base_width * m for m in config.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.codebook_width, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList()
+        for i, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            level = Level(width_in, width, config.encoder_blocks + 1, attention=i == last)
+            if i > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, f_BCHW: Tensor) -> Tensor:
+        """Return pixels, nominally in [-1, 1] but not clamped."""
+        h_BCHW = self.mid(self.conv_in(f_BCHW))
+        for level in reversed(self.up):
+            h_BCHW = level(h_BCHW)
+            if hasattr(level, "upsample"):
+                h_BCHW = level.upsample(h_BCHW)
+        return self.conv_out(F.silu(self.norm_out(h_BCHW)))

@@ -1,0 +1,92 @@
+"""Convolutional parts of the tokenizer, after VQGAN (Esser et al. 2021).
+
+Shapes: B pictures, C channels, H and W rows and columns, N = H·W positions.
+Module names are those inside the released checkpoint files.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    """Return the normalization used everywhere in the tokenizer: 32 groups, eps 1e-6."""
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))), with a 1×1 shortcut where the width changes."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = group_norm(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        if width_in != width_out:
+            self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the block's output, as many channels as its second convolution has."""
+        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW)))
+        if hasattr(self, "nin_shortcut"):
+            x_BCHW = self.nin_shortcut(x_BCHW)
+        return x_BCHW + h_BCHW
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions, with a residual connection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = group_norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return x plus what each position gathered from all others."""
+        qkv_BCN = self.qkv(self.norm(x_BCHW)).flatten(2)
+        q_BNC, k_BNC, v_BNC = qkv_BCN.transpose(1, 2).chunk(3, dim=-1)
+        h_BNC = F.scaled_dot_product_attention(q_BNC.unsqueeze(1), k_BNC.unsqueeze(1), v_BNC.unsqueeze(1)).squeeze(1)
+        return x_BCHW + self.proj_out(h_BNC.transpose(1, 2).reshape(x_BCHW.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution: one row and column of zeros at the end, then a 3×3 convolution of stride 2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map at half the rows and columns."""
+        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a 3×3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map at twice the rows and columns."""
+        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+class StochasticDepth(nn.Module):
+    """Drop a residual branch for whole samples in training (Huang et al. 2016), keeping its expectation."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return the branch, zeroed for some samples while training and scaled up for the others."""
+        if not self.training or self.probability == 0:
+            return x_BLD
+        keep = 1 - self.probability
+        mask_B11 = torch.empty(x_BLD.shape[0], 1, 1, dtype=x_BLD.dtype, device=x_BLD.device).bernoulli_(keep)
+        return x_BLD * (mask_B11 / keep)

@@ -1,0 +1,145 @@
+"""The multi-scale residual quantizer: the one home of the residual step.
+
+Encoding, teacher forcing, sampling and editing all build f_hat with `Quantizer.accumulate`.
+
+Shapes: B pictures, C codebook channels, V codebook rows, H = W = s_K, s the side and l = s² the
+tokens of one scale, S scales.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.config import TokenizerConfig
+from varcli.scales import progress_ratio
+
+COMMITMENT = 0.25
+"""β of the vector-quantization loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What quantizing a feature map gives."""
+
+    tokens: list[Tensor]
+    """Token map of each scale, (B, l) int64."""
+    f_hats: list[Tensor]
+    """Running sum after each scale, (B, C, H, W)."""
+
+
+class SharedKernels(nn.Module):
+    """The convolutions φ, shared among scales: φ(h) = h/2 + conv(h)/2."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(count))
+
+    def forward(self, h_BCHW: Tensor, ratio: float) -> Tensor:
+        """Return φ(h) for the scale at `ratio` = k/(K-1) of the way."""
+        return 0.5 * h_BCHW + 0.5 * self.qresi_ls[nearest_tick(ratio, len(self.qresi_ls))](h_BCHW)
+
+
+def nearest_tick(ratio: float, count: int) -> int:
+    """Return which of `count` values spread evenly over [1/12, 11/12] lies nearest to `ratio`.
+
+    For n other than 4 the ends are 1/(2n) and 1 - 1/(2n). Ties go to the first, but the middle scale of
+    an odd number of them is no tie in float64: numpy's rounding decides there, as it did in the original.
+
+    Source: the released checkpoints.
+    """
+    end = 1 / 3 / count if count == 4 else 1 / 2 / count
+    return int(np.argmin(np.abs(np.linspace(end, 1 - end, count) - ratio)))
+
+
+class Quantizer(nn.Module):
+    """Feature map to token maps and back, residual by residual (paper, algorithms 1 and 2)."""
+
+    ema_vocab_hit_SV: Tensor
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.sides = config.sides
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_width)
+        self.quant_resi = SharedKernels(config.codebook_width, config.kernel_count)
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.sides), config.codebook_size))
+
+    def embed(self, idx_Bl: Tensor) -> Tensor:
+        """Return the codebook rows of a token map as (B, C, s, s)."""
+        side = round(idx_Bl.shape[1] ** 0.5)
+        return self.embedding(idx_Bl).transpose(1, 2).unflatten(2, (side, side))
+
+    def accumulate(self, f_hat_BCHW: Tensor | None, h_BCss: Tensor, scale: int) -> Tensor:
+        """Return f_hat after a scale: f_hat + φ_k(h upsampled to H × W). None stands for f_hat = 0.
+
+        Source: algorithm 1, lines 9 to 11, and algorithm 2.
+        """
+        side = self.sides[-1]
+        if h_BCss.shape[-1] != side:
+            h_BCss = F.interpolate(h_BCss, size=(side, side), mode="bicubic", align_corners=False)
+        h_BCHW = self.quant_resi(h_BCss, progress_ratio(scale, len(self.sides)))
+        return h_BCHW if f_hat_BCHW is None else f_hat_BCHW + h_BCHW
+
+    def next_input(self, f_hat_BCHW: Tensor, scale: int) -> Tensor:
+        """Return what the transformer sees of f_hat when it predicts `scale`: (B, l, C)."""
+        return resize_area(f_hat_BCHW, self.sides[scale]).flatten(2).transpose(1, 2)
+
+    def nearest(self, z_BCss: Tensor) -> Tensor:
+        """Return the token map of the codebook rows nearest to z by Euclidean distance, (B, l)."""
+        z_BlC = z_BCss.flatten(2).transpose(1, 2)
+        rows_VC = self.embedding.weight
+        # |z|² is the same for every row, so it does not change which is nearest.
+        distance_BlV = rows_VC.square().sum(1) - 2 * (z_BlC @ rows_VC.T)
+        return distance_BlV.argmin(-1)
+
+    def quantize(self, f_BCHW: Tensor, scales: int | None = None) -> Quantized:
+        """Return tokens and running sums of the first `scales` scales (all if None).
+
+        Source: algorithm 1.
+        """
+        tokens: list[Tensor] = []
+        f_hats: list[Tensor] = []
+        rest_BCHW = f_BCHW.detach()
+        f_hat_BCHW = None
+        for scale, side in enumerate(self.sides[:scales]):
+            idx_Bl = self.nearest(resize_area(rest_BCHW, side))
+            f_hat_BCHW = self.accumulate(f_hat_BCHW, self.embed(idx_Bl), scale)
+            rest_BCHW = f_BCHW.detach() - f_hat_BCHW.detach()
+            tokens.append(idx_Bl)
+            f_hats.append(f_hat_BCHW)
+        return Quantized(tokens, f_hats)
+
+    def f_hats(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Return the running sum after each scale of given token maps.
+
+        Source: algorithm 2.
+        """
+        found: list[Tensor] = []
+        for scale, idx_Bl in enumerate(tokens):
+            found.append(self.accumulate(found[-1] if found else None, self.embed(idx_Bl), scale))
+        return found
+
+    def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Return the transformer's input for scales 2 … K, (B, L - 1, C), from the true tokens."""
+        f_hats = self.f_hats(tokens[:-1])
+        return torch.cat([self.next_input(f_hat, k + 1) for k, f_hat in enumerate(f_hats)], dim=1)
+
+
+def resize_area(f_BCHW: Tensor, side: int) -> Tensor:
+    """Return the map averaged down to side × side; as it is where that is its size."""
+    return f_BCHW if f_BCHW.shape[-1] == side else F.interpolate(f_BCHW, size=(side, side), mode="area")
+
+
+def quantization_loss(quantized: Quantized, f_BCHW: Tensor) -> Tensor:
+    """Return the mean over scales of β·‖sg(f_hat_k) - f‖² + ‖f_hat_k - sg(f)‖².
+
+    Source: equation 5, summed over scales as the released tokenizer does.
+    """
+    losses = [
+        COMMITMENT * F.mse_loss(f_hat.detach(), f_BCHW) + F.mse_loss(f_hat, f_BCHW.detach())
+        for f_hat in quantized.f_hats
+    ]
+    return torch.stack(losses).mean()

@@ -1,0 +1,91 @@
+"""The models compute what the original implementation computes, under the released names."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import reference
+from varcli.config import TokenizerConfig, TransformerConfig
+from varcli.models.quantizer import nearest_tick
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+from varcli.scales import GRID_256, GRID_512, sides_of_length
+
+
+def assert_close(ours, theirs):
+    """Agree within 1e-4 of the largest magnitude."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def per_scale(outputs, prefix):
+    return [outputs[f"{prefix}.{k}"] for k in range(sum(name.startswith(f"{prefix}.") for name in outputs))]
+
+
+@torch.no_grad()
+def test_tokenizer_matches_original(original):
+    image = original.outputs["image_u8"] / 127.5 - 1
+    features = original.tokenizer.features(image)
+    assert_close(features, original.outputs["encoder_features"])
+    quantized = original.tokenizer.quantize.quantize(features)
+    for ours, theirs in zip(quantized.tokens, per_scale(original.outputs, "tokens"), strict=True):
+        assert torch.equal(ours, theirs.long())
+    for ours, theirs in zip(quantized.f_hats, per_scale(original.outputs, "f_hat"), strict=True):
+        assert_close(ours, theirs)
+    assert_close(original.tokenizer.decode(quantized.tokens), original.outputs["reconstruction"])
+
+
+@torch.no_grad()
+def test_encode_then_f_hats_is_quantize(original):
+    image = original.outputs["image_u8"] / 127.5 - 1
+    tokens = original.tokenizer.encode(image)
+    f_hats = original.tokenizer.quantize.f_hats(tokens)
+    for ours, theirs in zip(f_hats, per_scale(original.outputs, "f_hat"), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_transformer_matches_original(original):
+    outputs, model = original.outputs, original.transformer
+    tokens = [t.long() for t in per_scale(outputs, "tokens")]
+    with torch.no_grad():
+        teacher_input = original.tokenizer.quantize.teacher_input(tokens)
+    assert_close(teacher_input, outputs["teacher_input"])
+    label = outputs["labels"][: len(tokens[0])].long()
+    logits = model(label, teacher_input)
+    assert_close(logits.detach(), outputs["logits"])
+    loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(tokens, 1).flatten())
+    assert_close(loss.detach(), outputs["loss"])
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if f"grad_norm.{name}" in outputs:
+            assert_close(parameter.grad.norm(), outputs[f"grad_norm.{name}"])
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(("name", "depth", "sides"), [("d16", 16, GRID_256), ("d36", 36, GRID_512)])
+def test_released_shapes(name, depth, sides):
+    released = json.loads((reference.FIXTURES / f"released_{name}.keys.json").read_text())
+    with torch.device("meta"):
+        tokenizer = Tokenizer(TokenizerConfig(sides=sides))
+        transformer = Transformer(
+            TransformerConfig(
+                depth=depth,
+                width=64 * depth,
+                sides=sides,
+                codebook_size=4096,
+                codebook_width=32,
+                shared_adaln=depth == 36,
+            )
+        )
+    assert {k: list(v.shape) for k, v in tokenizer.state_dict().items()} == released["vae"]
+    assert {k: list(v.shape) for k, v in transformer.state_dict().items()} == released["var"]
+    assert sides_of_length(transformer.config.length) == sides
+
+
+def test_nearest_tick():
+    assert [nearest_tick(k / 9, 4) for k in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert [nearest_tick(ratio, 4) for ratio in (0, 0.5, 1)] == [0, 2, 3]
+    assert [nearest_tick(ratio, 2) for ratio in (0, 0.5, 1)] == [0, 0, 1]
+    assert nearest_tick(0.7, 1) == 0
