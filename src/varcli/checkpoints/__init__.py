@@ -1,0 +1,1 @@
+"""From files to models: the safetensors store, the registry, conversion and download."""

@@ -1,0 +1,255 @@
+"""Checkpoints as single safetensors files: written atomically, read strictly, never unpickled.
+
+A file holds tensors `tokenizer.NAME` and `transformer.NAME`, the names being those of the released
+checkpoints, and metadata that says everything else: kind, configurations, class table, facts of the
+training run, and hashes. Loading builds the modules from it without initializing any weight.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from varcli.checkpoints.files import load_header, load_tensors, save_tensors, tensors_sha256
+from varcli.config import TokenizerConfig, TransformerConfig, from_json, to_json
+from varcli.errors import CheckpointError
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from varcli.data.classes import ClassTable
+
+__all__ = ["load_tensors", "save_tensors"]
+
+FORMAT_VERSION = "1"
+DERIVED = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias")
+"""Buffers that follow from the configuration: not stored, made anew."""
+HASHED = ("kind", "tokenizer_config", "transformer_config", "classes")
+"""Metadata that decides pictures, as the weights do."""
+
+Config = TypeVar("Config", TokenizerConfig, TransformerConfig)
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model ready to sample from, in evaluation mode."""
+
+    tokenizer: Tokenizer
+    transformer: Transformer
+    classes: "ClassTable"
+    sha256: str
+    """Over weights, configurations and class table, as recorded in the file."""
+    run: dict[str, Any]
+    """Facts of the training run."""
+    path: Path
+
+
+def read_metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Return the metadata of a file of ours, and the type and shape of each tensor, reading no weights.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not one of ours.
+    """
+    tensors, metadata = load_header(path)
+    _check_kind(path, metadata, ("tokenizer", "model"))
+    return metadata, tensors
+
+
+def save_tokenizer(path: Path, tokenizer: Tokenizer, run: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+    """Write a tokenizer with its configuration, floats stored as `dtype`."""
+    tensors = _stored("tokenizer", tokenizer, dtype)
+    _save(path, tensors, {"kind": "tokenizer", "tokenizer_config": to_json(tokenizer.config), "run": _facts(run)})
+
+
+def save_model(  # noqa: PLR0917 (a file holds these five things)
+    path: Path,
+    tokenizer: Tokenizer,
+    transformer: Transformer,
+    classes: "ClassTable",
+    run: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write transformer and tokenizer with configurations and class table, floats stored as `dtype`.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be this transformer's, or the class table has other rows.
+    """
+    check_together(tokenizer.config, transformer.config)
+    _check_classes(classes, transformer.config)
+    tensors = _stored("tokenizer", tokenizer, dtype) | _stored("transformer", transformer, dtype)
+    metadata = {
+        "kind": "model",
+        "tokenizer_config": to_json(tokenizer.config),
+        "transformer_config": to_json(transformer.config),
+        "classes": classes.to_json(),
+        "run": _facts(run),
+    }
+    _save(path, tensors, metadata)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer of a tokenizer file or a model file, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold exactly what its configuration says.
+    """
+    tensors, metadata = load_contents(path, ("tokenizer", "model"))
+    return _tokenizer(path, tensors, metadata, torch.float32)
+
+
+def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:
+    """Return a checkpoint on a device, floats as `dtype` (float32 if None, however they are stored).
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold exactly what its configuration says.
+    """
+    from varcli.data.classes import ClassTable  # noqa: PLC0415
+
+    path = Path(path)
+    tensors, metadata = load_contents(path, ("model",))
+    config = _config(path, metadata, TransformerConfig, "transformer_config")
+    with _parsing(path, "classes"):
+        classes = ClassTable.from_json(metadata["classes"])
+        run = json.loads(metadata["run"])
+    tokenizer = _tokenizer(path, tensors, metadata, dtype or torch.float32)
+    transformer = _build(path, Transformer, config, tensors, dtype or torch.float32)
+    check_together(tokenizer.config, config)
+    _check_classes(classes, config)
+    return Checkpoint(tokenizer.to(device), transformer.to(device), classes, metadata["sha256"], run, path)
+
+
+def check_together(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
+    """Raise CheckpointError unless the tokenizer's codebook and sides are those the transformer speaks."""
+    for name in ("sides", "codebook_size", "codebook_width"):
+        theirs, ours = getattr(tokenizer, name), getattr(transformer, name)
+        if theirs != ours:
+            what = f"tokenizer of another transformer: {name.replace('_', ' ')} {_words(theirs)}"
+            raise CheckpointError(f"{what}; the transformer has {_words(ours)}")
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Return the hash that identifies a tokenizer: over names, shapes and bytes of its tensors in float32."""
+    return tensors_sha256(_stored("tokenizer", tokenizer, torch.float32))
+
+
+def recorded_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the hashes that a file with these contents records: `sha256` and `tokenizer_sha256`."""
+    digest = hashlib.sha256(tensors_sha256(tensors).encode())
+    for key in HASHED:
+        digest.update(f"\n{key} {metadata.get(key, '')}".encode())
+    tokenizer = {name: tensor.float() for name, tensor in tensors.items() if name.startswith("tokenizer.")}
+    return {"sha256": digest.hexdigest(), "tokenizer_sha256": tensors_sha256(tokenizer)}
+
+
+def load_contents(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and metadata of a file of ours that holds one of these kinds.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    tensors, metadata = load_tensors(path)
+    _check_kind(path, metadata, kinds)
+    for name in sorted(tensors):
+        if not name.startswith(("tokenizer.", "transformer.")[: 1 + (metadata["kind"] == "model")]):
+            raise CheckpointError(f"checkpoint: {path}; tensor {name} belongs to no part of this model")
+    return tensors, metadata
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata = {"varcli": FORMAT_VERSION} | metadata | recorded_hashes(tensors, metadata)
+    save_tensors(path, tensors, metadata)
+
+
+def _stored(prefix: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    state = {name: tensor for name, tensor in module.state_dict().items() if name.rpartition(".")[2] not in DERIVED}
+    return {f"{prefix}.{name}": t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+
+
+def _facts(run: dict[str, Any]) -> str:
+    return json.dumps(run, sort_keys=True)
+
+
+def _tokenizer(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> Tokenizer:
+    config = _config(path, metadata, TokenizerConfig, "tokenizer_config")
+    return _build(path, Tokenizer, config, tensors, dtype)
+
+
+@contextlib.contextmanager
+def without_initialization() -> Iterator[None]:
+    """Make torch's layers skip drawing initial weights, which loading would only throw away.
+
+    Measured: 12 ms for a model of 14 M parameters against 86 with initialization; the meta device
+    imports so much on its first use that it takes a second.
+    """
+    layers: tuple[Any, ...] = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.GroupNorm)
+    kept = [layer.reset_parameters for layer in layers]
+    for layer in layers:
+        layer.reset_parameters = lambda self: None
+    try:
+        yield
+    finally:
+        for layer, method in zip(layers, kept, strict=True):
+            layer.reset_parameters = method
+
+
+def _build(path: Path, module: type[Module], config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Module:
+    """Return the module of a configuration with the file's tensors as its weights, mapped, not copied."""
+    with without_initialization():
+        built = module(config)
+    prefix = f"{module.__name__.lower()}."
+    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    check_state(path, built, given)
+    floats = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
+    built.load_state_dict(floats, strict=False, assign=True)
+    return built.eval()
+
+
+def check_state(source: Path, module: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `given` has exactly the module's tensors, in their shapes."""
+    wanted = {name: t.shape for name, t in module.state_dict().items() if name.rpartition(".")[2] not in DERIVED}
+    for name in sorted(wanted.keys() | given.keys()):
+        if name not in given:
+            raise CheckpointError(f"checkpoint: {source}; tensor {name} is missing")
+        if name not in wanted:
+            raise CheckpointError(f"checkpoint: {source}; tensor {name} belongs to no part of this model")
+        if given[name].shape != wanted[name]:
+            shapes = f"{_words(tuple(given[name].shape))} instead of {_words(tuple(wanted[name]))}"
+            raise CheckpointError(f"checkpoint: {source}; tensor {name} is {shapes}")
+
+
+def _config(path: Path, metadata: Mapping[str, str], kind: type[Config], key: str) -> Config:
+    with _parsing(path, key):
+        return from_json(kind, metadata[key])
+
+
+def _check_kind(path: Path, metadata: Mapping[str, str], kinds: tuple[str, ...]) -> None:
+    if "varcli" not in metadata:
+        raise CheckpointError(f"checkpoint: {path}; not written by varcli: see var checkpoints convert")
+    if metadata["varcli"] != FORMAT_VERSION:
+        raise CheckpointError(f"checkpoint: {path}; format {metadata['varcli']} needs a newer varcli")
+    if metadata.get("kind") not in kinds:
+        raise CheckpointError(f"checkpoint: {path}; holds a {metadata.get('kind')}, a {kinds[-1]} is needed")
+
+
+def _check_classes(classes: "ClassTable", config: TransformerConfig) -> None:
+    if len(classes.entries) != config.class_count:
+        raise CheckpointError(f"class table: {len(classes.entries)} rows; the transformer has {config.class_count}")
+
+
+@contextlib.contextmanager
+def _parsing(path: Path, key: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint: {path}; its metadata cannot be used ({key}: {error})") from error
+
+
+def _words(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
