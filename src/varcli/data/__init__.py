@@ -1,0 +1,1 @@
+"""Pictures in and out: data sets, classes, PNGs with provenance, and where results go."""
