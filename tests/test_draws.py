@@ -1,0 +1,83 @@
+"""Filters keep what the original keeps; draws follow the distribution and each picture's own seed."""
+
+import pytest
+import torch
+
+from varcli.sampling.draws import candidates, draw, generators, gumbels, mixture, uniforms
+
+
+def survivors(logits_BlV, top_k, top_p):
+    found = candidates(logits_BlV, top_k, top_p)
+    kept = torch.zeros_like(logits_BlV, dtype=torch.bool)
+    return kept.scatter(-1, found.order, found.logits.isfinite())
+
+
+def test_filters_match_original(original):
+    logits = original.outputs["filter.logits"]
+    checked = 0
+    for name, theirs in original.outputs.items():
+        if name.startswith("filter.k"):
+            top_k, top_p = name.removeprefix("filter.k").split(".p", 1)
+            assert torch.equal(survivors(logits, int(top_k), float(top_p)), theirs), name
+            checked += 1
+    assert checked == 5
+
+
+def test_best_token_always_stays():
+    logits = torch.tensor([[[5.0, 1.0, 0.0]]])
+    assert survivors(logits, 0, 1e-9).tolist() == [[[True, False, False]]]
+    assert survivors(logits, 0, 1.0).all()
+
+
+@pytest.mark.parametrize("top_k", [0, 3, 99])
+def test_top_k_beyond_the_codebook_is_all_of_it(top_k):
+    found = candidates(torch.randn(1, 2, 3), top_k, 0)
+    assert found.order.shape == (1, 2, 3)
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    probability = torch.tensor([0.1, 0.5, 0.4])
+    found = candidates(probability.log().view(1, 1, 3).expand(1, 6, 3), 0, 0)
+    drawn = draw(found, torch.tensor([[0.0, 0.49, 0.51, 0.89, 0.91, 1 - 2**-24]]))
+    assert drawn.tolist() == [[1, 1, 2, 2, 0, 0]]
+
+
+def test_draw_never_gives_a_dropped_token():
+    torch.manual_seed(0)
+    found = candidates(torch.randn(1, 200, 50), 10, 0.5)
+    drawn = draw(found, torch.full((1, 200), 1 - 2**-24))
+    rank = (found.order == drawn.unsqueeze(-1)).int().argmax(-1, keepdim=True)
+    assert found.logits.gather(-1, rank).isfinite().all()
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0])
+    count = 40_000
+    found = candidates(logits.view(1, 1, 4).expand(1, count, 4), 0, 0)
+    drawn = draw(found, uniforms(generators([0], [0]), count))
+    share = torch.bincount(drawn[0], minlength=4) / count
+    assert (share - logits.softmax(0)).abs().max() < 0.01
+
+
+def test_top_k_1_is_greedy():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
+    drawn = draw(candidates(logits, 1, 0.9), torch.rand(2, 5))
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_random_numbers_belong_to_seed_and_class():
+    both = uniforms(generators([3, 4], [7, 7]), 5)
+    assert torch.equal(uniforms(generators([4], [7]), 5)[0], both[1])
+    others = [uniforms(generators([seed], [row]), 5)[0] for seed, row in [(3, 8), (3 + 2**32, 7), (4, 7)]]
+    assert all(not torch.equal(both[0], other) for other in others)
+    assert torch.equal(gumbels(generators([3, 4], [7, 7]), 2, 3)[1], gumbels(generators([4], [7]), 2, 3)[0])
+
+
+def test_mixture_sharpens_to_the_winner_of_the_noisy_race():
+    found = candidates(torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(2)), 0, 0.9)
+    noise = gumbels(generators([0], [0]), 4, 6)
+    weights = mixture(found, noise, 1.0)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4))
+    assert torch.equal(weights.argmax(-1), (2 * found.logits + noise).argmax(-1))
+    assert (weights[~found.logits.isfinite()] == 0).all()
+    assert mixture(found, noise, 0.0).max(-1).values.mean() < weights.max(-1).values.mean()
