@@ -111,4 +111,5 @@ def reading(path: Path) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """Return in one line what an operating system or format error says, without the path."""
-    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0]

@@ -11,19 +11,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from varcli.checkpoints.files import load_header, load_tensors, save_tensors, tensors_sha256
+from varcli.checkpoints.files import load_header, load_tensors, reason, save_tensors, tensors_sha256
 from varcli.config import TokenizerConfig, TransformerConfig, from_json, to_json
+from varcli.data.classes import ClassTable
 from varcli.errors import CheckpointError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-
-if TYPE_CHECKING:
-    from varcli.data.classes import ClassTable
 
 __all__ = ["load_tensors", "save_tensors"]
 
@@ -43,7 +41,7 @@ class Checkpoint:
 
     tokenizer: Tokenizer
     transformer: Transformer
-    classes: "ClassTable"
+    classes: ClassTable
     sha256: str
     """Over weights, configurations and class table, as recorded in the file."""
     run: dict[str, Any]
@@ -72,7 +70,7 @@ def save_model(  # noqa: PLR0917 (a file holds these five things)
     path: Path,
     tokenizer: Tokenizer,
     transformer: Transformer,
-    classes: "ClassTable",
+    classes: ClassTable,
     run: dict[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -110,19 +108,17 @@ def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     Raises:
         CheckpointError: the file cannot be read, or does not hold exactly what its configuration says.
     """
-    from varcli.data.classes import ClassTable  # noqa: PLC0415
-
     path = Path(path)
     tensors, metadata = load_contents(path, ("model",))
     config = _config(path, metadata, TransformerConfig, "transformer_config")
-    with _parsing(path, "classes"):
+    with _parsing(path):
         classes = ClassTable.from_json(metadata["classes"])
-        run = json.loads(metadata["run"])
+        sha256, run = metadata["sha256"], json.loads(metadata["run"])
     tokenizer = _tokenizer(path, tensors, metadata, dtype or torch.float32)
-    transformer = _build(path, Transformer, config, tensors, dtype or torch.float32)
+    transformer = build(path, Transformer, config, _part(tensors, "transformer."), dtype or torch.float32)
     check_together(tokenizer.config, config)
     _check_classes(classes, config)
-    return Checkpoint(tokenizer.to(device), transformer.to(device), classes, metadata["sha256"], run, path)
+    return Checkpoint(tokenizer.to(device), transformer.to(device), classes, sha256, run, path)
 
 
 def check_together(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
@@ -172,13 +168,17 @@ def _stored(prefix: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Ten
     return {f"{prefix}.{name}": t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _facts(run: dict[str, Any]) -> str:
     return json.dumps(run, sort_keys=True)
 
 
 def _tokenizer(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> Tokenizer:
     config = _config(path, metadata, TokenizerConfig, "tokenizer_config")
-    return _build(path, Tokenizer, config, tensors, dtype)
+    return build(path, Tokenizer, config, _part(tensors, "tokenizer."), dtype)
 
 
 @contextlib.contextmanager
@@ -199,14 +199,16 @@ def without_initialization() -> Iterator[None]:
             layer.reset_parameters = method
 
 
-def _build(path: Path, module: type[Module], config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Module:
-    """Return the module of a configuration with the file's tensors as its weights, mapped, not copied."""
+def build(source: Path, module: type[Module], config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Module:
+    """Return the module of a configuration, in evaluation mode, with these tensors as its weights, not copied.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape.
+    """
     with without_initialization():
         built = module(config)
-    prefix = f"{module.__name__.lower()}."
-    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    check_state(path, built, given)
-    floats = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
+    check_state(source, built, state)
+    floats = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     built.load_state_dict(floats, strict=False, assign=True)
     return built.eval()
 
@@ -225,7 +227,7 @@ def check_state(source: Path, module: nn.Module, given: Mapping[str, Tensor]) ->
 
 
 def _config(path: Path, metadata: Mapping[str, str], kind: type[Config], key: str) -> Config:
-    with _parsing(path, key):
+    with _parsing(path):
         return from_json(kind, metadata[key])
 
 
@@ -238,17 +240,17 @@ def _check_kind(path: Path, metadata: Mapping[str, str], kinds: tuple[str, ...])
         raise CheckpointError(f"checkpoint: {path}; holds a {metadata.get('kind')}, a {kinds[-1]} is needed")
 
 
-def _check_classes(classes: "ClassTable", config: TransformerConfig) -> None:
+def _check_classes(classes: ClassTable, config: TransformerConfig) -> None:
     if len(classes.entries) != config.class_count:
         raise CheckpointError(f"class table: {len(classes.entries)} rows; the transformer has {config.class_count}")
 
 
 @contextlib.contextmanager
-def _parsing(path: Path, key: str) -> Iterator[None]:
+def _parsing(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint: {path}; its metadata cannot be used ({key}: {error})") from error
+        raise CheckpointError(f"checkpoint: {path}; its metadata cannot be used ({reason(error)})") from error
 
 
 def _words(value: Any) -> str:
