@@ -229,10 +229,12 @@ def _classified(source: Source) -> list[tuple[str, str, str, int]]:
     if not filed:
         raise InputError(f"data: {source.label} has {len(listed)} pictures and no class folders; one folder a class")
     level = _class_level([parts for parts, *_ in filed])
-    return [
-        (unicodedata.normalize("NFC", parts[level]), "/".join(parts[level + 1 :]), member, size)
-        for parts, member, size in filed
-    ]
+    return [(_class_name(parts[level]), "/".join(parts[level + 1 :]), member, size) for parts, member, size in filed]
+
+
+def _class_name(folder: str) -> str:
+    """Return a folder's name as text: composed letters, which a Mac takes apart, and no bytes that are no letters."""
+    return unicodedata.normalize("NFC", folder.encode(errors="replace").decode())
 
 
 def _class_level(paths: Sequence[Sequence[str]]) -> int:

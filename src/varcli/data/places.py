@@ -1,0 +1,174 @@
+"""The places a picture can go to at once: files of their own, and streams.
+
+Nothing half-written ever stands under a final name.
+"""
+
+import re
+import sys
+import tarfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
+
+from varcli.data.images import (
+    Provenance,
+    cannot_write,
+    check_writable,
+    png_bytes,
+    read_provenance,
+    write_atomically,
+)
+from varcli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from varcli.data.images import Pixels
+
+
+class Output:
+    """A place for pictures; a context manager, to be left before its results are taken for finished."""
+
+    archive: Path | None = None
+    """The one file that holds all pictures in the end, where there is one."""
+
+    def has(self, made: Provenance) -> bool:
+        """Return whether an earlier run left this picture here; asked once for each picture, before `add`."""
+        return False
+
+    def add(self, pixels: "Pixels", made: Provenance) -> Path | None:
+        """Put a picture here; return its own file, None where it has none.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish: after this the output is whole."""
+
+    def abandon(self) -> None:
+        """Leave the output unfinished, for `--resume` or for good."""
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+class Files(Output):
+    """A folder of PNGs, or one PNG of a given name."""
+
+    def __init__(self, folder: Path, resume: bool, name: str | None = None) -> None:
+        self._folder = folder
+        self._resume = resume
+        self._name = name
+        try:
+            if name is None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        check_writable(folder / (name or "picture.png"))
+
+    def has(self, made: Provenance) -> bool:
+        """Return whether this very picture is there: a file of its name made with other settings is not it."""
+        path = self._path(made)
+        if not (self._resume and path.is_file()):
+            return False
+        try:
+            return read_provenance(path).settings() == made.settings()
+        except InputError:
+            return False
+
+    def add(self, pixels: "Pixels", made: Provenance) -> Path:
+        """Write a picture; return its file."""
+        path = self._path(made)
+        write_atomically(path, png_bytes(pixels, made))
+        return path
+
+    def _path(self, made: Provenance) -> Path:
+        return self._folder / (self._name or picture_name(made))
+
+
+# --- streams ---------------------------------------------------------------------------------------
+
+
+class Stream(Output):
+    """Standard output or a pipe: the bytes of one PNG, or a tar of several, which needs no rewinding."""
+
+    def __init__(self, path: Path, several: bool) -> None:
+        self._path = path
+        self._several = several
+        with self._reported():
+            self._stream = _standard_output() if path == STANDARD_OUTPUT else path.open("wb")
+
+    def add(self, pixels: "Pixels", made: Provenance) -> None:
+        """Send a picture on its way."""
+        content = png_bytes(pixels, made)
+        self._send(tar_member(picture_name(made), content) if self._several else content)
+
+    def close(self) -> None:
+        """Send the end of the tar, if it is one."""
+        self._send(TAR_END if self._several else b"")
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close what was opened here, not standard output."""
+        if self._path != STANDARD_OUTPUT:
+            with suppress(OSError):  # what could not be written a moment ago
+                self._stream.close()
+
+    def _send(self, content: bytes) -> None:
+        with self._reported():
+            self._stream.write(content)
+            self._stream.flush()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn what the system refuses into one line; a pipe closed by its reader is no mistake and passes."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+
+STANDARD_OUTPUT = Path("-")
+
+
+def _standard_output() -> BinaryIO:
+    if sys.stdout.isatty():
+        raise UsageError("out: - is a terminal; send pictures to a file or a pipe")
+    return sys.stdout.buffer
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def picture_name(made: Provenance) -> str:
+    """Return the file name of a picture: class id, class name and seed, fit for every file system."""
+    class_id = "none" if made.class_id is None else str(made.class_id)
+    words = re.sub(r"[^\w]+", "_", unicodedata.normalize("NFC", made.class_name)).strip("_")
+    short = words.encode()[:_LONGEST_NAME].decode(errors="ignore")
+    return "-".join([class_id, *([short] if short and made.class_id is not None else []), str(made.seed)]) + ".png"
+
+
+_LONGEST_NAME = 120
+"""Bytes of a class name in a file name; file systems take 255 for the whole."""
+
+
+def tar_member(name: str, content: bytes) -> bytes:
+    """Return a file as it stands in a tar; it bears no date, so that equal pictures make equal tars."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    return header.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+TAR_END = bytes(2 * tarfile.BLOCKSIZE)
+"""What closes a tar."""
