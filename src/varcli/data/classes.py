@@ -197,15 +197,15 @@ def _by_index(class_id: int, table: ClassTable, hint: str) -> ClassEntry:
 
 def _by_name(word: str, table: ClassTable, hint: str) -> ClassEntry:
     """Return the one class meant by a name, the most literal reading first."""
-    elsewhere = imagenet() if _is_part_of_imagenet(table) else ClassTable(())
-    for matches, known in ((m, t) for m in (exact, whole, part) for t in (table, elsewhere)):
-        found = matches(known.entries, word)
-        if found and known is elsewhere:
-            raise _lacking(found, table, hint)
-        if found[1:]:
-            raise InputError(f"class: {word}; which of {_listing(found)}")
-        if found:
+    elsewhere = imagenet().entries if _is_part_of_imagenet(table) else ()
+    for matches in (exact, whole, part):
+        found = matches(table.entries, word)
+        if len(found) == 1:
             return found[0]
+        if found:
+            raise InputError(f"class: {word}; which of {_listing(found)}")
+        if wanted := matches(elsewhere, word):
+            raise _lacking(wanted, table, hint)
     raise InputError(f"class: {word}; {_closest(word, table)}")
 
 

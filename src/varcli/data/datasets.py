@@ -10,7 +10,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -35,28 +34,6 @@ class UnreadablePicture(InputError):  # noqa: N818 - what it is, said by its nam
 
     def __reduce__(self) -> tuple[type["UnreadablePicture"], tuple[str, str]]:  # workers hand it to their parent
         return UnreadablePicture, (self.name, self.reason)
-
-
-@dataclass
-class SkippedPictures:
-    """The pictures that could not be read so far, by name; too many of them stop the run."""
-
-    total: int
-    """Pictures in the whole data set."""
-    names: list[str] = field(default_factory=list)
-
-    def add(self, error: UnreadablePicture) -> None:
-        """Count one more.
-
-        Raises:
-            InputError: more than 1 % of all pictures cannot be read.
-        """
-        self.names.append(error.name)
-        if len(self.names) > self.total / 100:
-            raise InputError(
-                f"data: {len(self.names)} of {self.total} pictures cannot be read, the last of them {error.name}; "
-                "at most 1 % may be broken"
-            ) from error
 
 
 # --- decoding --------------------------------------------------------------------------------------
