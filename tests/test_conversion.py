@@ -178,7 +178,7 @@ def test_nothing_is_run_from_a_pickle(released, tmp_path, zipped):
 def test_foreign_file(released, tmp_path, content):
     path = tmp_path / "foreign.pth"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"foreign\.pth; damaged, or no \.pth of plain tensors") as caught:
+    with pytest.raises(CheckpointError, match=r"foreign\.pth; refused: damaged, or not plain tensors") as caught:
         convert([path, released[1]], tmp_path / "out.safetensors")
     assert "\n" not in str(caught.value)
 

@@ -113,7 +113,7 @@ def read_pth(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle can make its reader stumble over anything
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"refused: it would run {asked.group(1)} when read" if asked else "damaged, or no .pth of plain tensors"
+        why = f"refused: it would run {asked.group(1)} when read" if asked else "refused: damaged, or not plain tensors"
         raise CheckpointError(f"checkpoint: {path}; {why}") from error
 
 

@@ -1,0 +1,149 @@
+"""Released checkpoints from the Hugging Face hub: resumed, checked, converted.
+
+The hub's library keeps no half-finished file for a later process to go on with, so the bytes are
+fetched here, with its own transfer function, into the place in its cache where they belong.
+"""
+
+import contextlib
+import errno
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub as hub
+from huggingface_hub import constants
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]  # public, but exported lazily
+    WeakFileLock,
+    build_hf_headers,
+    disable_progress_bars,
+)
+
+from varcli.checkpoints.conversion import convert
+from varcli.checkpoints.files import file_sha256, reason, replacing
+from varcli.checkpoints.registry import Entry, SourceFile, cache_folder
+from varcli.errors import CheckpointError, RunError, VarError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+
+
+def download(entry: Entry, progress: bool = True) -> Path:
+    """Return the converted file of a released checkpoint, having downloaded what is missing.
+
+    Raises:
+        CheckpointError: the hub cannot be reached, or gives other bytes than expected.
+        RunError: the disk is full, or the cache cannot be written.
+    """
+    if not progress:
+        disable_progress_bars()
+    with _translated(entry), _one_at_a_time():
+        if not entry.path.exists():
+            fetched = [fetch(file) for file in entry.files]
+            hashes = {file.name: recorded_sha256(file) for file in entry.files}
+            convert(fetched, entry.path, run={"source": entry.source, "sha256": hashes})
+    return entry.path
+
+
+def fetch(file: SourceFile) -> Path:
+    """Return a file of the hub, from its cache or downloaded into it, checked either way.
+
+    Raises:
+        CheckpointError: its sha256 is not the expected one.
+    """
+    found = hub.try_to_load_from_cache(file.repository, file.name)
+    if not isinstance(found, str):
+        return _transfer(file)
+    path = Path(found)
+    try:
+        check(file, path, path.resolve().name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {path} to download it again") from error
+    return path
+
+
+def _transfer(file: SourceFile) -> Path:
+    """Download a file into the hub's cache, going on where an earlier attempt stopped."""
+    url = hub.hf_hub_url(file.repository, file.name)
+    about = hub.get_hf_file_metadata(url)
+    if not about.etag:
+        raise OSError(f"{url} gives no ETag, it is no hub")
+    expected = recorded_sha256(file)
+    if expected and _is_sha256(about.etag) and about.etag != expected:
+        raise CheckpointError(f"{file.name}: the hub has another file; sha256 {about.etag}, known is {expected}")
+    folder = repo_folder_name(repo_id=file.repository, repo_type="model")
+    part = Path(constants.HF_HUB_CACHE) / folder / "blobs" / f"{about.etag}.incomplete"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if part.exists() and part.stat().st_size > (about.size or 0):
+        part.unlink()
+    with part.open("ab") as stream:
+        headers = build_hf_headers()
+        got = stream.tell()
+        http_get(url, stream, resume_size=got, headers=headers, expected_size=about.size, displayed_filename=file.name)
+    try:
+        check(file, part, about.etag)
+    except CheckpointError:
+        part.unlink()
+        raise
+    part.replace(part.with_name(about.etag))
+    return Path(hub.hf_hub_download(file.repository, file.name))
+
+
+def check(file: SourceFile, path: Path, reported: str) -> None:
+    """Hold a file's bytes to the sha256 known or, failing that, reported by the hub; record it if new.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    found = file_sha256(path)
+    expected = recorded_sha256(file) or (reported if _is_sha256(reported) else found)
+    if found != expected:
+        raise CheckpointError(f"{file.name}: wrong sha256 {found}; it should be {expected}")
+    if not recorded_sha256(file):
+        with replacing(_record()) as part:
+            part.write_text(json.dumps(_recorded() | {file.name: found}, indent=1, sort_keys=True))
+
+
+def recorded_sha256(file: SourceFile) -> str | None:
+    """Return the sha256 a file has to have: the registry's, or that of its first download here."""
+    return file.sha256 or _recorded().get(file.name)
+
+
+def _record() -> Path:
+    return cache_folder() / "sha256.json"
+
+
+def _recorded() -> dict[str, str]:
+    try:
+        return dict(json.loads(_record().read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_sha256(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Wait for other processes that download: the second one then finds everything there."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(cache_folder() / "download.lock"):
+        yield
+
+
+@contextlib.contextmanager
+def _translated(entry: Entry) -> Iterator[None]:
+    """Turn what network and disk may raise into one line that says what to do."""
+    try:
+        yield
+    except VarError:
+        raise
+    except Exception as error:  # the hub's library has changed what it raises with every major version
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise RunError(f"cannot store {entry.name}: {reason(error)}; what came so far is kept") from error
+        names = " ".join(file.name for file in entry.files)
+        raise CheckpointError(
+            f"cannot download {entry.name} from {constants.ENDPOINT}: {reason(error)}; go online or set HF_ENDPOINT "
+            f"to a mirror and try again, or bring its files and run: var checkpoints convert {names} --out FILE"
+        ) from error

@@ -1,0 +1,119 @@
+"""What `checkpoints.toml` says is whole, and names lead to files."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from varcli.checkpoints import registry as registering
+from varcli.checkpoints.registry import count_in_words, find, find_local, markdown_table, presets, registry
+from varcli.config import PRESETS, SampleConfig
+from varcli.errors import CheckpointError
+
+
+def test_names_and_published_figures():
+    assert list(registry()) == ["tiny64", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36"]
+    figures = {name: (entry.fid, entry.inception_score) for name, entry in registry().items() if entry.files}
+    assert figures == {
+        "var-d16": (3.30, 274.4),
+        "var-d20": (2.57, 302.6),
+        "var-d24": (2.09, 312.9),
+        "var-d30": (1.92, 323.1),
+        "var-d36": (2.63, 303.2),
+    }
+    assert [entry.pixels for entry in registry().values()] == [64, 256, 256, 256, 256, 512]
+
+
+@pytest.mark.parametrize("name", ["var-d16", "var-d20", "var-d24", "var-d30", "var-d36"])
+def test_parameters_are_those_of_the_model(name):
+    import torch
+
+    from varcli.config import TransformerConfig
+    from varcli.models.transformer import Transformer
+    from varcli.scales import GRID_256, GRID_512
+
+    entry = registry()[name]
+    depth = int(name.removeprefix("var-d"))
+    config = TransformerConfig(
+        depth=depth,
+        width=64 * depth,
+        sides=GRID_512 if entry.pixels == 512 else GRID_256,
+        codebook_size=4096,
+        codebook_width=32,
+        shared_adaln=depth == 36,
+    )
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in Transformer(config).parameters()) == entry.parameters
+
+
+def test_every_entry_is_whole():
+    for entry in registry().values():
+        assert set(entry.presets) == set(PRESETS)
+        assert entry.licence == "MIT"
+        assert bool(entry.bundled) != bool(entry.files)
+        for file in entry.files:
+            assert file.repository == "FoundationVision/var"
+            assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
+    assert [file.bytes for file in registry()["var-d16"].files] == [436_075_834, None]
+    assert registry()["var-d16"].source == "https://huggingface.co/FoundationVision/var"
+
+
+def test_presets_of_names_and_files():
+    assert presets("var-d16")["metrics"] == SampleConfig(cfg=1.5, top_k=900, top_p=0.96)
+    assert presets("some/file.safetensors") == PRESETS
+
+
+def test_names_and_files_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(registering, "cache_folder", lambda: tmp_path)
+    file = tmp_path / "var-d16.safetensors"
+    with pytest.raises(CheckpointError, match="not here yet: var checkpoints download var-d16"):
+        find_local("var-d16")
+    assert registry()["var-d16"].bytes is None
+    file.write_bytes(b"converted")
+    assert find("var-d16") == find_local("var-d16") == find(str(file)) == file
+    assert registry()["var-d16"].bytes == 9
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("var-d17", "no such file, and the names are var-d1"),
+        ("none.safetensors", "no such file, and the names are tiny64, var-d16, var-d20, var-d24, var-d30, var-d36"),
+        (".", "no such file"),
+    ],
+)
+def test_neither_name_nor_file(given, line):
+    with pytest.raises(CheckpointError, match=line):
+        find(given)
+
+
+def test_pth_file_is_to_be_converted(tmp_path):
+    (tmp_path / "var_d16.pth").touch()
+    with pytest.raises(CheckpointError, match="convert it first: var checkpoints convert"):
+        find(str(tmp_path / "var_d16.pth"))
+
+
+def test_bundled_file_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(registering, "__file__", str(tmp_path / "registry.py"))
+    with pytest.raises(CheckpointError, match="tiny64; missing from this installation"):
+        find("tiny64")
+
+
+def test_markdown_table():
+    lines = markdown_table().splitlines()
+    assert len(lines) == 2 + len(registry())
+    assert lines[3] == (
+        "| `var-d16` | 256 × 256 | 1000 | 310 M | 3.30 | 274.4 | MIT "
+        "| [FoundationVision/var](https://huggingface.co/FoundationVision/var) |"
+    )
+
+
+def test_count_in_words():
+    counts = [None, 6_123_456, 60_000_000, 310_283_520, 2_010_020_356]
+    assert [count_in_words(count) for count in counts] == ["–", "6.12 M", "60.0 M", "310 M", "2.01 B"]
+
+
+def test_registry_needs_no_torch():
+    script = "import sys, varcli.checkpoints.registry as r; r.markdown_table(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
