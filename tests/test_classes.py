@@ -96,7 +96,7 @@ def test_spec_refused(spec, table, kind, words):
 
 
 def test_lacking_class_says_who_has_it():
-    with pytest.raises(InputError, match="German shepherd.*; var-d16 has all$"):
+    with pytest.raises(InputError, match=r"German shepherd.*; var-d16 has all$"):
         parse_classes(["siberian husky"], FEW, hint="var-d16 has all")
     with pytest.raises(InputError) as caught:
         parse_classes(["nothing of the kind"], FEW, hint="var-d16 has all")
@@ -163,4 +163,4 @@ def test_damaged_json_is_a_bad_checkpoint(text):
 
 def test_classes_need_neither_torch_nor_numpy():
     code = "import sys, varcli.data.classes as c; c.imagenet(); print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"

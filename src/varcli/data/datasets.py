@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from varcli.data.classes import ClassEntry, ClassTable, imagenet
-from varcli.data.sources import Folder, Source, Zip
+from varcli.data.sources import Folder, Source, Zip, path_parts
 from varcli.errors import InputError, UsageError
 
 
@@ -140,10 +140,9 @@ class PictureSet:
             UsageError: `holdout` is negative or leaves a class nothing to train on.
         """
         left = Counter(self.rows)
-        fewest = min(left, key=left.__getitem__)
-        if not 0 <= holdout < left[fewest]:
-            given = f"{self.classes.entries[fewest].name} has {left[fewest]} pictures"
-            raise UsageError(f"holdout: {holdout}; 0 or more, and fewer than any class has ({given})")
+        if holdout < 0 or holdout >= min(left.values(), default=holdout + 1):
+            fewest = ", ".join(f"{self.classes.entries[row].name} has {n}" for row, n in left.most_common()[-1:])
+            raise UsageError(f"holdout: {holdout}; 0 or more, and fewer than any class has pictures ({fewest})")
         training: list[int] = []
         held_out: list[int] = []
         for i, row in enumerate(self.rows):
@@ -199,13 +198,13 @@ def _source(path: Path) -> Source:
 def _classified(source: Source) -> list[tuple[str, str, str, int]]:
     """Return class name, path within the class, path within the source and size of each picture."""
     try:
-        listed = [(member.replace("\\", "/").strip("/").split("/"), member, size) for member, size in source.members()]
+        listed = [(path_parts(member), member, size) for member, size in source.members()]
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"data: {source.label} cannot be listed; {error}") from error
-    filed = [item for item in listed if len(item[0]) > 1]
+    level = _class_level([parts for parts, *_ in listed])
+    filed = [item for item in listed if len(item[0]) > level + 1]
     if not filed:
         raise InputError(f"data: {source.label} has {len(listed)} pictures and no class folders; one folder a class")
-    level = _class_level([parts for parts, *_ in filed])
     return [(_class_name(parts[level]), "/".join(parts[level + 1 :]), member, size) for parts, member, size in filed]
 
 
@@ -215,12 +214,19 @@ def _class_name(folder: str) -> str:
 
 
 def _class_level(paths: Sequence[Sequence[str]]) -> int:
-    """Return how deep the class folders lie: below whatever single folder holds everything."""
-    level, shortest = 0, min(map(len, paths))
+    """Return how deep the class folders lie: below whatever single folder holds everything.
+
+    A folder of a WordNet id holds no classes, nor does one with more pictures in itself than below.
+    """
     wnids = {entry.wnid for entry in imagenet().entries}
-    while level < shortest - 2 and len({parts[level] for parts in paths}) == 1 and paths[0][level] not in wnids:
+    level = 0
+    while True:
+        inside = [parts for parts in paths if len(parts) > level + 1]
+        names = {parts[level] for parts in inside}
+        deeper = sum(len(parts) > level + 2 for parts in inside)
+        if len(names) != 1 or names <= wnids or deeper <= len(inside) / 2:
+            return level
         level += 1
-    return level
 
 
 def _class_table(names: set[str]) -> ClassTable:

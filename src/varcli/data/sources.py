@@ -83,8 +83,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def path_parts(member: str) -> list[str]:
+    """Return the folders and the file name of a path inside a source, whichever system wrote it."""
+    return [part for part in member.replace("\\", "/").split("/") if part not in ("", ".")]
+
+
 def _is_picture(member: str) -> bool:
     """Return whether a path inside a source is a picture's, not hidden and not a Mac's shadow of one."""
-    parts = member.replace("\\", "/").split("/")
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path_parts(member))
     return not hidden and member.lower().endswith(PICTURE_SUFFIXES)
