@@ -167,11 +167,22 @@ def check_writable(path: Path) -> None:
     there = kind_there(path)
     if there == "folder":
         raise cannot_write(path, IsADirectoryError(0, "it is a folder"))
-    if there == "device":
-        return
-    trial = path.with_name(".varcli-trial.tmp")
-    write_atomically(trial, b"")
-    trial.unlink(missing_ok=True)
+    if there != "device":
+        check_folder(path.parent, path)
+
+
+def check_folder(folder: Path, wanted: Path | None = None) -> None:
+    """Find out whether files can be written in a folder; `wanted` is what to name if not, else the folder.
+
+    Raises:
+        RunError: they cannot.
+    """
+    trial = folder / f".varcli-{token_hex(4)}.tmp"
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise cannot_write(wanted or folder, error) from error
 
 
 def kind_there(path: Path) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from varcli.data.images import (
     Provenance,
     cannot_write,
+    check_folder,
     check_writable,
     png_bytes,
     read_provenance,
@@ -68,12 +69,14 @@ class Files(Output):
         self._folder = folder
         self._resume = resume
         self._name = name
+        if name is not None:
+            check_writable(folder / name)
+            return
         try:
-            if name is None:
-                folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(folder, error) from error
-        check_writable(folder / (name or "picture.png"))
+        check_folder(folder)
 
     def has(self, made: Provenance) -> bool:
         """Return whether this very picture is there: a file of its name made with other settings is not it."""
