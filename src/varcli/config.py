@@ -121,6 +121,111 @@ class SampleConfig:
         _require(0 <= self.top_p <= 1, f"top-p: {self.top_p}; between 0 (off) and 1")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """What both training stages ask. Everything here shapes the result, so a resumed run must agree."""
+
+    epochs: float
+    """Passes over the training pictures."""
+    batch: int = 768
+    """Pictures an update."""
+    accumulate: int = 1
+    """Parts a batch is computed in, to save memory."""
+    base_lr: float = 1e-4
+    """Learning rate for 256 pictures an update; it grows in proportion to the batch."""
+    final_lr: float
+    """Learning rate at the end, as a fraction."""
+    weight_decay: float
+    """Decoupled weight decay at the start."""
+    ema: float = 0.9999
+    """Decay of the weights' moving average, which is what the checkpoint holds."""
+    enlarge: float = 1.125
+    """Shorter side before the random crop, as a multiple of the picture's side."""
+    seed: int = 0
+    """Of the initial weights, the order, the crops and every draw in between."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, f"epochs: {self.epochs}; more than 0")
+        _require(self.batch > 0, f"batch: {self.batch}; at least 1")
+        _require(
+            self.accumulate > 0 and self.batch % self.accumulate == 0,
+            f"accumulate: {self.accumulate}; it divides the batch of {self.batch}",
+        )
+        _require(self.base_lr > 0, f"base lr: {self.base_lr}; more than 0")
+        _require(0 <= self.final_lr <= 1, f"final lr: {self.final_lr}; a fraction between 0 and 1")
+        _require(self.weight_decay >= 0, f"weight decay: {self.weight_decay}; 0 or more")
+        _require(0 <= self.ema < 1, f"ema: {self.ema}; from 0 (off) to below 1")
+        _require(self.enlarge >= 1, f"enlarge: {self.enlarge}; 1 (no margin) or more")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate at this batch size."""
+        return self.base_lr * self.batch / 256
+
+    def steps(self, pictures: int) -> int:
+        """Return the updates of a run over that many pictures."""
+        return max(1, round(self.epochs * pictures / self.batch))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerTrainingConfig(TrainingConfig):
+    """How to train a tokenizer (paper, equation 5)."""
+
+    epochs: float = 250
+    final_lr: float = 0.3
+    weight_decay: float = 0.005
+    lpips: float = 1.0
+    """λ_P, weight of the perceptual distance; 0 needs no VGG weights."""
+    gan: float = 0.4
+    """λ_G, weight of the adversarial loss; 0 is off."""
+    gan_start: float = 0.22
+    """When the adversarial loss sets in, as a fraction of the training."""
+    scale_drop: float = 0.0
+    """Probability that an update leaves out the last scales, which keeps the coarse ones in use."""
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        _require(self.lpips >= 0, f"lpips: {self.lpips}; 0 (off) or more")
+        _require(self.gan >= 0, f"gan: {self.gan}; 0 (off) or more")
+        _require(0 <= self.gan_start <= 1, f"gan start: {self.gan_start}; a fraction between 0 and 1")
+        _require(0 <= self.scale_drop <= 1, f"scale drop: {self.scale_drop}; a probability")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerTrainingConfig(TrainingConfig):
+    """How to train a transformer (paper, section 4 and appendix)."""
+
+    epochs: float = 200
+    final_lr: float = 0.1
+    weight_decay: float = 0.05
+    final_weight_decay: float = 0.05
+    """Decoupled weight decay at the end."""
+    gamma_init: float = 1e-3
+    """Factor of the initial weights behind the gates γ: deeper models start closer to the identity."""
+    crops: int = 1
+    """Crops a picture whose tokens are cached: the centre for one, random ones for more."""
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        _require(self.final_weight_decay >= 0, f"final weight decay: {self.final_weight_decay}; 0 or more")
+        _require(self.gamma_init > 0, f"gamma init: {self.gamma_init}; more than 0")
+        _require(self.crops > 0, f"crops: {self.crops}; at least 1")
+
+
+def transformer_recipe(depth: int) -> TransformerTrainingConfig:
+    """Return the published recipe of the released model nearest in depth, the shallower of two."""
+    recipes = {
+        16: TransformerTrainingConfig(epochs=200),
+        20: TransformerTrainingConfig(epochs=250),
+        24: TransformerTrainingConfig(epochs=350, base_lr=8e-5, final_lr=0.01, gamma_init=1e-4),
+        30: TransformerTrainingConfig(
+            epochs=350, batch=1024, base_lr=8e-5, final_lr=0.01, final_weight_decay=0.08, gamma_init=1e-5
+        ),
+        36: TransformerTrainingConfig(epochs=350, base_lr=8e-5, final_lr=0.01, gamma_init=5e-6),
+    }
+    return recipes[min(recipes, key=lambda known: (abs(known - depth), known))]
+
+
 PRESETS = {
     "metrics": SampleConfig(cfg=1.5, top_k=900, top_p=0.96),
     "looks": SampleConfig(cfg=4.0, top_k=900, top_p=0.95),

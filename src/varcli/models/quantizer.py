@@ -29,6 +29,8 @@ class Quantized:
     """Token map of each scale, (B, l) int64."""
     f_hats: list[Tensor]
     """Running sum after each scale, (B, C, H, W)."""
+    residuals: list[Tensor]
+    """What each scale's tokens approximate, (B, l, C) without gradient."""
 
 
 class SharedKernels(nn.Module):
@@ -87,9 +89,8 @@ class Quantizer(nn.Module):
         """Return what the transformer sees of f_hat when it predicts `scale`: (B, l, C)."""
         return resize_area(f_hat_BCHW, self.sides[scale]).flatten(2).transpose(1, 2)
 
-    def nearest(self, z_BCss: Tensor) -> Tensor:
+    def nearest(self, z_BlC: Tensor) -> Tensor:
         """Return the token map of the codebook rows nearest to z by Euclidean distance, (B, l)."""
-        z_BlC = z_BCss.flatten(2).transpose(1, 2)
         rows_VC = self.embedding.weight
         # |z|² is the same for every row, so it does not change which is nearest.
         distance_BlV = rows_VC.square().sum(1) - 2 * (z_BlC @ rows_VC.T)
@@ -102,15 +103,18 @@ class Quantizer(nn.Module):
         """
         tokens: list[Tensor] = []
         f_hats: list[Tensor] = []
+        residuals: list[Tensor] = []
         rest_BCHW = f_BCHW.detach()
         f_hat_BCHW = None
         for scale, side in enumerate(self.sides[:scales]):
-            idx_Bl = self.nearest(resize_area(rest_BCHW, side))
+            z_BlC = resize_area(rest_BCHW, side).flatten(2).transpose(1, 2)
+            idx_Bl = self.nearest(z_BlC)
             f_hat_BCHW = self.accumulate(f_hat_BCHW, self.embed(idx_Bl), scale)
             rest_BCHW = f_BCHW.detach() - f_hat_BCHW.detach()
             tokens.append(idx_Bl)
             f_hats.append(f_hat_BCHW)
-        return Quantized(tokens, f_hats)
+            residuals.append(z_BlC)
+        return Quantized(tokens, f_hats, residuals)
 
     def f_hats(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Return the running sum after each scale of given token maps.

@@ -1,0 +1,1 @@
+"""Training of both stages on one device: tokenizer, then transformer."""

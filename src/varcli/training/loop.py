@@ -1,0 +1,210 @@
+"""The one training loop: resume, update, log, validate, save.
+
+A run lives in a folder:
+
+    state.safetensors    everything needed to go on (removed by nobody; only replaced atomically)
+    metrics.jsonl        one line of figures every so often
+    *.safetensors        the checkpoint others use, written by the stage
+    samples/             pictures to look at
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from varcli.checkpoints.store import load_tensors, save_tensors
+from varcli.errors import RunError, UsageError
+from varcli.training.state import Tensors
+
+Figures = dict[str, float]
+
+
+class Stage(Protocol):
+    """What is trained: a tokenizer or a transformer with all that belongs to its updates."""
+
+    def batches(self, steps: range) -> Iterator[Any]:
+        """Yield what each update of `steps` needs."""
+
+    def update(self, batch: Any, step: int, steps: int) -> dict[str, Tensor]:
+        """Make one update and return figures, the loss among them; leave the weights alone if it is not finite."""
+
+    def validate(self) -> Figures:
+        """Return figures of the averaged weights on held-out pictures."""
+
+    def tensors(self) -> Tensors:
+        """Return the whole state."""
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        """Set the state that `tensors` returned."""
+
+    def save(self, folder: Path, figures: Figures, step: int) -> None:
+        """Write the checkpoint that others use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Where and how long to train. Nothing here changes the result."""
+
+    folder: Path
+    steps: int
+    batch: int
+    identity: dict[str, Any]
+    """All that shapes the result; a run continues only where it is the same."""
+    log_every: int = 50
+    validate_every: int = 1000
+    save_every: int = 500
+    preview: Callable[[Path, int], None] = field(default=lambda folder, step: None)
+    """Draws pictures of the averaged weights into a folder."""
+    report: Callable[[int, Figures], None] = field(default=lambda step, figures: None)
+    """Shows figures as they come."""
+
+    @property
+    def state_file(self) -> Path:
+        """The file a killed run continues from."""
+        return self.folder / "state.safetensors"
+
+
+class StopSignal:
+    """Remembers Ctrl-C and SIGTERM while an update runs, so that the run can save before it ends."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received = False
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class Journal:
+    """metrics.jsonl: means over the updates since the last line, one JSON object a line."""
+
+    def __init__(self, folder: Path, start: int, batch: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.batch = batch
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.since = time.perf_counter()
+        self.last: Figures = {}
+        if self.path.exists():
+            self._drop_after(start)
+
+    def _drop_after(self, start: int) -> None:
+        """Cut off lines of updates that will be made again, and one half-written."""
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                figures = json.loads(line)
+            except ValueError:
+                continue
+            if figures["step"] <= start:
+                self.last = figures
+                kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add one update's figures, without waiting for the device."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+        self.count += 1
+
+    def write(self, step: int, validation: Figures) -> None:
+        """Write a line for all updates since the last, and keep it as `last`."""
+        figures: Figures = {"step": step, "images_seen": step * self.batch}
+        if self.count:
+            figures |= {name: float(total) / self.count for name, total in self.sums.items()}
+            figures["images_per_second"] = self.count * self.batch / (time.perf_counter() - self.since)
+        figures |= {f"validation_{name}": value for name, value in validation.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+        self.sums, self.count, self.since, self.last = {}, 0, time.perf_counter(), figures
+
+
+def resume(stage: Stage, run: Run) -> int:
+    """Return the update to begin with, having loaded the state of a run that was under way.
+
+    Raises:
+        UsageError: the folder holds a run with other settings.
+    """
+    if not run.state_file.exists():
+        return 0
+    tensors, metadata = load_tensors(run.state_file)
+    begun = json.loads(metadata["identity"])
+    given = json.loads(json.dumps(run.identity))
+    different = sorted(key for key in begun.keys() | given.keys() if begun.get(key) != given.get(key))
+    if different:
+        was = ", ".join(f"{key} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
+        raise UsageError(f"run folder: {run.folder} was begun with {was}; use the same again or another --out")
+    stage.load_tensors(tensors)
+    return int(metadata["step"])
+
+
+def save_state(stage: Stage, run: Run, step: int) -> None:
+    """Write the state to continue from, atomically."""
+    metadata = {"step": str(step), "identity": json.dumps(run.identity, sort_keys=True)}
+    save_tensors(run.state_file, stage.tensors(), metadata)
+
+
+def train(stage: Stage, run: Run) -> Figures:
+    """Train from the beginning, or from where the folder's run stopped, to the end; return the last figures.
+
+    Ctrl-C and SIGTERM end the run after the update under way, its state saved.
+
+    Raises:
+        RunError: the loss is not finite; the last good checkpoint stays.
+        UsageError: the folder holds a run with other settings.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    start = resume(stage, run)
+    journal = Journal(run.folder, start, run.batch)
+    remaining = range(start, run.steps)
+    with StopSignal() as stop:
+        for step, batch in zip(remaining, stage.batches(remaining), strict=True):
+            done = step + 1
+            metrics = stage.update(batch, step, run.steps)
+            if not math.isfinite(metrics["loss"].item()):
+                raise RunError(
+                    f"loss: {metrics['loss'].item()} at update {done}; {run.folder} keeps the last good checkpoint, "
+                    "try a lower --base-lr"
+                )
+            journal.add(metrics)
+            last = done == run.steps
+            validating = last or done % run.validate_every == 0
+            if validating or done % run.log_every == 0:
+                journal.write(done, conclude(stage, run, done) if validating else {})
+                run.report(done, journal.last)
+            if last or done % run.save_every == 0 or stop.received:
+                save_state(stage, run, done)
+            if stop.received and not last:
+                raise KeyboardInterrupt
+    return journal.last
+
+
+def conclude(stage: Stage, run: Run, step: int) -> Figures:
+    """Validate, write the checkpoint and draw pictures; return the figures."""
+    figures = stage.validate()
+    stage.save(run.folder, figures, step)
+    pictures = run.folder / "samples"
+    pictures.mkdir(exist_ok=True)
+    run.preview(pictures, step)
+    return figures
+
+
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """Return bf16 autocast for a device."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,79 @@
+"""The perceptual distance LPIPS on VGG16 features (Zhang et al. 2018), differentiable.
+
+Two files of weights are needed, both published: torchvision's VGG16 and the five linear layers that
+torch-fidelity re-hosts. They are fetched once, checked against the hash in their names' table, and read
+without unpickling code.
+
+Shapes: B pictures of P × P pixels, C channels and H × W positions of one feature map.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.errors import CheckpointError
+
+VGG_FILE = "vgg16-397923af.pth"
+LINEAR_FILE = "weights-vgg16-lpips.pth"
+SOURCES = {
+    VGG_FILE: "https://download.pytorch.org/models/vgg16-397923af.pth",
+    LINEAR_FILE: "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
+}
+STAGES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))
+"""Layers of VGG16 up to each of the five activations compared."""
+MEAN = (-0.030, -0.088, -0.188)
+DEVIATION = (0.458, 0.448, 0.450)
+"""ImageNet's, for pixels in [-1, 1]."""
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS with VGG16: squared difference of unit-length features, weighted by channel."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, folder: Path) -> None:
+        """Load both files of weights from a folder.
+
+        Raises:
+            CheckpointError: a file is missing or not what its name says.
+        """
+        from torchvision.models import vgg16  # noqa: PLC0415 (heavy, and only this class needs it)
+
+        super().__init__()
+        vgg = vgg16(weights=None)
+        vgg.load_state_dict(_read(folder / VGG_FILE, "397923af"))
+        self.stages = nn.ModuleList(vgg.features[first:last] for first, last in STAGES)
+        linear = _read(folder / LINEAR_FILE, None)
+        self.weights = nn.ParameterList(linear[f"lin{i}.model.1.weight"] for i in range(len(STAGES)))
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, made_B3PP: Tensor, image_B3PP: Tensor) -> Tensor:
+        """Return the mean distance of pictures in [-1, 1], 0 where they are equal."""
+        h_BCHW = (torch.cat([made_B3PP, image_B3PP]) - self.mean) / self.deviation
+        total = torch.zeros((), device=h_BCHW.device)
+        for stage, weight_1C11 in zip(self.stages, self.weights, strict=True):
+            h_BCHW = stage(h_BCHW)
+            made, image = F.normalize(h_BCHW, dim=1).chunk(2)
+            total = total + F.conv2d((made - image).square(), weight_1C11).mean()
+        return total
+
+
+def _read(path: Path, sha256_start: str | None) -> dict[str, Tensor]:
+    """Return a published file of weights, tensors only."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"LPIPS weights: {path} is missing; put {SOURCES[path.name]} there, or train with --lpips 0"
+        )
+    if sha256_start and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256_start):
+        raise CheckpointError(f"LPIPS weights: {path} is damaged; download it again from {SOURCES[path.name]}")
+    try:
+        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a foreign file
+        raise CheckpointError(f"LPIPS weights: {path} cannot be read; get it from {SOURCES[path.name]}") from error
+    return tensors

@@ -1,0 +1,122 @@
+"""What a training run will take, worked out before it begins.
+
+Operations and activation memory are counted by running one picture through the network, not guessed;
+the rate is measured on a few updates' worth of forward and backward passes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from varcli.config import TrainingConfig
+
+BACKWARD = 3
+"""Forward and backward together, as a multiple of forward: two products of matrices for each one."""
+STATE_BYTES = 5 * 4
+"""Bytes a parameter takes in training: weight, gradient, two moments, moving average, all float32."""
+TIMED_PASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Figures of a run."""
+
+    parameters: int
+    pictures: int
+    """Training pictures."""
+    steps: int
+    images_seen: int
+    flops: float
+    """Floating-point operations of the whole run."""
+    state_bytes: int
+    """Weights, gradients, moments and average."""
+    activation_bytes: int
+    """Saved for the backward pass, for one part of a batch."""
+    images_per_second: float
+    seconds: float
+    expected_loss: float | None = None
+    """Mean cross-entropy in nats a token from the scaling law; transformers on ImageNet only."""
+    expected_loss_last: float | None = None
+    """The same over the last scale's tokens."""
+
+
+def expected_losses(depth: int) -> tuple[float, float]:
+    """Return the mean and last-scale cross-entropy the paper's scaling laws give a model of this depth.
+
+    Source: section 4.2, L_mean = (2.5 N)^-0.20 and L_last = (2.0 N)^-0.23 above the irreducible losses,
+    N non-embedding parameters in billions.
+    """
+    billions = 73_728 * depth**3 / 1e9
+    return (2.5 * billions) ** -0.20, (2.0 * billions) ** -0.23
+
+
+class Planned(Protocol):
+    """A stage whose forward pass can be tried on made-up data."""
+
+    model: nn.Module
+
+    def trial_loss(self, count: int) -> Tensor:
+        """Return the loss of `count` random pictures, with its gradient."""
+
+
+def measure(
+    stage: Planned, training: TrainingConfig, pictures: int, expected: tuple[float, float] | None = None
+) -> Plan:
+    """Return the plan of a run.
+
+    Args:
+        stage: what is trained.
+        training: how.
+        pictures: training pictures.
+        expected: mean and last-scale loss of the scaling laws, for transformers.
+    """
+    steps, part = training.steps(pictures), training.batch // training.accumulate
+    parameters = sum(parameter.numel() for parameter in stage.model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        saved = _saved_bytes(stage.trial_loss)
+    rate = _rate(stage, part)
+    return Plan(
+        parameters=parameters,
+        pictures=pictures,
+        steps=steps,
+        images_seen=steps * training.batch,
+        flops=BACKWARD * counter.get_total_flops() * steps * training.batch,
+        state_bytes=STATE_BYTES * parameters,
+        activation_bytes=saved * part,
+        images_per_second=rate,
+        seconds=steps * training.batch / rate,
+        expected_loss=expected[0] if expected else None,
+        expected_loss_last=expected[1] if expected else None,
+    )
+
+
+def _saved_bytes(loss: Callable[[int], Tensor]) -> int:
+    """Return the bytes autograd keeps for one picture."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(1)
+    return sum(seen.values())
+
+
+def _rate(stage: Planned, part: int) -> float:
+    """Return pictures a second through forward and backward, the first pass not counted."""
+    stage.trial_loss(part).backward()
+    begin = time.perf_counter()
+    for _ in range(TIMED_PASSES):
+        stage.trial_loss(part).backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    stage.model.zero_grad()
+    return TIMED_PASSES * part / (time.perf_counter() - begin)

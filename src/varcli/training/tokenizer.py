@@ -1,0 +1,236 @@
+"""Training of the tokenizer, which the authors of VAR never published.
+
+‖im - im̂‖² + the quantizer's loss + λ_P · perceptual + λ_G · adversarial (paper, equation 5).
+
+Shapes: B pictures of P × P pixels, C codebook channels, V codebook rows, S scales, l tokens a scale.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcli.checkpoints.store import save_tokenizer
+from varcli.config import TokenizerConfig, TokenizerTrainingConfig
+from varcli.data.datasets import PictureSet
+from varcli.models.quantizer import Quantized, quantization_loss
+from varcli.models.tokenizer import Tokenizer
+from varcli.training import state
+from varcli.training.adversary import PatchDiscriminator, adaptive_weight, augment, discriminator_loss
+from varcli.training.batches import Batch, Crops, Unreadable, draws, loader, to_unit
+from varcli.training.loop import Figures, autocast
+from varcli.training.schedule import cosine_factor
+
+BETAS = (0.5, 0.9)
+HIT_DECAY = 0.99
+"""How slowly the record of codebook hits forgets."""
+REVIVE_EVERY = 100
+"""Updates between looks for codebook rows that nobody uses."""
+DEAD = 0.01
+"""A row is dead when it is hit less than this part of what even use would give."""
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+class TokenizerStage:
+    """A tokenizer, its adversary and their optimizers."""
+
+    def __init__(
+        self,
+        config: TokenizerConfig,
+        training: TokenizerTrainingConfig,
+        pictures: PictureSet,
+        held: PictureSet,
+        device: torch.device,
+        *,
+        half: bool,
+        workers: int = 0,
+        perceptual: Perceptual | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.config, self.training, self.device, self.half = config, training, device, half
+        self.pictures, self.held, self.workers, self.perceptual = pictures, held, workers, perceptual
+        self.unreadable = Unreadable(len(pictures), warn)
+        torch.manual_seed(training.seed)
+        self.model = Tokenizer(config).to(device, memory_format=torch.channels_last)
+        self.average = state.MovingAverage(self.model, training.ema)
+        self.optimizer = state.adamw(self.model, BETAS, exempt=("quantize.embedding",))
+        self.adversary = PatchDiscriminator().to(device, memory_format=torch.channels_last)
+        self.adversary_optimizer = state.adamw(self.adversary, BETAS)
+
+    def batches(self, steps: range) -> Iterator[Batch]:
+        """Yield pictures as (B, 3, P, P) uint8, with the names of unreadable ones."""
+        training = self.training
+        crops = Crops(self.pictures, self.config.pixels, training.enlarge, training.seed)
+        chosen = draws(len(self.pictures), training.batch, steps, training.seed)
+        yield from loader(crops, chosen, self.workers)
+
+    def update(self, batch: Batch, step: int, steps: int) -> dict[str, Tensor]:
+        """Make one update of the tokenizer and, once it has begun, of its adversary."""
+        pixels, unreadable = batch
+        self.unreadable.add(itertools.chain(*unreadable))
+        state.seed_step(self.training.seed, step)
+        if step == 0:
+            self.begin_codebook(pixels)
+        factor = cosine_factor(step, steps, self.training.final_lr)
+        for optimizer in (self.optimizer, self.adversary_optimizer):
+            state.set_rates(optimizer, self.training.lr * factor, self.training.weight_decay)
+        adversarial = self.training.gan > 0 and step >= self.training.gan_start * steps
+        scales = self.draw_scales(step)
+        totals: dict[str, Tensor] = {}
+        for part in pixels.chunk(self.training.accumulate):
+            for name, value in self.accumulate_gradients(part, scales, adversarial).items():
+                totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value.detach()
+        metrics = {name: total / self.training.accumulate for name, total in totals.items()}
+        if metrics["loss"].isfinite():
+            self.apply_gradients(step, adversarial)
+        return metrics
+
+    def trial_loss(self, count: int) -> Tensor:
+        """Return the reconstruction loss of `count` random pictures, with its gradient."""
+        pixels = torch.randint(256, (count, 3, self.config.pixels, self.config.pixels), dtype=torch.uint8)
+        image = to_unit(pixels, self.device)
+        made, quantized, f_BCHW = self.reconstruct(image, None)
+        return F.mse_loss(made, image) + quantization_loss(quantized, f_BCHW)
+
+    def apply_gradients(self, step: int, adversarial: bool) -> None:
+        """Let the optimizers step and clear the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if adversarial:
+            self.adversary_optimizer.step()
+        self.adversary_optimizer.zero_grad()
+        if step % REVIVE_EVERY == REVIVE_EVERY - 1:
+            self.revive_codes()
+        self.average.update(self.model, step)
+
+    def draw_scales(self, step: int) -> int | None:
+        """Return how many scales this update uses: all (None), or fewer where scale_drop strikes."""
+        generator = random.Random(f"{self.training.seed} scales {step}")
+        if generator.random() >= self.training.scale_drop:
+            return None
+        return generator.randint(1, len(self.config.sides))
+
+    def accumulate_gradients(self, pixels: Tensor, scales: int | None, adversarial: bool) -> dict[str, Tensor]:
+        """Add the gradients of a part of the batch and return its figures."""
+        image = to_unit(pixels, self.device)
+        made, quantized, f_BCHW = self.reconstruct(image, scales)
+        squared = F.mse_loss(made, image)
+        metrics = {"squared_error": squared, "quantization": quantization_loss(quantized, f_BCHW)}
+        pull = squared
+        if self.perceptual is not None:
+            metrics["perceptual"] = self.perceptual(made, image)
+            pull = squared + self.training.lpips * metrics["perceptual"]
+        loss = pull + metrics["quantization"]
+        if adversarial:
+            self.adversary.requires_grad_(False)
+            push = -self.adversary(augment(made)).mean()
+            weight = adaptive_weight(pull, push, self.model.decoder.conv_out.weight)
+            metrics["adversarial"] = push
+            loss = loss + self.training.gan * weight * push
+            self.adversary.requires_grad_(True)
+        (loss / self.training.accumulate).backward()
+        if adversarial:
+            metrics["adversary"] = self.accumulate_adversary_gradients(image, made.detach())
+        self.note_hits(quantized)
+        return metrics | {"loss": loss}
+
+    def accumulate_adversary_gradients(self, image: Tensor, made: Tensor) -> Tensor:
+        """Add the adversary's gradients and return its loss."""
+        loss = discriminator_loss(self.adversary(augment(image)), self.adversary(augment(made)))
+        (loss / self.training.accumulate).backward()
+        return loss
+
+    def reconstruct(self, image: Tensor, scales: int | None) -> tuple[Tensor, Quantized, Tensor]:
+        """Return pixels with a straight-through gradient, the quantized features, and the features."""
+        with autocast(self.device, self.half):
+            f_BCHW = self.model.features(image).float()
+        quantized = self.model.quantize.quantize(f_BCHW, scales)
+        straight_BCHW = f_BCHW + (quantized.f_hats[-1] - f_BCHW).detach()
+        with autocast(self.device, self.half):
+            made = self.model.decode_features(straight_BCHW).float()
+        return made, quantized, f_BCHW
+
+    @torch.no_grad()
+    def begin_codebook(self, pixels: Tensor) -> None:
+        """Draw the first codebook from the features of the first pictures, so that no row starts dead."""
+        features = self.model.features(to_unit(pixels, self.device))
+        rows = features.permute(0, 2, 3, 1).flatten(0, 2)
+        weight = self.model.quantize.embedding.weight
+        chosen = torch.randint(len(rows), (len(weight),), device=rows.device)
+        # Later scales quantize what earlier ones left over, so rows of every size are of use.
+        weight.copy_(rows[chosen] * torch.rand(len(weight), 1, device=rows.device))
+        self.residuals = rows
+
+    @torch.no_grad()
+    def note_hits(self, quantized: Quantized) -> None:
+        """Let the record of hits per scale and row take in a batch, and keep its residuals for revival."""
+        hits_SV = self.model.quantize.ema_vocab_hit_SV
+        for scale, idx_Bl in enumerate(quantized.tokens):
+            counts_V = torch.bincount(idx_Bl.flatten(), minlength=hits_SV.shape[1]).to(hits_SV.dtype)
+            hits_SV[scale].lerp_(counts_V, 1 - HIT_DECAY)
+        self.residuals = torch.cat([z.flatten(0, 1) for z in quantized.residuals])
+
+    @torch.no_grad()
+    def revive_codes(self) -> None:
+        """Replace codebook rows that nobody uses by residuals that wait to be quantized."""
+        hits_V = self.model.quantize.ema_vocab_hit_SV.sum(0)
+        dead = (hits_V < DEAD * hits_V.mean()).nonzero().flatten()
+        weight = self.model.quantize.embedding.weight
+        chosen = torch.randint(len(self.residuals), (len(dead),), device=dead.device)
+        weight[dead] = self.residuals[chosen].to(weight.dtype)
+        for key in ("exp_avg", "exp_avg_sq"):
+            self.optimizer.state[weight][key][dead] = 0
+
+    @torch.no_grad()
+    def validate(self) -> Figures:
+        """Return PSNR in dB, and the part of the codebook in use at each scale, on the held-out pictures."""
+        model = self.average.model
+        used_SV = torch.zeros_like(model.quantize.ema_vocab_hit_SV, dtype=torch.bool)
+        psnr: list[Tensor] = []
+        for pixels, _ in held_out_batches(self.held, self.config.pixels, self.training):
+            image = to_unit(pixels, self.device)
+            tokens = model.encode(image)
+            for scale, idx_Bl in enumerate(tokens):
+                used_SV[scale, idx_Bl.flatten()] = True
+            error_B = (model.decode(tokens) - image).square().mean((1, 2, 3))
+            psnr.append(10 * torch.log10(4 / error_B.clamp(min=1e-10)))
+        figures = {"psnr": float(torch.cat(psnr).mean())} if psnr else {}
+        usage = used_SV.float().mean(1).tolist() if psnr else []
+        return figures | {f"codebook_usage_{k + 1}": value for k, value in enumerate(usage)}
+
+    def tensors(self) -> state.Tensors:
+        """Return the whole state."""
+        parts: dict[str, nn.Module] = {"model": self.model, "average": self.average.model, "adversary": self.adversary}
+        found: state.Tensors = {}
+        for prefix, module in parts.items():
+            found |= state.with_prefix(prefix, module.state_dict())
+        found |= state.with_prefix("optimizer", state.optimizer_tensors(self.optimizer, self.model))
+        moments = state.optimizer_tensors(self.adversary_optimizer, self.adversary)
+        return found | state.with_prefix("adversary_optimizer", moments)
+
+    def load_tensors(self, tensors: state.Tensors) -> None:
+        """Set the state that `tensors` returned."""
+        self.model.load_state_dict(state.without_prefix("model", tensors))
+        self.average.model.load_state_dict(state.without_prefix("average", tensors))
+        self.adversary.load_state_dict(state.without_prefix("adversary", tensors))
+        moments = state.without_prefix("optimizer", tensors)
+        state.load_optimizer_tensors(self.optimizer, self.model, moments)
+        moments = state.without_prefix("adversary_optimizer", tensors)
+        state.load_optimizer_tensors(self.adversary_optimizer, self.adversary, moments)
+
+    def save(self, folder: Path, figures: Figures, step: int) -> None:
+        """Write the averaged tokenizer to tokenizer.safetensors."""
+        facts = {"step": step, "images_seen": step * self.training.batch, **figures}
+        save_tokenizer(folder / "tokenizer.safetensors", self.average.model, facts)
+
+
+def held_out_batches(held: PictureSet, pixels: int, training: TokenizerTrainingConfig) -> Iterator[Batch]:
+    """Yield all held-out pictures in order, cropped at the centre."""
+    crops = Crops(held, pixels, training.enlarge, None)
+    numbers = [(i, 0) for i in range(len(held))]
+    yield from loader(crops, [numbers[i : i + 64] for i in range(0, len(numbers), 64)], workers=0)

@@ -1,0 +1,145 @@
+"""Training of the transformer on the token maps of a frozen tokenizer.
+
+Shapes: B pictures, L tokens of all scales, l of one, C codebook channels, V codebook rows.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varcli.checkpoints.store import save_model
+from varcli.config import TransformerConfig, TransformerTrainingConfig
+from varcli.data.classes import ClassTable
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+from varcli.scales import spans
+from varcli.training import schedule, state
+from varcli.training.batches import draws
+from varcli.training.initialization import initialize_transformer
+from varcli.training.loop import Figures, autocast
+from varcli.training.token_cache import TokenCache
+
+BETAS = (0.9, 0.95)
+CLIP = 2.0
+"""Largest norm of all gradients together."""
+WITHOUT_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
+VALIDATION_BATCH = 64
+
+Batch = tuple[Tensor, Tensor]
+
+
+class TransformerStage:
+    """A transformer, its frozen tokenizer and its optimizer."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        training: TransformerTrainingConfig,
+        tokenizer: Tokenizer,
+        classes: ClassTable,
+        tokens: TokenCache | None,
+        held: TokenCache | None,
+        device: torch.device,
+        *,
+        half: bool,
+    ) -> None:
+        self.config, self.training, self.device, self.half = config, training, device, half
+        self.classes, self.tokens, self.held = classes, tokens, held
+        self.tokenizer = tokenizer.to(device).eval().requires_grad_(False)
+        torch.manual_seed(training.seed)
+        self.model = Transformer(config)
+        initialize_transformer(self.model, training.gamma_init)
+        self.model.to(device)
+        self.average = state.MovingAverage(self.model, training.ema)
+        self.optimizer = state.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
+
+    def batches(self, steps: range) -> Iterator[Batch]:
+        """Yield tokens (B, L) and class rows (B)."""
+        assert self.tokens is not None, "a stage without tokens only plans"
+        for chosen in draws(len(self.tokens), self.training.batch, steps, self.training.seed):
+            yield self.tokens.batch(chosen)
+
+    def update(self, batch: Batch, step: int, steps: int) -> dict[str, Tensor]:
+        """Make one update of the transformer."""
+        training = self.training
+        state.seed_step(training.seed, step)
+        rate = training.lr * schedule.linear_factor(step, steps, training.final_lr)
+        decay = schedule.weight_decay(step, steps, training.weight_decay, training.final_weight_decay)
+        state.set_rates(self.optimizer, rate, decay)
+        self.model.train()
+        totals: dict[str, Tensor] = {}
+        for tokens, rows in zip(*(part.chunk(training.accumulate) for part in batch), strict=True):
+            label_B = self.model.drop_labels(rows.to(self.device))
+            figures = self.figures(self.model, tokens.to(self.device), label_B)
+            (figures["loss"] / training.accumulate).backward()
+            for name, value in figures.items():
+                totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value.detach()
+        metrics = {name: total / training.accumulate for name, total in totals.items()}
+        metrics["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        if metrics["loss"].isfinite() and metrics["gradient_norm"].isfinite():
+            self.optimizer.step()
+            self.average.update(self.model, step)
+        else:
+            metrics["loss"] = torch.full_like(metrics["loss"], torch.nan)
+        self.optimizer.zero_grad()
+        return metrics
+
+    def trial_loss(self, count: int) -> Tensor:
+        """Return the loss of `count` random pictures, with its gradient."""
+        tokens_BL = torch.randint(self.config.codebook_size, (count, self.config.length), device=self.device)
+        label_B = torch.randint(self.config.class_count, (count,), device=self.device)
+        return self.figures(self.model.train(), tokens_BL, label_B)["loss"]
+
+    def figures(self, model: Transformer, tokens_BL: Tensor, label_B: Tensor) -> dict[str, Tensor]:
+        """Return cross-entropy and accuracy, over all tokens and over the last scale's.
+
+        Source: section 3.1; every token of every scale weighs the same.
+        """
+        parts = spans(self.config.sides)
+        with torch.no_grad():
+            teacher_BLC = self.tokenizer.quantize.teacher_input([tokens_BL[:, span] for span in parts])
+        with autocast(self.device, self.half):
+            logits_BLV = model(label_B, teacher_BLC)
+        loss_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), tokens_BL, reduction="none")
+        hit_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
+        return {
+            "loss": loss_BL.mean(),
+            "loss_last": loss_BL[:, parts[-1]].mean(),
+            "accuracy": hit_BL.mean(),
+            "accuracy_last": hit_BL[:, parts[-1]].mean(),
+        }
+
+    @torch.no_grad()
+    def validate(self) -> Figures:
+        """Return the averaged weights' figures on held-out pictures, no label dropped."""
+        if self.held is None:
+            return {}
+        sums: dict[str, float] = {}
+        for first in range(0, len(self.held), VALIDATION_BATCH):
+            numbers = range(first, min(first + VALIDATION_BATCH, len(self.held)))
+            tokens, rows = self.held.batch([(i, 0) for i in numbers])
+            figures = self.figures(self.average.model, tokens.to(self.device), rows.to(self.device))
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(numbers)
+        return {name: total / len(self.held) for name, total in sums.items()}
+
+    def tensors(self) -> state.Tensors:
+        """Return the whole state."""
+        found = state.with_prefix("model", self.model.state_dict())
+        found |= state.with_prefix("average", self.average.model.state_dict())
+        return found | state.with_prefix("optimizer", state.optimizer_tensors(self.optimizer, self.model))
+
+    def load_tensors(self, tensors: state.Tensors) -> None:
+        """Set the state that `tensors` returned."""
+        self.model.load_state_dict(state.without_prefix("model", tensors))
+        self.average.model.load_state_dict(state.without_prefix("average", tensors))
+        moments = state.without_prefix("optimizer", tensors)
+        state.load_optimizer_tensors(self.optimizer, self.model, moments)
+
+    def save(self, folder: Path, figures: Figures, step: int) -> None:
+        """Write the averaged transformer with its tokenizer to model.safetensors."""
+        facts = {"step": step, "images_seen": step * self.training.batch, **figures}
+        save_model(folder / "model.safetensors", self.tokenizer, self.average.model, self.classes, facts)

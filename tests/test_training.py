@@ -1,0 +1,338 @@
+"""Training: resumed runs end bit-identical, and every part of the recipe does what it says."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pictures import write_folder
+from varcli.checkpoints.store import load_model, load_tensors, load_tokenizer
+from varcli.config import TokenizerConfig, TokenizerTrainingConfig, TransformerConfig, TransformerTrainingConfig
+from varcli.data.datasets import open_pictures
+from varcli.errors import InputError, RunError, UsageError
+from varcli.models.tokenizer import Tokenizer
+from varcli.training import schedule, state
+from varcli.training.adversary import PatchDiscriminator, augment
+from varcli.training.batches import Crops, draws, loader
+from varcli.training.initialization import initialize_transformer
+from varcli.training.loop import Run, train
+from varcli.training.token_cache import CacheSettings, open_cache
+from varcli.training.tokenizer import TokenizerStage
+from varcli.training.transformer import TransformerStage
+
+CPU = torch.device("cpu")
+TOKENIZER = TokenizerConfig(
+    sides=(1, 2, 4), codebook_size=32, codebook_width=8, base_width=32, multipliers=(1, 1), encoder_blocks=1
+)
+TOKENIZER_TRAINING = TokenizerTrainingConfig(batch=4, epochs=1, base_lr=0.06, lpips=0, gan_start=0.5, scale_drop=0.3)
+TRANSFORMER = TransformerConfig(depth=2, width=64, sides=(1, 2, 4), codebook_size=32, codebook_width=8, class_count=2)
+TRANSFORMER_TRAINING = TransformerTrainingConfig(batch=4, epochs=1, base_lr=0.06, accumulate=2)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return open_pictures([write_folder(tmp_path_factory.mktemp("data"), {"blue": 10, "red": 10})])
+
+
+def tokenizer_stage(pictures, **changes):
+    training = dataclasses.replace(TOKENIZER_TRAINING, **changes)
+    return TokenizerStage(TOKENIZER, training, *pictures.split(2), CPU, half=False)
+
+
+def tokens(folder, pictures, **changes):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TOKENIZER).eval()
+    settings = dataclasses.replace(CacheSettings(enlarge=1.125, crops=1, seed=0), **changes)
+    return tokenizer, open_cache(folder, tokenizer, pictures, settings, CPU)
+
+
+def transformer_stage(folder, pictures, **changes):
+    tokenizer, cache = tokens(folder, pictures)
+    training = dataclasses.replace(TRANSFORMER_TRAINING, **changes)
+    return TransformerStage(TRANSFORMER, training, tokenizer, pictures.classes, cache, cache, CPU, half=False)
+
+
+def run(folder, steps=6, **changes):
+    settings = {"identity": {"a": 1}, "save_every": 3, "log_every": 3}
+    return Run(folder=folder, steps=steps, batch=4, **settings | changes)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(stage, step):
+    """Make a stage die in the middle of an update, as if the process were gone."""
+    update = stage.update
+
+    def dying(batch, number, steps):
+        metrics = update(batch, number, steps)
+        if number == step:
+            raise Killed
+        return metrics
+
+    stage.update = dying
+    return stage
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_killed_and_resumed_ends_bit_identical(kind, tmp_path, pictures):
+    def stage():
+        return tokenizer_stage(pictures) if kind == "tokenizer" else transformer_stage(tmp_path / "cache", pictures)
+
+    train(stage(), run(tmp_path / "whole"))
+    with pytest.raises(Killed):
+        train(kill_at(stage(), 4), run(tmp_path / "halved"))
+    train(stage(), run(tmp_path / "halved"))
+    whole, _ = load_tensors(tmp_path / "whole" / "state.safetensors")
+    halved, metadata = load_tensors(tmp_path / "halved" / "state.safetensors")
+    assert metadata["step"] == "6"
+    assert whole.keys() == halved.keys()
+    assert all(torch.equal(whole[name], halved[name]) for name in whole)
+    file = "model.safetensors" if kind == "transformer" else "tokenizer.safetensors"
+    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "halved" / file).read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "halved" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+
+
+def test_ctrl_c_saves_first(tmp_path, pictures):
+    import os
+    import signal
+
+    stage = tokenizer_stage(pictures)
+    update = stage.update
+
+    def interrupted(batch, number, steps):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(batch, number, steps)
+
+    stage.update = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, run(tmp_path))
+    assert load_tensors(tmp_path / "state.safetensors")[1]["step"] == "2"
+
+
+def test_other_settings_are_refused(tmp_path, pictures):
+    train(tokenizer_stage(pictures), run(tmp_path, steps=3))
+    with pytest.raises(UsageError, match=r"a 1 \(now 2\)"):
+        train(tokenizer_stage(pictures), run(tmp_path, identity={"a": 2}))
+
+
+def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, pictures):
+    stage = tokenizer_stage(pictures)
+    update = stage.update
+
+    def poisoned(batch, number, steps):
+        if number == 4:
+            with torch.no_grad():
+                stage.model.decoder.conv_out.bias.fill_(math.nan)
+        return update(batch, number, steps)
+
+    stage.update = poisoned
+    with pytest.raises(RunError, match="at update 5"):
+        train(stage, run(tmp_path))
+    tensors, metadata = load_tensors(tmp_path / "state.safetensors")
+    assert metadata["step"] == "3"
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_tokenizer_learns_and_its_file_loads(tmp_path, pictures):
+    stage = tokenizer_stage(pictures, gan=0.0, scale_drop=0.0, ema=0.5, base_lr=0.2)
+    before = stage.validate()["psnr"]
+    train(stage, run(tmp_path, steps=60, log_every=20))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert lines[-1]["validation_psnr"] > before + 3
+    assert set(lines[-1]) > {f"validation_codebook_usage_{k}" for k in (1, 2, 3)}
+    assert load_tokenizer(tmp_path / "tokenizer.safetensors").config == TOKENIZER
+
+
+def test_transformer_learns_classes_and_its_file_loads(tmp_path, pictures):
+    stage = transformer_stage(tmp_path, pictures, ema=0.5)
+    first = stage.validate()
+    assert first["loss"] == pytest.approx(math.log(32), abs=0.2)
+    train(stage, run(tmp_path / "run", steps=40))
+    last = stage.validate()
+    assert last["loss"] < first["loss"] - 0.5
+    checkpoint = load_model(tmp_path / "run" / "model.safetensors")
+    assert checkpoint.transformer.config == TRANSFORMER
+    assert [entry.name for entry in checkpoint.classes.entries] == ["blue", "red"]
+
+
+def test_validation_drops_no_labels(tmp_path, pictures):
+    stage = transformer_stage(tmp_path, pictures)
+    with torch.no_grad():
+        for parameter in stage.average.model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert stage.validate() == stage.validate()
+
+
+def test_labels_are_dropped_a_tenth_of_the_time(tmp_path, pictures):
+    torch.manual_seed(1)
+    dropped = transformer_stage(tmp_path, pictures).model.drop_labels(torch.zeros(20_000, dtype=torch.int64))
+    assert float((dropped == 2).float().mean()) == pytest.approx(0.1, abs=0.01)
+
+
+def test_accumulation_changes_rounding_only(tmp_path, pictures):
+    at_once = tokenizer_stage(pictures, gan=0.0, scale_drop=0.0)
+    in_parts = tokenizer_stage(pictures, gan=0.0, scale_drop=0.0, accumulate=2)
+    batch = next(at_once.batches(range(1)))
+    losses = [float(stage.update(batch, 1, 10)["loss"]) for stage in (at_once, in_parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("gan", 0.0), ("gan_start", 0.0), ("scale_drop", 1.0), ("base_lr", 0.01), ("weight_decay", 0.5), ("seed", 1),
+     ("enlarge", 1.0), ("final_lr", 0.9)],
+)
+def test_every_tokenizer_option_changes_the_result(name, value, pictures):
+    ends = []
+    for changes in ({}, {name: value}):
+        stage = tokenizer_stage(pictures, **changes)
+        for step, batch in enumerate(stage.batches(range(4))):
+            stage.update(batch, step, 4)
+        ends.append(stage.model.decoder.conv_out.weight)
+    assert not torch.equal(*ends)
+
+
+def test_dead_codes_are_revived(pictures):
+    stage = tokenizer_stage(pictures, gan=0.0)
+    batch = next(stage.batches(range(1)))
+    stage.update(batch, 0, 1000)
+    weight = stage.model.quantize.embedding.weight
+    with torch.no_grad():
+        weight[:16] = 1e3
+        stage.model.quantize.ema_vocab_hit_SV[:, 16:] = 1.0
+        stage.model.quantize.ema_vocab_hit_SV[:, :16] = 0.0
+    stage.update(batch, 99, 1000)
+    assert float(weight[:16].detach().abs().max()) < 10
+    assert float(stage.optimizer.state[weight]["exp_avg"][:16].abs().max()) == 0
+
+
+def test_order_is_a_permutation_each_epoch_and_resumes_anywhere():
+    whole = list(draws(10, 4, range(5), seed=3))
+    assert sorted(index for index, epoch in sum(whole, []) if epoch == 0) == list(range(10))
+    assert list(draws(10, 4, range(3, 5), seed=3)) == whole[3:]
+    assert whole != list(draws(10, 4, range(5), seed=4))
+
+
+def test_one_unreadable_picture_is_replaced_and_many_stop_the_run(tmp_path, pictures):
+    folder = write_folder(tmp_path / "data", {"a": 2, "b": 2})
+    (folder / "a" / "a_0.png").write_bytes(b"no picture")
+    broken = open_pictures([folder])
+    crops = Crops(broken, 8, 1.0, None)
+    pixels, names = next(loader(crops, [[(0, 0), (1, 0)]], 0))
+    assert torch.equal(pixels[0], pixels[1])
+    assert [len(n) for n in names] == [1, 0]
+    assert names[0][0].endswith("a/a_0.png")
+    stage = TokenizerStage(TOKENIZER, TOKENIZER_TRAINING, broken, broken.subset([]), CPU, half=False)
+    with pytest.raises(InputError, match=r"1 of 4, .*a_0\.png"):
+        train(stage, run(tmp_path / "run"))
+
+
+def test_cache_holds_what_the_tokenizer_says_and_resumes(tmp_path, pictures, monkeypatch):
+    tokenizer, cache = tokens(tmp_path / "one", pictures)
+    crop = Crops(pictures, 8, 1.125, None).crop(3, 0)[None]
+    expected = torch.cat(tokenizer.encode(crop / 127.5 - 1), 1)
+    taken, rows = cache.batch([(3, 0)])
+    assert torch.equal(taken, expected)
+    assert rows.tolist() == [pictures.rows[3]]
+
+    import varcli.training.token_cache as module
+
+    monkeypatch.setattr(module, "ENCODE_BATCH", 4)
+    monkeypatch.setattr(module, "FLUSH_EVERY", 2)
+    encode, calls = module._encode, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return encode(*arguments)
+
+    monkeypatch.setattr(module, "_encode", dying)
+    with pytest.raises(Killed):
+        tokens(tmp_path / "two", pictures)
+    _, resumed = tokens(tmp_path / "two", pictures)
+    assert len(calls) == 4 + 3  # two of five batches were on disk
+    assert np.array_equal(resumed.tokens, cache.tokens)
+    _, again = tokens(tmp_path / "two", pictures)
+    assert len(calls) == 7
+    assert np.array_equal(again.tokens, cache.tokens)
+
+
+def test_cached_crops_differ_and_epochs_take_turns(tmp_path, pictures):
+    _, cache = tokens(tmp_path, pictures, crops=2, enlarge=2.0)
+    first, second, third = (cache.batch([(i, epoch) for i in range(20)])[0] for epoch in (0, 1, 2))
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+
+
+def test_average_follows_the_weights():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = state.MovingAverage(model, 0.5)
+    start = float(model.weight.detach())
+    with torch.no_grad():
+        model.weight.add_(1)
+    average.update(model, step=100)
+    assert float(average.model.weight) == pytest.approx(start + 0.5)
+
+
+def test_weight_decay_spares_what_the_recipe_spares(tmp_path, pictures):
+    stage = transformer_stage(tmp_path, pictures)
+    names = {id(parameter): name for name, parameter in stage.model.named_parameters()}
+    decayed = {names[id(p)] for p in stage.optimizer.param_groups[0]["params"]}
+    assert "blocks.0.attn.mat_qkv.weight" in decayed
+    assert "class_emb.weight" in decayed
+    spared = set(names.values()) - decayed
+    assert {"pos_start", "pos_1LC", "lvl_embed.weight", "blocks.0.attn.scale_mul_1H11", "head.bias"} <= spared
+
+
+def test_initialization_is_the_recipe():
+    torch.manual_seed(0)
+    config = dataclasses.replace(TRANSFORMER, width=256, depth=4)
+    from varcli.models.transformer import Transformer
+
+    model = Transformer(config)
+    initialize_transformer(model, gamma=1e-3)
+    model.requires_grad_(False)
+    std = math.sqrt(1 / (3 * 256))
+    block = model.blocks[1]
+    assert float(block.attn.mat_qkv.weight.std()) == pytest.approx(std, rel=0.03)
+    assert float(block.attn.proj.weight.std()) == pytest.approx(std / math.sqrt(8), rel=0.03)
+    assert float(block.ffn.fc2.weight.std()) == pytest.approx(std / math.sqrt(8), rel=0.03)
+    assert float(model.head.weight.std()) == pytest.approx(0.02 * std, rel=0.03)
+    assert float(block.ada_lin[1].weight[:512].std()) == pytest.approx(1e-3 * std, rel=0.03)
+    assert float(block.ada_lin[1].weight[512:].std()) == pytest.approx(0.5 * std, rel=0.03)
+    assert float(model.head_nm.ada_lin[1].weight.std()) == pytest.approx(0.5 * std, rel=0.03)
+    assert float(block.ada_lin[1].bias.abs().max()) == 0
+
+
+def test_schedules_have_the_recipe_shape():
+    rate = [schedule.linear_factor(step, 1000, 0.1) for step in range(1000)]
+    assert rate[0] == pytest.approx(0.005)
+    assert rate[10] == pytest.approx((0.005 + 1) / 2)
+    assert rate[20] == rate[60] == 1
+    assert rate[-1] == pytest.approx(0.1)
+    middle = (509 - 20) / (999 - 20)
+    assert rate[509] == pytest.approx(0.1 + 0.9 * (1 - middle) / 0.95)
+    cosine = [schedule.cosine_factor(step, 1000, 0.3) for step in range(1000)]
+    assert max(cosine) == 1
+    assert cosine[-1] == pytest.approx(0.3)
+    assert schedule.weight_decay(0, 100, 0.05, 0.08) == 0.05
+    assert schedule.weight_decay(99, 100, 0.05, 0.08) == pytest.approx(0.08)
+
+
+def test_augmentation_is_differentiable_and_random():
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 16, 16, requires_grad=True)
+    first, second = augment(image), augment(image)
+    assert first.shape == image.shape
+    assert not torch.equal(first, second)
+    PatchDiscriminator(8)(first).sum().backward()
+    assert float(image.grad.abs().sum()) > 0
