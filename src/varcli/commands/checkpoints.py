@@ -1,0 +1,135 @@
+"""`var checkpoints`: what models there are, and getting, converting and checking them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from varcli.checkpoints import registry as known
+from varcli.commands import options
+from varcli.errors import CheckpointError, UsageError
+from varcli.reporting import result, table
+
+checkpoints_app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="List, get, convert and check models.",
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `var checkpoints list`.")]
+NameOrFile = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A name of `var checkpoints list`, or a file.")]
+Released = Annotated[
+    list[Path],
+    typer.Argument(metavar="VAE.pth VAR.pth", help="Released tokenizer and transformer, or one training checkpoint."),
+]
+Converted = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .safetensors file to write.")]
+Sides = Annotated[
+    str | None,
+    typer.Option(
+        metavar="1,2,3,…", help="Sides of the token maps.", show_default="the published grid of this many tokens"
+    ),
+]
+Markdown = Annotated[bool, typer.Option("--markdown", hidden=True, help="The table of the README.")]
+
+
+@checkpoints_app.command("list")
+def list_all(as_json: options.Json = False, markdown: Markdown = False) -> None:
+    """List the checkpoints known by name, with published figures and whether they are on this machine."""
+    entries = known.registry().values()
+    if markdown:
+        result(known.markdown_table().rstrip())
+    elif as_json:
+        for entry in entries:
+            result(json.dumps(registered_facts(entry), ensure_ascii=False))
+    else:
+        columns = ("name", "pixels", "classes", "parameters", "FID", "IS", "licence", "size", "here")
+        table(columns, [row(entry) for entry in entries])
+
+
+@checkpoints_app.command()
+def show(checkpoint: NameOrFile, as_json: options.Json = False) -> None:
+    """Show what is known of a checkpoint: figures and source, configuration, class count, hashes, training run."""
+    entry = known.registry().get(checkpoint)
+    facts = registered_facts(entry) if entry else {}
+    if not entry or entry.path.exists():
+        from varcli.checkpoints.verification import describe  # noqa: PLC0415 - torch, for files only
+
+        facts |= describe(known.find_local(checkpoint))
+    if as_json:
+        result(json.dumps(facts, ensure_ascii=False))
+        return
+    for line in in_lines(facts):
+        result(line)
+
+
+@checkpoints_app.command()
+def download(name: Name) -> None:
+    """Download a released checkpoint and convert it; print where it is. An interrupted download goes on."""
+    if name not in known.registry():
+        raise CheckpointError(f"checkpoint: {name}; the names are {', '.join(known.registry())}")
+    result(str(known.find(name)))
+
+
+@checkpoints_app.command()
+def convert(files: Released, out: Converted, sides: Sides = None) -> None:
+    """Turn released .pth files into one file for `--checkpoint`; nothing in them is ever run."""
+    from varcli.checkpoints import conversion  # noqa: PLC0415 - torch
+
+    conversion.convert(files, out, parse_sides(sides))
+    result(str(out))
+
+
+@checkpoints_app.command()
+def verify(checkpoint: NameOrFile) -> None:
+    """Check that a checkpoint is whole: its hashes, that every value is finite, that the tokenizer belongs to it."""
+    from varcli.checkpoints import verification  # noqa: PLC0415 - torch
+
+    entry = known.registry().get(checkpoint)
+    path = known.find_local(checkpoint)
+    hashes = verification.verify(path, entry.sha256 if entry else None)
+    result(f"{checkpoint}: well, sha256 {hashes['sha256']}")
+
+
+def registered_facts(entry: known.Entry) -> dict[str, Any]:
+    """Return what the registry says of a checkpoint, and whether its file is on this machine."""
+    facts = {key: value for key, value in asdict(entry).items() if value not in (None, ())}
+    if entry.files:
+        facts["files"] = {file.pop("name"): file for file in facts["files"]}
+    place = {"here": entry.path.exists(), "path": str(entry.path), "source": entry.source, "bytes": entry.bytes}
+    return facts | place
+
+
+def row(entry: known.Entry) -> Sequence[str]:
+    """Return a checkpoint's line in the list."""
+    fid = "–" if entry.fid is None else f"{entry.fid:.2f}"
+    score = "–" if entry.inception_score is None else f"{entry.inception_score:.1f}"
+    size = "–" if entry.bytes is None else f"{entry.bytes / 1e6:.0f} MB"
+    here = "yes" if entry.path.exists() else "no"
+    parameters = known.count_in_words(entry.parameters)
+    return entry.name, str(entry.pixels), str(entry.classes), parameters, fid, score, entry.licence, size, here
+
+
+def in_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """Return facts as lines of name and value, those inside others indented."""
+    lines: list[str] = []
+    for name, value in facts.items():
+        if value is None:
+            continue
+        inside = value if isinstance(value, dict) else {}
+        plain = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        lines.append(f"{indent}{name + ':':<{22 - len(indent)}}{'' if inside else plain}".rstrip())
+        lines += in_lines(inside, indent + "  ")
+    return lines
+
+
+def parse_sides(text: str | None) -> list[int] | None:
+    """Return the sides that a list such as 1,2,3,4 names, None for none."""
+    if text is None:
+        return None
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UsageError(f"sides: {text}; whole numbers with commas between, e.g. 1,2,3,4,6,8")
+    return [int(part) for part in text.split(",")]
