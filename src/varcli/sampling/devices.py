@@ -31,21 +31,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the precision of that name; for "auto" 16 bits on CUDA and float32 elsewhere."""
+def pick_dtype(name: str, device: torch.device) -> str:
+    """Return the name of the precision; for "auto" 16 bits on CUDA and fp32 elsewhere."""
     if name != "auto":
-        return DTYPES[name]
+        return name
     if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """Make both models ready for sampling: evaluation mode, device, precision, memory layout.
+def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, precision: str) -> None:
+    """Make both models ready for sampling: evaluation mode, device, precision by name, memory layout.
 
     In 16 bits only what takes the time is: the blocks' linear maps and the decoder. The residual
     stream, the token embeddings, the logits and the draws stay in float32.
     """
+    dtype = DTYPES[precision]
     tokenizer.to(device).eval()
     transformer.to(device).eval()
     for layer in transformer.blocks.modules():

@@ -1,0 +1,114 @@
+"""The app, the list of its commands, and the one place where an error becomes a line and an exit code.
+
+Exit codes: 0 well, 1 a bug (with its traceback), 2 to 5 as `varcli.errors` says, 130 Ctrl-C, 141 the
+reader of our output closed the pipe.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from varcli import __version__, config, reporting, scales
+from varcli.errors import UsageError, VarError
+
+COMMANDS = {
+    "sample": ("varcli.commands.sample", "sample"),
+    "show": ("varcli.commands.show", "show"),
+    "classes": ("varcli.commands.classes", "classes"),
+    "checkpoints": ("varcli.commands.checkpoints", "checkpoints_app"),
+    "train": ("varcli.commands.train", "train_app"),
+}
+"""Module and name of each command, in the order of the help: imported only when it is needed."""
+
+INTERRUPTED, CLOSED_PIPE = 130, 141
+"""What a shell reports of a program that Ctrl-C or a closed pipe ended."""
+
+
+class Commands(TyperGroup):
+    """The commands of `COMMANDS`, each imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by name, None if there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name]
+        found = getattr(import_module(module), name)
+        if not isinstance(found, typer.Typer):
+            command, found = found, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            found.command(cmd_name)(command)
+        return typer.main.get_command(found)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; a reader that went away ends it quietly."""
+        try:
+            answer = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            # What still waits in the buffer would fail once more when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(CLOSED_PIPE) from error
+        return answer
+
+
+app = typer.Typer(
+    name="var", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        reporting.result(f"var {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def var(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make pictures with visual autoregressive modeling: next-scale prediction, coarse to fine."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (the process's own if None); return the exit code."""
+    try:
+        code = app(arguments, prog_name="var", standalone_mode=False) or 0
+    except VarError as error:
+        return _failed(str(error), error.exit_code)
+    except typer.TyperException as error:
+        return _failed(error.format_message(), UsageError.exit_code)
+    except ValueError as error:
+        if not _from_config(error):
+            raise
+        return _failed(str(error), UsageError.exit_code)
+    if code == INTERRUPTED:
+        reporting.note("interrupted")
+    return int(code)
+
+
+def _failed(message: str, code: int) -> int:
+    reporting.failure(message)
+    return code
+
+
+def _from_config(error: ValueError) -> bool:
+    """Return whether a configuration refused a value a user gave, rather than a bug raising the error."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return Path(last.filename) in [Path(str(module.__file__)) for module in (config, scales)]
+
+
+def main() -> None:
+    """Run `var`."""
+    sys.exit(run())

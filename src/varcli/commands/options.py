@@ -1,0 +1,82 @@
+"""Each option's type, range and help, once. Defaults stand in the configurations. No torch here."""
+
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from typer import Argument, Option
+
+DEFAULT_CHECKPOINT: Final = "tiny64"
+DEFAULT_PRESET: Final = "looks"
+"""Who types no settings wants pictures to look at; figures come from commands that say so."""
+
+Classes = Annotated[
+    list[str],
+    Option(
+        "--class",
+        "-c",
+        metavar="CLASS",
+        help="Index (207), name ('golden retriever'), list (1,5,207), range (10-20), all, none (unconditional), "
+        "random, or - for one a line on stdin. Repeatable.",
+    ),
+]
+Count = Annotated[int, Option("--count", "-n", min=1, help="Pictures a class.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of a class's first picture; the next ones count up from it.")]
+Checkpoint = Annotated[
+    str,
+    Option(
+        "--checkpoint",
+        "-m",
+        envvar="VAR_CHECKPOINT",
+        metavar="NAME|FILE",
+        help="Which model: a name of `var checkpoints list`, or a file.",
+    ),
+]
+Cfg = Annotated[
+    float | None, Option("--cfg", help="Strength of classifier-free guidance, 0 for none.", show_default="the preset's")
+]
+TopK = Annotated[
+    int | None,
+    Option("--top-k", help="Draw from this many best tokens; 0 is off, 1 greedy.", show_default="the preset's"),
+]
+TopP = Annotated[
+    float | None,
+    Option("--top-p", help="Draw from the best tokens of this probability; 0 is off.", show_default="the preset's"),
+]
+Smooth = Annotated[bool, Option("--smooth", help="Mix tokens instead of drawing one: smoother, for looks only.")]
+Preset = Annotated[
+    Literal["metrics", "looks"],
+    Option("--preset", help="Settings for measuring or for looking at; the options above override them."),
+]
+Out = Annotated[
+    str | None,
+    Option(
+        "--out",
+        "-o",
+        metavar="PLACE",
+        help="A .png file, a folder, .npz (for FID toolkits), .tar (WebDataset), or - for stdout.",
+        show_default="files in the current folder",
+    ),
+]
+Grid = Annotated[Path | None, Option("--grid", metavar="FILE", help="Also a contact sheet of all pictures, .png.")]
+Scales = Annotated[
+    Path | None,
+    Option("--scales", metavar="FILE", help="Also the picture growing scale by scale: strip .png, animation .gif."),
+]
+BatchSize = Annotated[
+    int | None,
+    Option(
+        "--batch-size",
+        min=1,
+        help="Pictures at a time on a GPU in 16 bits; elsewhere always one, so that batches change nothing.",
+        show_default="as memory allows",
+    ),
+]
+Device = Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"], Option("--dtype", help="Precision; auto is 16 bits on CUDA, else fp32.")
+]
+Resume = Annotated[bool, Option("--resume", help="Skip pictures that are there already.")]
+Json = Annotated[bool, Option("--json", help="Results as JSON, one object a line.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bar, no notes, no paths; errors only.")]
+PictureFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that `var sample` wrote.")]
+Words = Annotated[list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without them all classes.")]

@@ -1,0 +1,28 @@
+"""`var show`: how a picture was made, and how to make it again."""
+
+import json
+from dataclasses import asdict
+
+from varcli.commands import options
+from varcli.reporting import result
+
+
+def show(file: options.PictureFile, as_json: options.Json = False) -> None:
+    """Print how a picture was made and the command that makes it again, bit for bit on the same machine."""
+    from varcli.data.images import command_line, read_provenance  # noqa: PLC0415 - Pillow
+
+    made = read_provenance(file)
+    if as_json:
+        result(json.dumps(asdict(made) | {"command": command_line(made)}, sort_keys=True))
+        return
+    number = "" if made.class_id is None else f"{made.class_id} "
+    facts = {
+        "checkpoint": f"{made.checkpoint}, sha256 {made.checkpoint_sha256}",
+        "class": f"{number}{made.class_name}",
+        "seed": made.seed,
+        "settings": f"cfg {made.cfg:g}, top-k {made.top_k}, top-p {made.top_p:g}{', smooth' if made.smooth else ''}",
+        "computed": f"on {made.device} in {made.dtype}, by varcli {made.version}",
+        "again": command_line(made),
+    }
+    for name, value in facts.items():
+        result(f"{name:<11}{value}")

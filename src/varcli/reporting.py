@@ -1,0 +1,56 @@
+"""What the user sees: results on stdout, everything else on stderr. No torch here."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+
+def result(line: str) -> None:
+    """Write one line of results to stdout, at once, so that a reader behind a pipe need not wait."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def note(line: str) -> None:
+    """Write one line about the run to stderr."""
+    sys.stderr.write(f"var: {line}\n")
+
+
+def failure(message: str) -> None:
+    """Write an error to stderr, as one line whatever it holds."""
+    note("error: " + " ".join(message.split()))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write rows to stdout: as a table with headings on a terminal, else with tabs between and no headings."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            result("\t".join(row))
+        return
+    from rich import box  # noqa: PLC0415 - only where there is a terminal
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    shown = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        shown.add_row(*row)
+    Console(markup=False, highlight=False).print(shown)
+
+
+@contextmanager
+def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """Yield what to call after each of `total` steps: it moves a bar on stderr.
+
+    There is no bar where stderr is no terminal, where `quiet` is asked for, or where the total is unknown.
+    """
+    if quiet or total is None or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console  # noqa: PLC0415 - only where there is a terminal
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # rich would send redirected results to stderr too: right on a terminal, wrong in a pipe.
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,172 @@
+"""The command line as a whole: its options, its errors and exit codes, how it starts and how it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import small
+from varcli import __version__, cli
+from varcli.config import TransformerConfig
+from varcli.errors import CheckpointError, InputError, RunError, UsageError
+
+OPTIONS = {
+    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --out -o --grid "
+    "--scales --batch-size --device --dtype --resume --json --quiet -q",
+    "show": "--json",
+    "classes": "--checkpoint -m --json",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(small.save(tmp_path_factory.mktemp("model") / "small.safetensors"))
+
+
+def command(name):
+    return cli.Commands().get_command(None, name)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_options_are_these(name):
+    """Whoever adds, drops or renames an option changes this on purpose."""
+    found = [flag for p in command(name).params for flag in p.opts if flag.startswith("-")]
+    assert sorted(found) == sorted(OPTIONS[name].split())
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.run(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert re.search(rf"\b{name}\b", out)
+
+
+def test_help_of_every_command_has_help_for_every_option():
+    for name in OPTIONS:
+        assert command(name).help
+        for parameter in command(name).params:
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_version(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"var {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        (["paint"], 2, "No such command 'paint'."),
+        (["--loud"], 2, "No such option: --loud"),
+        (["sample"], 2, "Missing option '--class' / '-c'."),
+        (["sample", "-c", "1", "--cgf", "3"], 2, "No such option: --cgf"),
+        (["sample", "-c", "1", "--cfg", "much"], 2, "Invalid value for '--cfg': "),
+        (["sample", "-c", "1", "-n", "0"], 2, "Invalid value for '--count' / '-n': "),
+        (["sample", "-c", "1", "--preset", "best"], 2, "'best' is not one of 'metrics', 'looks'."),
+        (["sample", "-c", "1", "--dtype", "int8"], 2, "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'."),
+        (["sample", "-c", "1", "--top-k", "-3"], 2, "top-k: -3; 0 (off) or more"),
+        (["sample", "-c", "1", "--device", "tpu"], 2, "device: tpu; auto, cpu, cuda, cuda:1 or mps"),
+        (["sample", "-c", "20-10"], 2, "class range: 20-10; the smaller index first, 10-20"),
+        (["sample", "-c", "golden retreiver"], 3, "class: golden retreiver; close to it: 207 golden retriever"),
+        (["sample", "-c", "5000"], 3, "class: 5000; this checkpoint knows 5 classes between 1 and 985"),
+        (["sample", "-c", "1", "-m", "tiny46"], 4, "checkpoint: tiny46; no such file, and the names are tiny64"),
+        (["sample", "-c", "1", "-m", "{foreign}"], 4, "checkpoint: {foreign}; cannot be read: "),
+        (["sample", "-c", "1", "-m", "{truncated}"], 4, "checkpoint: {truncated}; cannot be read: "),
+        (["sample", "-c", "1", "-o", "{foreign}"], 2, "out: {foreign}; a folder, a name ending in .png"),
+        (["sample", "-c", "1", "-o", "/dev/full"], 5, "output: /dev/full cannot be written; No space left on device"),
+        (["sample", "-c", "1", "-o", "{foreign}/x.png"], 5, "output: {foreign}/x.png cannot be written; "),
+        (["show", "{foreign}"], 3, "picture: {foreign}; a PNG written by var sample"),
+        (["classes", "zeppelin"], 3, "class: zeppelin; no name has these words"),
+    ],
+    ids=lambda mistake: " ".join(mistake[0]),
+)
+def test_mistakes(model, tmp_path, monkeypatch, capsys, mistake):
+    """The one table: arguments, exit code, message."""
+    monkeypatch.setenv("VAR_CHECKPOINT", model)
+    monkeypatch.chdir(tmp_path)
+    files = {"foreign": tmp_path / "notes.txt", "truncated": tmp_path / "cut.safetensors"}
+    files["foreign"].write_text("a shopping list " * 99)
+    files["truncated"].write_bytes(Path(model).read_bytes()[:100_000])
+    arguments, code, message = mistake
+    assert cli.run([argument.format(**files) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("var: error: ") and err.count("\n") == 1
+    assert message.format(**files) in err
+    assert sorted(tmp_path.iterdir()) == sorted(files.values())
+
+
+@pytest.mark.parametrize(("error", "code"), [(UsageError, 2), (InputError, 3), (CheckpointError, 4), (RunError, 5)])
+def test_an_error_is_one_line_and_its_exit_code(monkeypatch, capsys, error, code):
+    def fail(*_, **__):
+        raise error("what: given;\n  what would be right")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.run([]) == code
+    assert capsys.readouterr().err == "var: error: what: given; what would be right\n"
+
+
+def test_a_value_a_configuration_refuses_is_a_mistake_and_other_value_errors_are_bugs(monkeypatch, capsys):
+    def refuse(*_, **__):
+        TransformerConfig(depth=0, width=64, sides=(1,), codebook_size=4, codebook_width=4)
+
+    monkeypatch.setattr(cli, "app", refuse)
+    assert cli.run([]) == 2
+    assert capsys.readouterr().err == "var: error: depth: 0; at least 1\n"
+    monkeypatch.setattr(cli, "app", lambda *_, **__: int("three"))
+    with pytest.raises(ValueError, match="three"):
+        cli.run([])
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_needs_no_torch():
+    heavy = run_python(
+        "import sys; from varcli import cli; cli.run(['--help']); cli.run(['sample', '--help']);"
+        "print([name for name in ('torch', 'numpy', 'PIL', 'huggingface_hub') if name in sys.modules])"
+    ).splitlines()[-1]
+    assert heavy == "[]"
+
+
+def test_sampling_imports_nothing_it_has_no_use_for(model, tmp_path):
+    heavy = run_python(
+        "import sys; from varcli import cli;"
+        f"assert cli.run(['sample', '-c', '1', '-m', {model!r}, '-o', {str(tmp_path)!r}]) == 0;"
+        "print([name for name in ('torchvision', 'torch_fidelity', 'huggingface_hub', 'scipy', 'torch._dynamo',"
+        " 'matplotlib') if name in sys.modules])"
+    ).splitlines()[-1]
+    assert heavy == "[]"
+
+
+def var(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "varcli", *arguments], text=True, stderr=subprocess.PIPE, **options)
+
+
+def test_a_closed_pipe_ends_quietly(model, tmp_path):
+    with var("sample", "-c", "-", "-m", model, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write("1\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "1-goldfish-0.png\n"
+        process.stdout.close()
+        process.stdin.write("1\n")
+        process.stdin.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == cli.CLOSED_PIPE
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
+def test_ctrl_c_ends_with_130_and_no_traceback(model, tmp_path):
+    with var("sample", "-c", "-", "-m", model, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write("1\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "1-goldfish-0.png\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == cli.INTERRUPTED
+        assert process.stderr.read() == "var: interrupted\n"

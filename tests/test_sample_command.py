@@ -1,0 +1,243 @@
+"""`var sample`: what is asked for is what comes out, whatever the batch, the order, the place or the process."""
+
+import io
+import json
+import shlex
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small
+from varcli import cli
+from varcli.data.classes import imagenet
+from varcli.data.images import read_provenance
+from varcli.data.sheets import MOST_PICTURES
+
+TABLE = [imagenet().by_id(class_id) for class_id in small.CLASSES]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small.save(tmp_path_factory.mktemp("model") / "small.safetensors")
+
+
+@pytest.fixture
+def sample(model, monkeypatch, tmp_path):
+    """Run `var sample` with the small model in an empty folder; fail where it fails."""
+    monkeypatch.setenv("VAR_CHECKPOINT", str(model))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        assert cli.run(["sample", "--device", "cpu", *map(str, arguments)]) == 0
+
+    return run
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def pngs(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
+
+
+def test_a_picture_a_class_in_the_current_folder(sample, capsys, tmp_path):
+    sample("-c", "golden retriever")
+    assert capsys.readouterr() == ("207-golden_retriever-0.png\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["207-golden_retriever-0.png"]
+    assert pixels("207-golden_retriever-0.png").shape == (16, 16, 3)
+
+
+def test_many_ways_to_name_classes(sample, capsys):
+    sample("-c", "281,985", "-c", "none", "-c", "goldfish", "--out", "out", "--quiet")
+    names = ["1-goldfish-0.png", "281-tabby-0.png", "985-daisy-0.png", "none-0.png"]
+    assert sorted(pngs("out")) == names
+    sample("-c", "all", "-n", 2, "--seed", 7, "--out", "all")
+    assert len(capsys.readouterr().out.splitlines()) == 10
+    assert {name.rsplit("-", 1)[1] for name in pngs("all")} == {"7.png", "8.png"}
+
+
+def test_a_class_asked_for_again_goes_on(sample):
+    sample("-c", 207, "-c", 1, "-c", 207, "-n", 2, "--out", "again")
+    sample("-c", "1", "-n", 2, "--out", "once")
+    sample("-c", "207", "-n", 4, "--out", "once")
+    once = pngs("once")
+    assert len(once) == 6 and pngs("again") == once
+
+
+def test_random_classes_follow_the_seed(sample):
+    sample("-c", "random", "-n", 12, "--out", "one")
+    sample("-c", "random", "-n", 4, "--seed", 8, "--out", "other")
+    one, other = pngs("one"), pngs("other")
+    assert len({name.split("-")[0] for name in one}) > 2
+    assert other.items() <= one.items() and len(other) == 4
+
+
+def test_show_gives_the_command_that_makes_it_again(sample, capsys):
+    options = ["--seed", 5, "--cfg", 2.5, "--top-k", 40, "--top-p", 0.9, "--smooth", "--dtype", "bf16"]
+    sample("-c", "daisy", "-n", 2, "--out", "first", "--quiet", *options)
+    assert cli.run(["show", "first/985-daisy-6.png"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)[1]
+    assert cli.run(shlex.split(command)[1:]) == 0
+    assert Path("985-daisy-6.png").read_bytes() == pngs("first")["985-daisy-6.png"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_neither_batch_nor_order_changes_a_picture(sample, dtype):
+    sample("-c", "1,207", "-n", 3, "--out", "a", "--batch-size", 1, "--dtype", dtype)
+    sample("-c", "207,1", "-n", 3, "--out", "b", "--batch-size", 64, "--dtype", dtype)
+    for seed in (2, 1, 0):
+        sample("-c", "1,207", "--seed", seed, "--out", "c", "--batch-size", 3, "--dtype", dtype)
+    assert len(pngs("a")) == 6
+    assert pngs("a") == pngs("b") == pngs("c")
+
+
+def test_another_process_makes_the_same_picture(sample, model):
+    arguments = ["sample", "-c", "963", "--seed", "3", "--device", "cpu", "-m", str(model), "-o"]
+    made = subprocess.run([sys.executable, "-m", "varcli", *arguments, "-"], capture_output=True, check=True)
+    assert made.stderr == b""
+    sample("-c", "963", "--seed", 3, "--out", "here.png")
+    assert made.stdout == Path("here.png").read_bytes()
+
+
+def test_every_setting_changes_the_picture(sample):
+    start = ["-c", 281, "--cfg", 2, "--top-k", 30, "--top-p", 0.9, "--quiet", "--out"]
+    changes = {
+        "start": [],
+        "cfg": ["--cfg", 0],
+        "top-k": ["--top-k", 1],
+        "top-p": ["--top-p", 0.5],
+        "smooth": ["--smooth"],
+        "seed": ["--seed", 1],
+        "class": ["-c", 1],  # beside 281, which is as at the start
+    }
+    for name, change in changes.items():
+        sample(*start, name, *change)
+    made = {pixels(path).tobytes() for name in changes for path in Path(name).iterdir()}
+    assert len(made) == len(changes)
+
+
+def test_presets_and_what_overrides_them(sample):
+    sample("-c", 1, "--out", "default.png")
+    sample("-c", 1, "--out", "metrics.png", "--preset", "metrics")
+    sample("-c", 1, "--out", "mixed.png", "--preset", "metrics", "--top-k", 0, "--top-p", 0)
+    settings = {
+        name: (made.cfg, made.top_k, made.top_p)
+        for name in ("default", "metrics", "mixed")
+        for made in [read_provenance(Path(f"{name}.png"))]
+    }
+    assert settings == {"default": (4.0, 900, 0.95), "metrics": (1.5, 900, 0.96), "mixed": (1.5, 0, 0)}
+
+
+def test_every_place_holds_the_same_pixels(sample, capsysbinary):
+    sample("-c", "1,985", "-n", 2, "--out", "folder/inside")
+    sample("-c", "1,985", "-n", 2, "--out", "all.npz")
+    sample("-c", "1,985", "-n", 2, "--out", "all.tar")
+    listed = capsysbinary.readouterr().out.decode().split()
+    sample("-c", "1,985", "-n", 2, "--out", "-")
+    stream = capsysbinary.readouterr().out
+    files = [Path(line) for line in listed[:4]]
+    expected = np.stack([pixels(path) for path in files])
+    assert listed[4:] == ["all.npz", "all.tar"]
+    assert np.array_equal(np.load("all.npz")["arr_0"], expected) and expected.dtype == np.uint8
+    with tarfile.open("all.tar") as tar:
+        members = [name for name in tar.getnames() if name.endswith(".png")]
+        for name, path in zip(members, files, strict=True):
+            assert np.array_equal(pixels(tar.extractfile(name)), pixels(path))
+    with tarfile.open(fileobj=io.BytesIO(stream)) as tar:
+        assert [tar.extractfile(name).read() for name in tar.getnames()] == [path.read_bytes() for path in files]
+    sample("-c", "985", "--out", "-")
+    assert capsysbinary.readouterr().out == files[2].read_bytes()
+
+
+def test_json_lines_say_what_was_made(sample, capsys, model):
+    sample("-c", "207,none", "--json", "--quiet")
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["path"] == "207-golden_retriever-0.png"
+    assert (first["class_id"], first["class_name"], first["seed"]) == (207, "golden retriever", 0)
+    assert (second["class_id"], second["class_name"], second["checkpoint"]) == (None, "none", str(model))
+    sample("-c", "207", "--json", "--out", "a.npz")
+    assert json.loads(capsys.readouterr().out)["path"] == "a.npz"
+
+
+def test_quiet_says_nothing(sample, capsys):
+    sample("-c", "207", "--quiet", "--out", "a.tar")
+    sample("-c", "207", "--quiet")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_resume_makes_only_what_is_missing(sample, capsys):
+    sample("-c", "1,207", "--out", "o")
+    (Path("o") / "1-goldfish-0.png").unlink()
+    before = (Path("o") / "207-golden_retriever-0.png").stat().st_mtime_ns
+    capsys.readouterr()
+    sample("-c", "1,207", "--out", "o", "--resume")
+    assert capsys.readouterr().out.split() == [str(Path("o") / "1-goldfish-0.png")]
+    assert (Path("o") / "207-golden_retriever-0.png").stat().st_mtime_ns == before
+    sample("-c", "1,207", "--out", "o", "--resume", "--cfg", 0)
+    assert len(capsys.readouterr().out.split()) == 2
+
+
+def test_stdin_is_answered_line_by_line(sample, capsys, monkeypatch):
+    seen = []
+
+    def lines():
+        yield "207\n"
+        seen.append(capsys.readouterr().out)
+        yield "\n"
+        yield "none, 207\n"
+        seen.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(sys, "stdin", lines())
+    sample("-c", "-")
+    assert seen == ["207-golden_retriever-0.png\n", "none-0.png\n207-golden_retriever-1.png\n"]
+
+
+def test_contact_sheet_and_growing_picture(sample, capsys):
+    sample("-c", "1,207,281", "--out", "o", "--grid", "grid.png")
+    assert len(capsys.readouterr().out.split()) == 3
+    assert pixels("grid.png").shape[1] > 3 * 192
+    sample("-c", "1", "--scales", "strip.png", "--out", "one.png")
+    sample("-c", "1", "--scales", "strip.gif", "--out", "two.png")
+    with Image.open("strip.gif") as animation:
+        assert animation.n_frames == len(small.SIDES)
+    assert read_provenance(Path("strip.png")) == read_provenance(Path("one.png"))
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes() == pngs("o")["1-goldfish-0.png"]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        (["-c", "tench"], 3, "class not known: 0 tench; the nearest of the 5 this checkpoint knows are 1 goldfish"),
+        (["-c", "0"], 3, "var-d16 knows all 1000: --checkpoint var-d16"),
+        (["-c", "1", "-o", "-", "--json"], 2, "json: with --out -; stdout can carry"),
+        (["-c", "1", "--resume", "--grid", "g.png"], 2, "resume: with --grid or --scales; "),
+        (["-c", "1", "--grid", "g.jpg"], 2, "grid: g.jpg; a name ending in .png"),
+        (["-c", "1", "--grid", "no/g.png"], 5, "there is no folder no"),
+        (["-c", "1", "--scales", "g.webp"], 2, "scales: g.webp; a name ending in .png or .gif"),
+        (["-c", "1,207", "--scales", "g.gif"], 2, "scales: 2 pictures; exactly one"),
+        (["-c", "-", "--scales", "g.gif"], 2, "scales: any number of pictures; exactly one"),
+        (["-c", "1", "-n", str(MOST_PICTURES + 1), "--grid", "g.png"], 2, f"grid: {MOST_PICTURES + 1} pictures; "),
+        (["-c", "1", "-n", "2", "-o", "x.png"], 2, "out: x.png for several pictures; "),
+        (["-c", "1", "-o", "no/x.png"], 5, "there is no folder no"),
+        (["-c", "1", "--cfg", "-1"], 2, "cfg: -1.0; 0 (no guidance) or more"),
+        (["-c", "1", "--top-p", "1.5"], 2, "top-p: 1.5; between 0 (off) and 1"),
+        (["-c", "1", "--device", "cuda:99"], 2, "device: cuda:99; this machine has cpu"),
+        (["-c", "1", "-m", "no.safetensors"], 4, "checkpoint: no.safetensors; no such file, and the names are tiny64"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(model, monkeypatch, tmp_path, capsys, mistake):
+    arguments, code, message = mistake
+    monkeypatch.setenv("VAR_CHECKPOINT", str(model))
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["sample", *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("var: error: ") and err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []

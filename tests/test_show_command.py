@@ -1,0 +1,62 @@
+"""`var show`: a picture says how it was made."""
+
+import json
+
+import numpy as np
+import pytest
+
+from varcli import cli
+from varcli.data.images import Provenance, command_line, png_bytes
+
+MADE = Provenance(
+    checkpoint="tiny64",
+    checkpoint_sha256="0f" * 32,
+    class_id=207,
+    class_name="golden retriever",
+    seed=3,
+    cfg=4.0,
+    top_k=900,
+    top_p=0.95,
+    smooth=True,
+    device="cpu",
+    dtype="fp32",
+    version="0.1.0",
+)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(png_bytes(np.zeros((4, 4, 3), np.uint8), MADE))
+    return str(path)
+
+
+def test_says_how_it_was_made(picture, capsys):
+    assert cli.run(["show", picture]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines() == [
+        f"checkpoint tiny64, sha256 {'0f' * 32}",
+        "class      207 golden retriever",
+        "seed       3",
+        "settings   cfg 4, top-k 900, top-p 0.95, smooth",
+        "computed   on cpu in fp32, by varcli 0.1.0",
+        f"again      {command_line(MADE)}",
+    ]
+
+
+def test_json(picture, capsys):
+    assert cli.run(["show", picture, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown.pop("command") == command_line(MADE)
+    assert Provenance(**shown) == MADE
+
+
+def test_pictures_that_say_nothing(tmp_path, capsys):
+    plain, text = tmp_path / "plain.png", tmp_path / "text.png"
+    plain.write_bytes(png_bytes(np.zeros((4, 4, 3), np.uint8), None))
+    text.write_text("not a picture")
+    for path in (plain, text, tmp_path / "missing.png", tmp_path):
+        assert cli.run(["show", str(path)]) == 3
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"var: error: picture: {path}") and err.count("\n") == 1
