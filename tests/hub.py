@@ -44,7 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self):
-        place, name = re.fullmatch(r"/FoundationVision/var/(resolve/main|bytes)/(.+)", self.path).groups()
+        asked = re.fullmatch(r"/FoundationVision/var/(resolve/main|bytes)/(.+)", self.path)
+        place, name = asked.groups() if asked else ("", self.path)
         if name not in self.server.files:
             self.reply(404, {"X-Error-Code": "EntryNotFound"})
         elif place == "bytes":

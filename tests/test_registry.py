@@ -59,6 +59,22 @@ def test_every_entry_is_whole():
     assert registry()["var-d16"].source == "https://huggingface.co/FoundationVision/var"
 
 
+def test_bundled_file_is_as_registered():
+    from varcli.checkpoints.files import file_sha256
+    from varcli.checkpoints.store import load_model
+    from varcli.checkpoints.verification import describe
+
+    entry = registry()["tiny64"]
+    if not entry.path.exists():
+        pytest.skip("a checkout in which it was not trained yet")
+    facts = describe(entry.path)
+    assert facts["transformer"]["values"] == entry.parameters
+    assert facts["classes"] == entry.classes
+    assert facts["bytes"] <= 32_000_000
+    assert file_sha256(entry.path) == entry.sha256
+    assert load_model(entry.path).tokenizer.config.pixels == entry.pixels
+
+
 def test_presets_of_names_and_files():
     assert presets("var-d16")["metrics"] == SampleConfig(cfg=1.5, top_k=900, top_p=0.96)
     assert presets("some/file.safetensors") == PRESETS

@@ -143,7 +143,8 @@ def _translated(entry: Entry) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise RunError(f"cannot store {entry.name}: {reason(error)}; what came so far is kept") from error
         names = " ".join(file.name for file in entry.files)
+        why = reason(error).rstrip(".")
         raise CheckpointError(
-            f"cannot download {entry.name} from {constants.ENDPOINT}: {reason(error)}; go online or set HF_ENDPOINT "
-            f"to a mirror and try again, or bring its files and run: var checkpoints convert {names} --out FILE"
+            f"cannot download {entry.name} from {constants.ENDPOINT}: {why}; go online or set HF_ENDPOINT to a mirror "
+            f"and try again, or bring its files and run: var checkpoints convert {names} --out FILE"
         ) from error

@@ -23,7 +23,7 @@ from varcli.errors import CheckpointError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
-__all__ = ["load_tensors", "save_tensors"]
+__all__ = ["load_tensors", "save_tensors"]  # passed on: a training state is made of tensors too
 
 FORMAT_VERSION = "1"
 DERIVED = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias")
