@@ -50,8 +50,8 @@ class SelfAttention(nn.Module):
     def project(self, x_BlD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return unit-length queries (times their temperature), unit-length keys, and values: (B, h, l, c) each."""
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv_BlD3 = F.linear(x_BlD, self.mat_qkv.weight, bias)
-        q, k, v = qkv_BlD3.unflatten(2, (3, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+        qkv = F.linear(x_BlD, self.mat_qkv.weight, bias)
+        q, k, v = qkv.unflatten(2, (3, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
         temperature = self.scale_mul_1H11.clamp(max=math.log(100.0)).exp()
         return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), v
 
