@@ -1,6 +1,7 @@
 """Training: resumed runs end bit-identical, and every part of the recipe does what it says."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -52,7 +53,9 @@ def tokens(folder, pictures, **changes):
 def transformer_stage(folder, pictures, **changes):
     tokenizer, cache = tokens(folder, pictures)
     training = dataclasses.replace(TRANSFORMER_TRAINING, **changes)
-    return TransformerStage(TRANSFORMER, training, tokenizer, pictures.classes, cache, cache, CPU, half=False)
+    return TransformerStage(
+        TRANSFORMER, training, tokenizer, pictures.classes, CPU, half=False, tokens=cache, held=cache
+    )
 
 
 def run(folder, steps=6, **changes):
@@ -60,7 +63,7 @@ def run(folder, steps=6, **changes):
     return Run(folder=folder, steps=steps, batch=4, **settings | changes)
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 (what happens, not what is wrong)
     pass
 
 
@@ -187,8 +190,16 @@ def test_accumulation_changes_rounding_only(tmp_path, pictures):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("gan", 0.0), ("gan_start", 0.0), ("scale_drop", 1.0), ("base_lr", 0.01), ("weight_decay", 0.5), ("seed", 1),
-     ("enlarge", 1.0), ("final_lr", 0.9)],
+    [
+        ("gan", 0.0),
+        ("gan_start", 0.0),
+        ("scale_drop", 1.0),
+        ("base_lr", 0.01),
+        ("weight_decay", 0.5),
+        ("seed", 1),
+        ("enlarge", 1.0),
+        ("final_lr", 0.9),
+    ],
 )
 def test_every_tokenizer_option_changes_the_result(name, value, pictures):
     ends = []
@@ -216,7 +227,7 @@ def test_dead_codes_are_revived(pictures):
 
 def test_order_is_a_permutation_each_epoch_and_resumes_anywhere():
     whole = list(draws(10, 4, range(5), seed=3))
-    assert sorted(index for index, epoch in sum(whole, []) if epoch == 0) == list(range(10))
+    assert sorted(index for index, epoch in itertools.chain(*whole) if epoch == 0) == list(range(10))
     assert list(draws(10, 4, range(3, 5), seed=3)) == whole[3:]
     assert whole != list(draws(10, 4, range(5), seed=4))
 

@@ -6,6 +6,7 @@ raises ValueError with a line a user can act on.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -164,7 +165,7 @@ class TrainingConfig:
 
     def steps(self, pictures: int) -> int:
         """Return the updates of a run over that many pictures."""
-        return max(1, round(self.epochs * pictures / self.batch))
+        return math.ceil(self.epochs * pictures / self.batch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

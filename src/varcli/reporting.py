@@ -38,13 +38,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """Yield what to call after each of `total` steps: it moves a bar on stderr.
+def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Yield what to call after one of `total` steps, or with how many were made: it moves a bar on stderr.
 
     There is no bar where stderr is no terminal, where `quiet` is asked for, or where the total is unknown.
     """
     if quiet or total is None or not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda count=1: None
         return
     from rich.console import Console  # noqa: PLC0415 - only where there is a terminal
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
@@ -53,4 +53,4 @@ def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Cal
     # rich would send redirected results to stderr too: right on a terminal, wrong in a pipe.
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count=1: bar.advance(task, count)

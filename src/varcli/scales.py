@@ -5,6 +5,7 @@ L = Σ s_k² tokens, coarse to fine.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from varcli.errors import InputError
 
@@ -34,7 +35,7 @@ def progress_ratio(scale: int, count: int) -> float:
 
 def check_sides(sides: Sequence[int]) -> None:
     """Raise ValueError unless sides begin at 1 and grow strictly."""
-    growing = all(a < b for a, b in zip(sides, sides[1:], strict=False))
+    growing = all(a < b for a, b in pairwise(sides))
     if not sides or sides[0] != 1 or not growing:
         raise ValueError(f"sides: {','.join(map(str, sides))}; they begin with 1 and grow, e.g. 1,2,3,4,6,8")
 

@@ -29,6 +29,32 @@ class Level(nn.Module):
         return x_BCHW
 
 
+class DownLevel(Level):
+    """A level of the encoder; all but the lowest end with half the resolution."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, lowest: bool) -> None:
+        super().__init__(width_in, width, blocks, attention=lowest)
+        self.downsample = None if lowest else Downsample(width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the next level's input."""
+        x_BCHW = super().forward(x_BCHW)
+        return x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+
+
+class UpLevel(Level):
+    """A level of the decoder; all but the highest end with twice the resolution."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, lowest: bool, highest: bool) -> None:
+        super().__init__(width_in, width, blocks, attention=lowest)
+        self.upsample = None if highest else Upsample(width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the next level's input."""
+        x_BCHW = super().forward(x_BCHW)
+        return x_BCHW if self.upsample is None else self.upsample(x_BCHW)
+
+
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
@@ -51,12 +77,10 @@ class Encoder(nn.Module):
         widths = [config.base_width * m for m in config.multipliers]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.base_width, 3, padding=1)
-        self.down = nn.ModuleList()
-        for i, (width_in, width) in enumerate(zip([config.base_width, *widths], widths, strict=False)):
-            level = Level(width_in, width, config.encoder_blocks, attention=i == last)
-            if i < last:
-                level.downsample = Downsample(width)
-            self.down.append(level)
+        self.down = nn.ModuleList(
+            DownLevel(width_in, width, config.encoder_blocks, lowest=i == last)
+            for i, (width_in, width) in enumerate(zip([config.base_width, *widths], widths, strict=False))
+        )
         self.mid = Middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.codebook_width, 3, padding=1)
@@ -66,10 +90,7 @@ class Encoder(nn.Module):
         h_BCHW = self.conv_in(image_B3HW)
         for level in self.down:
             h_BCHW = level(h_BCHW)
-            if hasattr(level, "downsample"):
-                h_BCHW = level.downsample(h_BCHW)
-        h_BCHW = self.mid(h_BCHW)
-        return self.conv_out(F.silu(self.norm_out(h_BCHW)))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h_BCHW))))
 
 
 class Decoder(nn.Module):
@@ -81,12 +102,10 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.codebook_width, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList()
-        for i, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
-            level = Level(width_in, width, config.encoder_blocks + 1, attention=i == last)
-            if i > 0:
-                level.upsample = Upsample(width)
-            self.up.append(level)
+        self.up = nn.ModuleList(
+            UpLevel(width_in, width, config.encoder_blocks + 1, lowest=i == last, highest=i == 0)
+            for i, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
+        )
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -95,6 +114,4 @@ class Decoder(nn.Module):
         h_BCHW = self.mid(self.conv_in(f_BCHW))
         for level in reversed(self.up):
             h_BCHW = level(h_BCHW)
-            if hasattr(level, "upsample"):
-                h_BCHW = level.upsample(h_BCHW)
         return self.conv_out(F.silu(self.norm_out(h_BCHW)))

@@ -4,6 +4,9 @@ Shapes: B pictures, l tokens of one scale, L tokens of all scales, D width, C co
 V codebook rows. Module names are those inside the released checkpoint files.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +33,21 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x_BlD), approximate="tanh"))
 
 
-def modulation(width: int, vectors: int) -> nn.Sequential:
-    """Return SiLU and a linear map from the class embedding to that many vectors of `width`."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, vectors * width))
+class Modulation(nn.Sequential):
+    """SiLU and a linear map, from the class embedding to some vectors of the same width."""
+
+    def __init__(self, width: int, vectors: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, vectors * width))
+        self.vectors = vectors
+
+    @property
+    def linear(self) -> nn.Linear:
+        """Return the linear map."""
+        return cast("nn.Linear", self[1])
+
+    def forward(self, class_BD: Tensor) -> Tensor:
+        """Return the vectors, (B, 1, vectors, D)."""
+        return self.linear(F.silu(class_BD)).unflatten(1, (1, self.vectors, -1))
 
 
 def normalize(x_BlD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor) -> Tensor:
@@ -52,13 +67,13 @@ class Block(nn.Module):
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
         else:
-            self.ada_lin = modulation(width, 6)
+            self.ada_lin = Modulation(width, 6)
 
     def modulate(self, class_BD: Tensor, shared_B16D: Tensor | None) -> Tensor:
         """Return γ1, γ2, scale1, scale2, shift1, shift2 of this block as (B, 1, 6, D)."""
         if shared_B16D is not None:
             return shared_B16D + self.ada_gss
-        return self.ada_lin(class_BD).view(class_BD.shape[0], 1, 6, -1)
+        return self.ada_lin(class_BD)
 
     def forward(
         self, x_BlD: Tensor, ada_B16D: Tensor, block: int, bias_11LL: Tensor | None, cache: KeyValueCache | None
@@ -76,11 +91,11 @@ class FinalNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.ada_lin = modulation(width, 2)
+        self.ada_lin = Modulation(width, 2)
 
     def forward(self, x_BlD: Tensor, class_BD: Tensor) -> Tensor:
         """Return (B, l, D)."""
-        scale, shift = self.ada_lin(class_BD).view(class_BD.shape[0], 1, 2, -1).unbind(2)
+        scale, shift = self.ada_lin(class_BD).unbind(2)
         return normalize(x_BlD, scale, shift)
 
 
@@ -100,7 +115,7 @@ class Transformer(nn.Module):
         self.class_emb = nn.Embedding(config.class_count + 1, width)
         self.lvl_embed = nn.Embedding(len(config.sides), width)
         if config.shared_adaln:
-            self.shared_ada_lin = modulation(width, 6)
+            self.shared_ada_lin = Modulation(width, 6)
         drops = [0.1 * config.depth / 24 * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, drop) for drop in drops)
         self.head_nm = FinalNorm(width)
@@ -116,10 +131,8 @@ class Transformer(nn.Module):
 
     def modulations(self, class_BD: Tensor) -> list[Tensor]:
         """Return each block's (B, 1, 6, D). They depend on the class alone, so once per picture is enough."""
-        shared = None
-        if self.config.shared_adaln:
-            shared = self.shared_ada_lin(class_BD).view(class_BD.shape[0], 1, 6, -1)
-        return [block.modulate(class_BD, shared) for block in self.blocks]
+        shared_B16D = self.shared_ada_lin(class_BD) if self.config.shared_adaln else None
+        return [block.modulate(class_BD, shared_B16D) for block in cast("Iterable[Block]", self.blocks)]
 
     def scale_input(self, scale: int, class_BD: Tensor, input_BlC: Tensor | None) -> Tensor:
         """Return the residual stream that enters the blocks for one scale, (B, l, D)."""

@@ -61,7 +61,7 @@ class ScaleModel:
         )
         with self.low_precision:
             self.modulations = [ada.float() for ada in model.modulations(self.class_RD)]
-        final_R12D = model.head_nm.ada_lin(self.class_RD).view(len(self.class_RD), 1, 2, -1)
+        final_R12D = model.head_nm.ada_lin(self.class_RD)
         self.final_scale, self.final_shift = final_R12D.unbind(2)
         self.cache = KeyValueCache(model.config, len(self.class_RD), weight.device, weight.dtype)
 

@@ -3,6 +3,8 @@
 Shapes: B pictures of P × P pixels, h × w patches.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [spectral_norm(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
 
@@ -52,7 +54,9 @@ def augment(image_B3PP: Tensor) -> Tensor:
     shifted = x.permute(0, 2, 3, 1)[picture, y[:, :, None], x_[:, None, :]].permute(0, 3, 1, 2)
     corner_2B1 = torch.randint(-(pixels // 4), pixels, (2, batch, 1), device=device)
     cut_2BP = (rows >= corner_2B1) & (rows < corner_2B1 + pixels // 2)
-    keep_BPP = (inside_2BP[0, :, :, None] & inside_2BP[1, :, None, :]) & ~(cut_2BP[0, :, :, None] & cut_2BP[1, :, None, :])
+    keep_BPP = (inside_2BP[0, :, :, None] & inside_2BP[1, :, None, :]) & ~(
+        cut_2BP[0, :, :, None] & cut_2BP[1, :, None, :]
+    )
     return shifted * keep_BPP[:, None]
 
 

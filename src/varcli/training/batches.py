@@ -71,13 +71,13 @@ class Crops(Dataset[tuple[Tensor, list[str]]]):
         """Return a picture's crop; the next readable one stands in for those whose names come along."""
         index, epoch = draw
         unreadable: list[str] = []
-        for number in range(index, index + len(self.pictures)):
-            number %= len(self.pictures)
+        count = len(self.pictures)
+        for number in (*range(index, count), *range(index)):
             try:
                 return self.crop(number, epoch), unreadable
             except UnreadablePicture as error:
                 unreadable.append(error.name)
-        raise InputError(f"data: none of its {len(self.pictures)} pictures can be read; {unreadable[0]} is the first")
+        raise InputError(f"data: none of its {count} pictures can be read; {unreadable[0]} is the first")
 
     def crop(self, index: int, epoch: int) -> Tensor:
         """Return one picture's crop, its corner drawn from the seed, the picture and the epoch."""
@@ -102,7 +102,7 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
     """Yield given batches in order, read ahead by `workers` processes."""
     yield from DataLoader(
         crops,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of batches will do
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

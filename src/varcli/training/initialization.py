@@ -1,11 +1,13 @@
 """Initial weights of a transformer, as the released models were started."""
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
 
-from varcli.models.transformer import Transformer
+from varcli.models.transformer import Block, Transformer
 
 HEAD_FACTOR = 0.02
 ADA_FACTOR = 0.5
@@ -31,7 +33,7 @@ def initialize_transformer(model: Transformer, gamma: float) -> None:
             module.bias.zero_()
     nn.init.trunc_normal_(model.pos_start, std=std)
     nn.init.trunc_normal_(model.pos_1LC, std=std)
-    for block in model.blocks:
+    for block in cast("Iterable[Block]", model.blocks):
         block.attn.proj.weight.div_(math.sqrt(2 * depth))
         block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
         if model.config.shared_adaln:
@@ -39,10 +41,10 @@ def initialize_transformer(model: Transformer, gamma: float) -> None:
             block.ada_gss[:, :, :2].mul_(gamma)
             block.ada_gss[:, :, 2:].mul_(ADA_FACTOR)
         else:
-            _scale_modulation(block.ada_lin[1], width, gamma)
+            _scale_modulation(block.ada_lin.linear, width, gamma)
     if model.config.shared_adaln:
-        _scale_modulation(model.shared_ada_lin[1], width, gamma)
-    model.head_nm.ada_lin[1].weight.mul_(ADA_FACTOR)
+        _scale_modulation(model.shared_ada_lin.linear, width, gamma)
+    model.head_nm.ada_lin.linear.weight.mul_(ADA_FACTOR)
     model.head.weight.mul_(HEAD_FACTOR)
 
 

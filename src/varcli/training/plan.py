@@ -45,20 +45,26 @@ class Plan:
     """The same over the last scale's tokens."""
 
 
-def expected_losses(depth: int) -> tuple[float, float]:
-    """Return the mean and last-scale cross-entropy the paper's scaling laws give a model of this depth.
+IRREDUCIBLE = (5.0, 4.5)
+"""Mean and last-scale cross-entropy that no model gets below, about, with the released tokenizer on ImageNet."""
 
-    Source: section 4.2, L_mean = (2.5 N)^-0.20 and L_last = (2.0 N)^-0.23 above the irreducible losses,
-    N non-embedding parameters in billions.
+
+def expected_losses(depth: int) -> tuple[float, float]:
+    """Return the mean and last-scale cross-entropy, in nats a token, that the scaling laws give a depth.
+
+    Source: section 4.2, (2.5 N)^-0.20 and (2.0 N)^-0.23 above the irreducible part, N non-embedding
+    parameters in billions.
     """
     billions = 73_728 * depth**3 / 1e9
-    return (2.5 * billions) ** -0.20, (2.0 * billions) ** -0.23
+    return IRREDUCIBLE[0] + (2.5 * billions) ** -0.20, IRREDUCIBLE[1] + (2.0 * billions) ** -0.23
 
 
 class Planned(Protocol):
     """A stage whose forward pass can be tried on made-up data."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """Return what is trained."""
 
     def trial_loss(self, count: int) -> Tensor:
         """Return the loss of `count` random pictures, with its gradient."""

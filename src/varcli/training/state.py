@@ -6,12 +6,13 @@ Randomness needs no saving: every update seeds torch from the run's seed and its
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def mixed_seed(seed: int, number: int) -> int:
@@ -35,10 +36,10 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-class MovingAverage:
+class MovingAverage(Generic[Model]):
     """A copy of a model whose weights trail the trained ones, which evens out the last updates."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -48,8 +49,8 @@ class MovingAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(parameter, 1 - decay)
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+        for kept, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            kept.copy_(buffer)
 
 
 def adamw(model: nn.Module, betas: tuple[float, float], exempt: Iterable[str] = ()) -> torch.optim.AdamW:
@@ -57,7 +58,8 @@ def adamw(model: nn.Module, betas: tuple[float, float], exempt: Iterable[str] = 
 
     Without decay go biases, tensors of one dimension, and those whose name contains a part in `exempt`.
     """
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         free = parameter.ndim == 1 or name.endswith("bias") or any(part in name for part in exempt)
         (rest if free else decayed).append(parameter)
@@ -100,5 +102,9 @@ def identity(pictures: str, device: torch.device, half: bool, **configs: Any) ->
     """
     found: dict[str, Any] = {"pictures": pictures, "device": device.type, "bf16": half}
     for kind, config in configs.items():
-        found |= dataclasses.asdict(config) if dataclasses.is_dataclass(config) else {kind: config}
+        found |= (
+            dataclasses.asdict(config)
+            if dataclasses.is_dataclass(config) and not isinstance(config, type)
+            else {kind: config}
+        )
     return found

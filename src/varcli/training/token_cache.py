@@ -70,7 +70,7 @@ def open_cache(
     *,
     workers: int = 0,
     warn: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> TokenCache:
     """Return the tokens of all pictures, computing what the cache under `folder` lacks.
 
@@ -84,6 +84,7 @@ def open_cache(
     tokens = open_memmap(place / "tokens.npy", mode="r+")
     skipped = Unreadable(len(pictures), warn)
     skipped.add(pictures.name(i) for i in sorted(unreadable))
+    progress(done)
     chunks = _chunks(range(done, total), len(pictures))
     crops = Crops(pictures, tokenizer.config.pixels, settings.enlarge, settings.seed if settings.crops > 1 else None)
     for chunk, (pixels, stands_in_for) in zip(chunks, loader(crops, chunks, workers), strict=True):
@@ -91,10 +92,10 @@ def open_cache(
         unreadable |= {index for (index, _), names in zip(chunk, stands_in_for, strict=True) if names}
         tokens[done : done + len(chunk)] = _encode(tokenizer, pixels, device)
         done += len(chunk)
+        progress(len(chunk))
         if done == total or done // ENCODE_BATCH % FLUSH_EVERY == 0:
             tokens.flush()
             _note(place, done, unreadable)
-            progress(done, total)
     return TokenCache(tokens, unreadable, pictures.rows, settings.crops)
 
 
@@ -116,7 +117,9 @@ def _begin(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, set[int]
         place.mkdir(parents=True, exist_ok=True)
         open_memmap(place / "tokens.npy", mode="w+", dtype=kind, shape=(total, sequence_length(tokenizer.config.sides)))
     except OSError as error:
-        raise RunError(f"token cache: {place} cannot be written, {error.strerror}; make room or use another --out") from error
+        raise RunError(
+            f"token cache: {place} cannot be written, {error.strerror}; make room or use another --out"
+        ) from error
     _note(place, 0, set())
     return 0, set()
 

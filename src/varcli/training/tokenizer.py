@@ -49,17 +49,17 @@ class TokenizerStage:
         *,
         half: bool,
         workers: int = 0,
-        perceptual: Perceptual | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config, self.training, self.device, self.half = config, training, device, half
-        self.pictures, self.held, self.workers, self.perceptual = pictures, held, workers, perceptual
+        self.pictures, self.held, self.workers = pictures, held, workers
+        self.perceptual: Perceptual | None = None
         self.unreadable = Unreadable(len(pictures), warn)
         torch.manual_seed(training.seed)
-        self.model = Tokenizer(config).to(device, memory_format=torch.channels_last)
+        self.model = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
         self.average = state.MovingAverage(self.model, training.ema)
         self.optimizer = state.adamw(self.model, BETAS, exempt=("quantize.embedding",))
-        self.adversary = PatchDiscriminator().to(device, memory_format=torch.channels_last)
+        self.adversary = PatchDiscriminator().to(device).to(memory_format=torch.channels_last)
         self.adversary_optimizer = state.adamw(self.adversary, BETAS)
 
     def batches(self, steps: range) -> Iterator[Batch]:
@@ -185,6 +185,14 @@ class TokenizerStage:
         weight[dead] = self.residuals[chosen].to(weight.dtype)
         for key in ("exp_avg", "exp_avg_sq"):
             self.optimizer.state[weight][key][dead] = 0
+
+    def examples(self, count: int) -> Tensor:
+        """Return pictures in [-1, 1] to show, spread over the held-out ones, or the training ones if there are none."""
+        pictures = self.held if len(self.held) else self.pictures
+        count = min(count, len(pictures))
+        crops = Crops(pictures, self.config.pixels, self.training.enlarge, None)
+        chosen = [(i * len(pictures) // count, 0) for i in range(count)]
+        return to_unit(torch.stack([crops[draw][0] for draw in chosen]), self.device)
 
     @torch.no_grad()
     def validate(self) -> Figures:

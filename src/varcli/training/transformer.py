@@ -40,11 +40,11 @@ class TransformerStage:
         training: TransformerTrainingConfig,
         tokenizer: Tokenizer,
         classes: ClassTable,
-        tokens: TokenCache | None,
-        held: TokenCache | None,
         device: torch.device,
         *,
         half: bool,
+        tokens: TokenCache | None = None,
+        held: TokenCache | None = None,
     ) -> None:
         self.config, self.training, self.device, self.half = config, training, device, half
         self.classes, self.tokens, self.held = classes, tokens, held

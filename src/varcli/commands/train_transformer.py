@@ -1,0 +1,132 @@
+"""`var train transformer`: pictures and a tokenizer in, model.safetensors out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from varcli import reporting
+from varcli.commands import training_options as shared
+from varcli.commands.options import Device, Json, Quiet
+from varcli.config import PRESETS, TransformerConfig, transformer_recipe
+
+if TYPE_CHECKING:
+    from varcli.data.datasets import PictureSet
+    from varcli.training.token_cache import TokenCache
+    from varcli.training.transformer import TransformerStage
+
+SHOWN = 10
+"""Classes in a preview, two pictures of each."""
+
+
+def transformer(  # noqa: PLR0917 (a command's options are its arguments)
+    data: shared.Data,
+    out: shared.RunFolder,
+    tokenizer: Annotated[Path, Option(metavar="FILE", help="A tokenizer or model file; its weights stay as they are.")],
+    depth: Annotated[int, Option(help="Number of blocks, the one dial of the published models.")] = 16,
+    width: Annotated[int | None, Option(help="Channels, a multiple of 64.", show_default="64 × depth")] = None,
+    shared_adaln: Annotated[bool, Option("--shared-adaln", help="One modulation for all blocks, as in d36.")] = False,
+    epochs: shared.Epochs = None,
+    batch: shared.Batch = None,
+    accumulate: shared.Accumulate = None,
+    base_lr: shared.BaseLr = None,
+    final_lr: shared.FinalLr = None,
+    weight_decay: shared.WeightDecay = None,
+    final_weight_decay: Annotated[
+        float | None, Option(help="Decoupled weight decay at the end.", show_default=shared.RECIPE)
+    ] = None,
+    gamma_init: Annotated[
+        float | None, Option(help="Factor of the initial weights behind the gates.", show_default=shared.RECIPE)
+    ] = None,
+    ema: shared.Ema = None,
+    enlarge: shared.Enlarge = None,
+    crops: Annotated[
+        int | None, Option(help="Cached crops a picture: 1 is the centre, more are random.", show_default=shared.RECIPE)
+    ] = None,
+    seed: shared.Seed = None,
+    holdout: shared.Holdout = 0,
+    validate_every: shared.ValidateEvery = 1000,
+    save_every: shared.SaveEvery = 500,
+    device: Device = "auto",
+    dtype: shared.Precision = "auto",
+    workers: shared.Workers = None,
+    tensorboard: shared.TensorBoard = False,
+    dry_run: shared.DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a transformer on the token maps of a tokenizer."""
+    training = shared.changed(
+        transformer_recipe(depth), epochs=epochs, batch=batch, accumulate=accumulate, base_lr=base_lr,
+        final_lr=final_lr, weight_decay=weight_decay, final_weight_decay=final_weight_decay, gamma_init=gamma_init,
+        ema=ema, enlarge=enlarge, crops=crops, seed=seed,
+    )  # fmt: skip
+    from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256  # noqa: PLC0415
+    from varcli.data.datasets import open_pictures  # noqa: PLC0415
+    from varcli.sampling.devices import pick_device  # noqa: PLC0415
+    from varcli.training import plan, state  # noqa: PLC0415
+    from varcli.training.loop import Run  # noqa: PLC0415
+    from varcli.training.transformer import TransformerStage  # noqa: PLC0415
+
+    place = pick_device(device)
+    half = shared.trains_in_bf16(dtype, place, on_cpu=True)
+    pictures, held = open_pictures(data).split(holdout)
+    maps = load_tokenizer(tokenizer).to(place)
+    config = TransformerConfig(
+        depth=depth, width=64 * depth if width is None else width, sides=maps.config.sides,
+        codebook_size=maps.config.codebook_size, codebook_width=maps.config.codebook_width,
+        class_count=len(pictures.classes), shared_adaln=shared_adaln,
+    )  # fmt: skip
+    stage = TransformerStage(config, training, maps, pictures.classes, place, half=half)
+    if dry_run:
+        shared.show_plan(plan.measure(stage, training, len(pictures), plan.expected_losses(depth)), training, as_json)
+        return
+    ahead = shared.worker_count(workers)
+    stage.held = _tokens(stage, held, out, ahead, quiet)
+    stage.tokens = _tokens(stage, pictures, out, ahead, quiet)
+    steps = training.steps(len(pictures))
+    run = Run(
+        folder=out, steps=steps, batch=training.batch,
+        identity=state.identity(
+            pictures.fingerprint(), place, half, model=config, training=training, tokenizer=tokenizer_sha256(maps)
+        ),
+        validate_every=validate_every, save_every=save_every,
+        preview=lambda folder, step: _preview(stage, folder, step),
+        report=shared.reporter(out, steps, quiet, tensorboard),
+    )  # fmt: skip
+    shared.finish(stage, run, out / "model.safetensors", as_json)
+
+
+def _tokens(
+    stage: "TransformerStage", pictures: "PictureSet", folder: Path, workers: int, quiet: bool
+) -> "TokenCache | None":
+    """Return the token maps of pictures, from the run's folder or computed now; None of none."""
+    from varcli.training.token_cache import CacheSettings, open_cache  # noqa: PLC0415
+
+    if not len(pictures):
+        return None
+    training = stage.training
+    settings = CacheSettings(enlarge=training.enlarge, crops=training.crops, seed=training.seed)
+    with reporting.progress("token maps", settings.crops * len(pictures), quiet) as advance:
+        return open_cache(
+            folder, stage.tokenizer, pictures, settings, stage.device, workers=workers, warn=reporting.note,
+            progress=advance,
+        )  # fmt: skip
+
+
+def _preview(stage: "TransformerStage", folder: Path, step: int) -> None:
+    """Write pictures of classes spread over the table, drawn with the averaged weights."""
+    from varcli.data.images import png_bytes, write_atomically  # noqa: PLC0415
+    from varcli.data.sheets import contact_sheet  # noqa: PLC0415
+    from varcli.sampling.sampler import decode, generate  # noqa: PLC0415
+
+    entries = stage.classes.entries
+    shown = min(SHOWN, len(entries))
+    rows = [i * len(entries) // shown for i in range(shown)]
+    pictures, labels = [], []
+    for seed in (0, 1):
+        for row in rows:
+            *_, last = generate(stage.tokenizer, stage.average.model, [row], [seed], PRESETS["looks"])
+            pictures.append(decode(stage.tokenizer, last.f_hat)[0])
+            labels.append(entries[row].name)
+    write_atomically(folder / f"{step:07d}.png", png_bytes(contact_sheet(pictures, labels, shown)))

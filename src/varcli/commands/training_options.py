@@ -1,0 +1,157 @@
+"""Options both training commands take, and what both do with them. No torch at import."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from typer import Argument, Option
+
+from varcli import reporting
+from varcli.config import TrainingConfig
+from varcli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from varcli.training.loop import Figures, Run, Stage
+    from varcli.training.plan import Plan
+
+Recipe = TypeVar("Recipe", bound=TrainingConfig)
+
+Data = Annotated[
+    list[Path],
+    Argument(metavar="DATA...", help="Folder of class folders, or a zip of one; several are taken together."),
+]
+RunFolder = Annotated[
+    Path, Option("--out", "-o", metavar="DIR", help="Folder of the run; the same command goes on with a stopped one.")
+]
+Holdout = Annotated[
+    int, Option("--holdout", metavar="N", min=0, help="Keep the last N pictures of each class for validation.")
+]
+SidesText = Annotated[str, Option("--sides", metavar="1,2,3,…", help="Sides of the token maps, coarse to fine.")]
+RECIPE = "the recipe's"
+Epochs = Annotated[float | None, Option(help="Passes over the training pictures.", show_default=RECIPE)]
+Batch = Annotated[int | None, Option(help="Pictures an update.", show_default=RECIPE)]
+Accumulate = Annotated[
+    int | None, Option(metavar="N", help="Compute a batch in N parts, to save memory.", show_default=RECIPE)
+]
+BaseLr = Annotated[
+    float | None,
+    Option(help="Learning rate for 256 pictures an update; it grows with the batch.", show_default=RECIPE),
+]
+FinalLr = Annotated[float | None, Option(help="Learning rate at the end, as a fraction.", show_default=RECIPE)]
+WeightDecay = Annotated[float | None, Option(help="Decoupled weight decay at the start.", show_default=RECIPE)]
+Ema = Annotated[float | None, Option(help="Decay of the moving average of weights; 0 is off.", show_default=RECIPE)]
+Enlarge = Annotated[
+    float | None,
+    Option(help="Shorter side before the random crop, as a multiple of the model's side.", show_default=RECIPE),
+]
+Seed = Annotated[int | None, Option(min=0, help="Of weights, order, crops and all other draws.", show_default=RECIPE)]
+Precision = Annotated[Literal["auto", "fp32", "bf16"], Option("--dtype", help="Precision; auto is bf16 where it pays.")]
+Workers = Annotated[
+    int | None,
+    Option(
+        "--workers", min=0, help="Processes that read pictures ahead.", show_default="one less than cores, 8 at most"
+    ),
+]
+ValidateEvery = Annotated[
+    int, Option("--validate-every", metavar="N", min=1, help="Updates between validations, checkpoints and pictures.")
+]
+SaveEvery = Annotated[int, Option("--save-every", metavar="N", min=1, help="Updates a killed run loses at most.")]
+TensorBoard = Annotated[bool, Option("--tensorboard", help="Also write figures for TensorBoard.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Print what the run will take, and stop.")]
+
+
+def parse_numbers(what: str, text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a list such as 1,2,3.
+
+    Raises:
+        UsageError: it is no such list.
+    """
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"{what}: {text}; whole numbers with commas between, such as 1,2,3") from None
+
+
+def changed(recipe: Recipe, **given: Any) -> Recipe:
+    """Return a recipe with the options a user gave in place of its own."""
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def worker_count(workers: int | None) -> int:
+    """Return how many processes read ahead."""
+    import os  # noqa: PLC0415
+
+    return min(8, (os.cpu_count() or 1) - 1) if workers is None else workers
+
+
+def trains_in_bf16(name: str, device: "torch.device", on_cpu: bool) -> bool:
+    """Return whether to train in bf16; "auto" does on CUDA, and `on_cpu` where the processor computes in it."""
+    import torch  # noqa: PLC0415
+
+    if name != "auto":
+        return name == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return on_cpu and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def reporter(folder: Path, steps: int, quiet: bool, tensorboard: bool) -> "Callable[[int, Figures], None]":
+    """Return what shows figures as they come: a line on stderr and, if asked for, TensorBoard.
+
+    Raises:
+        UsageError: TensorBoard is asked for and not installed.
+    """
+    writer = _tensorboard(folder) if tensorboard else None
+
+    def report(step: int, figures: "Figures") -> None:
+        if writer is not None:
+            for name, value in figures.items():
+                writer.add_scalar(name.replace("validation_", "validation/"), value, step)
+            writer.flush()
+        if not quiet:
+            shown = [f"{name} {value:.4g}" for name, value in figures.items() if name not in ("step", "images_seen")]
+            reporting.note(f"update {step}/{steps}: " + ", ".join(shown))
+
+    return report
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+    except ImportError:
+        raise UsageError("tensorboard: not installed; pip install 'varcli[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def finish(stage: "Stage", run: "Run", written: Path, as_json: bool) -> None:
+    """Train to the end and print where the checkpoint is."""
+    from varcli.training.loop import train  # noqa: PLC0415
+
+    figures = train(stage, run)
+    reporting.result(json.dumps({"checkpoint": str(written), **figures}) if as_json else str(written))
+
+
+def show_plan(plan: "Plan", recipe: TrainingConfig, as_json: bool) -> None:
+    """Print a plan and the settings behind it, a line a figure or as JSON."""
+    if as_json:
+        reporting.result(json.dumps(asdict(plan) | {"recipe": asdict(recipe)}))
+        return
+    hours = plan.seconds / 3600
+    settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(recipe).items())
+    reporting.result(f"recipe           {settings}")
+    reporting.result(f"parameters       {plan.parameters / 1e6:.2f} M")
+    reporting.result(f"training set     {plan.pictures} pictures")
+    reporting.result(f"updates          {plan.steps} ({plan.images_seen} pictures seen)")
+    reporting.result(f"operations       {plan.flops:.3g} FLOP")
+    state, activations = plan.state_bytes / 2**30, plan.activation_bytes / 2**30
+    reporting.result(f"memory           {state:.2f} GiB state, {activations:.2f} GiB activations")
+    reporting.result(f"speed            {plan.images_per_second:.1f} pictures/s here, {hours:.1f} hours in all")
+    if plan.expected_loss is not None:
+        reporting.result(
+            f"expected loss    {plan.expected_loss:.2f} mean, {plan.expected_loss_last:.2f} last scale "
+            "(scaling laws: ImageNet 256, the released tokenizer)"
+        )
