@@ -49,6 +49,7 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
     save_every: shared.SaveEvery = 500,
     device: Device = "auto",
     dtype: shared.Precision = "auto",
+    store: shared.Store = "fp32",
     workers: shared.Workers = None,
     tensorboard: shared.TensorBoard = False,
     dry_run: shared.DryRun = False,
@@ -63,7 +64,7 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
     )  # fmt: skip
     from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256  # noqa: PLC0415
     from varcli.data.datasets import open_pictures  # noqa: PLC0415
-    from varcli.sampling.devices import pick_device  # noqa: PLC0415
+    from varcli.sampling.devices import DTYPES, pick_device  # noqa: PLC0415
     from varcli.training import plan, state  # noqa: PLC0415
     from varcli.training.loop import Run  # noqa: PLC0415
     from varcli.training.transformer import TransformerStage  # noqa: PLC0415
@@ -77,7 +78,7 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
         codebook_size=maps.config.codebook_size, codebook_width=maps.config.codebook_width,
         class_count=len(pictures.classes), shared_adaln=shared_adaln,
     )  # fmt: skip
-    stage = TransformerStage(config, training, maps, pictures.classes, place, half=half)
+    stage = TransformerStage(config, training, maps, pictures.classes, place, half=half, store=DTYPES[store])
     if dry_run:
         shared.show_plan(plan.measure(stage, training, len(pictures), plan.expected_losses(depth)), training, as_json)
         return

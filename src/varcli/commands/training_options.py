@@ -50,6 +50,9 @@ Enlarge = Annotated[
 ]
 Seed = Annotated[int | None, Option(min=0, help="Of weights, order, crops and all other draws.", show_default=RECIPE)]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], Option("--dtype", help="Precision; auto is bf16 where it pays.")]
+Store = Annotated[
+    Literal["fp32", "bf16", "fp16"], Option("--store", help="Precision of the weights in the checkpoint file.")
+]
 Workers = Annotated[
     int | None,
     Option(

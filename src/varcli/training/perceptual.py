@@ -1,8 +1,7 @@
 """The perceptual distance LPIPS on VGG16 features (Zhang et al. 2018), differentiable.
 
-Two files of weights are needed, both published: torchvision's VGG16 and the five linear layers that
-torch-fidelity re-hosts. They are fetched once, checked against the hash in their names' table, and read
-without unpickling code.
+Two published files of weights are needed: torchvision's VGG16 and the five linear layers that
+torch-fidelity re-hosts. They are read without unpickling code.
 
 Shapes: B pictures of P × P pixels, C channels and H × W positions of one feature map.
 """
@@ -22,6 +21,8 @@ SOURCES = {
     VGG_FILE: "https://download.pytorch.org/models/vgg16-397923af.pth",
     LINEAR_FILE: "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
 }
+VGG_SHA256 = "397923af"
+"""First digits, as in the file's name; the other file's hash is not published."""
 STAGES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))
 """Layers of VGG16 up to each of the five activations compared."""
 MEAN = (-0.030, -0.088, -0.188)
@@ -44,9 +45,18 @@ class PerceptualDistance(nn.Module):
         from torchvision.models import vgg16  # noqa: PLC0415 (heavy, and only this class needs it)
 
         super().__init__()
-        vgg = vgg16(weights=None)
-        vgg.load_state_dict(_read(folder / VGG_FILE, "397923af"))
-        self.stages = nn.ModuleList(vgg.features[first:last] for first, last in STAGES)
+        weights = {
+            name.removeprefix("features."): tensor
+            for name, tensor in _read(folder / VGG_FILE, VGG_SHA256).items()
+            if name.startswith("features.")
+        }
+        with torch.device("meta"):
+            features = vgg16(weights=None, init_weights=False).features
+        features.load_state_dict(weights, assign=True)
+        for layer in features:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # each stage's output is compared before the next one sees it
+        self.stages = nn.ModuleList(features[first:last] for first, last in STAGES)
         linear = _read(folder / LINEAR_FILE, None)
         self.weights = nn.ParameterList(linear[f"lin{i}.model.1.weight"] for i in range(len(STAGES)))
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))

@@ -43,11 +43,12 @@ class TransformerStage:
         device: torch.device,
         *,
         half: bool,
+        store: torch.dtype = torch.float32,
         tokens: TokenCache | None = None,
         held: TokenCache | None = None,
     ) -> None:
         self.config, self.training, self.device, self.half = config, training, device, half
-        self.classes, self.tokens, self.held = classes, tokens, held
+        self.classes, self.tokens, self.held, self.store = classes, tokens, held, store
         self.tokenizer = tokenizer.to(device).eval().requires_grad_(False)
         torch.manual_seed(training.seed)
         self.model = Transformer(config)
@@ -142,4 +143,5 @@ class TransformerStage:
     def save(self, folder: Path, figures: Figures, step: int) -> None:
         """Write the averaged transformer with its tokenizer to model.safetensors."""
         facts = {"step": step, "images_seen": step * self.training.batch, **figures}
-        save_model(folder / "model.safetensors", self.tokenizer, self.average.model, self.classes, facts)
+        file = folder / "model.safetensors"
+        save_model(file, self.tokenizer, self.average.model, self.classes, facts, self.store)
