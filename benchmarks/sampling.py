@@ -1,0 +1,119 @@
+"""Seconds a picture, and pictures a second, against the plain twin in `tests/plain_sampler.py`.
+
+    python benchmarks/sampling.py [--checkpoint NAME|FILE] [--rounds 3] [--json]
+
+Measures the released d16's shape at 256 px with random weights or, given one, a checkpoint. The twin
+and all variants take turns in every round, so that a machine that is busy for a while is so for all of
+them. The twin knows no batches and no 16 bits.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from tables import print_rows
+
+import plain_sampler
+from varcli.checkpoints.registry import find
+from varcli.checkpoints.store import load_model, without_initialization
+from varcli.config import PRESETS, TokenizerConfig, TransformerConfig
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+from varcli.sampling.batches import BatchSampler
+from varcli.sampling.devices import place
+from varcli.scales import GRID_256
+
+CONFIG = PRESETS["metrics"]
+CPU = torch.device("cpu")
+Models = tuple[Tokenizer, Transformer]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A picture to be made."""
+
+    row: int
+    seed: int
+
+
+def random_d16() -> Models:
+    """Return models of the released d16's shape; random weights cost what trained ones cost."""
+    shape = TransformerConfig(depth=16, width=1024, sides=GRID_256, codebook_size=4096, codebook_width=32)
+    with without_initialization():
+        tokenizer, transformer = Tokenizer(TokenizerConfig()), Transformer(shape)
+    with torch.no_grad():
+        for parameter in [*tokenizer.parameters(), *transformer.parameters()]:
+            parameter.normal_(0, 0.02)
+    return tokenizer.eval(), transformer.eval()
+
+
+def variants(plain: Models) -> dict[tuple[str, str, int], Callable[[int], object]]:
+    """Return what is measured: (sampler, precision, pictures at a time) and what makes those pictures."""
+    made: dict[tuple[str, str, int], Callable[[int], object]] = {
+        ("plain twin", "fp32", 1): lambda seed: plain_sampler.sample(*plain, 0, seed, CONFIG)
+    }
+    for precision in ("fp32", "bf16"):
+        models = copy.deepcopy(plain)
+        place(*models, CPU, precision)
+        sampler = BatchSampler(*models, CONFIG)
+        for count in (1, 8):
+            made["varcli", precision, count] = lambda seed, sampler=sampler, count=count: list(
+                sampler.pictures(Wanted(0, seed + i) for i in range(count))
+            )
+    return made
+
+
+def measure(models: Models, rounds: int) -> list[dict[str, object]]:
+    """Return one row a variant: median seconds a picture, pictures a second, and how much faster than the twin."""
+    runs = variants(models)
+    seconds: dict[tuple[str, str, int], list[float]] = {key: [] for key in runs}
+    for turn in range(rounds + 1):
+        for key, make in runs.items():
+            if turn == 0 and key[2] > 1:
+                continue  # the round that warms up needs no batches
+            start = time.perf_counter()
+            make(turn * 8)
+            if turn > 0:
+                seconds[key].append((time.perf_counter() - start) / key[2])
+    medians = {key: statistics.median(taken) for key, taken in seconds.items()}
+    twin = medians["plain twin", "fp32", 1]
+    return [
+        {
+            "sampler": sampler,
+            "precision": precision,
+            "batch": batch,
+            "seconds a picture": round(median, 3),
+            "pictures/s": round(1 / median, 3),
+            "times the twin": round(twin / median, 2),
+        }
+        for (sampler, precision, batch), median in medians.items()
+    ]
+
+
+def main() -> None:
+    """Measure and print a Markdown table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    given = parser.parse_args()
+    if given.checkpoint:
+        checkpoint = load_model(find(given.checkpoint))
+        models = (checkpoint.tokenizer, checkpoint.transformer)
+    else:
+        models = random_d16()
+    rows = [{"model": given.checkpoint or "d16 at 256 px"} | row for row in measure(models, given.rounds)]
+    print_rows(rows, as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()
