@@ -69,9 +69,7 @@ def load(name: str) -> Reference:
     given = json.loads(metadata["config"])
     sides = tuple(given["patch_nums"])
     tokenizer = Tokenizer(
-        TokenizerConfig(
-            sides=sides, codebook_size=given["V"], codebook_width=given["Cvae"], base_width=given["ch"]
-        )
+        TokenizerConfig(sides=sides, codebook_size=given["V"], codebook_width=given["Cvae"], base_width=given["ch"])
     )
     transformer = Transformer(
         TransformerConfig(
