@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import reference
 from varcli.config import TokenizerConfig, TransformerConfig
-from varcli.models.quantizer import nearest_tick
+from varcli.models.quantizer import bicubic_matrix, nearest_tick
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.scales import GRID_256, GRID_512, sides_of_length
@@ -89,3 +89,12 @@ def test_nearest_tick():
     assert [nearest_tick(ratio, 4) for ratio in (0, 0.5, 1)] == [0, 2, 3]
     assert [nearest_tick(ratio, 2) for ratio in (0, 0.5, 1)] == [0, 0, 1]
     assert nearest_tick(0.7, 1) == 0
+
+
+@pytest.mark.parametrize(("side", "target"), [(1, 8), (3, 8), (6, 8), (13, 16), (8, 8)])
+def test_bicubic_matrix_is_interpolation(side, target):
+    torch.manual_seed(0)
+    h = torch.randn(2, 3, side, side)
+    up = bicubic_matrix(side, target)
+    expected = F.interpolate(h, size=(target, target), mode="bicubic", align_corners=False)
+    assert torch.allclose(up @ h @ up.T, expected, atol=1e-5)

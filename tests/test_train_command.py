@@ -114,7 +114,10 @@ def test_bad_options_end_in_one_line(more, code, message, data, tmp_path, capsys
 
 def test_bad_inputs_end_in_one_line(data, tokenizer, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("in the way")
     cases = [
+        (["train", "tokenizer", str(data), "--out", str(tmp_path / "file" / "run"), *SMALL, *PACE], 5),
+        (transformer_command(data, tokenizer, tmp_path / "file" / "run"), 5),
         (["train", "tokenizer", str(tmp_path / "empty"), "--out", str(tmp_path / "a"), *SMALL], 3),
         (["train", "tokenizer", str(tmp_path / "absent"), "--out", str(tmp_path / "a"), *SMALL], 3),
         (transformer_command(data, tmp_path / "absent.safetensors", tmp_path / "a"), 4),
@@ -124,3 +127,11 @@ def test_bad_inputs_end_in_one_line(data, tokenizer, tmp_path, capsys):
         assert run(command) == code
         assert capsys.readouterr().err.count("\n") == 1
         assert not (tmp_path / "a").exists()
+
+
+def test_tensorboard_gets_the_figures(data, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    command = ["train", "tokenizer", str(data), "--out", str(tmp_path), *SMALL, *PACE, "--tensorboard", "-q"]
+    assert run(command) == 0
+    written = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "validation/psnr"} <= set(written.Tags()["scalars"])

@@ -93,6 +93,7 @@ def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
     from varcli.training.tokenizer import TokenizerStage  # noqa: PLC0415
 
     place = pick_device(device)
+    state.make_deterministic(place)
     half = shared.trains_in_bf16(dtype, place, on_cpu=False)
     pictures, held = open_pictures(data).split(holdout)
     stage = TokenizerStage(

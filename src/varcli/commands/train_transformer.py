@@ -70,6 +70,7 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
     from varcli.training.transformer import TransformerStage  # noqa: PLC0415
 
     place = pick_device(device)
+    state.make_deterministic(place)
     half = shared.trains_in_bf16(dtype, place, on_cpu=True)
     pictures, held = open_pictures(data).split(holdout)
     maps = load_tokenizer(tokenizer).to(place)

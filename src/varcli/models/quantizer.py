@@ -67,6 +67,8 @@ class Quantizer(nn.Module):
         self.sides = config.sides
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_width)
         self.quant_resi = SharedKernels(config.codebook_width, config.kernel_count)
+        for scale, side in enumerate(config.sides):
+            self.register_buffer(f"upsampling_{scale}", bicubic_matrix(side, config.sides[-1]), persistent=False)
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.sides), config.codebook_size))
 
     def embed(self, idx_Bl: Tensor) -> Tensor:
@@ -79,9 +81,9 @@ class Quantizer(nn.Module):
 
         Source: algorithm 1, lines 9 to 11, and algorithm 2.
         """
-        side = self.sides[-1]
-        if h_BCss.shape[-1] != side:
-            h_BCss = F.interpolate(h_BCss, size=(side, side), mode="bicubic", align_corners=False)
+        up_Hs: Tensor = getattr(self, f"upsampling_{scale}")
+        if scale + 1 < len(self.sides):
+            h_BCss = up_Hs @ h_BCss @ up_Hs.T
         h_BCHW = self.quant_resi(h_BCss, progress_ratio(scale, len(self.sides)))
         return h_BCHW if f_hat_BCHW is None else f_hat_BCHW + h_BCHW
 
@@ -130,6 +132,16 @@ class Quantizer(nn.Module):
         """Return the transformer's input for scales 2 … K, (B, L - 1, C), from the true tokens."""
         f_hats = self.f_hats(tokens[:-1])
         return torch.cat([self.next_input(f_hat, k + 1) for k, f_hat in enumerate(f_hats)], dim=1)
+
+
+def bicubic_matrix(side: int, target: int) -> Tensor:
+    """Return the matrix (target, side) whose product with a row or column of a map resizes it bicubically.
+
+    Differs: F.interpolate does the same, but its gradient on CUDA is summed in any order, so that no two
+    training runs would be equal.
+    """
+    unit_11ss = torch.eye(side)[None, None]
+    return F.interpolate(unit_11ss, size=(target, side), mode="bicubic", align_corners=False)[0, 0]
 
 
 def resize_area(f_BCHW: Tensor, side: int) -> Tensor:

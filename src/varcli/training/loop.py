@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from varcli.checkpoints.store import load_tensors, save_tensors
+from varcli.data.images import cannot_write
 from varcli.errors import RunError, UsageError
 from varcli.training.state import Tensors
 
@@ -120,7 +121,7 @@ class Journal:
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add one update's figures, without waiting for the device."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
     def write(self, step: int, validation: Figures) -> None:
@@ -130,8 +131,11 @@ class Journal:
             figures |= {name: float(total) / self.count for name, total in self.sums.items()}
             figures["images_per_second"] = self.count * self.batch / (time.perf_counter() - self.since)
         figures |= {f"validation_{name}": value for name, value in validation.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error, "the same command goes on once it can be") from error
         self.sums, self.count, self.since, self.last = {}, 0, time.perf_counter(), figures
 
 
@@ -169,7 +173,7 @@ def train(stage: Stage, run: Run) -> Figures:
         RunError: the loss is not finite; the last good checkpoint stays.
         UsageError: the folder holds a run with other settings.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run.folder)
     start = resume(stage, run)
     journal = Journal(run.folder, start, run.batch)
     remaining = range(start, run.steps)
@@ -195,12 +199,24 @@ def train(stage: Stage, run: Run) -> Figures:
     return journal.last
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        RunError: the system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
 def conclude(stage: Stage, run: Run, step: int) -> Figures:
     """Validate, write the checkpoint and draw pictures; return the figures."""
     figures = stage.validate()
     stage.save(run.folder, figures, step)
     pictures = run.folder / "samples"
-    pictures.mkdir(exist_ok=True)
+    make_folder(pictures)
     run.preview(pictures, step)
     return figures
 

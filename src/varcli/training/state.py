@@ -5,6 +5,7 @@ Randomness needs no saving: every update seeds torch from the run's seed and its
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def mixed_seed(seed: int, number: int) -> int:
     """Return a seed of 32 bits, all that torch's generator on the CPU heeds, for the n-th use of a run's seed."""
     return (number + seed * 2_654_435_761) % 2**32
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Have CUDA take its deterministic kernels, without which no two runs are equal; a CPU always does.
+
+    Operations that have none only warn.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,7 @@ from torch import Tensor
 
 from varcli.checkpoints.store import tokenizer_sha256
 from varcli.data.datasets import PictureSet
-from varcli.data.images import write_atomically
-from varcli.errors import RunError
+from varcli.data.images import cannot_write, write_atomically
 from varcli.models.tokenizer import Tokenizer
 from varcli.scales import sequence_length
 from varcli.training.batches import Crops, Draw, Unreadable, loader, to_unit
@@ -107,21 +107,31 @@ def _key(tokenizer: Tokenizer, pictures: PictureSet, settings: CacheSettings, de
 
 def _begin(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, set[int]]:
     """Return how many crops are done and which pictures cannot be read; make the files of a new cache."""
-    try:
-        note = json.loads((place / "progress.json").read_text())
+    progress = place / "progress.json"
+    if progress.exists():
+        note = json.loads(progress.read_text())
         return int(note["done"]), set(note["unreadable"])
-    except FileNotFoundError:
-        pass
-    kind = np.min_scalar_type(tokenizer.config.codebook_size - 1)
+    shape = (total, sequence_length(tokenizer.config.sides))
     try:
         place.mkdir(parents=True, exist_ok=True)
-        open_memmap(place / "tokens.npy", mode="w+", dtype=kind, shape=(total, sequence_length(tokenizer.config.sides)))
+        open_memmap(place / "tokens.npy", mode="w+", dtype=_number_kind(tokenizer), shape=shape)
+        _reserve(place / "tokens.npy")
     except OSError as error:
-        raise RunError(
-            f"token cache: {place} cannot be written, {error.strerror}; make room or use another --out"
-        ) from error
+        raise cannot_write(place, error) from error
     _note(place, 0, set())
     return 0, set()
+
+
+def _number_kind(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
+    """Return the smallest type that holds every token."""
+    return np.min_scalar_type(tokenizer.config.codebook_size - 1)
+
+
+def _reserve(path: Path) -> None:
+    """Take a file's whole space now: a mapped file that meets a full disk later would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _note(place: Path, done: int, unreadable: set[int]) -> None:
