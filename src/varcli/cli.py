@@ -45,9 +45,11 @@ class Commands(TyperGroup):
         module, name = COMMANDS[cmd_name]
         found = getattr(import_module(module), name)
         if not isinstance(found, typer.Typer):
-            command, found = found, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-            found.command(cmd_name)(command)
-        return typer.main.get_command(found)
+            function, found = found, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            found.command(cmd_name)(function)
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; a reader that went away ends it quietly."""
