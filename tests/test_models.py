@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import reference
 from varcli.config import TokenizerConfig, TransformerConfig
-from varcli.models.quantizer import bicubic_matrix, nearest_tick
+from varcli.models.layers import StochasticDepth
+from varcli.models.quantizer import nearest_tick, resizing
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.scales import GRID_256, GRID_512, sides_of_length
@@ -91,10 +92,24 @@ def test_nearest_tick():
     assert nearest_tick(0.7, 1) == 0
 
 
-@pytest.mark.parametrize(("side", "target"), [(1, 8), (3, 8), (6, 8), (13, 16), (8, 8)])
-def test_bicubic_matrix_is_interpolation(side, target):
+@pytest.mark.parametrize("mode", ["bicubic", "area"])
+@pytest.mark.parametrize(("side", "target"), [(1, 8), (3, 8), (8, 3), (13, 16), (16, 13), (8, 8)])
+def test_resizing_is_interpolation(side, target, mode):
     torch.manual_seed(0)
     h = torch.randn(2, 3, side, side)
-    up = bicubic_matrix(side, target)
-    expected = F.interpolate(h, size=(target, target), mode="bicubic", align_corners=False)
-    assert torch.allclose(up @ h @ up.T, expected, atol=1e-5)
+    matrix = resizing(side, target, mode)
+    expected = F.interpolate(h, size=(target, target), mode=mode)
+    assert torch.allclose(matrix @ h @ matrix.T, expected, atol=1e-5)
+
+
+def test_stochastic_depth_drops_branches_and_keeps_their_mean():
+    torch.manual_seed(0)
+    drop = StochasticDepth(0.3).train()
+    branch = torch.ones(20_000, 1, 1)
+    dropped = drop(branch)
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(drop.eval()(branch), branch)
+    config = TransformerConfig(depth=3, width=64, sides=(1, 2), codebook_size=8, codebook_width=4)
+    rates = [block.drop_path.probability for block in Transformer(config).blocks]
+    assert rates == pytest.approx([0, 0.1 * 3 / 24 / 2, 0.1 * 3 / 24])

@@ -98,6 +98,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--base-width", "40"], 2, "base width: 40; a multiple of 32"),
         (["--holdout", "8"], 2, "holdout: 8"),
         (["--batch", "0"], 2, "batch: 0; at least 1"),
+        (["--epochs", "inf"], 2, "epochs: inf; a finite number"),
         (["--accumulate", "3"], 2, "accumulate: 3; it divides the batch of 4"),
         (["--lpips", "1", "--lpips-weights", "nowhere"], 4, "LPIPS weights"),
         (["--device", "cuda:9"], 2, "device: cuda:9"),

@@ -21,6 +21,13 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_finite(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = field.name.replace("_", " ")
+        _require(not isinstance(value, float) or math.isfinite(value), f"{name}: {value}; a finite number")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
     """Shape of a multi-scale residual VQVAE (paper, section 3.2). Defaults: the released one."""
@@ -117,6 +124,7 @@ class SampleConfig:
     """Mix codebook rows instead of drawing one: for looks, never for metrics."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.cfg >= 0, f"cfg: {self.cfg}; 0 (no guidance) or more")
         _require(self.top_k >= 0, f"top-k: {self.top_k}; 0 (off) or more")
         _require(0 <= self.top_p <= 1, f"top-p: {self.top_p}; between 0 (off) and 1")
@@ -146,6 +154,7 @@ class TrainingConfig:
     """Of the initial weights, the order, the crops and every draw in between."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.epochs > 0, f"epochs: {self.epochs}; more than 0")
         _require(self.batch > 0, f"batch: {self.batch}; at least 1")
         _require(
@@ -203,8 +212,11 @@ class TransformerTrainingConfig(TrainingConfig):
     """Decoupled weight decay at the end."""
     gamma_init: float = 1e-3
     """Factor of the initial weights behind the gates γ: deeper models start closer to the identity."""
-    crops: int = 1
-    """Crops a picture whose tokens are cached: the centre for one, random ones for more."""
+    crops: int = 4
+    """Random crops a picture whose tokens are cached, epochs taking turns; 1 is the centre alone.
+
+    Differs: the released recipe draws a new crop every time, and computes tokens anew for it.
+    """
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)

@@ -84,8 +84,8 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
         shared.show_plan(plan.measure(stage, training, len(pictures), plan.expected_losses(depth)), training, as_json)
         return
     ahead = shared.worker_count(workers)
-    stage.held = _tokens(stage, held, out, ahead, quiet)
-    stage.tokens = _tokens(stage, pictures, out, ahead, quiet)
+    stage.held = _tokens(stage, held, 1, out, ahead, quiet)
+    stage.tokens = _tokens(stage, pictures, training.crops, out, ahead, quiet)
     steps = training.steps(len(pictures))
     run = Run(
         folder=out, steps=steps, batch=training.batch,
@@ -99,8 +99,8 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
     shared.finish(stage, run, out / "model.safetensors", as_json)
 
 
-def _tokens(
-    stage: "TransformerStage", pictures: "PictureSet", folder: Path, workers: int, quiet: bool
+def _tokens(  # noqa: PLR0917 (each a thing of its own)
+    stage: "TransformerStage", pictures: "PictureSet", crops: int, folder: Path, workers: int, quiet: bool
 ) -> "TokenCache | None":
     """Return the token maps of pictures, from the run's folder or computed now; None of none."""
     from varcli.training.token_cache import CacheSettings, open_cache  # noqa: PLC0415
@@ -108,8 +108,8 @@ def _tokens(
     if not len(pictures):
         return None
     training = stage.training
-    settings = CacheSettings(enlarge=training.enlarge, crops=training.crops, seed=training.seed)
-    with reporting.progress("token maps", settings.crops * len(pictures), quiet) as advance:
+    settings = CacheSettings(enlarge=training.enlarge, crops=crops, seed=training.seed)
+    with reporting.progress("token maps", crops * len(pictures), quiet) as advance:
         return open_cache(
             folder, stage.tokenizer, pictures, settings, stage.device, workers=workers, warn=reporting.note,
             progress=advance,

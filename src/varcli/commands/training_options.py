@@ -88,7 +88,10 @@ def worker_count(workers: int | None) -> int:
     """Return how many processes read ahead."""
     import os  # noqa: PLC0415
 
-    return min(8, (os.cpu_count() or 1) - 1) if workers is None else workers
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores - 1)
 
 
 def trains_in_bf16(name: str, device: "torch.device", on_cpu: bool) -> bool:
@@ -98,7 +101,7 @@ def trains_in_bf16(name: str, device: "torch.device", on_cpu: bool) -> bool:
     if name != "auto":
         return name == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return on_cpu and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -108,13 +111,16 @@ def reporter(folder: Path, steps: int, quiet: bool, tensorboard: bool) -> "Calla
     Raises:
         UsageError: TensorBoard is asked for and not installed.
     """
-    writer = _tensorboard(folder) if tensorboard else None
+    writer_class = _tensorboard() if tensorboard else None
+    writers: list[Any] = []
 
     def report(step: int, figures: "Figures") -> None:
-        if writer is not None:
+        if writer_class is not None:
+            if not writers:  # only now is the folder known to be this run's; what a killed run wrote later goes
+                writers.append(writer_class(str(folder / "tensorboard"), purge_step=step))
             for name, value in figures.items():
-                writer.add_scalar(name.replace("validation_", "validation/"), value, step)
-            writer.flush()
+                writers[0].add_scalar(name.replace("validation_", "validation/"), value, step)
+            writers[0].flush()
         if not quiet:
             shown = [f"{name} {value:.4g}" for name, value in figures.items() if name not in ("step", "images_seen")]
             reporting.note(f"update {step}/{steps}: " + ", ".join(shown))
@@ -122,12 +128,12 @@ def reporter(folder: Path, steps: int, quiet: bool, tensorboard: bool) -> "Calla
     return report
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
     except ImportError:
         raise UsageError("tensorboard: not installed; pip install 'varcli[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter
 
 
 def finish(stage: "Stage", run: "Run", written: Path, as_json: bool) -> None:
@@ -152,7 +158,9 @@ def show_plan(plan: "Plan", recipe: TrainingConfig, as_json: bool) -> None:
     reporting.result(f"operations       {plan.flops:.3g} FLOP")
     state, activations = plan.state_bytes / 2**30, plan.activation_bytes / 2**30
     reporting.result(f"memory           {state:.2f} GiB state, {activations:.2f} GiB activations")
-    reporting.result(f"speed            {plan.images_per_second:.1f} pictures/s here, {hours:.1f} hours in all")
+    reporting.result(
+        f"speed            {plan.images_per_second:.1f} pictures/s here, {hours:.1f} hours in all (forward and backward of the model alone)"
+    )
     if plan.expected_loss is not None:
         reporting.result(
             f"expected loss    {plan.expected_loss:.2f} mean, {plan.expected_loss_last:.2f} last scale "

@@ -68,7 +68,9 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_width)
         self.quant_resi = SharedKernels(config.codebook_width, config.kernel_count)
         for scale, side in enumerate(config.sides):
-            self.register_buffer(f"upsampling_{scale}", bicubic_matrix(side, config.sides[-1]), persistent=False)
+            up_Hs, down_sH = resizing(side, config.sides[-1], "bicubic"), resizing(config.sides[-1], side, "area")
+            self.register_buffer(f"upsampling_{scale}", up_Hs, persistent=False)
+            self.register_buffer(f"averaging_{scale}", down_sH, persistent=False)
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.sides), config.codebook_size))
 
     def embed(self, idx_Bl: Tensor) -> Tensor:
@@ -89,7 +91,12 @@ class Quantizer(nn.Module):
 
     def next_input(self, f_hat_BCHW: Tensor, scale: int) -> Tensor:
         """Return what the transformer sees of f_hat when it predicts `scale`: (B, l, C)."""
-        return resize_area(f_hat_BCHW, self.sides[scale]).flatten(2).transpose(1, 2)
+        return self.shrink(f_hat_BCHW, scale).flatten(2).transpose(1, 2)
+
+    def shrink(self, f_BCHW: Tensor, scale: int) -> Tensor:
+        """Return the map averaged over areas down to the side of a scale, (B, C, s, s)."""
+        down_sH: Tensor = getattr(self, f"averaging_{scale}")
+        return down_sH @ f_BCHW @ down_sH.T if scale + 1 < len(self.sides) else f_BCHW
 
     def nearest(self, z_BlC: Tensor) -> Tensor:
         """Return the token map of the codebook rows nearest to z by Euclidean distance, (B, l)."""
@@ -108,8 +115,8 @@ class Quantizer(nn.Module):
         residuals: list[Tensor] = []
         rest_BCHW = f_BCHW.detach()
         f_hat_BCHW = None
-        for scale, side in enumerate(self.sides[:scales]):
-            z_BlC = resize_area(rest_BCHW, side).flatten(2).transpose(1, 2)
+        for scale in range(len(self.sides) if scales is None else scales):
+            z_BlC = self.shrink(rest_BCHW, scale).flatten(2).transpose(1, 2)
             idx_Bl = self.nearest(z_BlC)
             f_hat_BCHW = self.accumulate(f_hat_BCHW, self.embed(idx_Bl), scale)
             rest_BCHW = f_BCHW.detach() - f_hat_BCHW.detach()
@@ -134,25 +141,20 @@ class Quantizer(nn.Module):
         return torch.cat([self.next_input(f_hat, k + 1) for k, f_hat in enumerate(f_hats)], dim=1)
 
 
-def bicubic_matrix(side: int, target: int) -> Tensor:
-    """Return the matrix (target, side) whose product with a row or column of a map resizes it bicubically.
+def resizing(side: int, target: int, mode: str) -> Tensor:
+    """Return the matrix (target, side) whose product with a row or column of a map resizes it.
 
-    Differs: F.interpolate does the same, but its gradient on CUDA is summed in any order, so that no two
-    training runs would be equal.
+    Differs: F.interpolate does the same, but on CUDA its bicubic gradient is summed in any order, so that
+    no two training runs would be equal, and on Apple's GPUs it knows areas of whole pixels only.
     """
     unit_11ss = torch.eye(side)[None, None]
-    return F.interpolate(unit_11ss, size=(target, side), mode="bicubic", align_corners=False)[0, 0]
-
-
-def resize_area(f_BCHW: Tensor, side: int) -> Tensor:
-    """Return the map averaged down to side × side; as it is where that is its size."""
-    return f_BCHW if f_BCHW.shape[-1] == side else F.interpolate(f_BCHW, size=(side, side), mode="area")
+    return F.interpolate(unit_11ss, size=(target, side), mode=mode)[0, 0]
 
 
 def quantization_loss(quantized: Quantized, f_BCHW: Tensor) -> Tensor:
     """Return the mean over scales of β·‖sg(f_hat_k) - f‖² + ‖f_hat_k - sg(f)‖².
 
-    Source: equation 5, summed over scales as the released tokenizer does.
+    Source: equation 5, its quantizer's part taken at every scale.
     """
     losses = [
         COMMITMENT * F.mse_loss(f_hat.detach(), f_BCHW) + F.mse_loss(f_hat, f_BCHW.detach())

@@ -1,6 +1,7 @@
 """Which pictures an update sees, as a function of the seed and the update's number alone."""
 
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -105,11 +106,17 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Let Ctrl-C reach the main process alone, which ends its workers itself when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def to_unit(pixels_u8: Tensor, device: torch.device) -> Tensor:
     """Return uint8 pixels as float32 in [-1, 1] on the device, channels last."""
-    pixels = pixels_u8.to(device, non_blocking=True).float() / 127.5 - 1
+    pixels = pixels_u8.to(device).float() / 127.5 - 1
     return pixels.contiguous(memory_format=torch.channels_last)

@@ -42,8 +42,6 @@ def initialize_transformer(model: Transformer, gamma: float) -> None:
             block.ada_gss[:, :, 2:].mul_(ADA_FACTOR)
         else:
             _scale_modulation(block.ada_lin.linear, width, gamma)
-    if model.config.shared_adaln:
-        _scale_modulation(model.shared_ada_lin.linear, width, gamma)
     model.head_nm.ada_lin.linear.weight.mul_(ADA_FACTOR)
     model.head.weight.mul_(HEAD_FACTOR)
 

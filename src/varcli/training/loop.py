@@ -13,16 +13,18 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from varcli.checkpoints.store import load_tensors, save_tensors
-from varcli.data.images import cannot_write
+from varcli.checkpoints.files import load_tensors, save_tensors
+from varcli.data.images import cannot_write, write_atomically
 from varcli.errors import RunError, UsageError
 from varcli.training.state import Tensors
 
@@ -89,6 +91,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:  # whoever asks twice does not want to wait
+            raise KeyboardInterrupt
         self.received = True
 
 
@@ -116,10 +120,10 @@ class Journal:
             if figures["step"] <= start:
                 self.last = figures
                 kept.append(line + "\n")
-        self.path.write_text("".join(kept))
+        write_atomically(self.path, "".join(kept).encode())
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add one update's figures, without waiting for the device."""
+        """Add one update's figures."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
@@ -170,22 +174,28 @@ def train(stage: Stage, run: Run) -> Figures:
     Ctrl-C and SIGTERM end the run after the update under way, its state saved.
 
     Raises:
-        RunError: the loss is not finite; the last good checkpoint stays.
+        RunError: the loss is not finite, memory does not suffice, or another run is under way in the folder;
+            the last good checkpoint stays.
         UsageError: the folder holds a run with other settings.
     """
     make_folder(run.folder)
-    start = resume(stage, run)
+    with only_run(run.folder), memory_explained(run.batch):
+        return continue_run(stage, run, resume(stage, run))
+
+
+def continue_run(stage: Stage, run: Run, start: int) -> Figures:
+    """Make the updates from `start` on; return the last figures. A finished run gets its checkpoint anew."""
     journal = Journal(run.folder, start, run.batch)
     remaining = range(start, run.steps)
+    if not remaining:
+        conclude(stage, run, start)
     with StopSignal() as stop:
         for step, batch in zip(remaining, stage.batches(remaining), strict=True):
             done = step + 1
             metrics = stage.update(batch, step, run.steps)
             if not math.isfinite(metrics["loss"].item()):
-                raise RunError(
-                    f"loss: {metrics['loss'].item()} at update {done}; {run.folder} keeps the last good checkpoint, "
-                    "try a lower --base-lr"
-                )
+                kept = f"; {run.folder} keeps the last good state" if run.state_file.exists() else ""
+                raise RunError(f"loss: not finite at update {done}{kept}; try a lower --base-lr in another --out")
             journal.add(metrics)
             last = done == run.steps
             validating = last or done % run.validate_every == 0
@@ -197,6 +207,37 @@ def train(stage: Stage, run: Run) -> Figures:
             if stop.received and not last:
                 raise KeyboardInterrupt
     return journal.last
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep a second run out of a folder.
+
+    Raises:
+        RunError: one is under way there.
+    """
+    lock = FileLock(folder / "lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"run folder: {folder} is in use by another run; wait for it or use another --out") from None
+    with lock:
+        yield
+
+
+@contextmanager
+def memory_explained(batch: int) -> Iterator[None]:
+    """Say what to do when memory does not suffice.
+
+    Raises:
+        RunError: it did not.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(
+            f"memory: a batch of {batch} does not fit; a larger --accumulate computes it in parts"
+        ) from error
 
 
 def make_folder(folder: Path) -> None:

@@ -6,13 +6,13 @@ torch-fidelity re-hosts. They are read without unpickling code.
 Shapes: B pictures of P × P pixels, C channels and H × W positions of one feature map.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcli.checkpoints.files import file_sha256
 from varcli.errors import CheckpointError
 
 VGG_FILE = "vgg16-397923af.pth"
@@ -65,13 +65,21 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, made_B3PP: Tensor, image_B3PP: Tensor) -> Tensor:
         """Return the mean distance of pictures in [-1, 1], 0 where they are equal."""
-        h_BCHW = (torch.cat([made_B3PP, image_B3PP]) - self.mean) / self.deviation
-        total = torch.zeros((), device=h_BCHW.device)
-        for stage, weight_1C11 in zip(self.stages, self.weights, strict=True):
-            h_BCHW = stage(h_BCHW)
-            made, image = F.normalize(h_BCHW, dim=1).chunk(2)
+        with torch.no_grad():
+            wanted = self.activations(image_B3PP)
+        total = torch.zeros((), device=made_B3PP.device)
+        for made, image, weight_1C11 in zip(self.activations(made_B3PP), wanted, self.weights, strict=True):
             total = total + F.conv2d((made - image).square(), weight_1C11).mean()
         return total
+
+    def activations(self, image_B3PP: Tensor) -> list[Tensor]:
+        """Return the five maps compared, (B, C, H, W), of length 1 at every position."""
+        h_BCHW = (image_B3PP - self.mean) / self.deviation
+        found = []
+        for stage in self.stages:
+            h_BCHW = stage(h_BCHW)
+            found.append(F.normalize(h_BCHW, dim=1))
+        return found
 
 
 def _read(path: Path, sha256_start: str | None) -> dict[str, Tensor]:
@@ -80,7 +88,7 @@ def _read(path: Path, sha256_start: str | None) -> dict[str, Tensor]:
         raise CheckpointError(
             f"LPIPS weights: {path} is missing; put {SOURCES[path.name]} there, or train with --lpips 0"
         )
-    if sha256_start and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256_start):
+    if sha256_start and not file_sha256(path).startswith(sha256_start):
         raise CheckpointError(f"LPIPS weights: {path} is damaged; download it again from {SOURCES[path.name]}")
     try:
         tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,7 +1,8 @@
 """What a training run will take, worked out before it begins.
 
 Operations and activation memory are counted by running one picture through the network, not guessed;
-the rate is measured on a few updates' worth of forward and backward passes.
+the rate is measured on a few forward and backward passes. The optimizer, and for a tokenizer its
+adversary and the perceptual distance, come on top.
 """
 
 import time
@@ -62,6 +63,8 @@ def expected_losses(depth: int) -> tuple[float, float]:
 class Planned(Protocol):
     """A stage whose forward pass can be tried on made-up data."""
 
+    device: torch.device
+
     @property
     def model(self) -> nn.Module:
         """Return what is trained."""
@@ -119,10 +122,18 @@ def _saved_bytes(loss: Callable[[int], Tensor]) -> int:
 def _rate(stage: Planned, part: int) -> float:
     """Return pictures a second through forward and backward, the first pass not counted."""
     stage.trial_loss(part).backward()
+    _synchronize(stage.device)
     begin = time.perf_counter()
     for _ in range(TIMED_PASSES):
         stage.trial_loss(part).backward()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _synchronize(stage.device)
     stage.model.zero_grad()
     return TIMED_PASSES * part / (time.perf_counter() - begin)
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -24,11 +24,13 @@ def mixed_seed(seed: int, number: int) -> int:
 def make_deterministic(device: torch.device) -> None:
     """Have CUDA take its deterministic kernels, without which no two runs are equal; a CPU always does.
 
-    Operations that have none only warn.
+    Operations that have none only warn, save masked attention, whose memory-efficient form is left out.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing reads such memory
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -60,8 +62,6 @@ class MovingAverage(Generic[Model]):
         decay = min(self.decay, (1 + step) / (10 + step))
         for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(parameter, 1 - decay)
-        for kept, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            kept.copy_(buffer)
 
 
 def adamw(model: nn.Module, betas: tuple[float, float], exempt: Iterable[str] = ()) -> torch.optim.AdamW:
@@ -98,7 +98,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         for key, value in tensors.items():
             if key.rpartition(".")[0] == name:
                 # The fused kernel walks memory, so a moment must lie as its parameter does, channels last or not.
-                like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+                # Its kernel also wants the count of steps on the parameter's device.
+                of_weight = value.shape == parameter.shape
+                like = torch.empty_like(parameter if of_weight else value, device=parameter.device)
                 optimizer.state[parameter][key.rpartition(".")[2]] = like.copy_(value)
 
 

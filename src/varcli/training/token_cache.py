@@ -107,19 +107,27 @@ def _key(tokenizer: Tokenizer, pictures: PictureSet, settings: CacheSettings, de
 
 def _begin(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, set[int]]:
     """Return how many crops are done and which pictures cannot be read; make the files of a new cache."""
-    progress = place / "progress.json"
-    if progress.exists():
+    progress, shape = place / "progress.json", (total, sequence_length(tokenizer.config.sides))
+    if progress.exists() and _holds(place / "tokens.npy", shape):
         note = json.loads(progress.read_text())
         return int(note["done"]), set(note["unreadable"])
-    shape = (total, sequence_length(tokenizer.config.sides))
     try:
         place.mkdir(parents=True, exist_ok=True)
+        progress.unlink(missing_ok=True)
         open_memmap(place / "tokens.npy", mode="w+", dtype=_number_kind(tokenizer), shape=shape)
         _reserve(place / "tokens.npy")
     except OSError as error:
         raise cannot_write(place, error) from error
     _note(place, 0, set())
     return 0, set()
+
+
+def _holds(path: Path, shape: tuple[int, int]) -> bool:
+    """Return whether a whole array of this shape is there."""
+    try:
+        return open_memmap(path, mode="r").shape == shape
+    except (OSError, ValueError):
+        return False
 
 
 def _number_kind(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:

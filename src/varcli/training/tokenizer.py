@@ -30,6 +30,8 @@ HIT_DECAY = 0.99
 """How slowly the record of codebook hits forgets."""
 REVIVE_EVERY = 100
 """Updates between looks for codebook rows that nobody uses."""
+REVIVE_UNTIL = 0.9
+"""Part of the training after which rows are left alone, to settle."""
 DEAD = 0.01
 """A row is dead when it is hit less than this part of what even use would give."""
 
@@ -75,7 +77,7 @@ class TokenizerStage:
         self.unreadable.add(itertools.chain(*unreadable))
         state.seed_step(self.training.seed, step)
         if step == 0:
-            self.begin_codebook(pixels)
+            self.begin_codebook(pixels.chunk(self.training.accumulate)[0])
         factor = cosine_factor(step, steps, self.training.final_lr)
         for optimizer in (self.optimizer, self.adversary_optimizer):
             state.set_rates(optimizer, self.training.lr * factor, self.training.weight_decay)
@@ -86,8 +88,11 @@ class TokenizerStage:
             for name, value in self.accumulate_gradients(part, scales, adversarial).items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value.detach()
         metrics = {name: total / self.training.accumulate for name, total in totals.items()}
-        if metrics["loss"].isfinite():
-            self.apply_gradients(step, adversarial)
+        metrics["gradient_norm"] = torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.adversary))
+        if metrics["loss"].isfinite() and metrics["gradient_norm"].isfinite():
+            self.apply_gradients(step, steps, adversarial)
+        else:
+            metrics["loss"] = torch.full_like(metrics["loss"], torch.nan)
         return metrics
 
     def trial_loss(self, count: int) -> Tensor:
@@ -97,23 +102,23 @@ class TokenizerStage:
         made, quantized, f_BCHW = self.reconstruct(image, None)
         return F.mse_loss(made, image) + quantization_loss(quantized, f_BCHW)
 
-    def apply_gradients(self, step: int, adversarial: bool) -> None:
+    def apply_gradients(self, step: int, steps: int, adversarial: bool) -> None:
         """Let the optimizers step and clear the gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         if adversarial:
             self.adversary_optimizer.step()
         self.adversary_optimizer.zero_grad()
-        if step % REVIVE_EVERY == REVIVE_EVERY - 1:
-            self.revive_codes()
         self.average.update(self.model, step)
+        if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < REVIVE_UNTIL * steps:
+            self.revive_codes()
 
     def draw_scales(self, step: int) -> int | None:
         """Return how many scales this update uses: all (None), or fewer where scale_drop strikes."""
         generator = random.Random(f"{self.training.seed} scales {step}")
         if generator.random() >= self.training.scale_drop:
             return None
-        return generator.randint(1, len(self.config.sides))
+        return generator.randint(1, max(len(self.config.sides) - 1, 1))
 
     def accumulate_gradients(self, pixels: Tensor, scales: int | None, adversarial: bool) -> dict[str, Tensor]:
         """Add the gradients of a part of the batch and return its figures."""
@@ -164,7 +169,6 @@ class TokenizerStage:
         chosen = torch.randint(len(rows), (len(weight),), device=rows.device)
         # Later scales quantize what earlier ones left over, so rows of every size are of use.
         weight.copy_(rows[chosen] * torch.rand(len(weight), 1, device=rows.device))
-        self.residuals = rows
 
     @torch.no_grad()
     def note_hits(self, quantized: Quantized) -> None:
@@ -183,6 +187,7 @@ class TokenizerStage:
         weight = self.model.quantize.embedding.weight
         chosen = torch.randint(len(self.residuals), (len(dead),), device=dead.device)
         weight[dead] = self.residuals[chosen].to(weight.dtype)
+        self.average.model.quantize.embedding.weight[dead] = weight[dead]  # an average with dead rows helps nobody
         for key in ("exp_avg", "exp_avg_sq"):
             self.optimizer.state[weight][key][dead] = 0
 
@@ -232,9 +237,15 @@ class TokenizerStage:
         state.load_optimizer_tensors(self.adversary_optimizer, self.adversary, moments)
 
     def save(self, folder: Path, figures: Figures, step: int) -> None:
-        """Write the averaged tokenizer to tokenizer.safetensors."""
+        """Write the averaged tokenizer, with the record of codebook hits, to tokenizer.safetensors."""
+        self.average.model.quantize.ema_vocab_hit_SV.copy_(self.model.quantize.ema_vocab_hit_SV)
         facts = {"step": step, "images_seen": step * self.training.batch, **figures}
         save_tokenizer(folder / "tokenizer.safetensors", self.average.model, facts)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Return the gradients of all weights that have one."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def held_out_batches(held: PictureSet, pixels: int, training: TokenizerTrainingConfig) -> Iterator[Batch]:

@@ -104,7 +104,8 @@ class TransformerStage:
             teacher_BLC = self.tokenizer.quantize.teacher_input([tokens_BL[:, span] for span in parts])
         with autocast(self.device, self.half):
             logits_BLV = model(label_B, teacher_BLC)
-        loss_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), tokens_BL, reduction="none")
+        loss_N = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten(), reduction="none")
+        loss_BL = loss_N.view(tokens_BL.shape)
         hit_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
         return {
             "loss": loss_BL.mean(),
