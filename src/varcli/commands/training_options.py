@@ -158,9 +158,7 @@ def show_plan(plan: "Plan", recipe: TrainingConfig, as_json: bool) -> None:
     reporting.result(f"operations       {plan.flops:.3g} FLOP")
     state, activations = plan.state_bytes / 2**30, plan.activation_bytes / 2**30
     reporting.result(f"memory           {state:.2f} GiB state, {activations:.2f} GiB activations")
-    reporting.result(
-        f"speed            {plan.images_per_second:.1f} pictures/s here, {hours:.1f} hours in all (forward and backward of the model alone)"
-    )
+    reporting.result(f"speed            {plan.images_per_second:.1f} pictures/s here, {hours:.1f} hours in all")
     if plan.expected_loss is not None:
         reporting.result(
             f"expected loss    {plan.expected_loss:.2f} mean, {plan.expected_loss_last:.2f} last scale "

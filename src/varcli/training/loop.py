@@ -235,9 +235,8 @@ def memory_explained(batch: int) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(
-            f"memory: a batch of {batch} does not fit; a larger --accumulate computes it in parts"
-        ) from error
+        advice = "a larger --accumulate computes it in parts"
+        raise RunError(f"memory: a batch of {batch} does not fit; {advice}") from error
 
 
 def make_folder(folder: Path) -> None:
