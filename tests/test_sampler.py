@@ -14,7 +14,7 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling import batches
 from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import pick_device, pick_dtype, place
+from varcli.sampling.devices import free_memory, pick_device, pick_dtype, place
 from varcli.sampling.sampler import Keep, ScaleModel, decode, generate
 
 GREEDY = SampleConfig(cfg=0, top_k=1, top_p=0)
@@ -184,17 +184,32 @@ def test_batches_are_halved_when_memory_runs_out(small, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return generate(tokenizer, transformer, rows, seeds, config)
 
+    freed = []
     monkeypatch.setattr(batches, "independent", lambda transformer: False)
     monkeypatch.setattr(batches, "generate", tight)
+    monkeypatch.setattr(batches, "free_memory", freed.append)
     wanted = [Wanted(1, seed) for seed in range(11)]
     made = list(BatchSampler(*small, SampleConfig(), 8).pictures(wanted))
     assert [w for w, _ in made] == wanted
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 1]
+    assert freed == [torch.device("cpu")] * 3
 
 
-def test_not_even_one_picture_fits(small, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:115] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        MemoryError(),
+    ],
+    ids=["CUDA", "MPS", "cuBLAS", "Linux", "Windows", "Python"],
+)
+def test_not_even_one_picture_fits(small, monkeypatch, error):
     def none(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(batches, "generate", none)
     with pytest.raises(RunError, match=r"^memory: one picture does not fit; "):
@@ -216,6 +231,43 @@ def test_requests_are_read_a_batch_at_a_time(small):
     answers = BatchSampler(*small, GREEDY).pictures(requests)
     next(answers)
     assert read == [0]
+
+
+def test_metal_gives_its_memory_back_too(monkeypatch):
+    freed = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: freed.append("mps"))
+    free_memory(torch.device("mps"))
+    free_memory(torch.device("cpu"))
+    assert freed == ["mps"]
+
+
+def test_models_move_in_the_precision_they_compute_in(monkeypatch):
+    models = reference.load("mini")
+    moved = []
+    for kind, weight in ((Transformer, "blocks.0.attn.proj.weight"), (Tokenizer, "decoder.conv_in.weight")):
+
+        def to(self, device, weight=weight, true=kind.to):
+            moved.append(self.get_parameter(weight).dtype)
+            return true(self, device)
+
+        monkeypatch.setattr(kind, "to", to)
+    place(models.tokenizer, models.transformer, torch.device("cpu"), "bf16")
+    assert moved == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_model_too_large_for_the_device_is_one_line(small, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Transformer, "to", full)
+    with pytest.raises(RunError, match=r"^memory: cpu cannot hold the model; a smaller one, "):
+        place(*small, torch.device("cpu"), "fp32")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_that_only_emulates_bf16_computes_in_fp16(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert pick_dtype("auto", torch.device("cuda")) == expected
 
 
 def test_devices():

@@ -10,7 +10,7 @@ from varcli.config import SampleConfig
 from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling.devices import block_weight, independent
+from varcli.sampling.devices import block_weight, free_memory, independent, out_of_memory
 from varcli.sampling.sampler import Pixels, decode, generate
 
 LARGEST_BATCH = 256
@@ -64,7 +64,7 @@ class BatchSampler:
         if len(group) == 1:
             raise RunError("memory: one picture does not fit; a smaller checkpoint, --dtype bf16 or --device cpu")
         half = self.batch_size = len(group) // 2
-        torch.cuda.empty_cache()
+        free_memory(block_weight(self.transformer).device)
         return self._make(group[:half]) + self._make(group[half:])
 
     def _attempt(self, group: Sequence[Request]) -> list[Pixels] | None:
@@ -73,8 +73,8 @@ class BatchSampler:
         try:
             *_, last = generate(self.tokenizer, self.transformer, rows, seeds, self.config)
             return list(decode(self.tokenizer, last.f_hat))
-        except RuntimeError as error:  # CUDA's own subclass, Metal and the CPU's allocator alike
-            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        except (RuntimeError, MemoryError) as error:  # CUDA's own subclass, Metal and the CPU's allocator alike
+            if not out_of_memory(error):
                 raise
             return None
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from varcli.errors import UsageError
+from varcli.errors import RunError, UsageError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
@@ -37,7 +37,8 @@ def pick_dtype(name: str, device: torch.device) -> str:
         return name
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    computes = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs know fp16 alone
+    return "bf16" if computes else "fp16"
 
 
 def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, precision: str) -> None:
@@ -45,15 +46,48 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
 
     In 16 bits only what takes the time is: the blocks' linear maps and the decoder. The residual
     stream, the token embeddings, the logits and the draws stay in float32.
+
+    Raises:
+        RunError: the device's memory cannot hold the models.
     """
     dtype = DTYPES[precision]
-    tokenizer.to(device).eval()
-    transformer.to(device).eval()
-    for layer in transformer.blocks.modules():
-        if isinstance(layer, nn.Linear):
-            layer.to(dtype)
-    for part in (tokenizer.post_quant_conv, tokenizer.decoder):
-        part.to(dtype).to(memory_format=torch.channels_last)
+    linear = [layer for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear)]
+    decoding = (tokenizer.post_quant_conv, tokenizer.decoder)
+    try:
+        for part in (*linear, *decoding):
+            part.to(dtype)  # before the move, which then takes half the memory
+        tokenizer.to(device).eval()
+        transformer.to(device).eval()
+        for part in decoding:
+            part.to(memory_format=torch.channels_last)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(
+            f"memory: {device} cannot hold the model; a smaller one, --dtype bf16 or --device cpu"
+        ) from error
+
+
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the CPU of any system."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA and Metal
+    "ALLOC_FAILED",  # CUDA's libraries
+    "Invalid buffer size",  # Metal, of a single tensor
+    "can't allocate memory",  # the CPU's allocator on Linux and macOS
+    "not enough memory",  # and on Windows
+)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what torch keeps for later, so that smaller batches find it in one piece."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def independent(transformer: Transformer) -> bool:
