@@ -15,9 +15,16 @@ from varcli import __version__, cli
 from varcli.config import TransformerConfig
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 
+EDITING = (
+    "--class -c --count -n --seed --best-of --feather --composite --paper --checkpoint -m --cfg --top-k --top-p "
+    "--smooth --out -o --grid --scales --device --dtype --json --quiet -q "
+)
 OPTIONS = {
     "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --out -o --grid "
     "--scales --batch-size --device --dtype --resume --json --quiet -q",
+    "inpaint": EDITING + "--alpha --box --fit-mask",
+    "outpaint": EDITING + "--pad --to",
+    "edit": EDITING + "--mask --alpha --box --fit-mask",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }

@@ -20,6 +20,9 @@ from varcli.errors import UsageError, VarError
 
 COMMANDS = {
     "sample": ("varcli.commands.sample", "sample"),
+    "inpaint": ("varcli.commands.inpaint", "inpaint"),
+    "outpaint": ("varcli.commands.outpaint", "outpaint"),
+    "edit": ("varcli.commands.edit", "edit"),
     "show": ("varcli.commands.show", "show"),
     "classes": ("varcli.commands.classes", "classes"),
     "checkpoints": ("varcli.commands.checkpoints", "checkpoints_app"),

@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from varcli import __version__
-from varcli.checkpoints.registry import find, presets, registry
+from varcli.checkpoints.registry import find
 from varcli.commands import options
-from varcli.config import SampleConfig
-from varcli.data.classes import RANDOM, ClassEntry, ClassTable, imagenet, parse_classes, random_class
+from varcli.commands.settings import hint, origin_of, settings
+from varcli.data.classes import RANDOM, ClassEntry, ClassTable, parse_classes, random_class
 from varcli.errors import UsageError
 from varcli.reporting import progress, result
 
 if TYPE_CHECKING:
-    from varcli.checkpoints.store import Checkpoint
     from varcli.data.images import Pixels, Provenance
     from varcli.data.places import Output
     from varcli.sampling.batches import BatchSampler
@@ -60,11 +58,11 @@ def sample(  # noqa: PLR0917 - options are given by name
     from varcli.sampling.devices import pick_device, pick_dtype, place  # noqa: PLC0415 - torch
 
     _check_together(out=out, grid=grid, scales=scales, resume=resume, as_json=as_json)
-    config = _settings(checkpoint, preset, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth)
+    config = settings(checkpoint, preset, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     model = load_model(find(checkpoint, progress=not quiet))
-    origin = _origin(checkpoint, model, config, str(where), precision)
+    origin = origin_of(checkpoint, model.sha256, config, str(where), precision)
     wanted, total = _bursts(classes, Series(model.classes, count, seed, origin))
     _check_files(grid, scales, total)
     with open_output(out, several=total != 1, resume=resume) as output, progress("pictures", total, quiet) as advance:
@@ -80,28 +78,6 @@ def sample(  # noqa: PLR0917 - options are given by name
 # --- what is wanted --------------------------------------------------------------------------------
 
 
-def _settings(checkpoint: str, preset: str, **given: Any) -> SampleConfig:
-    """Return the checkpoint's preset with those settings replaced that were given."""
-    return replace(presets(checkpoint)[preset], **{name: value for name, value in given.items() if value is not None})
-
-
-def _origin(checkpoint: str, model: "Checkpoint", config: SampleConfig, device: str, dtype: str) -> "Provenance":
-    """Return what all pictures of this run have in common."""
-    from varcli.data.images import Provenance  # noqa: PLC0415 - Pillow
-
-    return Provenance(
-        checkpoint=checkpoint,
-        checkpoint_sha256=model.sha256,
-        class_id=None,
-        class_name="none",
-        seed=0,
-        **asdict(config),
-        device=device,
-        dtype=dtype,
-        version=__version__,
-    )
-
-
 def _bursts(specs: Sequence[str], series: "Series") -> tuple[Iterable[Iterable[Picture]], int | None]:
     """Return the pictures wanted, and how many.
 
@@ -109,7 +85,7 @@ def _bursts(specs: Sequence[str], series: "Series") -> tuple[Iterable[Iterable[P
     stdin is a burst a class, so that each line is answered before the next is read, and its number is
     unknown (None).
     """
-    entries = parse_classes(specs, series.table, sys.stdin, _hint())
+    entries = parse_classes(specs, series.table, sys.stdin, hint())
     if "-" in map(str.strip, specs):
         return map(series.pictures, entries), None
     known = list(entries)
@@ -138,12 +114,6 @@ class Series:
             else:
                 made = replace(self.origin, class_id=entry.id, class_name=entry.name, seed=number)
                 yield Picture(self.table.row(entry.id), number, made)
-
-
-def _hint() -> str:
-    """Return which checkpoint knows all of ImageNet's classes."""
-    name = next(entry.name for entry in registry().values() if entry.classes == len(imagenet()))
-    return f"{name} knows all {len(imagenet())}: --checkpoint {name}"
 
 
 def _check_together(*, out: str | None, grid: Path | None, scales: Path | None, resume: bool, as_json: bool) -> None:

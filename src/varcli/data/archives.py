@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import numpy as np
+
 from varcli.data.images import Provenance, cannot_write, provenance_from_json
 from varcli.data.places import Output
 from varcli.errors import InputError
 
 if TYPE_CHECKING:
-    from varcli.data.images import Pixels
+    from varcli.data.images import Picture, Pixels
 
 
 class Archive(Output):
@@ -48,7 +50,7 @@ class Archive(Output):
         self._done[settings] -= 1
         return True
 
-    def add(self, pixels: "Pixels", made: Provenance) -> None:
+    def add(self, pixels: "Picture", made: Provenance) -> None:
         """Append a picture.
 
         Raises:
@@ -61,7 +63,7 @@ class Archive(Output):
                 self._unpack()
                 self._open_part(resume=True)
                 self._growing = True
-            self._append(pixels, made)
+            self._append(np.asarray(pixels), made)
             self._count += 1
 
     def close(self) -> None:

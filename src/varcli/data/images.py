@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Pixels = NDArray[np.uint8]
+    Picture = Pixels | Image.Image
 
 KEYWORD = "varcli"
 """Of the PNG text chunk that holds the provenance."""
@@ -69,6 +70,16 @@ class Provenance:
         return replace(self, checkpoint="", class_name="", device="", version="")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EditProvenance(Provenance):
+    """All that determines a picture made from another one."""
+
+    command: tuple[str, ...]
+    """The words after `var` that make it again."""
+    inputs: tuple[str, ...]
+    """sha256 of the files it was made from, in the order of the command."""
+
+
 def provenance_from_json(text: str, name: str) -> Provenance:
     """Return the provenance that `Provenance.to_json` wrote; `name` is where it was found, for messages.
 
@@ -77,10 +88,12 @@ def provenance_from_json(text: str, name: str) -> Provenance:
     """
     try:
         given = json.loads(text)
-        known = {field.name: given[field.name] for field in fields(Provenance)}
+        kind = EditProvenance if "command" in given else Provenance
+        known = {field.name: given[field.name] for field in fields(kind)}
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"provenance: {name}; it is damaged, or of another version of varcli") from error
-    return Provenance(**known)
+    return kind(**known)
 
 
 def read_provenance(path: Path) -> Provenance:
@@ -104,6 +117,12 @@ def read_provenance(path: Path) -> Provenance:
 
 def command_line(made: Provenance) -> str:
     """Return the command that makes a picture again, quoted for this system's shell."""
+    words = ["var", *(made.command if isinstance(made, EditProvenance) else ("sample", *setting_words(made)))]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def setting_words(made: Provenance) -> list[str]:
+    """Return the options that stand for a picture's class, seed and settings."""
     settings = {
         "class": "none" if made.class_id is None else made.class_id,
         "seed": made.seed,
@@ -114,20 +133,23 @@ def command_line(made: Provenance) -> str:
         "device": made.device,
         "dtype": made.dtype,
     }
-    words = ["var", "sample", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
-    words += ["--smooth"] if made.smooth else []
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return [*words, "--smooth"] if made.smooth else words
 
 
-def png_bytes(pixels: "Pixels", made: Provenance | None = None) -> bytes:
-    """Return a picture as a PNG file's content, with its provenance as text where it has one."""
+def png_bytes(pixels: "Picture", made: Provenance | None = None) -> bytes:
+    """Return a picture as a PNG file's content, with its provenance as text where it has one.
+
+    A picture of Pillow's also keeps its resolution and colour profile, if its `info` has them.
+    """
     text = PngInfo()
     if made is not None:
         text.add_text("Title", f"{made.class_name}, seed {made.seed}")
         text.add_text("Software", f"varcli {made.version}")
         text.add_text(KEYWORD, made.to_json())
     content = BytesIO()
-    Image.fromarray(pixels).save(content, "PNG", pnginfo=text, compress_level=_COMPRESSION)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(content, "PNG", pnginfo=text, compress_level=_COMPRESSION, dpi=image.info.get("dpi"))
     return content.getvalue()
 
 

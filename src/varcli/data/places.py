@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from varcli.data.images import (
+    EditProvenance,
     Provenance,
     cannot_write,
     check_folder,
@@ -25,7 +26,7 @@ from varcli.data.images import (
 from varcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from varcli.data.images import Pixels
+    from varcli.data.images import Picture
 
 
 class Output:
@@ -38,7 +39,7 @@ class Output:
         """Return whether an earlier run left this picture here; asked once for each picture, before `add`."""
         return False
 
-    def add(self, pixels: "Pixels", made: Provenance) -> Path | None:
+    def add(self, pixels: "Picture", made: Provenance) -> Path | None:
         """Put a picture here; return its own file, None where it has none.
 
         Raises:
@@ -88,7 +89,7 @@ class Files(Output):
         except InputError:
             return False
 
-    def add(self, pixels: "Pixels", made: Provenance) -> Path:
+    def add(self, pixels: "Picture", made: Provenance) -> Path:
         """Write a picture; return its file."""
         path = self._path(made)
         write_atomically(path, png_bytes(pixels, made))
@@ -110,7 +111,7 @@ class Stream(Output):
         with self._reported():
             self._stream = _standard_output() if path == STANDARD_OUTPUT else path.open("wb")
 
-    def add(self, pixels: "Pixels", made: Provenance) -> None:
+    def add(self, pixels: "Picture", made: Provenance) -> None:
         """Send a picture on its way."""
         content = png_bytes(pixels, made)
         self._send(tar_member(picture_name(made), content) if self._several else content)
@@ -155,7 +156,13 @@ def _standard_output() -> BinaryIO:
 
 
 def picture_name(made: Provenance) -> str:
-    """Return the file name of a picture: class id, class name and seed, fit for every file system."""
+    """Return the file name of a picture, fit for every file system.
+
+    It is made of class id, class name and seed; of an edit of the given picture's name, command and seed.
+    """
+    if isinstance(made, EditProvenance):
+        command, source, *_ = made.command
+        return f"{Path(source).stem if source != '-' else 'picture'}-{command}-{made.seed}.png"
     class_id = "none" if made.class_id is None else str(made.class_id)
     words = re.sub(r"[^\w]+", "_", unicodedata.normalize("NFC", made.class_name)).strip("_")
     short = words.encode()[:_LONGEST_NAME].decode(errors="ignore")

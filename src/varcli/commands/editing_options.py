@@ -1,0 +1,76 @@
+"""Options of the commands that start from a picture, each once. No torch here."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Image = Annotated[str, Argument(metavar="IMG", help="A picture of any size and kind, or - for standard input.")]
+Images = Annotated[list[str], Argument(metavar="IMG...", help="Pictures of any size and kind; - is standard input.")]
+MaskFile = Annotated[
+    str | None, Argument(metavar="[MASK]", help="A grey picture, white where to fill, of the picture's size.")
+]
+MaskOption = Annotated[
+    str | None,
+    Option("--mask", metavar="FILE", help="A grey picture, white where to change, of the picture's size."),
+]
+Alpha = Annotated[
+    bool, Option("--alpha", help="Fill where the mask, or without one the picture, is transparent, not where white.")
+]
+Box = Annotated[
+    str | None,
+    Option("--box", metavar="L,T,R,B", help="Instead of a mask: a box in pixels (16,0,48,32) or percent (25%,0%,…)."),
+]
+FitMask = Annotated[bool, Option("--fit-mask", help="Resize a mask of another size to the picture's.")]
+Pad = Annotated[
+    str | None,
+    Option("--pad", metavar="L,T,R,B", help="What to add on each side, in pixels or percent of the picture."),
+]
+To = Annotated[
+    str | None, Option("--to", metavar="WxH", help="Size to reach, such as 1024x256, the picture in the middle.")
+]
+ClassFor = Annotated[
+    str,
+    Option("--class", "-c", metavar="CLASS", help="What to paint: index (207), name ('golden retriever') or none."),
+]
+Count = Annotated[int, Option("--count", "-n", min=1, help="How many, each from a seed of its own.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of the first one; the next ones count up from it.")]
+BestOf = Annotated[
+    int,
+    Option(
+        "--best-of",
+        metavar="N",
+        min=1,
+        help="Make N for each one wanted; keep that whose seam is smoothest and likelihood highest.",
+    ),
+]
+Feather = Annotated[
+    int | None,
+    Option(
+        "--feather",
+        metavar="PIXELS",
+        min=0,
+        help="Width over which the new fades into the kept, outside the hole; beyond it nothing changes.",
+        show_default="half a token",
+    ),
+]
+Composite = Annotated[
+    bool,
+    Option("--composite/--no-composite", help="Take kept pixels from the picture, or all from the model's decoder."),
+]
+Paper = Annotated[
+    bool, Option("--paper", help="Follow the released demonstration exactly: its keep rule, nothing put back.")
+]
+Out = Annotated[
+    str | None,
+    Option(
+        "--out",
+        "-o",
+        metavar="PLACE",
+        help="A .png file, a folder, or - for stdout (several: a tar stream).",
+        show_default="files in the current folder",
+    ),
+]
+Grid = Annotated[
+    Path | None, Option("--grid", metavar="FILE", help="Also a contact sheet: what to fill, and the results, .png.")
+]

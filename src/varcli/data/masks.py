@@ -1,0 +1,200 @@
+"""What to fill of a picture: masks, boxes, margins, soft edges, and what stands in for the unknown.
+
+A mask is a boolean array, height × width, True where to fill. Boxes and margins are left, top, right,
+bottom in pixels.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from varcli.data.photographs import Photograph
+from varcli.errors import InputError, UsageError
+
+Mask = NDArray[np.bool_]
+Numbers = NDArray[np.float32]
+
+_HALF = 128
+
+
+# --- as users give them ----------------------------------------------------------------------------
+
+
+def grey_mask(given: Photograph) -> Mask:
+    """Return where a picture is white rather than black; whatever is transparent counts as black."""
+    image = given.image
+    if image.mode == "I;16":
+        return np.asarray(image) >= _HALF * 257
+    grey = np.asarray(image.convert("RGB").convert("L"))
+    alpha = given.alpha()
+    return (grey if alpha is None else grey.astype(np.uint32) * alpha // 255) >= _HALF
+
+
+def transparent_mask(given: Photograph) -> Mask:
+    """Return where a picture is more transparent than opaque.
+
+    Raises:
+        InputError: it has no alpha channel.
+    """
+    alpha = given.alpha()
+    if alpha is None:
+        raise InputError(f"mask: {given.name} has no alpha channel; a picture with one, or a grey mask without --alpha")
+    return alpha < _HALF
+
+
+def box_mask(box: tuple[int, int, int, int], size: tuple[int, int]) -> Mask:
+    """Return a mask of a picture of this width and height that is True inside the box."""
+    left, top, right, bottom = box
+    mask = np.zeros(size[::-1], bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def fitted_mask(mask: Mask, size: tuple[int, int], name: str, fit: bool) -> Mask:
+    """Return the mask in a picture's size, width and height.
+
+    Raises:
+        InputError: it has another size and is not to be fitted.
+    """
+    height, width = mask.shape
+    if (width, height) == size:
+        return mask
+    if not fit:
+        sizes = f"{width} × {height} for a picture of {size[0]} × {size[1]}"
+        raise InputError(f"mask: {name} has {sizes}; the same size, or --fit-mask to resize it")
+    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(grey) >= _HALF
+
+
+def check_mask(mask: Mask, name: str) -> None:
+    """Raise InputError where a mask marks nothing, or everything."""
+    if not mask.any():
+        raise InputError(f"mask: {name} marks nothing; white is what to fill (with --alpha: transparent)")
+    if mask.all():
+        raise InputError(f"mask: {name} marks all of the picture; some must stay, or it is `var sample`")
+
+
+def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return a box of a picture of this size from ``l,t,r,b`` in pixels or percent.
+
+    Raises:
+        UsageError: it is no box, reaches beyond the picture, or is empty or all of it.
+    """
+    left, top, right, bottom = _four("box", text, size)
+    width, height = size
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise UsageError(f"box: {text}; left < right and top < bottom within {width} × {height} pixels")
+    if (right - left, bottom - top) == size:
+        raise UsageError(f"box: {text} is all of the picture; some must stay, or it is `var sample`")
+    return left, top, right, bottom
+
+
+def parse_margins(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return what to add to a picture of this size on each side, from ``l,t,r,b`` in pixels or percent.
+
+    Raises:
+        UsageError: they are no margins, or all are 0.
+    """
+    margins = _four("pad", text, size)
+    if min(margins) < 0 or not any(margins):
+        raise UsageError(f"pad: {text}; 0 or more on each side, and some of it")
+    _check_canvas("pad", text, size[0] + margins[0] + margins[2], size[1] + margins[1] + margins[3])
+    return margins
+
+
+def parse_target(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the margins that bring a picture of this size to ``WxH``, itself in the middle.
+
+    Raises:
+        UsageError: it is no size, or not larger than the picture.
+    """
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise UsageError(f"to: {text}; width x height in pixels, such as 1024x256")
+    width, height = map(int, parts)
+    if width < size[0] or height < size[1] or (width, height) == size:
+        raise UsageError(f"to: {text}; more than the picture's {size[0]}x{size[1]}")
+    _check_canvas("to", text, width, height)
+    across, down = width - size[0], height - size[1]
+    return across // 2, down // 2, across - across // 2, down - down // 2
+
+
+def _check_canvas(option: str, text: str, width: int, height: int) -> None:
+    most = Image.MAX_IMAGE_PIXELS or width * height
+    if width * height > most:
+        raise UsageError(f"{option}: {text} makes {width} × {height} pixels; at most {most // 10**6} million")
+
+
+def _four(option: str, text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return four lengths along x, y, x, y of a picture of this size; a percentage is of its width or height."""
+    parts = text.split(",")
+    try:
+        left, top, right, bottom = (
+            round(float(part.strip()[:-1]) / 100 * whole) if part.strip().endswith("%") else int(part)
+            for part, whole in zip(parts, size * 2, strict=True)
+        )
+    except (ValueError, OverflowError) as error:
+        message = f"{option}: {text}; left,top,right,bottom in pixels or percent, such as 16,0,48,32 or 25%,0%,75%,50%"
+        raise UsageError(message) from error
+    return left, top, right, bottom
+
+
+def marked(pixels: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
+    """Return a picture (height, width, 3) with the masked part in a colour that few pictures have."""
+    shown = pixels.copy()
+    shown[mask] = (255, 0, 255)
+    return shown
+
+
+# --- soft edges and stand-ins ----------------------------------------------------------------------
+
+
+def feathered(mask: Mask, feather: int) -> Numbers:
+    """Return how much of the new shows: 1 in the mask, falling to 0 within `feather` pixels outside of it.
+
+    The way is measured as the larger of both directions', so that it is exact: 0 from there on.
+    """
+    grown = _box_sums(mask, (feather + 1) // 2) > 0
+    return (_box_sums(grown, feather // 2) / (2 * (feather // 2) + 1) ** 2).astype(np.float32)
+
+
+def _box_sums(mask: Mask, radius: int) -> NDArray[np.int64]:
+    """Return how many marks lie in the square of 2·radius + 1 pixels around each pixel, edges going on beyond."""
+    sums = mask.astype(np.int64)
+    for axis in (0, 1):
+        total = np.cumsum(np.pad(sums, [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)], "edge"), axis)
+        count, width = sums.shape[axis], 2 * radius + 1
+        sums = np.take(total, range(width, width + count), axis) - np.take(total, range(count), axis)
+    return sums
+
+
+def filled_in(pixels: Numbers, known: Mask) -> Numbers:
+    """Return pixels (height, width, channels) whose unknown ones continue the known around them, smoothly.
+
+    They depend on the known ones alone, and are grey where there are none. Each unknown pixel takes the mean over
+    the smallest of ever larger blocks that knows anything.
+
+    Source: the pull-push algorithm (Gortler et al. 1996, section 3.4).
+    """
+    if not known.any():
+        return np.full_like(pixels, 127.5)
+    if known.all():
+        return pixels
+    height, width = known.shape
+    edges = ((0, height % 2), (0, width % 2))
+    weight = np.pad(known.astype(np.float32), edges)
+    colour = np.pad(pixels * known[:, :, None], (*edges, (0, 0))).astype(np.float32)
+    total = _quarter(weight)
+    mean = (_quarter(colour) / np.maximum(total, 1)[:, :, None]).astype(np.float32)
+    coarse = filled_in(mean, total > 0)
+    layers = [
+        Image.fromarray(coarse[:, :, channel]).resize(weight.shape[::-1], Image.Resampling.BILINEAR)
+        for channel in range(coarse.shape[2])
+    ]
+    smooth = np.dstack([np.asarray(layer) for layer in layers])[:height, :width]
+    return np.where(known[:, :, None], pixels, smooth).astype(np.float32)
+
+
+def _quarter(values: Numbers) -> Numbers:
+    """Return the sums over blocks of 2 × 2."""
+    return values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]

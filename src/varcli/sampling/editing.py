@@ -1,0 +1,217 @@
+"""Zero-shot editing: the scale loop with the tokens that a picture keeps (paper, section 5.3).
+
+Shapes: P pixels a side of the model, H = W = s_K, s the side and l = s² the tokens of one scale.
+Masks are True where to fill, and keep masks True where a token stays.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, pstdev
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varcli.config import SampleConfig
+from varcli.data.masks import Mask, feathered, filled_in
+from varcli.data.regions import enlarged, regions, shrunk, shrunk_mask
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+from varcli.sampling.devices import block_weight
+from varcli.sampling.sampler import Keep, Pixels, ScaleResult, decode, generate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EditConfig:
+    """How an edit is cut out, and put back; with a picture, a mask and a SampleConfig it determines the result."""
+
+    feather: int | None = None
+    """Width in the picture's pixels over which the new fades into the kept; None is half a token."""
+    composite: bool = True
+    """Whether kept pixels come from the picture; otherwise from the tokenizer's idea of them."""
+    paper: bool = False
+    """Follow the released rule: the picture's tokens as they are, nothing grown, nothing put back."""
+
+
+@dataclass(slots=True)
+class Edited:
+    """What an edit gives, and how good it seems."""
+
+    pixels: Pixels
+    """(height, width, 3)."""
+    seed: int
+    seams: list[float] = field(default_factory=list)
+    """Of each region, how far old and new differ where they meet, in grey levels of 255."""
+    log_likelihoods: list[float] = field(default_factory=list)
+    """Of each region's new tokens under the model, mean of the natural logarithms; empty if not asked for."""
+    frames: list[Pixels] = field(default_factory=list)
+    """The picture as it grew; empty if not asked for."""
+
+    @property
+    def seam(self) -> float:
+        """Mean of the regions' seams."""
+        return fmean(self.seams)
+
+    @property
+    def log_likelihood(self) -> float:
+        """Mean of the regions' log-likelihoods."""
+        return fmean(self.log_likelihoods)
+
+
+def best(candidates: Sequence[Edited]) -> Edited:
+    """Return the candidate whose seam is smoothest and likelihood highest, both counted in standard deviations."""
+    seams = [candidate.seam for candidate in candidates]
+    likelihoods = [candidate.log_likelihood for candidate in candidates]
+
+    def score(candidate: Edited) -> float:
+        smoothness = (fmean(seams) - candidate.seam) / (pstdev(seams) or 1)
+        return smoothness + (candidate.log_likelihood - fmean(likelihoods)) / (pstdev(likelihoods) or 1)
+
+    return max(candidates, key=score)
+
+
+# --- which tokens stay -----------------------------------------------------------------------------
+
+
+def keep_by_coverage(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
+    """Return which tokens stay at each scale, (1, l) bool.
+
+    The hole is first grown by one token of the last grid, because a token reaches into its neighbours.
+    A token stays if the grown hole takes no more than half of it: so the coarsest change only where most
+    of the picture does, and the last ones outside the grown hole all stay. At the finer scales, from half
+    the last grid's side, no token stays that has a single pixel of the hole.
+
+    Differs: the released rule (`keep_as_released`) neither grows the hole nor ever lets the first scale change.
+    """
+    hole_11PP = hole_PP[None, None].float()
+    grown_11HH = F.max_pool2d(F.adaptive_max_pool2d(hole_11PP, sides[-1]), 3, stride=1, padding=1)
+    kept = []
+    for side in sides:
+        keep_11ss = F.adaptive_avg_pool2d(grown_11HH, side) <= 0.5
+        if 2 * side >= sides[-1]:
+            keep_11ss &= F.adaptive_max_pool2d(hole_11PP, side) == 0
+        kept.append(keep_11ss.flatten(1))
+    return kept
+
+
+def keep_as_released(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
+    """Return which tokens stay at each scale, (1, l) bool, by the rule of the released demonstration.
+
+    The mask on the last grid, interpolated bilinearly, decides by half; of up to three tokens all stay.
+    """
+    keep_11HH = (F.adaptive_avg_pool2d(hole_PP[None, None].float(), sides[-1]) <= 0.5).float()
+    kept = []
+    for side in sides:
+        keep_11ss = F.interpolate(keep_11HH, size=(side, side), mode="bilinear", align_corners=False) > 0.5
+        kept.append(torch.ones_like(keep_11ss).flatten(1) if side**2 <= 3 else keep_11ss.flatten(1))
+    return kept
+
+
+# --- the edit --------------------------------------------------------------------------------------
+
+
+class Editor:
+    """Fills masks of pictures with one pair of models and one set of settings."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, rule: EditConfig | None = None
+    ) -> None:
+        """Take models made ready by `devices.place`."""
+        self.tokenizer, self.transformer, self.config = tokenizer, transformer, config
+        self.rule = rule or EditConfig()
+
+    def edit(
+        self,
+        pixels: Pixels,
+        mask: Mask,
+        side: int,
+        row: int,
+        seed: int,
+        *,
+        scored: bool = False,
+        growing: bool = False,
+        advance: Callable[[], None] = lambda: None,
+    ) -> Edited:
+        """Return a picture whose masked pixels are new.
+
+        Args:
+            pixels: (height, width, 3).
+            mask: (height, width).
+            side: of the squares that go through the model one after another, in the picture's pixels.
+            row: row of the class table, `config.null_class` for none.
+            seed: of the draws; each square has draws of its own.
+            scored: also tell the likelihood, which takes one more pass of the model.
+            growing: also give the picture after each scale.
+            advance: called after each square.
+        """
+        edited, unknown = Edited(pixels.copy(), seed), mask.copy()
+        last = len(self.tokenizer.config.sides) - 1
+        for number, region in enumerate(regions(mask, side)):
+            given, hole = edited.pixels[region.slices].copy(), unknown[region.slices].copy()
+            keep, tokens = self.keep(given, hole), []
+            for result in self._scales(row, seed + (number << 32), keep):
+                tokens.append(result.tokens)
+                if growing or result.scale == last:
+                    made = enlarged(decode(self.tokenizer, result.f_hat)[0], region.side)
+                    edited.pixels[region.slices] = self._composite(given, made, hole)
+                    edited.frames += [edited.pixels.copy()] if growing else []
+            edited.seams.append(seam(given, made, hole, self._feather(region.side)))
+            edited.log_likelihoods += [log_likelihood(self.transformer, self.tokenizer, tokens, keep, row)] * scored
+            unknown[region.slices] = False
+            advance()
+        return edited
+
+    @torch.inference_mode()
+    def keep(self, given: Pixels, hole: Mask) -> Keep:
+        """Return which tokens of a square picture stay; they know nothing of what is in the hole.
+
+        Differs: the released rule tokenizes the picture with what is in the hole, which then shows
+        through in the tokens around it.
+        """
+        pixels, device = self.tokenizer.config.pixels, block_weight(self.transformer).device
+        values = given.astype(np.float32)
+        square = shrunk(values if self.rule.paper else filled_in(values, ~hole), pixels)
+        image_3PP = torch.from_numpy(square.copy()).permute(2, 0, 1).to(device) / 127.5 - 1
+        hole_PP = torch.from_numpy(shrunk_mask(hole, pixels).copy()).to(device)
+        rule = keep_as_released if self.rule.paper else keep_by_coverage
+        return Keep(self.tokenizer.encode(image_3PP[None]), rule(hole_PP, self.tokenizer.config.sides))
+
+    def _scales(self, row: int, seed: int, keep: Keep) -> Iterator[ScaleResult]:
+        # Guiding "no class" away from "no class" changes nothing and costs a second pass.
+        guided = self.rule.paper or row != self.transformer.config.null_class
+        config = self.config if guided else replace(self.config, cfg=0)
+        return generate(self.tokenizer, self.transformer, [row], [seed], config, keep=keep)
+
+    def _feather(self, side: int) -> int:
+        """Return over how many pixels of a square of this side the new fades."""
+        half_token = max(1, round(side / self.tokenizer.config.sides[-1] / 2))
+        return half_token if self.rule.feather is None else self.rule.feather
+
+    def _composite(self, given: Pixels, made: Pixels, hole: Mask) -> Pixels:
+        if self.rule.paper or not self.rule.composite:
+            return made
+        share = feathered(hole, self._feather(len(hole)))[:, :, None]
+        return (given * (1 - share) + made * share).round().astype(np.uint8)
+
+
+def seam(given: Pixels, made: Pixels, hole: Mask, feather: int) -> float:
+    """Return how far old and new differ just outside a hole, where one fades into the other: mean of 255 levels."""
+    ring = (feathered(hole, max(feather, 1)) > 0) & ~hole
+    if not ring.any():
+        return 0.0
+    return float(np.abs(given[ring].astype(np.float32) - made[ring]).mean())
+
+
+@torch.inference_mode()
+def log_likelihood(
+    transformer: Transformer, tokenizer: Tokenizer, tokens: Sequence[Tensor], keep: Keep, row: int
+) -> float:
+    """Return the mean natural logarithm of the new tokens' probabilities, given the class and all coarser tokens."""
+    weight = block_weight(transformer)
+    input_1LC = tokenizer.quantize.teacher_input(tokens)
+    with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
+        logits_1LV = transformer(torch.tensor([row], device=weight.device), input_1LC).float()
+    idx_1L, new_1L = torch.cat(list(tokens), dim=1), ~torch.cat(keep.masks, dim=1)
+    log_1L = logits_1LV.log_softmax(-1).gather(-1, idx_1L[:, :, None])[:, :, 0]
+    return float(log_1L[new_1L].mean()) if new_1L.any() else 0.0

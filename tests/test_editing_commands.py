@@ -1,0 +1,279 @@
+"""`var inpaint`, `outpaint` and `edit`: any picture, any mask, and what is kept is kept to the last bit."""
+
+import io
+import json
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small
+from varcli import cli
+from varcli.checkpoints.store import save_model
+from varcli.data.classes import ClassEntry, ClassTable
+from varcli.data.images import EditProvenance, read_provenance
+from varcli.data.masks import box_mask, feathered
+
+NOISE = np.random.RandomState(0).randint(0, 256, (40, 60, 4)).astype(np.uint8)
+BOX = (20, 10, 30, 22)
+MASK = box_mask(BOX, (60, 40))
+HALF_TOKEN = 3
+"""Of the small model: 24 pixels a square on a last grid of 4."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small.save(tmp_path_factory.mktemp("model") / "small.safetensors")
+
+
+@pytest.fixture
+def var(model, monkeypatch, tmp_path, capsys):
+    """Run `var` with the small model in a folder with a picture and a mask; return what it printed."""
+    monkeypatch.setenv("VAR_CHECKPOINT", str(model))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(NOISE[:, :, :3]).save("in.png", dpi=(150, 150))
+    Image.fromarray(MASK).save("mask.png")
+
+    def run(*arguments):
+        code = cli.run([*map(str, arguments), "--device", "cpu"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        assert err == ""
+        return out
+
+    return run
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def kept(share=HALF_TOKEN, mask=MASK):
+    return feathered(mask, share) == 0
+
+
+def test_inpaint_keeps_what_is_not_near_the_hole(var, tmp_path):
+    assert var("inpaint", "in.png", "mask.png", "-o", "out.png") == "out.png\n"
+    out = pixels("out.png")
+    assert out.shape == (40, 60, 3)
+    assert np.array_equal(out[kept()], NOISE[:, :, :3][kept()])
+    assert (out[MASK] != NOISE[:, :, :3][MASK]).any(axis=1).mean() > 0.9
+    with Image.open("out.png") as image:
+        assert round(image.info["dpi"][0]) == 150
+    var("inpaint", "in.png", "--box", ",".join(map(str, BOX)), "-o", "box.png")
+    var("inpaint", "in.png", "--box", "33.4%,25%,50%,55%", "-o", "percent.png")
+    assert np.array_equal(pixels("box.png"), out) and np.array_equal(pixels("percent.png"), out)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16"])
+def test_every_kind_of_png_keeps_its_kind(var, mode):
+    deep = NOISE[:, :, 0].astype(np.uint16) * 256 + NOISE[:, :, 1]
+    array = {"L": NOISE[:, :, 0], "LA": NOISE[:, :, 2:], "RGB": NOISE[:, :, :3], "RGBA": NOISE, "I;16": deep}[mode]
+    Image.fromarray(array).save("kind.png")
+    var("inpaint", "kind.png", "mask.png", "-o", "out.png")
+    with Image.open("out.png") as out:
+        assert out.mode == mode
+        assert np.array_equal(np.asarray(out)[kept()], array[kept()])
+        if "A" in mode:
+            assert np.array_equal(np.asarray(out.getchannel("A")), array[:, :, -1])
+        assert (np.asarray(out)[MASK] != array[MASK]).any()
+
+
+def test_feather_and_compositing(var):
+    var("inpaint", "in.png", "mask.png", "--feather", 0, "-o", "hard.png")
+    assert np.array_equal(pixels("hard.png")[~MASK], NOISE[:, :, :3][~MASK])
+    var("inpaint", "in.png", "mask.png", "--no-composite", "-o", "all.png")
+    changed = (pixels("all.png") != NOISE[:, :, :3]).any(axis=2)
+    assert changed.sum() > 0.98 * 24**2
+
+
+def test_alpha_of_the_picture_or_of_a_mask(var):
+    layer = NOISE.copy()
+    layer[:, :, 3] = np.where(MASK, 0, 255)
+    Image.fromarray(layer).save("holes.png")
+    var("inpaint", "holes.png", "--alpha", "-o", "own.png")
+    assert (pixels("own.png")[:, :, 3] == 255).all()
+    assert np.array_equal(pixels("own.png")[kept()], layer[kept()])
+    var("inpaint", "in.png", "holes.png", "--alpha", "-o", "other.png")
+    assert np.array_equal(pixels("other.png"), pixels("own.png")[:, :, :3])
+
+
+def test_masks_may_be_fitted(var):
+    Image.fromarray(MASK).resize((30, 20)).save("half.png")
+    var("inpaint", "in.png", "half.png", "--fit-mask", "-o", "out.png")
+    out = pixels("out.png")
+    assert np.array_equal(out[kept(6)], NOISE[:, :, :3][kept(6)])
+
+
+@pytest.mark.parametrize(
+    ("size", "place", "shape"),
+    [
+        (("--pad", "4,0,8,2"), (0, 4), (42, 72)),
+        (("--pad", "10%,0,0,50%"), (0, 6), (60, 66)),
+        (("--to", "160x40"), (0, 50), (40, 160)),
+        (("--to", "70x50"), (5, 5), (50, 70)),
+    ],
+)
+def test_outpaint_goes_on_beyond_the_edges(var, size, place, shape):
+    Image.fromarray(NOISE).save("in.png")
+    var("outpaint", "in.png", *size, "-o", "out.png")
+    out = pixels("out.png")
+    assert out.shape == (*shape, 4)
+    top, left = place
+    new = ~box_mask((left, top, left + 60, top + 40), shape[::-1])
+    inner = feathered(new, 5)[top : top + 40, left : left + 60] == 0
+    assert inner.any()
+    assert np.array_equal(out[top : top + 40, left : left + 60][inner], NOISE[inner])
+    assert (out[new][:, 3] == 255).all() and out[new].std() > 5
+
+
+def test_edit_puts_a_class_in(var):
+    for name in ("pizza", "daisy"):
+        var("edit", "in.png", "--mask", "mask.png", "--class", name, "-o", f"{name}.png")
+        assert np.array_equal(pixels(f"{name}.png")[kept()], NOISE[:, :, :3][kept()])
+    assert (pixels("pizza.png") != pixels("daisy.png")).any()
+    made = read_provenance("daisy.png")
+    assert (made.class_id, made.class_name) == (985, "daisy")
+
+
+def test_results_say_how_they_were_made(var, capsys):
+    var(
+        "edit",
+        "in.png",
+        "--box",
+        "20,10,30,22",
+        "-c",
+        "pizza",
+        "--seed",
+        4,
+        "--feather",
+        2,
+        "--smooth",
+        "-o",
+        "out.png",
+    )
+    made = read_provenance("out.png")
+    assert isinstance(made, EditProvenance) and len(made.inputs) == 1
+    assert cli.run(["show", "out.png"]) == 0
+    again = capsys.readouterr().out.splitlines()[-1].split("again")[1].strip()
+    first = pixels("out.png")
+    assert cli.run([*shlex.split(again)[1:], "-o", "again.png"]) == 0
+    assert np.array_equal(pixels("again.png"), first)
+
+
+def test_many_and_the_best(var):
+    paths = var("inpaint", "in.png", "mask.png", "-n", 3, "-o", "many", "--grid", "grid.png").split()
+    assert [path.replace("\\", "/") for path in paths] == [f"many/in-inpaint-{i}.png" for i in range(3)]
+    assert len({pixels(path).tobytes() for path in paths}) == 3
+    assert pixels("grid.png").shape[1] > 192
+    [line] = var("inpaint", "in.png", "mask.png", "--best-of", 3, "-o", "best.png", "--json").splitlines()
+    said = json.loads(line)
+    assert said["path"] == "best.png" and said["seed"] in (0, 1, 2)
+    assert [one["seed"] for one in said["candidates"]] == [0, 1, 2]
+    chosen = said["candidates"][said["seed"]]
+    assert (said["seam"], said["log_likelihood"]) == (chosen["seam"], chosen["log_likelihood"])
+    assert all(one["seam"] > 0 > one["log_likelihood"] for one in said["candidates"])
+    assert np.array_equal(pixels("best.png"), pixels(paths[said["seed"]]))
+    assert read_provenance("best.png").seed == said["seed"]
+
+
+def test_the_picture_as_it_grows(var):
+    var("inpaint", "in.png", "mask.png", "--scales", "grows.gif", "-o", "out.png", "-q")
+    with Image.open("grows.gif") as growing:
+        assert growing.n_frames == len(small.SIDES)
+    var("outpaint", "in.png", "--to", "100x40", "--scales", "grows.png", "-o", "wide.png")
+    assert pixels("grows.png").shape[1] > 200
+
+
+def test_paper_mode_is_the_originals(tmp_path, monkeypatch, original):
+    monkeypatch.chdir(tmp_path)
+    table = ClassTable(tuple(ClassEntry(i, f"c{i}", f"c{i}") for i in range(original.transformer.config.class_count)))
+    save_model("m.safetensors", original.tokenizer, original.transformer, table, {})
+    Image.fromarray(original.outputs["image_u8"][0].permute(1, 2, 0).numpy()).save("in.png")
+    for i, edit in enumerate(original.edits):
+        keep = original.outputs[f"edit.{i}.keep_mask"].numpy()
+        Image.fromarray(np.kron(keep, np.ones((16, 16))) == 0).save("mask.png")
+        name = "none" if edit["label"] == len(table) else edit["label"]
+        settings = ["--class", name, "--cfg", edit["cfg"], "--top-k", 1, "--top-p", 0, "--device", "cpu", "-q"]
+        command = ["inpaint", "in.png", "mask.png", "--paper", "-m", "m.safetensors", *settings, "-o", "out.png"]
+        assert cli.run(list(map(str, command))) == 0
+        expected = original.outputs[f"edit.{i}.image"][0].permute(1, 2, 0).numpy()
+        assert np.abs(pixels("out.png") / 255 - expected).max() < 0.51 / 255
+
+
+def test_a_pipeline(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAR_CHECKPOINT", str(model))
+    Image.fromarray(box_mask((4, 4, 12, 12), (24, 16))).save(tmp_path / "mask.png")
+    content = b""
+    for command in ("sample -c 207 -o -", "outpaint - --pad 4,0,4,0 -o -", "inpaint - mask.png -o -"):
+        words = [sys.executable, "-m", "varcli", *command.split(), "--device", "cpu"]
+        done = subprocess.run(words, input=content, capture_output=True, check=True, cwd=tmp_path)
+        content = done.stdout
+        assert done.stderr == b""
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == (24, 16)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        (["inpaint", "in.png"], 2, "mask: exactly one of a mask file, --alpha and --box"),
+        (["inpaint", "in.png", "mask.png", "--box", "0,0,5,5"], 2, "mask: exactly one"),
+        (["inpaint", "in.png", "--box", "0,0,60,40"], 2, "box: 0,0,60,40 is all of the picture"),
+        (["inpaint", "in.png", "--box", "0,0,5"], 2, "box: 0,0,5; left,top,right,bottom"),
+        (["inpaint", "-", "-"], 2, "mask: - like the picture"),
+        (["inpaint", "in.png", "small.png"], 3, "mask: small.png has 30 × 20 for a picture of 60 × 40"),
+        (["inpaint", "in.png", "black.png"], 3, "mask: black.png marks nothing"),
+        (["inpaint", "in.png", "white.png"], 3, "mask: white.png marks all of the picture"),
+        (["inpaint", "in.png", "mask.png", "--alpha"], 3, "mask: mask.png has no alpha channel"),
+        (["inpaint", "in.png", "--box", "0,0,5,5", "--fit-mask"], 2, "fit-mask: without a mask file"),
+        (["inpaint", "none.png", "mask.png"], 3, "picture: none.png cannot be read; No such file"),
+        (["inpaint", "in.png", "none.png"], 3, "picture: none.png cannot be read; No such file"),
+        (["inpaint", "cut.png", "mask.png"], 3, "picture: cut.png cannot be read; "),
+        (["inpaint", "notes.txt", "mask.png"], 3, "picture: notes.txt; no picture"),
+        (["inpaint", "moving.gif", "mask.png"], 3, "picture: moving.gif has 2 frames"),
+        (["inpaint", "in.png", "mask.png", "-c", "zebra"], 3, "class not known: 340 zebra; the nearest of"),
+        (["inpaint", "in.png", "mask.png", "-c", "1,207"], 2, "class: 1,207; exactly one, or none"),
+        (["inpaint", "in.png", "mask.png", "-c", "-"], 2, "class: -; exactly one"),
+        (["inpaint", "in.png", "mask.png", "-o", "x.npz"], 2, "out: x.npz; a .png file"),
+        (["inpaint", "in.png", "mask.png", "-o", "x.png", "-n", "2"], 2, "out: x.png for several"),
+        (["inpaint", "in.png", "mask.png", "-o", "-", "--json"], 2, "json: with --out -"),
+        (["inpaint", "in.png", "mask.png", "-o", "no/x.png"], 5, "output: no/x.png cannot be written"),
+        (["inpaint", "in.png", "mask.png", "--paper", "--feather", "3"], 2, "paper: with --feather"),
+        (["inpaint", "in.png", "mask.png", "--no-composite", "--feather", "3"], 2, "feather: with --no-composite"),
+        (["inpaint", "in.png", "mask.png", "-n", "2", "--scales", "x.gif"], 2, "scales: 2 pictures; exactly one"),
+        (["inpaint", "in.png", "mask.png", "--grid", "x.jpg"], 2, "grid: x.jpg; a name ending in .png"),
+        (["inpaint", "in.png", "mask.png", "--top-p", "3"], 2, "top-p: 3.0; between"),
+        (["inpaint", "in.png", "mask.png", "-m", "nothing"], 4, "checkpoint: nothing; "),
+        (["outpaint", "in.png"], 2, "size: exactly one of --pad and --to"),
+        (["outpaint", "in.png", "--pad", "1,1,1,1", "--to", "90x90"], 2, "size: exactly one"),
+        (["outpaint", "in.png", "--pad", "0,0,0,0"], 2, "pad: 0,0,0,0; 0 or more"),
+        (["outpaint", "in.png", "--to", "50x90"], 2, "to: 50x90; more than the picture's 60x40"),
+        (["edit", "in.png", "--mask", "mask.png"], 2, "Missing option '--class' / '-c'."),
+        (["edit", "in.png", "-c", "1"], 2, "mask: exactly one"),
+    ],
+    ids=lambda mistake: " ".join(mistake[0]),
+)
+def test_mistakes(model, tmp_path, monkeypatch, capsys, mistake):
+    """The one table: arguments, exit code, message; nothing is written."""
+    monkeypatch.setenv("VAR_CHECKPOINT", str(model))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(NOISE[:, :, :3]).save("in.png")
+    Image.fromarray(MASK).save("mask.png")
+    Image.new("L", (30, 20), 255).save("small.png")
+    Image.new("L", (60, 40)).save("black.png")
+    Image.new("L", (60, 40), 255).save("white.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "in.png").read_bytes()[:300])
+    (tmp_path / "notes.txt").write_text("a shopping list")
+    Image.new("L", (60, 40)).save("moving.gif", save_all=True, append_images=[Image.new("L", (60, 40), 255)])
+    before = sorted(tmp_path.iterdir())
+    arguments, code, message = mistake
+    assert cli.run(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("var: error: ") and err.count("\n") == 1
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == before

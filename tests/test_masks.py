@@ -1,0 +1,126 @@
+"""Masks, boxes and margins as users give them; soft edges that end where they say; what stands in for the unknown."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varcli.data.masks import (
+    box_mask,
+    check_mask,
+    feathered,
+    filled_in,
+    fitted_mask,
+    grey_mask,
+    parse_box,
+    parse_margins,
+    parse_target,
+    transparent_mask,
+)
+from varcli.data.photographs import Photograph
+from varcli.errors import InputError, UsageError
+
+SIZE = (100, 50)
+
+
+def given(pixels):
+    return Photograph("mask.png", Image.fromarray(np.asarray(pixels)), "")
+
+
+def test_white_is_what_to_fill():
+    grey = np.array([[0, 127, 128, 255]], np.uint8)
+    marks = [[False, False, True, True]]
+    assert grey_mask(given(grey)).tolist() == marks
+    assert grey_mask(given(np.dstack([grey] * 3))).tolist() == marks
+    assert grey_mask(given(grey.astype(np.uint16) * 257)).tolist() == marks
+    white_on_nothing = np.dstack([np.full_like(grey, 255)] * 3 + [grey])
+    assert grey_mask(given(white_on_nothing)).tolist() == marks
+
+
+def test_transparent_is_what_to_fill_with_alpha():
+    layer = np.full((1, 3, 4), 255, np.uint8)
+    layer[0, :, 3] = (0, 127, 128)
+    assert transparent_mask(given(layer)).tolist() == [[True, True, False]]
+    with pytest.raises(InputError, match=r"^mask: mask.png has no alpha channel; "):
+        transparent_mask(given(layer[:, :, :3]))
+
+
+def test_boxes_and_margins():
+    assert parse_box("10,5,40,50", SIZE) == (10, 5, 40, 50)
+    assert parse_box("10%, 10%,50%,100%", SIZE) == (10, 5, 50, 50)
+    assert parse_box("10,0,12.5%,1", SIZE) == (10, 0, 12, 1)
+    assert parse_margins("16,0,10%,50%", SIZE) == (16, 0, 10, 25)
+    assert parse_target("103x52", SIZE) == (1, 1, 2, 1)
+    assert parse_target("200×50", SIZE) == (50, 0, 50, 0)
+    marks = box_mask((10, 5, 40, 50), SIZE)
+    assert marks.shape == (50, 100) and marks[5:, 10:40].all() and marks.sum() == 45 * 30
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (parse_box, "1,2,3", "box: 1,2,3; left,top,right,bottom in pixels or percent"),
+        (parse_box, "1,2,3,x", "box: 1,2,3,x; left,top"),
+        (parse_box, "nan%,2,3,4", "box: nan%,2,3,4; left,top"),
+        (parse_box, "inf%,2,3,4", "box: inf%,2,3,4; left,top"),
+        (parse_box, "5,0,5,9", "box: 5,0,5,9; left < right and top < bottom within 100 × 50 pixels"),
+        (parse_box, "0,0,101,9", "box: 0,0,101,9; left < right"),
+        (parse_box, "-1,0,9,9", "box: -1,0,9,9; left < right"),
+        (parse_box, "0,0,100%,50", "box: 0,0,100%,50 is all of the picture"),
+        (parse_margins, "0,0,0,0", "pad: 0,0,0,0; 0 or more on each side, and some of it"),
+        (parse_margins, "-1,0,2,0", "pad: -1,0,2,0; 0 or more"),
+        (parse_margins, "0,0,0,99999999", "pad: 0,0,0,99999999 makes 100 × 100000049 pixels; at most 89 million"),
+        (parse_target, "200", "to: 200; width x height in pixels, such as 1024x256"),
+        (parse_target, "200x40", "to: 200x40; more than the picture's 100x50"),
+        (parse_target, "100x50", "to: 100x50; more than"),
+        (parse_target, "99999x99999", "to: 99999x99999 makes 99999 × 99999 pixels; at most"),
+    ],
+)
+def test_mistakes(parse, text, message):
+    with pytest.raises(UsageError) as caught:
+        parse(text, SIZE)
+    assert str(caught.value).startswith(message)
+
+
+def test_masks_of_another_size():
+    marks = box_mask((0, 0, 5, 5), (10, 10))
+    assert fitted_mask(marks, (10, 10), "m.png", fit=False) is marks
+    with pytest.raises(InputError, match=r"^mask: m.png has 10 × 10 for a picture of 100 × 50; .*--fit-mask"):
+        fitted_mask(marks, SIZE, "m.png", fit=False)
+    fitted = fitted_mask(marks, SIZE, "m.png", fit=True)
+    assert (fitted ^ box_mask((0, 0, 50, 25), SIZE)).sum() < 12  # a rounded corner
+
+
+def test_empty_and_full_masks():
+    for marks, message in ((np.zeros((4, 4), bool), "marks nothing"), (np.ones((4, 4), bool), "marks all")):
+        with pytest.raises(InputError, match=message):
+            check_mask(marks, "m.png")
+    check_mask(np.eye(4, dtype=bool), "m.png")
+
+
+@pytest.mark.parametrize("feather", [0, 1, 2, 3, 7, 8])
+def test_a_feather_ends_where_it_says(feather):
+    marks = box_mask((20, 15, 30, 25), SIZE)
+    share = feathered(marks, feather)
+    assert (share[marks] == 1).all()
+    rows, columns = np.indices(marks.shape)
+    away = np.maximum(np.maximum(20 - columns, columns - 29), np.maximum(15 - rows, rows - 24))
+    assert (share[away > feather] == 0).all()
+    assert (share[(away > 0) & (away <= feather)] > 0).all()
+    beside = share[20, 29 : 31 + feather]
+    assert (np.diff(beside) <= 0).all() and beside[-1] == 0
+
+
+def test_what_stands_in_knows_the_known_alone():
+    noise = np.random.RandomState(0)
+    for shape in ((1, 7), (13, 9), (16, 16)):
+        pixels = noise.rand(*shape, 3).astype(np.float32) * 255
+        known = noise.rand(*shape) < 0.4
+        known[0, 0] = True
+        other = np.where(known[:, :, None], pixels, 1e6).astype(np.float32)
+        filled = filled_in(pixels, known)
+        assert np.array_equal(filled, filled_in(other, known))
+        assert np.array_equal(filled[known], pixels[known])
+        assert filled.min() >= pixels[known].min() - 0.01 and filled.max() <= pixels[known].max() + 0.01
+    flat = np.full((8, 8, 3), 40, np.float32)
+    assert np.allclose(filled_in(flat, known[:8, :8] | np.eye(8, dtype=bool)), 40)
+    assert (filled_in(flat, np.zeros((8, 8), bool)) == 127.5).all()
