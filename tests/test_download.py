@@ -75,6 +75,15 @@ def test_download_converts_and_records_hashes(server, files, tmp_path):
     assert server.log == [("vae.pth", None), ("var.pth", None)]
 
 
+def test_a_bug_in_conversion_is_no_failed_download(server, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(downloading, "convert", broken)
+    with pytest.raises(ZeroDivisionError):
+        download(entry())
+
+
 def test_nothing_is_downloaded_twice(server):
     path = download(entry())
     server.log.clear()

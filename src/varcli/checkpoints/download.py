@@ -37,9 +37,11 @@ def download(entry: Entry, progress: bool = True) -> Path:
     """
     if not progress:
         disable_progress_bars()
-    with _translated(entry), _one_at_a_time():
-        if not entry.path.exists():
-            fetched = [fetch(file) for file in entry.files]
+    with contextlib.ExitStack() as lock:
+        with _translated(entry):
+            lock.enter_context(_one_at_a_time())
+            fetched = [] if entry.path.exists() else [fetch(file) for file in entry.files]
+        if fetched:
             hashes = {file.name: recorded_sha256(file) for file in entry.files}
             convert(fetched, entry.path, run={"source": entry.source, "sha256": hashes})
     return entry.path
