@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,35 +11,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from varcli import files
 from varcli.errors import CheckpointError, RunError
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write; give it the final name once the block ends well, else leave nothing.
-
-    What is written lies in a folder `NAME.part` meanwhile, so that whatever a killed process left there
-    goes with the next attempt.
+    """Yield where to write a checkpoint; give it the final name once the block ends well, else leave nothing.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written.
     """
-    folder = path.with_name(path.name + ".part")
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        part = folder / path.name
-        part.touch()
-        mode = part.stat().st_mode  # the user's umask; safetensors makes files only their owner can read
-        yield part
-        part.chmod(mode)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with files.replacing(path) as draft:
+            yield draft
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write: {path}; {reason(error)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

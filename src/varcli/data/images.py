@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import subprocess
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from varcli.errors import InputError, RunError
+from varcli.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +77,9 @@ class EditProvenance(Provenance):
     """All that determines a picture made from another one."""
 
     command: tuple[str, ...]
-    """The words after `var` that make it again."""
+    """The words after `var` that make it again, but for where to put it."""
+    source: str
+    """What it was made from, for its file's name."""
     inputs: tuple[str, ...]
     """sha256 of the files it was made from, in the order of the command."""
 
@@ -166,16 +170,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         RunError: it cannot be written: no such folder, no permission, no space.
     """
     in_place = kind_there(path) == "device"
-    draft = path if in_place else path.with_name(f".varcli-{token_hex(4)}.tmp")
     try:
-        try:
+        with nullcontext(path) if in_place else replacing(path) as draft:
             draft.write_bytes(content)
-            if not in_place:
-                draft.replace(path)
-        except BaseException:
-            if not in_place:
-                draft.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -5,7 +5,6 @@ import shutil
 import zipfile
 from math import prod
 from pathlib import Path
-from secrets import token_hex
 from typing import IO, TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from varcli.data.archives import Archive, foreign, provenances
 from varcli.data.images import Provenance
 from varcli.errors import InputError
+from varcli.files import replacing
 
 if TYPE_CHECKING:
     from varcli.data.images import Pixels
@@ -77,14 +77,8 @@ class Npz(Archive):
         self._file.write(_header(self._count, self._shape))
         self._file.seek(0)
         self._lines.seek(0)
-        draft = self.archive.with_name(f".varcli-{token_hex(4)}.tmp")
-        try:
-            with draft.open("wb") as file:
-                _zip(file, {_ARRAY_NAME: self._file, _LINES_NAME: self._lines})
-            draft.replace(self.archive)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+        with replacing(self.archive) as draft, draft.open("wb") as file:
+            _zip(file, {_ARRAY_NAME: self._file, _LINES_NAME: self._lines})
         self._files.close()
         self._remove_part()
 
@@ -118,11 +112,9 @@ def _read_shape(file: IO[bytes]) -> tuple[int, ...]:
 
 
 def _zip(target: IO[bytes], members: dict[str, IO[bytes]]) -> None:
-    """Write open files into an uncompressed zip, as .npz are, and see it onto the disk."""
+    """Write open files into an uncompressed zip, as .npz are."""
     with zipfile.ZipFile(target, "w") as stored:
         for name, source in members.items():
             # ZipInfo of a bare name bears a fixed date: equal pictures make equal files.
             with stored.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
                 shutil.copyfileobj(source, member, _CHUNK)
-    target.flush()
-    os.fsync(target.fileno())
