@@ -1,5 +1,6 @@
 """The command line as a whole: its options, its errors and exit codes, how it starts and how it ends."""
 
+import json
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ OPTIONS = {
     "inpaint": EDITING + "--alpha --box --fit-mask",
     "outpaint": EDITING + "--pad --to",
     "edit": EDITING + "--mask --alpha --box --fit-mask",
+    "reconstruct": "--out -o --checkpoint -m --grid --scales --device --json --quiet -q",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }
@@ -165,6 +167,49 @@ def test_a_closed_pipe_ends_quietly(model, tmp_path):
         process.stdin.close()
         assert process.stderr.read() == ""
         assert process.wait() == cli.CLOSED_PIPE
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error there")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["sample", "--help"]], ids=" ".join)
+def test_a_closed_pipe_ends_help_quietly(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with var(*arguments, stdout=writing) as process:
+        os.close(writing)
+        assert process.stderr.read() == ""
+        assert process.wait() == cli.CLOSED_PIPE
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437"])
+def test_any_encoding_will_do(encoding, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    with var("show", "日本.png", stdout=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
+        out, err = process.communicate()
+        assert (process.returncode, out) == (3, "")
+        assert err.startswith("var: error: picture: \\u65e5\\u672c.png") and err.count("\n") == 1
+    with var("sample", "--help", stdout=subprocess.PIPE, env=environment, encoding=encoding) as process:
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, "") and "--class" in out
+    with var("classes", "--json", "-m", "var-d16", stdout=subprocess.PIPE, env=environment) as process:
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, "") and all(map(json.loads, out.splitlines()))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its processes always have streams")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["classes", "zeppelin", "-m", "var-d16"], 3),
+        (["sample", "-c", "-", "-m", "{model}"], 0),
+    ],
+    ids=lambda value: "".join(map(str, value[:1])) if isinstance(value, list) else None,
+)
+def test_closed_streams_are_no_bug(arguments, code, model, tmp_path):
+    command = [sys.executable, "-m", "varcli", *(argument.format(model=model) for argument in arguments)]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    assert subprocess.run([*shell, *command], check=False, cwd=tmp_path).returncode == code
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")

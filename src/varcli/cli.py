@@ -7,7 +7,8 @@ reader of our output closed the pipe.
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,16 +55,31 @@ class Commands(TyperGroup):
         command.name = cmd_name
         return command
 
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        """Read the command line; --help and --version are answered here already."""
+        with _ending_quietly():
+            return super().make_context(*arguments, **settings)
+
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; a reader that went away ends it quietly."""
+        """Run a command."""
+        with _ending_quietly():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _ending_quietly() -> Iterator[None]:
+    """End without a word where the reader of our output went away."""
+    try:
         try:
-            answer = super().invoke(ctx)
+            yield
+        finally:
             sys.stdout.flush()
-        except BrokenPipeError as error:
-            # What still waits in the buffer would fail once more when the interpreter ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(CLOSED_PIPE) from error
-        return answer
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # rich, which lays out the help, makes of the one the other
+        # What still waits in the buffer would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(CLOSED_PIPE) from error
 
 
 app = typer.Typer(
@@ -116,4 +132,5 @@ def _from_config(error: ValueError) -> bool:
 
 def main() -> None:
     """Run `var`."""
+    reporting.prepare_streams()
     sys.exit(run())

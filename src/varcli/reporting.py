@@ -1,8 +1,21 @@
 """What the user sees: results on stdout, everything else on stderr. No torch here."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+
+
+def prepare_streams() -> None:
+    """Make the standard streams fit for any text, and those that the caller closed lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for good
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # é is \xe9 where the encoding has none
 
 
 def result(line: str) -> None:

@@ -44,7 +44,7 @@ def list_all(as_json: options.Json = False, markdown: Markdown = False) -> None:
         result(known.markdown_table().rstrip())
     elif as_json:
         for entry in entries:
-            result(json.dumps(registered_facts(entry), ensure_ascii=False))
+            result(json.dumps(registered_facts(entry)))
     else:
         columns = ("name", "pixels", "classes", "parameters", "FID", "IS", "licence", "size", "here")
         table(columns, [row(entry) for entry in entries])
@@ -60,7 +60,7 @@ def show(checkpoint: NameOrFile, as_json: options.Json = False) -> None:
 
         facts |= describe(known.find_local(checkpoint))
     if as_json:
-        result(json.dumps(facts, ensure_ascii=False))
+        result(json.dumps(facts))
         return
     for line in in_lines(facts):
         result(line)

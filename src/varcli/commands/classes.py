@@ -23,7 +23,7 @@ def classes(
     if as_json:
         for entry in found:
             facts = {"id": entry.id, "wnid": entry.wnid, "names": entry.names, "known": entry.id in known}
-            result(json.dumps(facts, ensure_ascii=False))
+            result(json.dumps(facts))
         return
     rows = [(str(e.id), e.wnid, "yes" if e.id in known else "no", ", ".join(e.names)) for e in found]
     table(("class", "folder", f"known to {checkpoint}", "names"), rows)
