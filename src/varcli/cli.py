@@ -24,6 +24,8 @@ COMMANDS = {
     "inpaint": ("varcli.commands.inpaint", "inpaint"),
     "outpaint": ("varcli.commands.outpaint", "outpaint"),
     "edit": ("varcli.commands.edit", "edit"),
+    "reconstruct": ("varcli.commands.reconstruct", "reconstruct"),
+    "tokens": ("varcli.commands.tokens", "tokens_app"),
     "show": ("varcli.commands.show", "show"),
     "classes": ("varcli.commands.classes", "classes"),
     "checkpoints": ("varcli.commands.checkpoints", "checkpoints_app"),

@@ -188,7 +188,7 @@ class Results:
         if entry is not None:
             made = replace(made, class_id=entry.id, class_name=entry.name)
         command = (*self.task.words, *self.ask.rule_words(), *setting_words(made))
-        return EditProvenance(**asdict(made), command=command, inputs=self.task.inputs)
+        return EditProvenance(**asdict(made), command=command, source=self.task.source, inputs=self.task.inputs)
 
     def _grow(self, path: Path, edited: "Edited", made: "EditProvenance") -> None:
         """Write the picture growing: scale by scale, or square by square as a strip of several squares."""

@@ -71,6 +71,18 @@ Out = Annotated[
         show_default="files in the current folder",
     ),
 ]
+RebuiltOut = Annotated[
+    str | None,
+    Option(
+        "--out",
+        "-o",
+        metavar="PLACE",
+        help="Also the reconstructions: a .png file, a folder, or - for stdout (several: a tar stream).",
+    ),
+]
+PairsGrid = Annotated[
+    Path | None, Option("--grid", metavar="FILE", help="Also a sheet of pictures beside their reconstructions, .png.")
+]
 Grid = Annotated[
     Path | None, Option("--grid", metavar="FILE", help="Also a contact sheet: what to fill, and the results, .png.")
 ]

@@ -1,6 +1,7 @@
 """What is to be edited, from what the user names: pictures, masks, boxes, margins."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varcli.errors import UsageError
@@ -18,6 +19,8 @@ class Task:
     """The command and what it names: how a user would say this again."""
     photograph: "Photograph"
     mask: "Mask"
+    source: str
+    """What to call the results: the picture's name without folders and ending."""
     inputs: tuple[str, ...]
     """sha256 of the files."""
     shown: bool = False
@@ -54,7 +57,13 @@ def inpainting(
         raise UsageError("mask: - like the picture; standard input holds one of them")
     words += (*["--alpha"] * alpha, *(["--box", box] if box is not None else []), *["--fit-mask"] * fit)
     given = read_photograph(image)
-    task = Task(words=words, photograph=given, mask=box_mask((0, 0, 0, 0), given.size), inputs=(given.sha256,))
+    task = Task(
+        words=words,
+        photograph=given,
+        mask=box_mask((0, 0, 0, 0), given.size),
+        source="picture" if image == "-" else Path(image).stem,
+        inputs=(given.sha256,),
+    )
     if box is not None:
         return replace(task, mask=box_mask(parse_box(box, given.size), given.size))
     other = given if mask is None else read_photograph(mask)
@@ -85,6 +94,7 @@ def outpainting(image: str, *, pad: str | None, to: str | None) -> Task:
         words=("outpaint", image, *(("--to", to) if to is not None else ("--pad", str(pad)))),
         photograph=larger,
         mask=~box_mask((left, top, left + width, top + height), larger.size),
+        source="picture" if image == "-" else Path(image).stem,
         inputs=(given.sha256,),
         shown=True,
         side=min(given.size),

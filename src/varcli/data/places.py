@@ -161,12 +161,15 @@ def picture_name(made: Provenance) -> str:
     It is made of class id, class name and seed; of an edit of the given picture's name, command and seed.
     """
     if isinstance(made, EditProvenance):
-        command, source, *_ = made.command
-        return f"{Path(source).stem if source != '-' else 'picture'}-{command}-{made.seed}.png"
+        return f"{_file_words(made.source) or 'picture'}-{made.command[0]}-{made.seed}.png"
     class_id = "none" if made.class_id is None else str(made.class_id)
-    words = re.sub(r"[^\w]+", "_", unicodedata.normalize("NFC", made.class_name)).strip("_")
-    short = words.encode()[:_LONGEST_NAME].decode(errors="ignore")
+    short = _file_words(made.class_name)
     return "-".join([class_id, *([short] if short and made.class_id is not None else []), str(made.seed)]) + ".png"
+
+
+def _file_words(name: str) -> str:
+    words = re.sub(r"[^\w]+", "_", unicodedata.normalize("NFC", name)).strip("_")
+    return words.encode()[:_LONGEST_NAME].decode(errors="ignore")
 
 
 _LONGEST_NAME = 120

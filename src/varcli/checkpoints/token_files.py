@@ -1,0 +1,101 @@
+"""Token files: pictures as token maps in safetensors, for scripts to work on.
+
+``tokens.0`` … ``tokens.K-1`` are int32 of shape (pictures, side, side), coarse to fine. The metadata tells
+the sides, the codebook's size, the tokenizer's hash and the pictures' names; a file that scripts made may
+leave all of it out, and the last scales too.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from varcli.checkpoints.files import load_tensors, save_tensors
+from varcli.config import TokenizerConfig
+from varcli.errors import CheckpointError, InputError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFile:
+    """What a token file holds."""
+
+    maps: list[Tensor]
+    """Of each scale, (pictures, l) int64."""
+    names: list[str]
+    """Of the pictures, in the same order."""
+
+
+def save_tokens(
+    path: Path, pictures: Sequence[Sequence[Tensor]], names: Sequence[str], config: TokenizerConfig, sha256: str
+) -> None:
+    """Write token maps: for each picture one a scale, (1, l).
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    tensors = {
+        f"tokens.{scale}": torch.cat([tokens[scale] for tokens in pictures]).to(torch.int32).unflatten(1, (side, side))
+        for scale, side in enumerate(config.sides)
+    }
+    metadata = {
+        "kind": "tokens",
+        "sides": ",".join(map(str, config.sides)),
+        "codebook_size": str(config.codebook_size),
+        "tokenizer_sha256": sha256,
+        "names": json.dumps(list(names), ensure_ascii=False),
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_tokens(path: Path, config: TokenizerConfig, sha256: str) -> TokenFile:
+    """Return the token maps of a file, checked against the tokenizer that is to decode them.
+
+    Raises:
+        InputError: the file cannot be read, is none of tokens, or holds other shapes or numbers.
+        CheckpointError: they were made by another tokenizer.
+    """
+    try:
+        tensors, metadata = load_tensors(path)
+    except CheckpointError as error:
+        reason = str(error).rpartition("; ")[2]
+        raise InputError(f"tokens: {path} cannot be read; {reason}") from error
+    unknown = sorted(name for name in tensors if not re.fullmatch(r"tokens\.[0-9]+", name))
+    if unknown or not tensors or set(tensors) != {f"tokens.{scale}" for scale in range(len(tensors))}:
+        found = unknown[0] if unknown else ", ".join(sorted(tensors)) or "nothing"
+        raise InputError(f"tokens: {path} holds {found}; tensors tokens.0, tokens.1 … of the first scales on")
+    if metadata.get("tokenizer_sha256", sha256) != sha256:
+        raise CheckpointError(f"tokens: {path} are another tokenizer's; the checkpoint that made them")
+    if len(tensors) > len(config.sides):
+        raise InputError(f"tokens: {path} has {len(tensors)} scales; this tokenizer has {len(config.sides)}")
+    maps = [_checked(path, tensors[f"tokens.{k}"], k, config) for k in range(len(tensors))]
+    if len({len(idx_Bl) for idx_Bl in maps}) != 1 or not len(maps[0]):
+        raise InputError(f"tokens: {path}; as many pictures at each scale, and at least one")
+    return TokenFile(maps, _names(metadata.get("names"), len(maps[0])))
+
+
+def _checked(path: Path, tokens: Tensor, scale: int, config: TokenizerConfig) -> Tensor:
+    """Return one scale's map as (pictures, l) int64."""
+    side, count = config.sides[scale], config.codebook_size
+    if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
+        raise InputError(f"tokens: {path}, scale {scale + 1} holds {tokens.dtype}; whole numbers")
+    if tuple(tokens.shape[1:]) not in ((side, side), (side * side,)):
+        shape = " × ".join(map(str, tokens.shape))
+        raise InputError(f"tokens: {path}, scale {scale + 1} is {shape}; pictures × {side} × {side}")
+    idx_Bl = tokens.to(torch.int64).flatten(1)
+    if idx_Bl.numel() and not 0 <= int(idx_Bl.min()) <= int(idx_Bl.max()) < count:
+        raise InputError(f"tokens: {path}, scale {scale + 1} has numbers beyond the codebook; 0 to {count - 1}")
+    return idx_Bl
+
+
+def _names(text: str | None, count: int) -> list[str]:
+    """Return the names that a file gives its pictures; numbers where it gives none, or other than it has pictures."""
+    try:
+        names = json.loads(text or "")
+    except ValueError:
+        names = None
+    fit = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
+    return names if fit else [str(i) for i in range(count)]

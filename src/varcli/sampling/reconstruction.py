@@ -1,0 +1,48 @@
+"""The tokenizer there and back: pictures to token maps, token maps to pictures, and what was lost.
+
+Shapes: P pixels a side, l tokens of one scale. Token maps are (1, l) int64, one a scale.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varcli.config import TokenizerConfig
+from varcli.models.tokenizer import Tokenizer
+from varcli.sampling.sampler import Pixels, decode
+from varcli.scales import sequence_length
+
+
+@torch.inference_mode()
+def encode(tokenizer: Tokenizer, pixels_PP3: Pixels) -> list[Tensor]:
+    """Return the token maps of a picture of the tokenizer's size."""
+    device = tokenizer.quant_conv.weight.device
+    image_3PP = torch.from_numpy(pixels_PP3.copy()).permute(2, 0, 1).to(device) / 127.5 - 1
+    return tokenizer.encode(image_3PP[None])
+
+
+@torch.inference_mode()
+def growth(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Iterator[Pixels]:
+    """Yield the picture (P, P, 3) of the first scale alone, of the first two, and so on to that of all given."""
+    for f_hat_1CHW in tokenizer.quantize.f_hats(tokens):
+        yield decode(tokenizer, f_hat_1CHW)[0]
+
+
+@torch.inference_mode()
+def rebuilt(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Pixels:
+    """Return the picture (P, P, 3) of token maps; the last ones may be missing."""
+    return decode(tokenizer, tokenizer.quantize.f_hats(tokens)[-1])[0]
+
+
+def psnr(pixels: Pixels, other: Pixels) -> float:
+    """Return the peak signal-to-noise ratio of two pictures in dB; infinite if they are equal."""
+    error = float(np.square(pixels.astype(np.float64) - other).mean())
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def bits_per_pixel(config: TokenizerConfig) -> float:
+    """Return what a picture's tokens take if each is written as the number of a codebook row, log2 V bits."""
+    return sequence_length(config.sides) * math.log2(config.codebook_size) / config.pixels**2

@@ -1,0 +1,167 @@
+"""`var reconstruct` and `var tokens`: there and back, what it costs, and files that scripts can work on."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import small
+from varcli import cli
+from varcli.checkpoints.store import load_tokenizer, save_tokenizer
+from varcli.config import TokenizerConfig
+from varcli.data.images import read_provenance
+from varcli.sampling.reconstruction import bits_per_pixel, encode, growth, psnr, rebuilt
+
+NOISE = np.random.RandomState(0).randint(0, 256, (20, 30, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small.save(tmp_path_factory.mktemp("model") / "small.safetensors")
+
+
+@pytest.fixture
+def var(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("VAR_CHECKPOINT", str(model))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(NOISE).save("a.png")
+    Image.fromarray(NOISE[:16, :16]).save("b.png")
+
+    def run(*arguments, code=0):
+        assert cli.run([*map(str, arguments), "--device", "cpu"]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_reconstruction_is_the_tokenizers(original):
+    image = original.outputs["image_u8"][0].permute(1, 2, 0).numpy()
+    tokens = encode(original.tokenizer, image)
+    for scale, idx_1l in enumerate(tokens):
+        assert torch.equal(idx_1l, original.outputs[f"tokens.{scale}"][:1].long())
+    expected = (original.outputs["reconstruction"][0].permute(1, 2, 0) + 1) * 127.5
+    assert np.abs(rebuilt(original.tokenizer, tokens) - expected.numpy()).max() < 0.51
+    frames = list(growth(original.tokenizer, tokens))
+    assert len(frames) == len(tokens) and np.array_equal(frames[-1], rebuilt(original.tokenizer, tokens))
+    assert np.array_equal(frames[1], rebuilt(original.tokenizer, tokens[:2]))
+
+
+def test_figures():
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    assert psnr(grey, grey) == math.inf
+    assert psnr(grey, grey + 1) == pytest.approx(20 * math.log10(255))
+    assert bits_per_pixel(TokenizerConfig()) == pytest.approx(680 * 12 / 256**2)
+
+
+def test_reconstruct_tells_figures_and_shows_pictures(var, model):
+    assert [line.split("\t")[0] for line in var("reconstruct", "a.png", "b.png").out.splitlines()] == ["a.png", "b.png"]
+    said = [json.loads(line) for line in var("reconstruct", "a.png", "b.png", "--json", "-o", "out").out.splitlines()]
+    assert [row["path"].replace("\\", "/") for row in said] == ["out/a-reconstruct-0.png", "out/b-reconstruct-1.png"]
+    tokenizer = load_tokenizer(model)
+    assert said[1]["psnr"] == pytest.approx(psnr(NOISE[:16, :16], pixels(said[1]["path"])))
+    assert said[0]["bits_per_pixel"] == pytest.approx((1 + 4 + 16) * 6 / 16**2)
+    assert np.array_equal(pixels(said[1]["path"]), rebuilt(tokenizer, encode(tokenizer, NOISE[:16, :16])))
+    made = read_provenance(said[1]["path"])
+    assert made.command[:2] == ("reconstruct", "b.png") and len(made.inputs) == 1
+    var("reconstruct", "a.png", "--scales", "grows.gif", "--grid", "grid.png")
+    with Image.open("grows.gif") as growing:
+        assert growing.n_frames == len(small.SIDES)
+    assert pixels("grid.png").shape[1] > 2 * 192
+
+
+def test_a_tokenizer_alone_is_enough(var, model):
+    save_tokenizer("alone.safetensors", load_tokenizer(model), {})
+    assert var("reconstruct", "b.png", "-m", "alone.safetensors").out == var("reconstruct", "b.png").out
+
+
+def test_tokens_there_and_back(var, model):
+    assert var("tokens", "encode", "a.png", "b.png", "-o", "t.safetensors").out == "t.safetensors\n"
+    tensors = load_file("t.safetensors")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        f"tokens.{k}": (2, side, side) for k, side in enumerate(small.SIDES)
+    }
+    with safe_open("t.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["names"]) == ["a", "b"] and file.metadata()["sides"] == "1,2,4"
+    paths = var("tokens", "decode", "t.safetensors", "-o", "out").out.split()
+    var("reconstruct", "b.png", "-o", "b-again.png")
+    assert np.array_equal(pixels(paths[1]), pixels("b-again.png"))
+    save_file({k: v[1:].flatten(1).long() for k, v in tensors.items() if k != "tokens.2"}, "coarse.safetensors")
+    var("tokens", "decode", "coarse.safetensors", "-o", "coarse.png")
+    tokenizer = load_tokenizer(model)
+    assert np.array_equal(pixels("coarse.png"), rebuilt(tokenizer, encode(tokenizer, NOISE[:16, :16])[:2]))
+
+
+def test_equal_runs_write_equal_files(var, tmp_path):
+    for name in ("one", "two"):
+        var("tokens", "encode", "a.png", "-o", f"{name}.safetensors")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_pipes(model, tmp_path):
+    Image.fromarray(NOISE).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    for command in ("tokens encode - -o -", "tokens decode - -o -", "reconstruct - -o -"):
+        words = [sys.executable, "-m", "varcli", *command.split(), "-m", str(model), "--device", "cpu"]
+        done = subprocess.run(words, input=content, capture_output=True, check=True, cwd=tmp_path)
+        content = done.stdout
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == (16, 16)
+    assert b"dB" in done.stderr
+
+
+GOOD = {f"tokens.{k}": torch.zeros(1, side, side, dtype=torch.int32) for k, side in enumerate(small.SIDES)}
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "code", "message"),
+    [
+        ({"tokens.0": torch.zeros(1, 1, 1)}, {}, 3, "scale 1 holds torch.float32; whole numbers"),
+        ({"tokens.1": torch.zeros(1, 3, 3, dtype=torch.int32)}, {}, 3, "scale 2 is 1 × 3 × 3; pictures × 2 × 2"),
+        ({"tokens.1": torch.full((1, 2, 2), 64)}, {}, 3, "scale 2 has numbers beyond the codebook; 0 to 63"),
+        ({"tokens.1": torch.full((1, 2, 2), -1)}, {}, 3, "beyond the codebook"),
+        ({"tokens.1": torch.zeros(2, 2, 2, dtype=torch.int32)}, {}, 3, "as many pictures at each scale"),
+        ({"tokens.3": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "has 4 scales; this tokenizer has 3"),
+        ({"tokens.5": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "of the first scales on"),
+        ({"weight": torch.zeros(1)}, {}, 3, "holds weight; tensors tokens.0"),
+        ({}, {"tokenizer_sha256": "00"}, 4, "another tokenizer's"),
+    ],
+)
+def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, message):  # noqa: PLR0917
+    save_file(GOOD | change, "bad.safetensors", metadata)
+    before = sorted(tmp_path.iterdir())
+    said = var("tokens", "decode", "bad.safetensors", "-o", "out.png", code=code)
+    assert said.out == "" and message in said.err and said.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["tokens", "decode", "none.safetensors"], 3, "tokens: none.safetensors cannot be read"),
+        (["tokens", "decode", "a.png"], 3, "tokens: a.png cannot be read"),
+        (["tokens", "encode", "none.png", "-o", "t.safetensors"], 3, "picture: none.png cannot be read"),
+        (["tokens", "encode", "a.png", "-o", "no/t.safetensors"], 5, "no/t.safetensors cannot be written"),
+        (["reconstruct", "none.png"], 3, "picture: none.png cannot be read"),
+        (["reconstruct", "a.png", "b.png", "--scales", "x.gif"], 2, "scales: 2 pictures; exactly one"),
+        (["reconstruct", "a.png", "-o", "-", "--json"], 2, "json: with --out -"),
+        (["reconstruct", "a.png", "-o", "x.npz"], 2, "out: x.npz; a .png file"),
+    ],
+)
+def test_mistakes(var, tmp_path, arguments, code, message):
+    before = sorted(tmp_path.iterdir())
+    said = var(*arguments, code=code)
+    assert said.out == "" and message in said.err and said.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
