@@ -14,6 +14,7 @@ from PIL import Image
 
 import small
 from varcli import cli
+from varcli.data import sheets
 from varcli.data.classes import imagenet
 from varcli.data.images import read_provenance
 from varcli.data.sheets import MOST_PICTURES
@@ -197,6 +198,38 @@ def test_stdin_is_answered_line_by_line(sample, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", lines())
     sample("-c", "-")
     assert seen == ["207-golden_retriever-0.png\n", "none-0.png\n207-golden_retriever-1.png\n"]
+
+
+def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, capsys, monkeypatch):
+    monkeypatch.setattr(sheets, "MOST_PICTURES", 2)
+    monkeypatch.setattr(sys, "stdin", iter(["1\n"] * 4))
+    assert cli.run(["sample", "-c", "-", "--grid", "grid.png"]) == 2
+    assert capsys.readouterr() == (
+        "1-goldfish-0.png\n1-goldfish-1.png\n",
+        "var: error: grid: 3 pictures; at most 2\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("places", "code"),
+    [
+        (["--grid", "g.jpg"], 2),
+        (["--grid", "no/g.png"], 5),
+        (["--scales", "g.webp"], 2),
+        (["--out", "x.jpg"], 2),
+        (["--out", "no/x.png"], 5),
+        (["--out", "file/x.npz"], 5),
+        (["--out", "file/folder/inside"], 5),
+    ],
+)
+def test_places_are_checked_before_a_checkpoint_is_downloaded(sample, monkeypatch, tmp_path, places, code):
+    def download(*_, **__):
+        raise AssertionError("several gigabytes")
+
+    monkeypatch.setattr("varcli.commands.sample.find", download)
+    (tmp_path / "file").touch()
+    assert cli.run(["sample", "-c", "1", *places]) == code
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_contact_sheet_and_growing_picture(sample, capsys):

@@ -58,13 +58,14 @@ def sample(  # noqa: PLR0917 - options are given by name
     from varcli.sampling.devices import pick_device, pick_dtype, place  # noqa: PLC0415 - torch
 
     _check_together(out=out, grid=grid, scales=scales, resume=resume, as_json=as_json)
+    _check_places(out, grid, scales)
     config = settings(checkpoint, preset, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     model = load_model(find(checkpoint, progress=not quiet))
     origin = origin_of(checkpoint, model.sha256, config, str(where), precision)
     wanted, total = _bursts(classes, Series(model.classes, count, seed, origin))
-    _check_files(grid, scales, total)
+    _check_counts(grid, scales, total)
     with open_output(out, several=total != 1, resume=resume) as output, progress("pictures", total, quiet) as advance:
         place(model.tokenizer, model.transformer, where, precision)
         sampler = BatchSampler(model.tokenizer, model.transformer, config, batch_size)
@@ -123,19 +124,30 @@ def _check_together(*, out: str | None, grid: Path | None, scales: Path | None, 
         raise UsageError("resume: with --grid or --scales; they show what this run makes, so one without the other")
 
 
-def _check_files(grid: Path | None, scales: Path | None, total: int | None) -> None:
-    """Find out whether the sheet and the growing picture can be made, before any work is done."""
-    if grid or scales:
-        from varcli.data.outputs import check_file  # noqa: PLC0415 - Pillow
-        from varcli.data.sheets import MOST_PICTURES  # noqa: PLC0415 - numpy
+def _check_places(out: str | None, grid: Path | None, scales: Path | None) -> None:
+    """Find out whether all that is to be written can be, before anything is downloaded or made."""
+    from varcli.data.outputs import check_file, check_output  # noqa: PLC0415 - Pillow
+
+    check_output(out)
     if grid:
         check_file("grid", grid, (".png",))
-        if total and total > MOST_PICTURES:
-            raise UsageError(f"grid: {total} pictures; at most {MOST_PICTURES}")
     if scales:
         check_file("scales", scales, (".png", ".gif"))
-        if total != 1:
-            raise UsageError(f"scales: {total or 'any number of'} pictures; exactly one")
+
+
+def _check_counts(grid: Path | None, scales: Path | None, total: int | None) -> None:
+    """Find out whether so many pictures can be shown on a sheet, or growing."""
+    if grid and total:
+        _check_sheet(total)
+    if scales and total != 1:
+        raise UsageError(f"scales: {total or 'any number of'} pictures; exactly one")
+
+
+def _check_sheet(count: int) -> None:
+    from varcli.data.sheets import MOST_PICTURES  # noqa: PLC0415 - numpy
+
+    if count > MOST_PICTURES:
+        raise UsageError(f"grid: {count} pictures; at most {MOST_PICTURES}")
 
 
 # --- making them -----------------------------------------------------------------------------------
@@ -179,6 +191,8 @@ class Results:
 
     def take(self, picture: Picture, pixels: "Pixels") -> None:
         """Put a picture in its place and say which that is."""
+        if self.grid:
+            _check_sheet(len(self.shown) + 1)  # how many lines stdin has nobody knew
         path = self.output.add(pixels, picture.made)
         if self.as_json:
             where = path or self.output.archive

@@ -5,7 +5,7 @@ Opening it finds out whether it can be written, before any work is done.
 
 from pathlib import Path
 
-from varcli.data.images import check_writable, kind_there
+from varcli.data.images import check_folder, check_writable, kind_there
 from varcli.data.npz import Npz
 from varcli.data.places import STANDARD_OUTPUT, Files, Output, Stream
 from varcli.data.shards import Shard
@@ -29,20 +29,49 @@ def open_output(out: str | None, *, several: bool, resume: bool = False) -> Outp
         RunError: it cannot be written.
         InputError: with `resume`, what lies there was not written by varcli.
     """
-    path = Path(out or ".")
-    if path == STANDARD_OUTPUT or kind_there(path) == "device":
+    path, kind = Path(out or "."), _kind(out)
+    if kind == "stream":
         return Stream(path, several)
-    folder = kind_there(path) == "folder" or (out or "").endswith(("/", "\\"))
-    kind = "" if folder else path.suffix.lower()
-    if kind in (".npz", ".tar"):
-        return Npz(path, resume) if kind == ".npz" else Shard(path, resume)
-    if kind == ".png":
-        if several:
-            raise UsageError(f"out: {out} for several pictures; a folder, .npz or .tar, or - for a tar stream")
-        return Files(path.parent, resume, path.name)
-    if kind in _OTHER_FILES or kind_there(path) == "file":
+    if kind == ".npz":
+        return Npz(path, resume)
+    if kind == ".tar":
+        return Shard(path, resume)
+    if kind == "folder":
+        return Files(path, resume)
+    if several:
+        raise UsageError(f"out: {out} for several pictures; a folder, .npz or .tar, or - for a tar stream")
+    return Files(path.parent, resume, path.name)
+
+
+def check_output(out: str | None) -> None:
+    """Find out whether the place that `--out` names can be written, without touching it.
+
+    Raises:
+        UsageError: there is no such kind of place.
+        RunError: it cannot be written.
+    """
+    path, kind = Path(out or "."), _kind(out)
+    if kind == "folder":
+        there = next((folder for folder in (path, *path.parents) if kind_there(folder) != "nothing"), path)
+        check_folder(there, path)
+    elif kind != "stream":
+        check_writable(path)
+
+
+def _kind(out: str | None) -> str:
+    """Return which kind of place `--out` names: "stream", "folder", ".png", ".npz" or ".tar"."""
+    path = Path(out or ".")
+    there = kind_there(path)
+    if path == STANDARD_OUTPUT or there == "device":
+        return "stream"
+    if there == "folder" or (out or "").endswith(("/", "\\")):
+        return "folder"
+    ending = path.suffix.lower()
+    if ending in (".png", ".npz", ".tar"):
+        return ending
+    if ending in _OTHER_FILES or there == "file":
         raise UsageError(f"out: {out}; a folder, a name ending in .png, .npz or .tar, or - for standard output")
-    return Files(path, resume)
+    return "folder"
 
 
 _OTHER_FILES = frozenset(
