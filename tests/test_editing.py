@@ -6,7 +6,8 @@ import torch
 
 import reference
 from varcli.config import SampleConfig
-from varcli.data.masks import box_mask, feathered
+from varcli.data.masks import box_mask
+from varcli.data.seams import feathered
 from varcli.models.quantizer import Quantizer
 from varcli.sampling import editing
 from varcli.sampling.devices import place

@@ -15,7 +15,8 @@ from varcli import cli
 from varcli.checkpoints.store import save_model
 from varcli.data.classes import ClassEntry, ClassTable
 from varcli.data.images import EditProvenance, read_provenance
-from varcli.data.masks import box_mask, feathered
+from varcli.data.masks import box_mask
+from varcli.data.seams import feathered
 
 NOISE = np.random.RandomState(0).randint(0, 256, (40, 60, 4)).astype(np.uint8)
 BOX = (20, 10, 30, 22)

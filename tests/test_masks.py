@@ -1,4 +1,4 @@
-"""Masks, boxes and margins as users give them; soft edges that end where they say; what stands in for the unknown."""
+"""Masks, boxes and margins as users give them."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,6 @@ from PIL import Image
 from varcli.data.masks import (
     box_mask,
     check_mask,
-    feathered,
-    filled_in,
     fitted_mask,
     grey_mask,
     parse_box,
@@ -95,32 +93,3 @@ def test_empty_and_full_masks():
         with pytest.raises(InputError, match=message):
             check_mask(marks, "m.png")
     check_mask(np.eye(4, dtype=bool), "m.png")
-
-
-@pytest.mark.parametrize("feather", [0, 1, 2, 3, 7, 8])
-def test_a_feather_ends_where_it_says(feather):
-    marks = box_mask((20, 15, 30, 25), SIZE)
-    share = feathered(marks, feather)
-    assert (share[marks] == 1).all()
-    rows, columns = np.indices(marks.shape)
-    away = np.maximum(np.maximum(20 - columns, columns - 29), np.maximum(15 - rows, rows - 24))
-    assert (share[away > feather] == 0).all()
-    assert (share[(away > 0) & (away <= feather)] > 0).all()
-    beside = share[20, 29 : 31 + feather]
-    assert (np.diff(beside) <= 0).all() and beside[-1] == 0
-
-
-def test_what_stands_in_knows_the_known_alone():
-    noise = np.random.RandomState(0)
-    for shape in ((1, 7), (13, 9), (16, 16)):
-        pixels = noise.rand(*shape, 3).astype(np.float32) * 255
-        known = noise.rand(*shape) < 0.4
-        known[0, 0] = True
-        other = np.where(known[:, :, None], pixels, 1e6).astype(np.float32)
-        filled = filled_in(pixels, known)
-        assert np.array_equal(filled, filled_in(other, known))
-        assert np.array_equal(filled[known], pixels[known])
-        assert filled.min() >= pixels[known].min() - 0.01 and filled.max() <= pixels[known].max() + 0.01
-    flat = np.full((8, 8, 3), 40, np.float32)
-    assert np.allclose(filled_in(flat, known[:8, :8] | np.eye(8, dtype=bool)), 40)
-    assert (filled_in(flat, np.zeros((8, 8), bool)) == 127.5).all()

@@ -1,4 +1,4 @@
-"""What to fill of a picture: masks, boxes, margins, soft edges, and what stands in for the unknown.
+"""What to fill of a picture: masks, boxes and margins, as users give them.
 
 A mask is a boolean array, height × width, True where to fill. Boxes and margins are left, top, right,
 bottom in pixels.
@@ -15,9 +15,6 @@ Mask = NDArray[np.bool_]
 Numbers = NDArray[np.float32]
 
 _HALF = 128
-
-
-# --- as users give them ----------------------------------------------------------------------------
 
 
 def grey_mask(given: Photograph) -> Mask:
@@ -144,57 +141,3 @@ def marked(pixels: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
     shown = pixels.copy()
     shown[mask] = (255, 0, 255)
     return shown
-
-
-# --- soft edges and stand-ins ----------------------------------------------------------------------
-
-
-def feathered(mask: Mask, feather: int) -> Numbers:
-    """Return how much of the new shows: 1 in the mask, falling to 0 within `feather` pixels outside of it.
-
-    The way is measured as the larger of both directions', so that it is exact: 0 from there on.
-    """
-    grown = _box_sums(mask, (feather + 1) // 2) > 0
-    return (_box_sums(grown, feather // 2) / (2 * (feather // 2) + 1) ** 2).astype(np.float32)
-
-
-def _box_sums(mask: Mask, radius: int) -> NDArray[np.int64]:
-    """Return how many marks lie in the square of 2·radius + 1 pixels around each pixel, edges going on beyond."""
-    sums = mask.astype(np.int64)
-    for axis in (0, 1):
-        total = np.cumsum(np.pad(sums, [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)], "edge"), axis)
-        count, width = sums.shape[axis], 2 * radius + 1
-        sums = np.take(total, range(width, width + count), axis) - np.take(total, range(count), axis)
-    return sums
-
-
-def filled_in(pixels: Numbers, known: Mask) -> Numbers:
-    """Return pixels (height, width, channels) whose unknown ones continue the known around them, smoothly.
-
-    They depend on the known ones alone, and are grey where there are none. Each unknown pixel takes the mean over
-    the smallest of ever larger blocks that knows anything.
-
-    Source: the pull-push algorithm (Gortler et al. 1996, section 3.4).
-    """
-    if not known.any():
-        return np.full_like(pixels, 127.5)
-    if known.all():
-        return pixels
-    height, width = known.shape
-    edges = ((0, height % 2), (0, width % 2))
-    weight = np.pad(known.astype(np.float32), edges)
-    colour = np.pad(pixels * known[:, :, None], (*edges, (0, 0))).astype(np.float32)
-    total = _quarter(weight)
-    mean = (_quarter(colour) / np.maximum(total, 1)[:, :, None]).astype(np.float32)
-    coarse = filled_in(mean, total > 0)
-    layers = [
-        Image.fromarray(coarse[:, :, channel]).resize(weight.shape[::-1], Image.Resampling.BILINEAR)
-        for channel in range(coarse.shape[2])
-    ]
-    smooth = np.dstack([np.asarray(layer) for layer in layers])[:height, :width]
-    return np.where(known[:, :, None], pixels, smooth).astype(np.float32)
-
-
-def _quarter(values: Numbers) -> Numbers:
-    """Return the sums over blocks of 2 × 2."""
-    return values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.config import SampleConfig
-from varcli.data.masks import Mask, feathered, filled_in
+from varcli.data.masks import Mask
 from varcli.data.regions import enlarged, regions, shrunk, shrunk_mask
+from varcli.data.seams import feathered, filled_in, leveled
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.devices import block_weight
@@ -78,18 +79,22 @@ def keep_by_coverage(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
     """Return which tokens stay at each scale, (1, l) bool.
 
     The hole is first grown by one token of the last grid, because a token reaches into its neighbours.
-    A token stays if the grown hole takes no more than half of it: so the coarsest change only where most
-    of the picture does, and the last ones outside the grown hole all stay. At the finer scales, from half
-    the last grid's side, no token stays that has a single pixel of the hole.
+    Then a token stays if the grown hole takes no more than half of it; from half the last grid's side on,
+    only if it has not a single pixel of the hole. The coarsest scales, up to a quarter of that side, stay as
+    a whole: they carry on the colours around the hole. They go by the rule of the others where the hole is
+    most of the picture.
 
     Differs: the released rule (`keep_as_released`) neither grows the hole nor ever lets the first scale change.
     """
     hole_11PP = hole_PP[None, None].float()
     grown_11HH = F.max_pool2d(F.adaptive_max_pool2d(hole_11PP, sides[-1]), 3, stride=1, padding=1)
     kept = []
+    most = bool(hole_11PP.mean() > 0.5)
     for side in sides:
         keep_11ss = F.adaptive_avg_pool2d(grown_11HH, side) <= 0.5
-        if 2 * side >= sides[-1]:
+        if 4 * side <= sides[-1] and not most:
+            keep_11ss = torch.ones_like(keep_11ss)
+        elif 2 * side >= sides[-1]:
             keep_11ss &= F.adaptive_max_pool2d(hole_11PP, side) == 0
         kept.append(keep_11ss.flatten(1))
     return kept
@@ -153,7 +158,7 @@ class Editor:
             for result in self._scales(row, seed + (number << 32), keep):
                 tokens.append(result.tokens)
                 if growing or result.scale == last:
-                    made = enlarged(decode(self.tokenizer, result.f_hat)[0], region.side)
+                    made = self._matched(given, decode(self.tokenizer, result.f_hat)[0], hole)
                     edited.pixels[region.slices] = self._composite(given, made, hole)
                     edited.frames += [edited.pixels.copy()] if growing else []
             edited.seams.append(seam(given, made, hole, self._feather(region.side)))
@@ -188,8 +193,17 @@ class Editor:
         half_token = max(1, round(side / self.tokenizer.config.sides[-1] / 2))
         return half_token if self.rule.feather is None else self.rule.feather
 
+    def _matched(self, given: Pixels, decoded: Pixels, hole: Mask) -> Pixels:
+        """Return what was made, as large as what was given and, if it is to be put in there, on its level."""
+        made = enlarged(decoded, len(given))
+        return leveled(given, made, hole, self.tokenizer.config.sides[-1]) if self._composites else made
+
+    @property
+    def _composites(self) -> bool:
+        return self.rule.composite and not self.rule.paper
+
     def _composite(self, given: Pixels, made: Pixels, hole: Mask) -> Pixels:
-        if self.rule.paper or not self.rule.composite:
+        if not self._composites:
             return made
         share = feathered(hole, self._feather(len(hole)))[:, :, None]
         return (given * (1 - share) + made * share).round().astype(np.uint8)
