@@ -153,7 +153,7 @@ def build_transformer(part: Part, sides: Sequence[int] | None) -> Transformer:
     """
     config = transformer_config(part, infer_sides(part, sides))
     state = {name: tensor for name, tensor in part.state.items() if name.rpartition(".")[2] not in DERIVED}
-    built = build(part.path, Transformer, config, state, torch.float32)
+    built = build(part.path, Transformer, config, state)
     levels = part.state.get("lvl_1L")
     if levels is not None and not torch.equal(levels.long(), built.lvl_1L):
         raise UsageError(f"sides: {_words(config.sides)}; the transformer was trained on others")
@@ -170,7 +170,7 @@ def build_tokenizer(part: Part, sides: tuple[int, ...]) -> Tokenizer:
     hits = part.state.get("quantize.ema_vocab_hit_SV")
     if hits is not None and len(hits) != len(sides):
         raise UsageError(f"sides: {_words(sides)}; the tokenizer of {part.path} has {len(hits)} scales")
-    return build(part.path, Tokenizer, tokenizer_config(part, sides), part.state, torch.float32)
+    return build(part.path, Tokenizer, tokenizer_config(part, sides), part.state)
 
 
 def infer_sides(part: Part, sides: Sequence[int] | None) -> tuple[int, ...]:

@@ -23,8 +23,6 @@ from varcli.errors import CheckpointError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
-__all__ = ["load_tensors", "save_tensors"]  # passed on: a training state is made of tensors too
-
 FORMAT_VERSION = "1"
 DERIVED = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias")
 """Buffers that follow from the configuration: not stored, made anew."""
@@ -99,11 +97,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: the file cannot be read, or does not hold exactly what its configuration says.
     """
     tensors, metadata = load_contents(path, ("tokenizer", "model"))
-    return _tokenizer(path, tensors, metadata, torch.float32)
+    return _tokenizer(path, tensors, metadata)
 
 
-def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Checkpoint:
-    """Return a checkpoint on a device, floats as `dtype` (float32 if None, however they are stored).
+def load_model(path: Path) -> Checkpoint:
+    """Return a checkpoint on the CPU, floats as float32 however they are stored.
 
     Raises:
         CheckpointError: the file cannot be read, or does not hold exactly what its configuration says.
@@ -114,11 +112,11 @@ def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     with _parsing(path):
         classes = ClassTable.from_json(metadata["classes"])
         sha256, run = metadata["sha256"], json.loads(metadata["run"])
-    tokenizer = _tokenizer(path, tensors, metadata, dtype or torch.float32)
-    transformer = build(path, Transformer, config, _part(tensors, "transformer."), dtype or torch.float32)
+    tokenizer = _tokenizer(path, tensors, metadata)
+    transformer = build(path, Transformer, config, _part(tensors, "transformer."))
     check_together(tokenizer.config, config)
     _check_classes(classes, config)
-    return Checkpoint(tokenizer.to(device), transformer.to(device), classes, sha256, run, path)
+    return Checkpoint(tokenizer, transformer, classes, sha256, run, path)
 
 
 def check_together(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
@@ -176,9 +174,9 @@ def _facts(run: dict[str, Any]) -> str:
     return json.dumps(run, sort_keys=True)
 
 
-def _tokenizer(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> Tokenizer:
+def _tokenizer(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tokenizer:
     config = _config(path, metadata, TokenizerConfig, "tokenizer_config")
-    return build(path, Tokenizer, config, _part(tensors, "tokenizer."), dtype)
+    return build(path, Tokenizer, config, _part(tensors, "tokenizer."))
 
 
 @contextlib.contextmanager
@@ -199,8 +197,10 @@ def without_initialization() -> Iterator[None]:
             layer.reset_parameters = method
 
 
-def build(source: Path, module: type[Module], config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Module:
-    """Return the module of a configuration, in evaluation mode, with these tensors as its weights, not copied.
+def build(source: Path, module: type[Module], config: Any, state: Mapping[str, Tensor]) -> Module:
+    """Return the module of a configuration, in evaluation mode, with these tensors as its weights.
+
+    Floats become float32; those that are it already are not copied.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
@@ -208,7 +208,7 @@ def build(source: Path, module: type[Module], config: Any, state: Mapping[str, T
     with without_initialization():
         built = module(config)
     check_state(source, built, state)
-    floats = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    floats = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
     built.load_state_dict(floats, strict=False, assign=True)
     return built.eval()
 
