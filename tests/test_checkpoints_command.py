@@ -1,6 +1,7 @@
 """`var checkpoints`, from the command line's words to lines and exit codes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 import reference
 from varcli.checkpoints import registry as registering
 from varcli.checkpoints.conversion import class_table
-from varcli.checkpoints.files import load_tensors
+from varcli.checkpoints.files import file_sha256, load_tensors
 from varcli.checkpoints.registry import markdown_table, registry
 from varcli.checkpoints.store import load_model, recorded_hashes, save_model, save_tokenizer
 from varcli.cli import run
@@ -80,6 +81,20 @@ def test_list_json(var, tmp_path):
     assert d16["presets"]["metrics"] == {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False}
     assert d16["files"]["vae_ch160v4096z32.pth"]["bytes"] == 436_075_834
     assert "sha256" in d16["files"]["var_d16.pth"]
+
+
+def test_list_and_show_mean_the_same_by_the_same_name(var, model_file, mini, tmp_path, monkeypatch):
+    """The hash of a file's bytes is one thing, the hash of what it holds, which pictures name, another."""
+    classes, written = mini.transformer.config.class_count, file_sha256(model_file)
+    entry = replace(registry()["var-d16"], classes=classes, file_sha256=written)
+    monkeypatch.setattr(registering, "registry", lambda: {"var-d16": entry})
+    (tmp_path / "cache").mkdir()
+    entry.path.write_bytes(model_file.read_bytes())
+    listed, shown = (json.loads(var(*words, "--json")[1]) for words in (["list"], ["show", "var-d16"]))
+    assert {name: shown[name] for name in listed} == listed
+    assert "sha256" not in listed
+    assert (shown["file_sha256"], shown["sha256"]) == (written, load_model(model_file).sha256)
+    assert var("verify", "var-d16")[0] == 0
 
 
 def test_list_as_the_readme_has_it(var):

@@ -71,7 +71,7 @@ def test_bundled_file_is_as_registered():
     assert facts["transformer"]["values"] == entry.parameters
     assert facts["classes"] == entry.classes
     assert facts["bytes"] <= 32_000_000
-    assert file_sha256(entry.path) == entry.sha256
+    assert file_sha256(entry.path) == entry.file_sha256
     assert load_model(entry.path).tokenizer.config.pixels == entry.pixels
 
 

@@ -26,7 +26,7 @@ class SourceFile:
     bytes: int | None = None
     """Size; None where it is not known before the first download."""
     sha256: str | None = None
-    """None where it is not known before the first download."""
+    """Of its bytes; None where it is not known before the first download."""
 
     @property
     def page(self) -> str:
@@ -55,8 +55,8 @@ class Entry:
     """File inside the package, for one that ships with it."""
     files: tuple[SourceFile, ...] = ()
     """What to download, for one that does not: tokenizer and transformer."""
-    sha256: str | None = None
-    """Of the bundled file."""
+    file_sha256: str | None = None
+    """Of the bundled file's bytes; what `sha256` names elsewhere is over what the file means."""
 
     @property
     def path(self) -> Path:

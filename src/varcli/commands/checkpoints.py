@@ -10,7 +10,7 @@ import typer
 
 from varcli.checkpoints import registry as known
 from varcli.commands import options
-from varcli.errors import CheckpointError, UsageError
+from varcli.errors import CheckpointError
 from varcli.reporting import result, table
 
 checkpoints_app = typer.Typer(
@@ -79,7 +79,7 @@ def convert(files: Released, out: Converted, sides: Sides = None) -> None:
     """Turn released .pth files into one file for `--checkpoint`; nothing in them is ever run."""
     from varcli.checkpoints import conversion  # noqa: PLC0415 - torch
 
-    conversion.convert(files, out, parse_sides(sides))
+    conversion.convert(files, out, None if sides is None else options.parse_numbers("sides", sides))
     result(str(out))
 
 
@@ -90,7 +90,7 @@ def verify(checkpoint: NameOrFile) -> None:
 
     entry = known.registry().get(checkpoint)
     path = known.find_local(checkpoint)
-    hashes = verification.verify(path, entry.sha256 if entry else None)
+    hashes = verification.verify(path, entry.file_sha256 if entry else None)
     result(f"{checkpoint}: well, sha256 {hashes['sha256']}")
 
 
@@ -124,12 +124,3 @@ def in_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
         lines.append(f"{indent}{name + ':':<{22 - len(indent)}}{'' if inside else plain}".rstrip())
         lines += in_lines(inside, indent + "  ")
     return lines
-
-
-def parse_sides(text: str | None) -> list[int] | None:
-    """Return the sides that a list such as 1,2,3,4 names, None for none."""
-    if text is None:
-        return None
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise UsageError(f"sides: {text}; whole numbers with commas between, e.g. 1,2,3,4,6,8")
-    return [int(part) for part in text.split(",")]

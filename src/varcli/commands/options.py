@@ -5,6 +5,8 @@ from typing import Annotated, Final, Literal
 
 from typer import Argument, Option
 
+from varcli.errors import UsageError
+
 DEFAULT_CHECKPOINT: Final = "tiny64"
 DEFAULT_PRESET: Final = "looks"
 """Who types no settings wants pictures to look at; figures come from commands that say so."""
@@ -80,3 +82,15 @@ Json = Annotated[bool, Option("--json", help="Results as JSON, one object a line
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bar, no notes, no paths; errors only.")]
 PictureFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that `var sample` wrote.")]
 Words = Annotated[list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without them all classes.")]
+
+
+def parse_numbers(what: str, text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a list such as 1,2,3.
+
+    Raises:
+        UsageError: it is no such list.
+    """
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"{what}: {text}; whole numbers with commas between, such as 1,2,3") from None
