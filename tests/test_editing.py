@@ -8,7 +8,9 @@ import reference
 from varcli.config import SampleConfig
 from varcli.data.masks import box_mask
 from varcli.data.seams import feathered
+from varcli.errors import RunError
 from varcli.models.quantizer import Quantizer
+from varcli.models.transformer import Transformer
 from varcli.sampling import editing
 from varcli.sampling.devices import place
 from varcli.sampling.editing import EditConfig, Edited, Editor, best, keep_as_released, keep_by_coverage, log_likelihood
@@ -59,6 +61,9 @@ def test_the_default_keep_rule():
     assert kept[0].all() and kept[1].all()
     last = kept[-1].view(8, 8)
     assert not last[2:6, 2:6].any() and int(last.sum()) == 64 - 16  # two tokens marked, one grown around
+    half = keep_by_coverage(torch.from_numpy(hole(0, 0, 32, 64)), sides)
+    assert half[1].all() and half[2].view(4, 4)[:, 2:].all() and not half[2].view(4, 4)[:, :2].any()
+    assert keep_by_coverage(torch.from_numpy(hole(0, 0, 33, 64)), sides)[1].tolist() == [[False, True, False, True]]
     one = torch.zeros(64, 64, dtype=torch.bool)
     one[31, 31] = True
     assert int((~keep_by_coverage(one, sides)[-1]).sum()) == 9
@@ -171,9 +176,24 @@ def test_no_class_takes_no_second_pass(mini, monkeypatch):
     assert seen == [0, 3]
 
 
-def test_one_encode_an_edit(mini, monkeypatch):
+def test_an_edit_costs_a_sample_and_an_encode(mini, monkeypatch):
+    """The likelihood, which takes one more pass, is for those who ask."""
     calls = []
-    quantize = Quantizer.quantize
-    monkeypatch.setattr(Quantizer, "quantize", lambda *args: calls.append(1) or quantize(*args))
+    quantize, forward = Quantizer.quantize, Transformer.forward
+    monkeypatch.setattr(Quantizer, "quantize", lambda *args: calls.append("encode") or quantize(*args))
+    monkeypatch.setattr(Transformer, "forward", lambda *args: calls.append("forward") or forward(*args))
     editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0)
-    assert calls == [1]
+    assert calls == ["encode"]
+    editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0, scored=True)
+    assert calls[1:] == ["encode", "forward"]
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 2 GiB", "shapes cannot be multiplied"])
+def test_memory_that_runs_out_is_no_bug(mini, monkeypatch, words):
+    def fail(*_, **__):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(editing, "generate", fail)
+    expected = RunError if "memory" in words else RuntimeError
+    with pytest.raises(expected, match=r"memory: the edit does not fit|multiplied"):
+        editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0)

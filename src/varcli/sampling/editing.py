@@ -5,6 +5,7 @@ Masks are True where to fill, and keep masks True where a token stays.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 
@@ -17,9 +18,10 @@ from varcli.config import SampleConfig
 from varcli.data.masks import Mask
 from varcli.data.regions import enlarged, regions, shrunk, shrunk_mask
 from varcli.data.seams import feathered, filled_in, leveled
+from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling.devices import block_weight
+from varcli.sampling.devices import block_weight, out_of_memory
 from varcli.sampling.sampler import Keep, Pixels, ScaleResult, decode, generate
 
 
@@ -116,6 +118,17 @@ def keep_as_released(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
 # --- the edit --------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turn memory that runs out into the one line a user can act on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError("memory: the edit does not fit; a smaller checkpoint, --dtype bf16 or --device cpu") from error
+
+
 class Editor:
     """Fills masks of pictures with one pair of models and one set of settings."""
 
@@ -126,6 +139,7 @@ class Editor:
         self.tokenizer, self.transformer, self.config = tokenizer, transformer, config
         self.rule = rule or EditConfig()
 
+    @_enough_memory()
     def edit(
         self,
         pixels: Pixels,
@@ -149,6 +163,9 @@ class Editor:
             scored: also tell the likelihood, which takes one more pass of the model.
             growing: also give the picture after each scale.
             advance: called after each square.
+
+        Raises:
+            RunError: memory runs out.
         """
         edited, unknown = Edited(pixels.copy(), seed), mask.copy()
         last = len(self.tokenizer.config.sides) - 1
@@ -162,7 +179,8 @@ class Editor:
                     edited.pixels[region.slices] = self._composite(given, made, hole)
                     edited.frames += [edited.pixels.copy()] if growing else []
             edited.seams.append(seam(given, made, hole, self._feather(region.side)))
-            edited.log_likelihoods += [log_likelihood(self.transformer, self.tokenizer, tokens, keep, row)] * scored
+            if scored:
+                edited.log_likelihoods.append(log_likelihood(self.transformer, self.tokenizer, tokens, keep, row))
             unknown[region.slices] = False
             advance()
         return edited

@@ -1,0 +1,79 @@
+"""Seconds an edit beside seconds a sample at the same settings, and one tokenizer encode, in one run.
+
+    python benchmarks/editing.py [--checkpoint NAME|FILE] [--rounds 5] [--json]
+
+Measures the released d16's shape at 256 px with random weights or, given one, a checkpoint. All take turns
+in every round, so that a machine that is busy for a while is so for all of them. The promise is that an
+edit takes at most 1.15 × a sample plus one encode.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sampling import CONFIG, CPU, Models, Wanted, random_d16
+from tables import print_rows
+
+from varcli.checkpoints.registry import find
+from varcli.checkpoints.store import load_model
+from varcli.data.masks import box_mask
+from varcli.sampling.batches import BatchSampler
+from varcli.sampling.devices import place
+from varcli.sampling.editing import Editor
+from varcli.sampling.reconstruction import encode
+
+PROMISED = 1.15
+
+
+def variants(models: Models) -> dict[str, Callable[[int], object]]:
+    """Return what is measured, and what does it with a seed."""
+    place(*models, CPU, "fp32")
+    pixels = models[0].config.pixels
+    picture = np.random.RandomState(0).randint(0, 256, (pixels, pixels, 3)).astype(np.uint8)
+    mask = box_mask((pixels // 4, pixels // 4, pixels // 2, 3 * pixels // 4), (pixels, pixels))
+    sampler, editor = BatchSampler(*models, CONFIG), Editor(*models, CONFIG)
+    return {
+        "sample": lambda seed: list(sampler.pictures([Wanted(0, seed)])),
+        "encode": lambda _: encode(models[0], picture),
+        "edit": lambda seed: editor.edit(picture, mask, pixels, 0, seed),
+    }
+
+
+def measure(models: Models, rounds: int) -> dict[str, object]:
+    """Return median seconds of each, and the edit's as a multiple of what is promised."""
+    runs = variants(models)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, make in runs.items():
+            start = time.perf_counter()
+            make(turn)
+            if turn > 0:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    promised = PROMISED * medians["sample"] + medians["encode"]
+    row: dict[str, object] = {f"seconds {name}": round(median, 3) for name, median in medians.items()}
+    return row | {"promised": round(promised, 3), "edit / promised": round(medians["edit"] / promised, 2)}
+
+
+def main() -> None:
+    """Measure and print a Markdown table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    given = parser.parse_args()
+    if given.checkpoint:
+        checkpoint = load_model(find(given.checkpoint))
+        models = (checkpoint.tokenizer, checkpoint.transformer)
+    else:
+        models = random_d16()
+    with torch.inference_mode():
+        row = {"model": given.checkpoint or "d16 at 256 px"} | measure(models, given.rounds)
+    print_rows([row], as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()
