@@ -1,10 +1,15 @@
 """Seconds a picture, and pictures a second, against the plain twin in `tests/plain_sampler.py`.
 
     python benchmarks/sampling.py [--checkpoint NAME|FILE] [--rounds 3] [--json]
+    python benchmarks/sampling.py --differing 64 [--device cuda] [--checkpoint NAME|FILE] [--json]
 
 Measures the released d16's shape at 256 px with random weights or, given one, a checkpoint. The twin
 and all variants take turns in every round, so that a machine that is busy for a while is so for all of
 them. The twin knows no batches and no 16 bits.
+
+With `--differing N` it measures something else: how many tokens come out differently in 16 bits when N
+pictures are made together rather than one by one. One token drawn differently changes those after it, so
+that pictures are counted too.
 """
 
 import argparse
@@ -12,7 +17,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +34,8 @@ from varcli.config import PRESETS, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import place
+from varcli.sampling.devices import pick_device, place
+from varcli.sampling.sampler import generate
 from varcli.scales import GRID_256
 
 CONFIG = PRESETS["metrics"]
@@ -99,11 +105,41 @@ def measure(models: Models, rounds: int) -> list[dict[str, object]]:
     ]
 
 
+def differing(plain: Models, together: int, device: torch.device) -> list[dict[str, object]]:
+    """Return one row a precision: the shares of tokens and pictures that a batch of this many changes."""
+    rows: list[dict[str, object]] = []
+    for precision in ("bf16", "fp16"):
+        models = copy.deepcopy(plain)
+        place(*models, device, precision)
+        at_once = tokens(models, range(together))
+        alone = torch.cat([tokens(models, [seed]) for seed in range(together)])
+        changed = at_once != alone
+        rows.append(
+            {
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+                "precision": precision,
+                "together": together,
+                "tokens that differ": round(changed.float().mean().item(), 4),
+                "pictures that differ": round(changed.any(dim=1).float().mean().item(), 4),
+            }
+        )
+    return rows
+
+
+def tokens(models: Models, seeds: Sequence[int]) -> torch.Tensor:
+    """Return the tokens (B, L) of one picture a seed, made together; the class changes with the seed."""
+    classes = models[1].config.class_count
+    results = generate(*models, [seed % classes for seed in seeds], seeds, CONFIG)
+    return torch.cat([result.tokens.cpu() for result in results], dim=1)
+
+
 def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--differing", type=int, metavar="N", help="count tokens that a batch of N changes instead")
+    parser.add_argument("--device", default="auto", help="where to count them")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
     if given.checkpoint:
@@ -111,8 +147,12 @@ def main() -> None:
         models = (checkpoint.tokenizer, checkpoint.transformer)
     else:
         models = random_d16()
-    rows = [{"model": given.checkpoint or "d16 at 256 px"} | row for row in measure(models, given.rounds)]
-    print_rows(rows, as_json=given.json)
+    if given.differing:
+        rows = differing(models, given.differing, pick_device(given.device))
+    else:
+        rows = measure(models, given.rounds)
+    name = given.checkpoint or "d16 at 256 px"
+    print_rows([{"model": name} | row for row in rows], as_json=given.json)
 
 
 if __name__ == "__main__":

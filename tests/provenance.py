@@ -17,7 +17,7 @@ MADE = Provenance(
     top_p=0.96,
     smooth=False,
     device="cpu",
-    dtype="float32",
+    dtype="fp32",
     version="0.1.0",
 )
 

@@ -122,7 +122,7 @@ def test_folder_is_no_picture(tmp_path):
 def test_command_makes_the_picture_again():
     assert command_line(MADE) == (
         "var sample --class 207 --seed 0 --checkpoint tiny64 --cfg 1.5 --top-k 900 --top-p 0.96 "
-        "--device cpu --dtype float32"
+        "--device cpu --dtype fp32"
     )
     other = made(5, class_id=None, smooth=True, checkpoint="my models/a'b.safetensors")
     words = shlex.split(command_line(other))

@@ -1,6 +1,7 @@
 """`var show`: a picture says how it was made."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,17 @@ def test_says_how_it_was_made(picture, capsys):
         "computed   on cpu in fp32, by varcli 0.1.0",
         f"again      {command_line(MADE)}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "exact"), [("cuda", "bf16", False), ("cuda", "fp32", True), ("cpu", "bf16", True)]
+)
+def test_a_picture_of_16_bits_on_a_gpu_may_not_come_out_the_same(tmp_path, capsys, device, dtype, exact):
+    made = replace(MADE, device=device, dtype=dtype)
+    (tmp_path / "x.png").write_bytes(png_bytes(np.zeros((4, 4, 3), np.uint8), made))
+    assert cli.run(["show", str(tmp_path / "x.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["computed" if exact else "exact", "again"]
 
 
 def test_json(picture, capsys):

@@ -8,7 +8,10 @@ from varcli.reporting import result
 
 
 def show(file: options.PictureFile, as_json: options.Json = False) -> None:
-    """Print how a picture was made and the command that makes it again, bit for bit on the same machine."""
+    """Print how a picture was made and the command that makes it again.
+
+    On the same machine the copy is equal bit for bit, unless made in 16 bits on a GPU.
+    """
     from varcli.data.images import command_line, read_provenance  # noqa: PLC0415 - Pillow
 
     made = read_provenance(file)
@@ -22,7 +25,9 @@ def show(file: options.PictureFile, as_json: options.Json = False) -> None:
         "seed": made.seed,
         "settings": f"cfg {made.cfg:g}, top-k {made.top_k}, top-p {made.top_p:g}{', smooth' if made.smooth else ''}",
         "computed": f"on {made.device} in {made.dtype}, by varcli {made.version}",
-        "again": command_line(made),
     }
+    if made.batched:
+        facts["exact"] = "no: in 16 bits on a GPU the size of a batch changes the rounding, and tokens with it"
+    facts["again"] = command_line(made)
     for name, value in facts.items():
         result(f"{name:<11}{value}")

@@ -33,12 +33,12 @@ KEYWORD = "varcli"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """All that determines a picture, bit for bit on the machine that made it."""
+    """All that determines a picture: bit for bit on the machine that made it, unless it is `batched`."""
 
     checkpoint: str
     """Name or path as given."""
     checkpoint_sha256: str
-    """Of the checkpoint's file."""
+    """Over its weights, configurations and class table, not its file's bytes: `sha256` of `var checkpoints show`."""
     class_id: int | None
     """None is "no class"."""
     class_name: str
@@ -56,7 +56,7 @@ class Provenance:
     device: str
     """What it was computed on, e.g. "cpu"."""
     dtype: str
-    """What it was computed in, e.g. "float32"."""
+    """What it was computed in, e.g. "fp32"."""
     version: str
     """Of varcli."""
 
@@ -64,10 +64,16 @@ class Provenance:
         """Return the provenance as one line of JSON with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
 
-    def settings(self) -> "Provenance":
-        """Return what decides the picture, without where its checkpoint lay and what computed it.
+    @property
+    def batched(self) -> bool:
+        """Whether it was made among others, whose number changes the rounding: in 16 bits on a GPU."""
+        return self.device != "cpu" and self.dtype != "fp32"
 
-        Two of these are equal exactly if they mean the same picture, so that work done is known again.
+    def settings(self) -> "Provenance":
+        """Return what is asked for, without where its checkpoint lay and what computed it.
+
+        Two of these are equal where the same picture is meant, so that work done is known again; another
+        device or version may still round it otherwise.
         """
         return replace(self, checkpoint="", class_name="", device="", version="")
 
