@@ -1,5 +1,7 @@
 """Pictures of every kind come in right, and go out as they came but where they were changed."""
 
+import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -79,6 +81,21 @@ def test_palettes_inks_and_bits():
     assert np.array_equal(read(bits).pixels()[:, :, 1] == 255, np.asarray(bits))
     assert read(MODES["I;16"]).pixels()[0, 0, 0] == round(int(DEEP[0, 0]) / 257)
     assert np.array_equal(read(MODES["L"], "TIFF").pixels()[:, :, 0], NOISE[:, :, 0])
+
+
+def test_colours_of_16_bits_say_that_they_were_shortened():
+    """Pillow reads and writes them as 8; greys it has whole."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 1, 256, 65535) for _ in range(3))
+    header = struct.pack(">IIBBBBB", 2, 3, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    given = photograph(b"\x89PNG\r\n\x1a\n" + parts, "deep")
+    assert given.shortened
+    assert given.pixels()[2].tolist() == [[0x12, 0x56, 0x9A], [0, 1, 255]]
+    assert not any(read(image).shortened for image in MODES.values())
 
 
 def test_upright_with_resolution_and_profile():

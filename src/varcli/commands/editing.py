@@ -13,7 +13,7 @@ from varcli.commands.settings import hint, origin_of, settings
 from varcli.config import SampleConfig
 from varcli.data.classes import RANDOM, ClassEntry, ClassTable, parse_classes, random_class
 from varcli.errors import UsageError
-from varcli.reporting import progress, result
+from varcli.reporting import note, progress, result
 
 if TYPE_CHECKING:
     from varcli.data.images import EditProvenance, Pixels, Provenance
@@ -123,6 +123,8 @@ def run(task: Task, ask: Ask) -> None:
             ]
             results.take(candidates, entry)
     results.finish()
+    if task.photograph.shortened and not ask.quiet:
+        note(f"{task.photograph.name} has colours of 16 bits; of those kept the upper 8 are")
 
 
 def one_class(spec: str, table: ClassTable, seed: int) -> ClassEntry | None:

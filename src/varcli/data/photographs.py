@@ -40,6 +40,8 @@ class Photograph:
     """In one of the modes that PNGs hold; `info` has its resolution and colour profile where the file has."""
     sha256: str
     """Of the file."""
+    shortened: bool = False
+    """Whether its file has colours of 16 bits, of which the upper 8 are here."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -134,6 +136,7 @@ def photograph(content: bytes, name: str) -> Photograph:
         frames = getattr(opened, "n_frames", 1)
         if frames > 1 and opened.format != "MPO":  # cameras add a second view to their photographs
             raise InputError(f"picture: {name} has {frames} frames; one picture, such as its first frame as PNG")
+        shortened = any(";16" in str(tile[3]) and opened.mode != "I;16" for tile in opened.tile)
         opened.load()
         info: dict[str | tuple[int, int], Any] = {
             key: opened.info[key] for key in ("dpi", "icc_profile") if opened.info.get(key)
@@ -142,7 +145,7 @@ def photograph(content: bytes, name: str) -> Photograph:
     if opened.mode == "CMYK":
         info.pop("icc_profile", None)  # of the inks
     image.info = info
-    return Photograph(name, image, sha256(content).hexdigest())
+    return Photograph(name, image, sha256(content).hexdigest(), shortened)
 
 
 @contextmanager
