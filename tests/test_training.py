@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pictures import write_folder
-from varcli.checkpoints.store import load_model, load_tensors, load_tokenizer
+from varcli.checkpoints.files import load_tensors
+from varcli.checkpoints.store import load_model, load_tokenizer
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig, TransformerConfig, TransformerTrainingConfig
 from varcli.data.datasets import open_pictures
 from varcli.errors import InputError, RunError, UsageError

@@ -7,7 +7,7 @@ from typer import Option
 
 from varcli import reporting
 from varcli.commands import training_options as shared
-from varcli.commands.options import Device, Json, Quiet
+from varcli.commands.options import Device, Json, Quiet, parse_numbers
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
 ) -> None:
     """Train a tokenizer: pictures to token maps and back."""
     config = TokenizerConfig(
-        sides=shared.parse_numbers("sides", sides),
+        sides=parse_numbers("sides", sides),
         codebook_size=codebook_size,
         codebook_width=codebook_width,
         base_width=base_width,
-        multipliers=shared.parse_numbers("multipliers", multipliers),
+        multipliers=parse_numbers("multipliers", multipliers),
         encoder_blocks=encoder_blocks,
     )
     training = shared.changed(

@@ -67,18 +67,6 @@ TensorBoard = Annotated[bool, Option("--tensorboard", help="Also write figures f
 DryRun = Annotated[bool, Option("--dry-run", help="Print what the run will take, and stop.")]
 
 
-def parse_numbers(what: str, text: str) -> tuple[int, ...]:
-    """Return the whole numbers of a list such as 1,2,3.
-
-    Raises:
-        UsageError: it is no such list.
-    """
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise UsageError(f"{what}: {text}; whole numbers with commas between, such as 1,2,3") from None
-
-
 def changed(recipe: Recipe, **given: Any) -> Recipe:
     """Return a recipe with the options a user gave in place of its own."""
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
