@@ -15,7 +15,8 @@ from varcli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from varcli.training.loop import Figures, Run, Stage
+    from varcli.training.journal import Figures
+    from varcli.training.loop import Run, Stage
     from varcli.training.plan import Plan
 
 Recipe = TypeVar("Recipe", bound=TrainingConfig)

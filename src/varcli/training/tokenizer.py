@@ -22,7 +22,8 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.training import state
 from varcli.training.adversary import PatchDiscriminator, adaptive_weight, augment, discriminator_loss
 from varcli.training.batches import Batch, Crops, Unreadable, draws, loader, to_unit
-from varcli.training.loop import Figures, autocast
+from varcli.training.journal import Figures
+from varcli.training.loop import autocast
 from varcli.training.schedule import cosine_factor
 
 BETAS = (0.5, 0.9)

@@ -19,7 +19,8 @@ from varcli.scales import spans
 from varcli.training import schedule, state
 from varcli.training.batches import draws
 from varcli.training.initialization import initialize_transformer
-from varcli.training.loop import Figures, autocast
+from varcli.training.journal import Figures
+from varcli.training.loop import autocast
 from varcli.training.token_cache import TokenCache
 
 BETAS = (0.9, 0.95)
