@@ -5,8 +5,10 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import png
 import pytest
 from PIL import Image
 
@@ -82,6 +84,48 @@ def test_every_kind_of_png_keeps_its_kind(var, mode):
         if "A" in mode:
             assert np.array_equal(np.asarray(out.getchannel("A")), array[:, :, -1])
         assert (np.asarray(out)[MASK] != array[MASK]).any()
+
+
+def deep_pixels(path):
+    """Return what a PNG of 16 bits has, read by other hands."""
+    width, height, rows, info = png.Reader(bytes=Path(path).read_bytes()).read()
+    assert info["bitdepth"] == 16
+    return np.array([list(row) for row in rows]).reshape(height, width, info["planes"])
+
+
+def write_deep(path, values):
+    height, width, channels = values.shape
+    writer = png.Writer(width, height, greyscale=channels < 3, alpha=channels % 2 == 0, bitdepth=16)
+    with Path(path).open("wb") as file:
+        writer.write(file, values.reshape(height, -1).tolist())
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_are_kept_whole(var, channels):
+    deep = np.random.RandomState(1).randint(0, 65536, (40, 60, channels))
+    if channels != 3:
+        deep[:, :, -1] |= 0xFF00  # opaque enough for white not to hide what is new
+    write_deep("deep.png", deep)
+    var("inpaint", "deep.png", "mask.png", "-o", "out.png", "--grid", "grid.png", "--scales", "grows.png")
+    out = deep_pixels("out.png")
+    assert out.shape == deep.shape
+    assert np.array_equal(out[kept()], deep[kept()])
+    assert (out[MASK] != deep[MASK]).any(axis=1).mean() > 0.9
+    fading = out[~MASK & ~kept()][:, : 3 if channels > 2 else 1]
+    assert (fading % 257 != 0).any(axis=1).mean() > 0.9, "composited in 16 bits"
+    if channels != 3:
+        assert np.array_equal(out[:, :, -1], deep[:, :, -1])
+    assert read_provenance("out.png").seed == 0
+    var("outpaint", "deep.png", "--pad", "4,0,8,2", "-o", "wide.png")
+    inside = feathered(~box_mask((4, 0, 64, 40), (72, 42)), 5)[:40, 4:64] == 0
+    assert np.array_equal(deep_pixels("wide.png")[:40, 4:64][inside], deep[inside])
+
+
+def test_16_bits_are_filled_as_8_are(var):
+    write_deep("deep.png", NOISE[:, :, :3].astype(int) * 257)
+    for name in ("in.png", "deep.png"):
+        var("inpaint", name, "mask.png", "-o", f"out-{name}")
+    assert np.abs(deep_pixels("out-deep.png") / 257 - pixels("out-in.png")).max() < 1.01
 
 
 def test_feather_and_compositing(var):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from varcli.data.masks import (
     box_mask,
@@ -21,7 +20,8 @@ SIZE = (100, 50)
 
 
 def given(pixels):
-    return Photograph("mask.png", Image.fromarray(np.asarray(pixels)), "")
+    levels = np.asarray(pixels)
+    return Photograph("mask.png", levels if levels.ndim == 3 else levels[:, :, None], "")
 
 
 def test_white_is_what_to_fill():
@@ -32,6 +32,7 @@ def test_white_is_what_to_fill():
     assert grey_mask(given(grey.astype(np.uint16) * 257)).tolist() == marks
     white_on_nothing = np.dstack([np.full_like(grey, 255)] * 3 + [grey])
     assert grey_mask(given(white_on_nothing)).tolist() == marks
+    assert grey_mask(given(white_on_nothing.astype(np.uint16) * 257)).tolist() == marks
 
 
 def test_transparent_is_what_to_fill_with_alpha():

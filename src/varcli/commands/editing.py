@@ -114,7 +114,7 @@ def run(task: Task, ask: Ask) -> None:
             row = len(model.classes) if entry is None else model.classes.row(entry.id)
             candidates = [
                 editor.edit(
-                    *(task.photograph.pixels(), task.mask, side, row, seed + i),
+                    *(task.photograph.seen(), task.mask, side, row, seed + i),
                     scored=ask.best_of > 1,
                     growing=ask.scales is not None,
                     advance=advance,
@@ -153,6 +153,7 @@ class Results:
 
     def take(self, candidates: Sequence["Edited"], entry: ClassEntry | None) -> None:
         """Put the best of the candidates in its place and say which that is."""
+        from varcli.data.deep import in_8_bits  # noqa: PLC0415 - numpy
         from varcli.sampling.editing import best  # noqa: PLC0415 - torch
 
         edited = best(candidates) if len(candidates) > 1 else candidates[0]
@@ -168,7 +169,7 @@ class Results:
         elif path and not self.ask.quiet:
             result(str(path))
         if self.ask.grid:
-            self.shown.append(edited.pixels)
+            self.shown.append(in_8_bits(edited.pixels))
             self.labels.append(f"{made.class_name}, seed {made.seed}")
 
     def finish(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -24,11 +24,23 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from varcli.data.deep import Levels
+
     Pixels = NDArray[np.uint8]
-    Picture = Pixels | Image.Image
+    Picture: TypeAlias = "Pixels | Raster"
 
 KEYWORD = "varcli"
 """Of the PNG text chunk that holds the provenance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raster:
+    """A picture of any kind that PNGs hold."""
+
+    levels: "Levels"
+    """(height, width, channels): grey, grey and alpha, RGB or RGBA, of 8 or 16 bits."""
+    info: dict[str, Any]
+    """Its resolution and colour profile, `dpi` and `icc_profile`, where it has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,16 +162,21 @@ def setting_words(made: Provenance) -> list[str]:
 def png_bytes(pixels: "Picture", made: Provenance | None = None) -> bytes:
     """Return a picture as a PNG file's content, with its provenance as text where it has one.
 
-    A picture of Pillow's also keeps its resolution and colour profile, if its `info` has them.
+    A raster also keeps its bits, and its resolution and colour profile if its `info` has them.
     """
     text = PngInfo()
     if made is not None:
         text.add_text("Title", f"{made.class_name}, seed {made.seed}")
         text.add_text("Software", f"varcli {made.version}")
         text.add_text(KEYWORD, made.to_json())
+    levels, info = (pixels.levels, pixels.info) if isinstance(pixels, Raster) else (pixels, {})
+    if levels.itemsize > 1 and levels.shape[2] > 1:  # Pillow has no colours of 16 bits
+        from varcli.data.deep import deep_png_bytes  # noqa: PLC0415 - not needed for what is sampled
+
+        return deep_png_bytes(levels, [chunk[:2] for chunk in text.chunks], info, _COMPRESSION)
     content = BytesIO()
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    image.save(content, "PNG", pnginfo=text, compress_level=_COMPRESSION, dpi=image.info.get("dpi"))
+    image = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
+    image.save(content, "PNG", pnginfo=text, compress_level=_COMPRESSION, **info)
     return content.getvalue()
 
 

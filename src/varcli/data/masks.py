@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from varcli.data.photographs import Photograph
+from varcli.data.deep import in_8_bits
+from varcli.data.photographs import Photograph, grey_levels
 from varcli.errors import InputError, UsageError
 
 Mask = NDArray[np.bool_]
@@ -19,11 +20,7 @@ _HALF = 128
 
 def grey_mask(given: Photograph) -> Mask:
     """Return where a picture is white rather than black; whatever is transparent counts as black."""
-    image = given.image
-    if image.mode == "I;16":
-        return np.asarray(image) >= _HALF * 257
-    grey = np.asarray(image.convert("RGB").convert("L"))
-    alpha = given.alpha()
+    grey, alpha = in_8_bits(grey_levels(given.levels[:, :, : given.colours])), given.alpha()
     return (grey if alpha is None else grey.astype(np.uint32) * alpha // 255) >= _HALF
 
 

@@ -1,6 +1,6 @@
 """Pictures in, to be edited: read whatever their kind, and put back as they were where nothing changed.
 
-Pixels are uint8 arrays, height × width × 3, as everywhere below the sampler; a photograph's own may be
+Pixels are uint8 arrays, height × width × 3, as everywhere below the sampler; a photograph's own levels may be
 grey, transparent or of 16 bits, and come out so again.
 """
 
@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from varcli.data.deep import Levels, in_8_bits, read_png
+from varcli.data.images import Raster
 from varcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,75 +38,79 @@ class Photograph:
 
     name: str
     """Where it comes from, for messages."""
-    image: Image.Image
-    """In one of the modes that PNGs hold; `info` has its resolution and colour profile where the file has."""
+    levels: Levels
+    """(height, width, channels): grey, grey and alpha, RGB or RGBA, of 8 or 16 bits."""
     sha256: str
     """Of the file."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """Its resolution and colour profile, `dpi` and `icc_profile`, where the file has them."""
     shortened: bool = False
     """Whether its file has colours of 16 bits, of which the upper 8 are here."""
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
-        return self.image.size
+        height, width, _ = self.levels.shape
+        return width, height
+
+    @property
+    def colours(self) -> int:
+        """How many channels it has besides alpha: 1 or 3."""
+        return 3 if self.levels.shape[2] > 2 else 1
+
+    def seen(self) -> Levels:
+        """Return what one sees of it, (height, width, 3), in its own bits; on white where it is transparent."""
+        colours = self.levels[:, :, : self.colours]
+        if self.levels.shape[2] == self.colours:
+            return np.repeat(colours, 3 // self.colours, axis=2)
+        if self.levels.dtype == np.uint8:
+            layer = Image.fromarray(self.levels).convert("RGBA")
+            return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
+        alpha = self.levels[:, :, -1:] / 65535
+        mixed = (colours * alpha + 65535 * (1 - alpha)).round().astype(np.uint16)
+        return np.repeat(mixed, 3 // self.colours, axis=2)
 
     def pixels(self) -> "Pixels":
-        """Return what one sees of it, on white where it is transparent."""
-        if self.image.mode == "I;16":
-            grey = _bytes_of_16_bits(np.asarray(self.image))
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if self.image.mode in ("LA", "RGBA"):
-            layer = self.image.convert("RGBA")
-            return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
-        return np.asarray(self.image.convert("RGB"))
+        """Return what one sees of it in 8 bits."""
+        return in_8_bits(self.seen())
 
     def alpha(self) -> "Pixels | None":
         """Return how opaque it is, (height, width) from 0 to 255; None where it has no such channel."""
-        return np.asarray(self.image.getchannel("A")) if "A" in self.image.getbands() else None
+        return None if self.levels.shape[2] == self.colours else in_8_bits(self.levels[:, :, -1])
 
     def padded(self, margins: tuple[int, int, int, int]) -> "Photograph":
         """Return it with empty margins: left, top, right, bottom in pixels."""
         left, top, right, bottom = margins
-        width, height = self.size
-        image = Image.new(self.image.mode, (left + width + right, top + height + bottom))
-        image.paste(self.image, (left, top))
-        image.info.update(self.image.info)
-        return replace(self, image=image)
+        return replace(self, levels=np.pad(self.levels, ((top, bottom), (left, right), (0, 0))))
 
-    def replaced(self, pixels: "Pixels", shown: "NDArray[np.bool_] | None" = None) -> Image.Image:
-        """Return it with other pixels, in its own mode and with its own resolution and colour profile.
+    def replaced(self, pixels: Levels, shown: "NDArray[np.bool_] | None" = None) -> Raster:
+        """Return it with other pixels, of its own kind and with its own resolution and colour profile.
 
-        Where `pixels` are what `self.pixels()` gave, its own stay to the last bit.
+        Where `pixels` are what `self.seen()` gave, its own stay to the last bit.
 
         Args:
-            pixels: of the same size.
+            pixels: of the same size and as many bits.
             shown: what was transparent and is to be seen from now on, (height, width); None is nothing.
         """
-        changed = (pixels != self.pixels()).any(axis=2)
+        changed = (pixels != self.seen()).any(axis=2)
         if shown is not None:
             changed |= shown
-        own = np.asarray(self.image).copy()
-        own[changed] = self._in_own_mode(pixels, own, shown)[changed]
-        image = Image.fromarray(own)
-        image.info.update(self.image.info)
-        return image
+        own = self.levels.copy()
+        own[:, :, : self.colours][changed] = (pixels if self.colours == 3 else grey_levels(pixels)[:, :, None])[changed]
+        if shown is not None and own.shape[2] > self.colours:
+            own[:, :, -1][shown] = np.iinfo(own.dtype).max
+        return Raster(own, self.info)
 
-    def _in_own_mode(
-        self, pixels: "Pixels", own: "NDArray[np.generic]", shown: "NDArray[np.bool_] | None"
-    ) -> "NDArray[np.generic]":
-        if self.image.mode == "RGB":
-            return pixels
-        if self.image.mode == "RGBA":
-            colours = pixels
-        else:
-            grey = np.asarray(Image.fromarray(pixels).convert("L"))
-            if self.image.mode == "L":
-                return grey
-            if self.image.mode == "I;16":
-                return grey.astype(np.uint16) * 257
-            colours = grey[:, :, None]
-        alpha = own[:, :, -1] if shown is None else np.where(shown, 255, own[:, :, -1])
-        return np.dstack([colours, alpha]).astype(np.uint8)
+
+def grey_levels(levels: Levels) -> Levels:
+    """Return how bright colours are, (height, width), of as many bits; greys, of one channel, are as they are.
+
+    Source: ITU-R BT.601, in the fixed-point numbers of Pillow, so that both agree.
+    """
+    if levels.shape[2] == 1:
+        return levels[:, :, 0]
+    total = levels.astype(np.uint64) @ np.array((19595, 38470, 7471), np.uint64)
+    return ((total + np.uint64(1 << 15)) >> np.uint64(16)).astype(levels.dtype)
 
 
 def read_photograph(source: str) -> Photograph:
@@ -136,16 +142,27 @@ def photograph(content: bytes, name: str) -> Photograph:
         frames = getattr(opened, "n_frames", 1)
         if frames > 1 and opened.format != "MPO":  # cameras add a second view to their photographs
             raise InputError(f"picture: {name} has {frames} frames; one picture, such as its first frame as PNG")
-        shortened = any(";16" in str(tile[3]) and opened.mode != "I;16" for tile in opened.tile)
+        cut = any(";16" in str(tile[3]) for tile in opened.tile) and opened.mode != "I;16"
         opened.load()
-        info: dict[str | tuple[int, int], Any] = {
-            key: opened.info[key] for key in ("dpi", "icc_profile") if opened.info.get(key)
-        }
-        image = _for_png(ImageOps.exif_transpose(opened), name)
+        info = {key: opened.info[key] for key in ("dpi", "icc_profile") if opened.info.get(key)}
+        deep = opened.format == "PNG" and (cut or (opened.mode == "I;16" and "transparency" in opened.info))
+        levels = _deep_levels(content, opened) if deep else _levels(ImageOps.exif_transpose(opened), name)
     if opened.mode == "CMYK":
         info.pop("icc_profile", None)  # of the inks
-    image.info = info
-    return Photograph(name, image, sha256(content).hexdigest(), shortened)
+    return Photograph(name, levels, sha256(content).hexdigest(), info, shortened=cut and not deep)
+
+
+def _deep_levels(content: bytes, opened: Image.Image) -> Levels:
+    """Return the upright levels of a PNG of 16 bits whose head Pillow has read."""
+    layers = [Image.fromarray(np.ascontiguousarray(layer)) for layer in np.moveaxis(read_png(content), 2, 0)]
+    for layer in layers:
+        layer.info = dict(opened.info)  # says how to turn it
+    return np.dstack([np.asarray(ImageOps.exif_transpose(layer)) for layer in layers])
+
+
+def _levels(image: Image.Image, name: str) -> Levels:
+    values = np.asarray(_for_png(image, name))
+    return values if values.ndim == 3 else values[:, :, None]
 
 
 @contextmanager
@@ -194,7 +211,3 @@ def _from_inks(image: Image.Image) -> Image.Image:
         if converted is not None:
             return converted
     return image.convert("RGB")
-
-
-def _bytes_of_16_bits(values: "NDArray[np.generic]") -> "Pixels":
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

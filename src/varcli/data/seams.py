@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from varcli.data.deep import Levels
 from varcli.data.masks import Mask, Numbers
 
 _KNOWN_SHARE = 0.2
@@ -64,7 +65,7 @@ def _quarter(values: Numbers) -> Numbers:
     return values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]
 
 
-def leveled(given: NDArray[np.uint8], made: NDArray[np.uint8], hole: Mask, cells: int) -> NDArray[np.uint8]:
+def leveled(given: Levels, made: Levels, hole: Mask, cells: int) -> Levels:
     """Return new pixels brought to the level of the old around a hole, and less and less so further inside.
 
     How far both differ where the old is known is averaged over cells, continued smoothly into the hole,
@@ -72,7 +73,7 @@ def leveled(given: NDArray[np.uint8], made: NDArray[np.uint8], hole: Mask, cells
 
     Args:
         given: a square picture, unknown in the hole.
-        made: the new one, which covers all of it.
+        made: the new one, which covers all of it, of as many bits.
         hole: what is unknown.
         cells: how many along a side.
 
@@ -87,7 +88,7 @@ def leveled(given: NDArray[np.uint8], made: NDArray[np.uint8], hole: Mask, cells
     level = filled_in((sums / np.maximum(share, _KNOWN_SHARE)[:, :, None]).astype(np.float32), ~inside)
     level *= np.exp(-_depth(inside) / 2)[:, :, None]
     smooth = _resized(level, len(given), Image.Resampling.BICUBIC)
-    return (made + smooth).clip(0, 255).round().astype(np.uint8)
+    return (made + smooth).clip(0, np.iinfo(made.dtype).max).round().astype(made.dtype)
 
 
 def _resized(values: Numbers, side: int, how: Image.Resampling) -> Numbers:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.config import SampleConfig
+from varcli.data.deep import Levels, as_deep_as, in_8_bits, step
 from varcli.data.masks import Mask
 from varcli.data.regions import enlarged, regions, shrunk, shrunk_mask
 from varcli.data.seams import feathered, filled_in, leveled
@@ -41,8 +42,8 @@ class EditConfig:
 class Edited:
     """What an edit gives, and how good it seems."""
 
-    pixels: Pixels
-    """(height, width, 3)."""
+    pixels: Levels
+    """(height, width, 3), of as many bits as what was given."""
     seed: int
     seams: list[float] = field(default_factory=list)
     """Of each region, how far old and new differ where they meet, in grey levels of 255."""
@@ -142,7 +143,7 @@ class Editor:
     @_enough_memory()
     def edit(
         self,
-        pixels: Pixels,
+        pixels: Levels,
         mask: Mask,
         side: int,
         row: int,
@@ -155,7 +156,7 @@ class Editor:
         """Return a picture whose masked pixels are new.
 
         Args:
-            pixels: (height, width, 3).
+            pixels: (height, width, 3), of 8 or 16 bits.
             mask: (height, width).
             side: of the squares that go through the model one after another, in the picture's pixels.
             row: row of the class table, `config.null_class` for none.
@@ -177,7 +178,7 @@ class Editor:
                 if growing or result.scale == last:
                     made = self._matched(given, decode(self.tokenizer, result.f_hat)[0], hole)
                     edited.pixels[region.slices] = self._composite(given, made, hole)
-                    edited.frames += [edited.pixels.copy()] if growing else []
+                    edited.frames += [in_8_bits(edited.pixels.copy())] if growing else []
             edited.seams.append(seam(given, made, hole, self._feather(region.side)))
             if scored:
                 edited.log_likelihoods.append(log_likelihood(self.transformer, self.tokenizer, tokens, keep, row))
@@ -186,14 +187,14 @@ class Editor:
         return edited
 
     @torch.inference_mode()
-    def keep(self, given: Pixels, hole: Mask) -> Keep:
+    def keep(self, given: Levels, hole: Mask) -> Keep:
         """Return which tokens of a square picture stay; they know nothing of what is in the hole.
 
         Differs: the released rule tokenizes the picture with what is in the hole, which then shows
         through in the tokens around it.
         """
         pixels, device = self.tokenizer.config.pixels, block_weight(self.transformer).device
-        values = given.astype(np.float32)
+        values = given.astype(np.float32) / np.float32(step(given))
         square = shrunk(values if self.rule.paper else filled_in(values, ~hole), pixels)
         image_3PP = torch.from_numpy(square.copy()).permute(2, 0, 1).to(device) / 127.5 - 1
         hole_PP = torch.from_numpy(shrunk_mask(hole, pixels).copy()).to(device)
@@ -211,28 +212,28 @@ class Editor:
         half_token = max(1, round(side / self.tokenizer.config.sides[-1] / 2))
         return half_token if self.rule.feather is None else self.rule.feather
 
-    def _matched(self, given: Pixels, decoded: Pixels, hole: Mask) -> Pixels:
+    def _matched(self, given: Levels, decoded: Pixels, hole: Mask) -> Levels:
         """Return what was made, as large as what was given and, if it is to be put in there, on its level."""
-        made = enlarged(decoded, len(given))
+        made = as_deep_as(enlarged(decoded, len(given)), given)
         return leveled(given, made, hole, self.tokenizer.config.sides[-1]) if self._composites else made
 
     @property
     def _composites(self) -> bool:
         return self.rule.composite and not self.rule.paper
 
-    def _composite(self, given: Pixels, made: Pixels, hole: Mask) -> Pixels:
+    def _composite(self, given: Levels, made: Levels, hole: Mask) -> Levels:
         if not self._composites:
             return made
         share = feathered(hole, self._feather(len(hole)))[:, :, None]
-        return (given * (1 - share) + made * share).round().astype(np.uint8)
+        return (given * (1 - share) + made * share).round().astype(given.dtype)
 
 
-def seam(given: Pixels, made: Pixels, hole: Mask, feather: int) -> float:
+def seam(given: Levels, made: Levels, hole: Mask, feather: int) -> float:
     """Return how far old and new differ just outside a hole, where one fades into the other: mean of 255 levels."""
     ring = (feathered(hole, max(feather, 1)) > 0) & ~hole
     if not ring.any():
         return 0.0
-    return float(np.abs(given[ring].astype(np.float32) - made[ring]).mean())
+    return float(np.abs(given[ring].astype(np.float32) - made[ring]).mean()) / step(given)
 
 
 @torch.inference_mode()
