@@ -281,3 +281,9 @@ def test_disk_full_at_the_very_end_keeps_what_is_done(here, monkeypatch):
     assert listing(here) == ["x.npz.part", "x.npz.part.jsonl", "y.npz"]
     assert put("x.npz", range(3), resume=True) == []
     assert (here / "x.npz").read_bytes() == (here / "y.npz").read_bytes()
+
+
+def test_two_writers_of_one_archive_are_refused(tmp_path):
+    with open_output(str(tmp_path / "both.tar"), several=True), pytest.raises(RunError, match="by another process"):
+        open_output(str(tmp_path / "both.tar"), several=True)
+    assert list(tmp_path.iterdir()) == []

@@ -165,7 +165,7 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, pictures):
     stage = tokenizer_stage(pictures)
 
     def starving(batch, number, steps):
-        raise torch.OutOfMemoryError
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30 GiB.")
 
     stage.update = starving
     with pytest.raises(RunError, match="a batch of 4 does not fit"):

@@ -138,7 +138,7 @@ def show_plan(plan: "Plan", recipe: TrainingConfig, as_json: bool) -> None:
     if as_json:
         reporting.result(json.dumps(asdict(plan) | {"recipe": asdict(recipe)}))
         return
-    hours = plan.seconds / 3600
+    duration = f"{plan.seconds / 3600:.1f} hours" if plan.seconds >= 3600 else f"{plan.seconds / 60:.1f} minutes"
     settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(recipe).items())
     reporting.result(f"recipe           {settings}")
     reporting.result(f"parameters       {plan.parameters / 1e6:.2f} M")
@@ -147,7 +147,7 @@ def show_plan(plan: "Plan", recipe: TrainingConfig, as_json: bool) -> None:
     reporting.result(f"operations       {plan.flops:.3g} FLOP")
     state, activations = plan.state_bytes / 2**30, plan.activation_bytes / 2**30
     reporting.result(f"memory           {state:.2f} GiB state, {activations:.2f} GiB activations")
-    reporting.result(f"speed            {plan.images_per_second:.1f} pictures/s here, {hours:.1f} hours in all")
+    reporting.result(f"speed            {plan.images_per_second:.1f} pictures/s here, {duration} in all")
     if plan.expected_loss is not None:
         reporting.result(
             f"expected loss    {plan.expected_loss:.2f} mean, {plan.expected_loss_last:.2f} last scale "

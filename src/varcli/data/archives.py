@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from varcli.data.images import Provenance, cannot_write, provenance_from_json
 from varcli.data.places import Output
-from varcli.errors import InputError
+from varcli.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from varcli.data.images import Picture, Pixels
@@ -35,7 +36,9 @@ class Archive(Output):
         self._files = ExitStack()
         self._count = 0
         self._growing = not (resume and path.is_file() and not self._part.exists())
+        self._lock = FileLock(f"{self._part}.lock", blocking=False)
         with self._reported():
+            self._keep_others_out()
             found = self._open_part(resume) if self._growing else self._finished()
         self._count = len(found)
         self._done = Counter(made.settings() for made in found)
@@ -80,6 +83,22 @@ class Archive(Output):
         self._close_files()
         if self._growing and self._count == 0:
             self._remove_part()
+
+    def _keep_others_out(self) -> None:
+        """Hold the archive until its files are closed; two processes would tear it.
+
+        Raises:
+            RunError: another one holds it.
+        """
+        if not self._part.parent.is_dir():  # taking the lock would make it
+            raise FileNotFoundError
+        try:
+            self._lock.acquire()
+        except Timeout:
+            what = f"output: {self.archive} is being written by another process"
+            raise RunError(f"{what}; wait for it, or use another name") from None
+        self._files.callback(Path(self._lock.lock_file).unlink, missing_ok=True)
+        self._files.callback(self._lock.release)
 
     def _close_files(self) -> None:
         with suppress(OSError):  # what could not be written a moment ago cannot be written now

@@ -25,6 +25,7 @@ from torch import Tensor
 from varcli.checkpoints.files import load_tensors, save_tensors
 from varcli.data.images import cannot_write
 from varcli.errors import RunError, UsageError
+from varcli.sampling.devices import out_of_memory
 from varcli.training.journal import Figures, Journal
 from varcli.training.state import Tensors
 
@@ -185,7 +186,9 @@ def memory_explained(batch: int) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         advice = "a larger --accumulate computes it in parts"
         raise RunError(f"memory: a batch of {batch} does not fit; {advice}") from error
 

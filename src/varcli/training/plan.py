@@ -21,6 +21,10 @@ BACKWARD = 3
 STATE_BYTES = 5 * 4
 """Bytes a parameter takes in training: weight, gradient, two moments, moving average, all float32."""
 TIMED_PASSES = 3
+TIMED_PICTURES = 4
+"""Pictures in a timed pass at most: a plan should take seconds, and fit where the run would not."""
+LONG = 2.0
+"""Seconds after which the first pass is measurement enough."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,15 +124,23 @@ def _saved_bytes(loss: Callable[[int], Tensor]) -> int:
 
 
 def _rate(stage: Planned, part: int) -> float:
-    """Return pictures a second through forward and backward, the first pass not counted."""
-    stage.trial_loss(part).backward()
+    """Return pictures a second through forward and backward, the first pass counted only if it is long."""
+    count = min(part, TIMED_PICTURES)
+    seconds = _seconds(stage, count, 1)
+    if seconds < LONG:
+        seconds = _seconds(stage, count, TIMED_PASSES) / TIMED_PASSES
+    stage.model.zero_grad()
+    return count / seconds
+
+
+def _seconds(stage: Planned, count: int, passes: int) -> float:
+    """Return how long some passes through that many pictures take."""
     _synchronize(stage.device)
     begin = time.perf_counter()
-    for _ in range(TIMED_PASSES):
-        stage.trial_loss(part).backward()
+    for _ in range(passes):
+        stage.trial_loss(count).backward()
     _synchronize(stage.device)
-    stage.model.zero_grad()
-    return TIMED_PASSES * part / (time.perf_counter() - begin)
+    return time.perf_counter() - begin
 
 
 def _synchronize(device: torch.device) -> None:
