@@ -125,13 +125,10 @@ def _perceptual(folder: Path | None, device: "torch.device") -> "PerceptualDista
 
 def _preview(stage: "TokenizerStage", folder: Path, step: int) -> None:
     """Write pictures, each above what the averaged tokenizer makes of it."""
-    from varcli.data.images import png_bytes, write_atomically  # noqa: PLC0415
-    from varcli.data.sheets import contact_sheet  # noqa: PLC0415
-    from varcli.sampling.sampler import decode  # noqa: PLC0415
+    from varcli.sampling.sampler import decode, to_pixels  # noqa: PLC0415
 
     pixels = stage.examples(SHOWN)
     model = stage.average.model
     made = decode(model, model.quantize.f_hats(model.encode(pixels))[-1])
-    given = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    labels = ["picture"] * len(given) + ["reconstruction"] * len(made)
-    write_atomically(folder / f"{step:07d}.png", png_bytes(contact_sheet([*given, *made], labels, len(given))))
+    labels = ["picture"] * len(pixels) + ["reconstruction"] * len(made)
+    shared.write_sheet(folder, step, [*to_pixels(pixels), *made], labels, len(pixels))

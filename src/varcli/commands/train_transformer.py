@@ -118,8 +118,6 @@ def _tokens(  # noqa: PLR0917 (each a thing of its own)
 
 def _preview(stage: "TransformerStage", folder: Path, step: int) -> None:
     """Write pictures of classes spread over the table, drawn with the averaged weights."""
-    from varcli.data.images import png_bytes, write_atomically  # noqa: PLC0415
-    from varcli.data.sheets import contact_sheet  # noqa: PLC0415
     from varcli.sampling.sampler import decode, generate  # noqa: PLC0415
 
     entries = stage.classes.entries
@@ -131,4 +129,4 @@ def _preview(stage: "TransformerStage", folder: Path, step: int) -> None:
             *_, last = generate(stage.tokenizer, stage.average.model, [row], [seed], PRESETS["looks"])
             pictures.append(decode(stage.tokenizer, last.f_hat)[0])
             labels.append(entries[row].name)
-    write_atomically(folder / f"{step:07d}.png", png_bytes(contact_sheet(pictures, labels, shown)))
+    shared.write_sheet(folder, step, pictures, labels, shown)

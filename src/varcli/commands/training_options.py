@@ -1,7 +1,7 @@
 """Options both training commands take, and what both do with them. No torch at import."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -15,6 +15,7 @@ from varcli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from varcli.data.images import Pixels
     from varcli.training.journal import Figures
     from varcli.training.loop import Run, Stage
     from varcli.training.plan import Plan
@@ -123,6 +124,14 @@ def _tensorboard() -> Any:
     except ImportError:
         raise UsageError("tensorboard: not installed; pip install 'varcli[tensorboard]'") from None
     return SummaryWriter
+
+
+def write_sheet(folder: Path, step: int, pictures: "Sequence[Pixels]", labels: Sequence[str], columns: int) -> None:
+    """Write the contact sheet of an update into a run's folder of pictures."""
+    from varcli.data.images import png_bytes, write_atomically  # noqa: PLC0415
+    from varcli.data.sheets import contact_sheet  # noqa: PLC0415
+
+    write_atomically(folder / f"{step:07d}.png", png_bytes(contact_sheet(pictures, labels, columns)))
 
 
 def finish(stage: "Stage", run: "Run", written: Path, as_json: bool) -> None:

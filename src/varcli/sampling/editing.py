@@ -23,6 +23,7 @@ from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.devices import block_weight, out_of_memory
+from varcli.sampling.reconstruction import encode
 from varcli.sampling.sampler import Keep, Pixels, ScaleResult, decode, generate
 
 
@@ -196,10 +197,9 @@ class Editor:
         pixels, device = self.tokenizer.config.pixels, block_weight(self.transformer).device
         values = given.astype(np.float32) / np.float32(step(given))
         square = shrunk(values if self.rule.paper else filled_in(values, ~hole), pixels)
-        image_3PP = torch.from_numpy(square.copy()).permute(2, 0, 1).to(device) / 127.5 - 1
         hole_PP = torch.from_numpy(shrunk_mask(hole, pixels).copy()).to(device)
         rule = keep_as_released if self.rule.paper else keep_by_coverage
-        return Keep(self.tokenizer.encode(image_3PP[None]), rule(hole_PP, self.tokenizer.config.sides))
+        return Keep(encode(self.tokenizer, square), rule(hole_PP, self.tokenizer.config.sides))
 
     def _scales(self, row: int, seed: int, keep: Keep) -> Iterator[ScaleResult]:
         # Guiding "no class" away from "no class" changes nothing and costs a second pass.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from varcli.config import TokenizerConfig
@@ -17,8 +18,8 @@ from varcli.scales import sequence_length
 
 
 @torch.inference_mode()
-def encode(tokenizer: Tokenizer, pixels_PP3: Pixels) -> list[Tensor]:
-    """Return the token maps of a picture of the tokenizer's size."""
+def encode(tokenizer: Tokenizer, pixels_PP3: Pixels | NDArray[np.float32]) -> list[Tensor]:
+    """Return the token maps of a picture of the tokenizer's size, levels from 0 to 255."""
     device = tokenizer.quant_conv.weight.device
     image_3PP = torch.from_numpy(pixels_PP3.copy()).permute(2, 0, 1).to(device) / 127.5 - 1
     return tokenizer.encode(image_3PP[None])

@@ -153,7 +153,11 @@ def _keep_tokens(quantizer: Quantizer, idx_Bl: Tensor, h_BCss: Tensor, keep: Kee
 def decode(tokenizer: Tokenizer, f_hat_BCHW: Tensor) -> Pixels:
     """Return the pixels of feature maps as uint8, computed in the precision of the decoder's weights."""
     f_hat_BCHW = f_hat_BCHW.to(tokenizer.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
-    image_B3PP = tokenizer.decode_features(f_hat_BCHW).float().clamp(-1, 1)
+    return to_pixels(tokenizer.decode_features(f_hat_BCHW).float().clamp(-1, 1))
+
+
+def to_pixels(image_B3PP: Tensor) -> Pixels:
+    """Return pictures in [-1, 1] as uint8."""
     pixels_BPP3 = ((image_B3PP + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     pixels: Pixels = pixels_BPP3.contiguous().cpu().numpy()
     return pixels
