@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shlex
 import stat
@@ -16,7 +17,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from provenance import MADE, listing, made, picture
 from varcli.data import images
-from varcli.data.images import check_writable, command_line, png_bytes, read_provenance, write_atomically
+from varcli.data.images import (
+    check_writable,
+    command_line,
+    png_bytes,
+    provenance_from_json,
+    read_provenance,
+    write_atomically,
+)
 from varcli.errors import InputError, RunError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -76,6 +84,7 @@ def test_settings_are_what_decides_a_picture():
         "top_k": 0,
         "top_p": 0.5,
         "smooth": True,
+        "draft": "guidance",
         "dtype": "bfloat16",
     }
     assert same.keys() | others.keys() == {field.name for field in dataclasses.fields(MADE)}
@@ -212,3 +221,15 @@ def test_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(RunError, match="Permission denied"):
         check_writable(tmp_path / "x.png")
+
+
+def test_what_older_files_do_not_mention():
+    text = json.loads(MADE.to_json())
+    del text["draft"]
+    assert provenance_from_json(json.dumps(text), "old.png") == MADE
+
+
+def test_approximations_and_int8_are_in_the_command():
+    words = command_line(dataclasses.replace(MADE, draft="guidance,cache", dtype="int8"))
+    assert "--quantize int8" in words
+    assert "--draft guidance,cache" in words

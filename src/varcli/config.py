@@ -110,6 +110,10 @@ class TransformerConfig:
         return self.class_count
 
 
+DRAFTS = ("guidance", "tokens", "cache")
+"""Approximations of sampling: no guidance in the last scales, fewer tokens there, fewer keys and values kept."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
     """Settings of one sampling run; with a seed and a class they determine a picture."""
@@ -122,12 +126,21 @@ class SampleConfig:
     """Draw from the best tokens that hold this probability; 0 is no limit."""
     smooth: bool = False
     """Mix codebook rows instead of drawing one: for looks, never for metrics."""
+    draft: str = ""
+    """Approximations that save time, names of `DRAFTS` with commas between; none by default."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
+        unknown = set(self.drafts) - set(DRAFTS)
+        _require(not unknown, f"draft: {self.draft}; some of {', '.join(DRAFTS)}, with commas between")
         _require(self.cfg >= 0, f"cfg: {self.cfg}; 0 (no guidance) or more")
         _require(self.top_k >= 0, f"top-k: {self.top_k}; 0 (off) or more")
         _require(0 <= self.top_p <= 1, f"top-p: {self.top_p}; between 0 (off) and 1")
+
+    @property
+    def drafts(self) -> frozenset[str]:
+        """Return the approximations one by one."""
+        return frozenset(name for name in self.draft.split(",") if name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

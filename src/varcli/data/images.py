@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
@@ -65,10 +65,12 @@ class Provenance:
     """Filter of draws, 0 for none."""
     smooth: bool
     """Whether codebook rows were mixed rather than drawn."""
+    draft: str = ""
+    """Approximations, with commas between; none in files that do not mention them."""
     device: str
     """What it was computed on, e.g. "cpu"."""
     dtype: str
-    """What it was computed in, e.g. "fp32"."""
+    """What it was computed in, e.g. "fp32"; "int8" stands for `--quantize int8`."""
     version: str
     """Of varcli."""
 
@@ -111,7 +113,9 @@ def provenance_from_json(text: str, name: str) -> Provenance:
     try:
         given = json.loads(text)
         kind = EditProvenance if "command" in given else Provenance
-        known = {field.name: given[field.name] for field in fields(kind)}
+        known = {
+            field.name: given[field.name] for field in fields(kind) if field.default is MISSING or field.name in given
+        }
         known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"provenance: {name}; it is damaged, or of another version of varcli") from error
@@ -153,10 +157,11 @@ def setting_words(made: Provenance) -> list[str]:
         "top-k": made.top_k,
         "top-p": made.top_p,
         "device": made.device,
-        "dtype": made.dtype,
+        "quantize" if made.dtype == "int8" else "dtype": made.dtype,
     }
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    return [*words, "--smooth"] if made.smooth else words
+    words += ["--smooth"] if made.smooth else []
+    return words + (["--draft", made.draft] if made.draft else [])
 
 
 def png_bytes(pixels: "Picture", made: Provenance | None = None) -> bytes:
