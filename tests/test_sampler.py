@@ -280,3 +280,10 @@ def test_devices():
             pick_device(absent)
     with pytest.raises(UsageError, match=r"^device: gpu; auto, cpu, cuda"):
         pick_device("gpu")
+
+
+def test_a_stopwatch_hears_of_both_phases_of_every_scale(small):
+    marks = []
+    results = generate(*small, [0], [0], GREEDY, mark=marks.append)
+    for number, _ in enumerate(results, start=1):
+        assert marks == ["transformer", "drawing"] * number

@@ -5,7 +5,7 @@ unconditional), s the side and l = s² the tokens of one scale, D width, C codeb
 V codebook rows, K candidates of a draw, H = W = s_K, P pixels a side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,7 @@ def generate(
     config: SampleConfig,
     *,
     keep: Keep | None = None,
+    mark: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[ScaleResult]:
     """Yield each scale of a batch of pictures as soon as it is drawn, coarse to fine.
 
@@ -106,13 +107,16 @@ def generate(
         seeds: one seed a picture; with its row and the settings it determines the picture.
         config: guidance, filters and how to draw.
         keep: tokens of a given picture that stay, for editing.
+        mark: called with "transformer" and "drawing" after these phases of each scale, for a stopwatch.
 
     Source: paper, figure 4 and equation 4; guidance as in its section 4.
     """
     model, sources = ScaleModel(transformer, rows, config), generators(seeds, rows)
     f_hat_BCHW, input_BlC = None, None
     for scale in range(len(transformer.config.sides)):
-        found = candidates(model.logits(scale, input_BlC), config.top_k, config.top_p)
+        logits_BlV = model.logits(scale, input_BlC)
+        mark("transformer")
+        found = candidates(logits_BlV, config.top_k, config.top_p)
         if config.smooth:
             idx_Bl, h_BCss = _mix_tokens(tokenizer.quantize, found, sources, scale)
         else:
@@ -120,6 +124,7 @@ def generate(
         if keep is not None:
             idx_Bl, h_BCss = _keep_tokens(tokenizer.quantize, idx_Bl, h_BCss, keep, scale)
         f_hat_BCHW = tokenizer.quantize.accumulate(f_hat_BCHW, h_BCss, scale)
+        mark("drawing")
         yield ScaleResult(scale, idx_Bl, f_hat_BCHW)
         if scale + 1 < len(transformer.config.sides):
             input_BlC = tokenizer.quantize.next_input(f_hat_BCHW, scale + 1)
