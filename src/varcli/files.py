@@ -35,6 +35,19 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def file_sha256(path: Path) -> str:
+    """Return the sha256, in hexadecimal, of a file's bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def draft_name(path: Path) -> str:
     """Return the name of the folder in which a file is written, short however long the file's name is."""
     return f".varcli-{sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp"

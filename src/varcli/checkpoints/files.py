@@ -92,11 +92,8 @@ def file_sha256(path: Path) -> str:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    digest = hashlib.sha256()
-    with reading(path), path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with reading(path):
+        return files.file_sha256(path)
 
 
 @contextlib.contextmanager

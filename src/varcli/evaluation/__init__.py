@@ -1,0 +1,1 @@
+"""Measuring pictures: features, statistics, figures. Knows no model of ours."""
