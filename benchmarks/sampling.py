@@ -1,4 +1,4 @@
-"""Seconds a picture, and pictures a second, against the plain twin in `tests/plain_sampler.py`.
+"""Seconds a picture, and pictures a second, against the plain twin in `varcli.sampling.plain`.
 
     python benchmarks/sampling.py [--checkpoint NAME|FILE] [--rounds 3] [--json]
     python benchmarks/sampling.py --differing 64 [--device cuda] [--checkpoint NAME|FILE] [--json]
@@ -15,19 +15,13 @@ that pictures are counted too.
 import argparse
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 from tables import print_rows
 
-import plain_sampler
 from varcli.checkpoints.registry import find
 from varcli.checkpoints.store import load_model, without_initialization
 from varcli.config import PRESETS, TokenizerConfig, TransformerConfig
@@ -35,6 +29,7 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import pick_device, place
+from varcli.sampling.plain import sample as plain_sample
 from varcli.sampling.sampler import generate
 from varcli.scales import GRID_256
 
@@ -65,7 +60,7 @@ def random_d16() -> Models:
 def variants(plain: Models) -> dict[tuple[str, str, int], Callable[[int], object]]:
     """Return what is measured: (sampler, precision, pictures at a time) and what makes those pictures."""
     made: dict[tuple[str, str, int], Callable[[int], object]] = {
-        ("plain twin", "fp32", 1): lambda seed: plain_sampler.sample(*plain, 0, seed, CONFIG)
+        ("plain twin", "fp32", 1): lambda seed: plain_sample(*plain, 0, seed, CONFIG)
     }
     for precision in ("fp32", "bf16"):
         models = copy.deepcopy(plain)

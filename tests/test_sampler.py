@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-import plain_sampler
 import reference
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.errors import RunError, UsageError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import batches
+from varcli.sampling import batches, plain
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import free_memory, pick_device, pick_dtype, place
 from varcli.sampling.sampler import Keep, ScaleModel, decode, generate
@@ -97,7 +96,7 @@ def test_equals_the_plain_twin(small, config):
     results = list(generate(*small, rows, seeds, config))
     images = decode(small[0], results[-1].f_hat)
     for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-        tokens, image = plain_sampler.sample(*small, row, seed, config)
+        tokens, image = plain.sample(*small, row, seed, config)
         for scale, expected in enumerate(tokens):
             assert torch.equal(results[scale].tokens[i], expected), f"picture {i} scale {scale}"
         assert (torch.from_numpy(images[i]).int() - image.int()).abs().max() <= 1
@@ -106,7 +105,7 @@ def test_equals_the_plain_twin(small, config):
 def test_equals_the_plain_twin_on_the_reference_models(original):
     for config in (SampleConfig(), SampleConfig(cfg=4, smooth=True)):
         results = list(generate(original.tokenizer, original.transformer, [3], [11], config))
-        tokens, _ = plain_sampler.sample(original.tokenizer, original.transformer, 3, 11, config)
+        tokens, _ = plain.sample(original.tokenizer, original.transformer, 3, 11, config)
         assert all(torch.equal(result.tokens[0], t) for result, t in zip(results, tokens, strict=True))
 
 

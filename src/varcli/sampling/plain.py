@@ -1,6 +1,10 @@
 """The sampler once more, plain: one picture, no cache, nothing clever. It is the specification.
 
-`varcli.sampling` must give the same tokens; `benchmarks/sampling.py` measures how much faster it is.
+`sampling/sampler` must draw the same tokens, which the tests check; `var bench --vs plain` measures how much
+faster it does.
+
+Shapes: l tokens of one scale, D width, C codebook channels, V codebook rows, K candidates of a draw, s the side
+of a scale.
 """
 
 import hashlib
@@ -37,8 +41,8 @@ def sample(
             h_1Css = h_1lC.transpose(1, 2).reshape(1, -1, side, side)
             tokens.append(weight_lV.argmax(-1))
         else:
-            numbers = torch.rand(side * side, generator=source)
-            tokens.append(draw(logits_lV, numbers, config))
+            u_l = torch.rand(side * side, generator=source).to(logits_lV)
+            tokens.append(draw(logits_lV, u_l, config))
             h_1Css = quantizer.embed(tokens[-1].unsqueeze(0))
         f_hats.append(quantizer.accumulate(f_hats[-1] if f_hats else None, h_1Css, scale))
     image = tokenizer.decode_features(f_hats[-1]).clamp(-1, 1)[0]
@@ -53,7 +57,7 @@ def picture_seed(seed: int, row: int) -> int:
 def scale_logits(tokenizer: Tokenizer, transformer: Transformer, row: int, f_hats: list[Tensor]) -> Tensor:
     """Return the logits (l, V) of the scale after those given, computed from the whole sequence so far."""
     scale, sides = len(f_hats), transformer.config.sides
-    class_1D = transformer.class_emb(torch.tensor([row]))
+    class_1D = transformer.class_emb(torch.tensor([row], device=transformer.pos_start.device))
     inputs = [None, *(tokenizer.quantize.next_input(f_hat, k + 1) for k, f_hat in enumerate(f_hats))]
     x_1LD = torch.cat([transformer.scale_input(k, class_1D, input_1lC) for k, input_1lC in enumerate(inputs)], dim=1)
     length = sequence_length(sides[: scale + 1])
@@ -90,7 +94,7 @@ def smooth_weights(logits_lV: Tensor, config: SampleConfig, ratio: float, source
     """Return Gumbel-softmax weights of the codebook rows, (l, V), the noise handed out best token first."""
     sorted_lV, order_lV = filtered(logits_lV, config).sort(dim=1, descending=True)
     count = min(config.top_k, logits_lV.shape[1]) or logits_lV.shape[1]
-    noise_lK = -torch.empty(len(logits_lV), count).exponential_(generator=source).log()
+    noise_lK = -torch.empty(len(logits_lV), count).exponential_(generator=source).log().to(logits_lV)
     temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
     weight_lK = ((sorted_lV[:, :count] * (1 + ratio) + noise_lK) / temperature).softmax(1)
     return torch.zeros_like(logits_lV).scatter(1, order_lV[:, :count], weight_lK)
