@@ -1,0 +1,67 @@
+"""How much of pictures a tokenizer keeps: PSNR, SSIM, LPIPS, and how much of its codebook it uses.
+
+Shapes: B pictures of P × P pixels, l tokens of one scale.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Mean perceptual distance of two batches (B, 3, P, P) in [-1, 1]."""
+
+
+class Reconstructions:
+    """Collects pictures with their reconstructions, batch by batch; each picture counts the same."""
+
+    def __init__(self, codebook_size: int, scales: int, distance: Distance | None = None) -> None:
+        """Begin with no picture; without a distance there will be no LPIPS."""
+        self.distance = distance
+        self.count = 0
+        self.sums = dict.fromkeys(("psnr", "ssim", *(("lpips",) if distance else ())), 0.0)
+        self.used = np.zeros((scales, codebook_size), bool)
+
+    @torch.inference_mode()
+    def add(self, before_BPP3: NDArray[np.uint8], after_BPP3: NDArray[np.uint8], tokens: Sequence[Tensor]) -> None:
+        """Count a batch of pictures, their reconstructions and the token maps (B, l) between them."""
+        self.count += len(before_BPP3)
+        self.sums["psnr"] += psnr(before_BPP3, after_BPP3).sum()
+        self.sums["ssim"] += ssim(before_BPP3, after_BPP3).sum().item()
+        if self.distance:
+            distance = self.distance(_unit(after_BPP3) * 2 - 1, _unit(before_BPP3) * 2 - 1)
+            self.sums["lpips"] += distance.item() * len(before_BPP3)
+        for scale, idx_Bl in enumerate(tokens):
+            self.used[scale, idx_Bl.cpu().numpy()] = True
+
+    def figures(self) -> dict[str, float | list[float]]:
+        """Return the mean PSNR in dB, SSIM, LPIPS where it is measured, and each scale's share of rows in use."""
+        means: dict[str, float | list[float]] = {name: total / self.count for name, total in self.sums.items()}
+        return means | {"codebook_usage": self.used.mean(1).tolist()}
+
+
+def psnr(before_BPP3: NDArray[np.uint8], after_BPP3: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return each picture's peak signal-to-noise ratio in dB, (B,); equal pictures count as one level off in one value.
+
+    Differs: infinity would be the value of equal pictures, and of every mean that holds one.
+    """
+    squared_B = ((before_BPP3.astype(np.float64) - after_BPP3) ** 2).mean((1, 2, 3))
+    ratio_B: NDArray[np.float64] = 255**2 / squared_B.clip(min=1 / before_BPP3[0].size)
+    return 10 * np.log10(ratio_B)
+
+
+def ssim(before_BPP3: NDArray[np.uint8], after_BPP3: NDArray[np.uint8]) -> Tensor:
+    """Return each picture's structural similarity, (B,).
+
+    Source: Wang et al. 2004, over a Gaussian window of 11 × 11 pixels, by torchmetrics.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: PLC0415 (heavy)
+
+    found = structural_similarity_index_measure(_unit(after_BPP3), _unit(before_BPP3), data_range=1.0, reduction="none")
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def _unit(pixels_BPP3: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(pixels_BPP3).permute(0, 3, 1, 2).float() / 255
