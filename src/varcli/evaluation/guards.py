@@ -1,0 +1,68 @@
+"""What makes figures incomparable with the paper's, said in words. Nothing here stops a run.
+
+Each rule is a trap that users of the released code fell into.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+FEW = 10_000
+"""Below so many pictures the bias of FID is larger than what models differ by."""
+PAPER = 50_000
+"""Pictures of every published figure."""
+
+
+def few_pictures(count: int, bias: float | None) -> Iterable[str]:
+    """Warn where so few pictures bias FID; `bias` is by how much, if that was estimated."""
+    if count < FEW:
+        much = "" if bias is None else f", by about {bias:.3g}"
+        yield f"only {count} pictures: FID is biased upwards{much}; published figures are of {PAPER}"
+
+
+def imbalance(rows: Sequence[int], names: Sequence[str]) -> Iterable[str]:
+    """Warn where classes have unequal numbers of pictures; `rows` are the pictures' classes, -1 where unknown."""
+    counts = Counter(row for row in rows if row >= 0)
+    missing = len(names) - len(counts)
+    if not counts:
+        return
+    if missing:
+        yield f"{missing} of {len(names)} classes have no picture; published figures have 50 of each"
+    most, fewest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    if counts[most] != counts[fewest]:
+        yield (
+            f"classes are not balanced: {counts[most]} pictures of {names[most]}, {counts[fewest]} of {names[fewest]}; "
+            "published figures have the same number of each"
+        )
+
+
+def lossy(count: int, total: int) -> Iterable[str]:
+    """Warn of pictures that were compressed as JPEG."""
+    if count:
+        yield f"{count} of {total} pictures are JPEG, whose traces change FID; PNG or raw pixels"
+
+
+def other_size(pixels: int, reference: int | None) -> Iterable[str]:
+    """Warn where pictures and reference differ in size."""
+    if reference and pixels != reference:
+        yield f"pictures of {pixels} pixels a side against a reference of {reference}; FID compares resolutions too"
+
+
+def other_settings(given: Mapping[str, Any], preset: Mapping[str, Any]) -> Iterable[str]:
+    """Warn of sampling settings that are not the preset for measuring."""
+    changed = [f"{name} {given[name]} instead of {value}" for name, value in preset.items() if given[name] != value]
+    if changed:
+        yield f"{', '.join(changed).replace('_', '-')}: not the settings for measuring"
+
+
+def other_precision(dtype: str) -> Iterable[str]:
+    """Warn of a precision that changes what is drawn enough to matter."""
+    if dtype == "int8":
+        yield "weights and activations in int8: an approximation, not the model as published"
+
+
+def skipped(names: Sequence[str]) -> Iterable[str]:
+    """Warn of pictures that could not be read."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{len(names)} pictures could not be read and are left out: {', '.join(names[:3])}{more}"

@@ -1,0 +1,150 @@
+"""What an evaluation found, with all that decides it: as JSON, and as lines to read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+KIND, FORMAT = "varcli-eval", 1
+"""What tells a result's JSON from other files, and its version."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """A named file that takes part: its name, and the sha256 that tells it from others of that name."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceOrigin(Origin):
+    """What the pictures are measured against."""
+
+    n: int | None
+    """Pictures it is made of, None where it does not say."""
+    pixels: int | None
+    """Their side, None where it does not say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """What the paper says of a checkpoint."""
+
+    fid: float
+    inception_score: float | None
+    band: tuple[float, float] | None
+    """FID of others who measured the released weights, lowest and highest."""
+    inside: bool | None
+    """Whether the FID found lies in the band; None where either is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassSpread:
+    """How much a class's pictures differ from each other."""
+
+    id: int
+    name: str
+    n: int
+    spread: float
+    """Root of the mean squared distance of their features to the class's mean."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """One evaluation."""
+
+    version: str
+    """Of varcli."""
+    date: str
+    """UTC, ISO 8601."""
+    what: str
+    """"samples", "pictures" or "tokenizer"."""
+    checkpoint: Mapping[str, Any] | None
+    """Name, sha256 and settings, where pictures were made for this."""
+    source: Mapping[str, Any] | None
+    """Paths and kind, where pictures were there."""
+    n: int
+    """Pictures measured."""
+    classes: int | None
+    """Of how many classes, None where nothing says."""
+    reference: ReferenceOrigin | None
+    extractor: Origin
+    protocol: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    published: Published | None
+    per_class: Sequence[ClassSpread] | None
+    warnings: Sequence[str]
+    seconds: Mapping[str, float]
+    pictures: Sequence[str] = field(default=())
+    """Some of the pictures, PNG in base64, for a report."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the result as JSON knows values."""
+        return {"kind": KIND, "format": FORMAT} | asdict(self)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield what to show of it, name and value: the figures, then all that decides them."""
+        yield from _figures(self.metrics)
+        of = f", {self.classes} classes" if self.classes else ""
+        yield "pictures", f"{self.n}{of}"
+        if self.checkpoint:
+            yield "checkpoint", f"{self.checkpoint['name']}, sha256 {self.checkpoint['sha256'][:12]}"
+            yield "settings", ", ".join(f"{name} {self.checkpoint[name]}".replace("_", "-") for name in _SHOWN)
+        if self.reference:
+            yield "reference", _named(self.reference) + (f", {self.reference.n} pictures" if self.reference.n else "")
+        yield "extractor", _named(self.extractor)
+        yield "protocol", ", ".join(f"{name} {value}" for name, value in self.protocol.items() if value is not None)
+        if self.published:
+            yield "published", _published(self.published)
+
+
+_SHOWN = ("cfg", "top_k", "top_p", "smooth", "draft", "seed", "device", "dtype")
+"""Settings of a checkpoint worth a place in the block."""
+
+
+def _named(origin: Origin) -> str:
+    return f"{origin.name}, sha256 {origin.sha256[:12]}"
+
+
+def _figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each figure with what belongs to it."""
+    for name, title, digits in _TITLES:
+        if name not in metrics:
+            continue
+        value = metrics[name]
+        if isinstance(value, list):
+            yield title, " ".join(f"{100 * share:.0f}" for share in value) + " %"
+            continue
+        text = f"{value:.{digits}f}"
+        if f"{name}_std" in metrics:
+            text += f" ± {metrics[f'{name}_std']:.{digits}f}"
+        if f"{name}_infinity" in metrics:
+            text += f" (FID∞ {metrics[f'{name}_infinity']:.{digits}f}: so few pictures add about "
+            text += f"{metrics[f'{name}_bias']:.{digits}f})"
+        yield title, text
+
+
+_TITLES = (
+    ("fid", "FID", 2),
+    ("inception_score", "inception score", 2),
+    ("kid", "KID", 5),
+    ("precision", "precision", 4),
+    ("recall", "recall", 4),
+    ("rfid", "rFID", 2),
+    ("psnr", "PSNR, dB", 2),
+    ("ssim", "SSIM", 4),
+    ("lpips", "LPIPS", 4),
+    ("codebook_usage", "codebook in use, scale by scale", 0),
+)
+"""Figures in the order they are shown, with digits behind the point."""
+
+
+def _published(published: Published) -> str:
+    score = "" if published.inception_score is None else f", IS {published.inception_score:.1f}"
+    text = f"FID {published.fid:.2f}{score}"
+    if published.band:
+        low, high = published.band
+        text += f"; others measured {low:g} to {high:g}"
+    if published.inside is not None:
+        text += ": this is inside" if published.inside else ": this is outside"
+    return text
