@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from varcli import __version__, config, reporting, scales
+from varcli import __version__, config, processes, reporting, scales
 from varcli.errors import UsageError, VarError
 
 COMMANDS = {
@@ -116,13 +116,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if not _from_config(error):
             raise
         return _failed(str(error), UsageError.exit_code)
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and not processes.launched():
         reporting.note("interrupted")
     return int(code)
 
 
 def _failed(message: str, code: int) -> int:
-    reporting.failure(message)
+    if not processes.hand_up(message):
+        reporting.failure(message)
     return code
 
 
