@@ -172,7 +172,7 @@ def open_pictures(paths: Sequence[Path]) -> PictureSet:
         raise InputError(f"data: {', '.join(map(str, paths))}; each path once")
     sources = [_source(Path(path)) for path in paths]
     found = [(i, *item) for i, source in enumerate(sources) for item in _classified(source)]
-    classes = _class_table({class_name for _, class_name, *_ in found})
+    classes = class_table({folder for _, folder, *_ in found})
     row_of = {entry.wnid: row for row, entry in enumerate(classes.entries)}
     keyed = sorted((row_of[name], natural_key(rest), member, i, size) for i, name, rest, member, size in found)
     return PictureSet(classes, sources, [_Picture(i, member, row, size) for row, _, member, i, size in keyed])
@@ -201,19 +201,19 @@ def _classified(source: Source) -> list[tuple[str, str, str, int]]:
         listed = [(path_parts(member), member, size) for member, size in source.members()]
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"data: {source.label} cannot be listed; {error}") from error
-    level = _class_level([parts for parts, *_ in listed])
+    level = class_level([parts for parts, *_ in listed])
     filed = [item for item in listed if len(item[0]) > level + 1]
     if not filed:
         raise InputError(f"data: {source.label} has {len(listed)} pictures and no class folders; one folder a class")
-    return [(_class_name(parts[level]), "/".join(parts[level + 1 :]), member, size) for parts, member, size in filed]
+    return [(class_name(parts[level]), "/".join(parts[level + 1 :]), member, size) for parts, member, size in filed]
 
 
-def _class_name(folder: str) -> str:
+def class_name(folder: str) -> str:
     """Return a folder's name as text: composed letters, which a Mac takes apart, and no bytes that are no letters."""
     return unicodedata.normalize("NFC", folder.encode(errors="replace").decode())
 
 
-def _class_level(paths: Sequence[Sequence[str]]) -> int:
+def class_level(paths: Sequence[Sequence[str]]) -> int:
     """Return how deep the class folders lie: below whatever single folder holds everything.
 
     A folder of a WordNet id holds no classes, nor does one with more pictures in itself than below.
@@ -229,7 +229,7 @@ def _class_level(paths: Sequence[Sequence[str]]) -> int:
         level += 1
 
 
-def _class_table(names: set[str]) -> ClassTable:
+def class_table(names: set[str]) -> ClassTable:
     known = tuple(entry for entry in imagenet().entries if entry.wnid in names)
     if len(known) == len(names):
         return ClassTable(known)

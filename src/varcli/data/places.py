@@ -161,13 +161,14 @@ def picture_name(made: Provenance) -> str:
     It is made of class id, class name and seed; of an edit of the given picture's name, command and seed.
     """
     if isinstance(made, EditProvenance):
-        return f"{_file_words(made.source) or 'picture'}-{made.command[0]}-{made.seed}.png"
+        return f"{file_words(made.source) or 'picture'}-{made.command[0]}-{made.seed}.png"
     class_id = "none" if made.class_id is None else str(made.class_id)
-    short = _file_words(made.class_name)
+    short = file_words(made.class_name)
     return "-".join([class_id, *([short] if short and made.class_id is not None else []), str(made.seed)]) + ".png"
 
 
-def _file_words(name: str) -> str:
+def file_words(name: str) -> str:
+    """Return a name as it stands in file names: letters, digits and underscores, none of them at an end."""
     words = re.sub(r"[^\w]+", "_", unicodedata.normalize("NFC", name)).strip("_")
     return words.encode()[:_LONGEST_NAME].decode(errors="ignore")
 

@@ -1,8 +1,9 @@
-"""Where the pictures of a data set lie: a folder, or a zip read without unpacking."""
+"""Where pictures lie: a folder, a zip or a tar read without unpacking, or files here and there."""
 
 import os
+import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ PICTURE_SUFFIXES = (
 
 
 class Source(Protocol):
-    """A folder or an archive of pictures."""
+    """A place of pictures; it may be read by several threads at once, and travels to other processes."""
 
     label: str
     """What it is called in messages: its name without the folders above it."""
@@ -23,8 +24,8 @@ class Source(Protocol):
     def members(self) -> Iterator[tuple[str, int]]:
         """Yield path and size in bytes of each picture."""
 
-    def read(self, member: str) -> bytes:
-        """Return the content of a picture's file."""
+    def read(self, member: str, most: int = -1) -> bytes:
+        """Return the content of a picture's file, or so many bytes from its beginning at most."""
 
 
 @dataclass
@@ -42,9 +43,25 @@ class Folder:
                 if _is_picture(member.as_posix()):
                     yield member.as_posix(), _size(self.root / member)
 
-    def read(self, member: str) -> bytes:
-        """Return the content of a file."""
-        return (self.root / member).read_bytes()
+    def read(self, member: str, most: int = -1) -> bytes:
+        """Return the content of a file, or its beginning."""
+        return _read_file(self.root / member, most)
+
+
+@dataclass
+class Files:
+    """Files of any names, wherever they lie; a path of each is its member."""
+
+    members_given: Sequence[str]
+    label: str = ""
+
+    def members(self) -> Iterator[tuple[str, int]]:
+        """Yield the path, as it was given, and size in bytes of each file."""
+        return ((member, _size(Path(member))) for member in self.members_given)
+
+    def read(self, member: str, most: int = -1) -> bytes:
+        """Return the content of a file, or its beginning."""
+        return _read_file(Path(member), most)
 
 
 @dataclass
@@ -59,9 +76,10 @@ class Zip:
         """Yield the stored name and size in bytes of each file."""
         return ((info.filename, info.file_size) for info in self._archive().infolist() if _is_picture(info.filename))
 
-    def read(self, member: str) -> bytes:
-        """Return the content of a file."""
-        return self._archive().read(member)
+    def read(self, member: str, most: int = -1) -> bytes:
+        """Return the content of a file, or its beginning."""
+        with self._archive().open(member) as file:
+            return file.read(most)
 
     def _archive(self) -> zipfile.ZipFile:
         """Return the zip opened by this very process: a forked one would share its parent's file position."""
@@ -71,6 +89,42 @@ class Zip:
 
     def __getstate__(self) -> dict[str, object]:
         return {"root": self.root, "label": self.label, "_open": None}
+
+
+@dataclass
+class Tar:
+    """A tar of pictures and, as WebDataset has it, of other files about each, told apart by their endings."""
+
+    root: Path
+    label: str
+    _places: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    def members(self) -> Iterator[tuple[str, int]]:
+        """Yield the stored name and size in bytes of each picture, having looked through the tar."""
+        with tarfile.open(self.root, "r:") as tar:
+            while info := tar.next():
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember each to the end
+                if info.isfile():
+                    self._places[info.name] = info.offset_data, info.size
+        return ((name, size) for name, (_, size) in self._places.items() if _is_picture(name))
+
+    def read(self, member: str, most: int = -1) -> bytes:
+        """Return the content of a file, or its beginning."""
+        start, size = self._places[member]
+        with self.root.open("rb") as file:
+            file.seek(start)
+            return file.read(size if most < 0 else min(size, most))
+
+    def beside(self, member: str, ending: str) -> bytes | None:
+        """Return the content of the file of this ending that belongs to the same sample, None where there is none."""
+        folder, _, name = member.rpartition("/")
+        sibling = f"{folder}/{name.partition('.')[0]}.{ending}".lstrip("/")
+        return self.read(sibling) if sibling in self._places else None
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def _raise(error: OSError) -> None:
