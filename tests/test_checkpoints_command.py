@@ -78,7 +78,7 @@ def test_list_json(var, tmp_path):
     assert list(facts) == list(registry())
     assert (d16["pixels"], d16["parameters"], d16["fid"], d16["inception_score"]) == (256, 310_283_520, 3.30, 274.4)
     assert (d16["licence"], d16["here"], d16["path"]) == ("MIT", False, str(tmp_path / "cache" / "var-d16.safetensors"))
-    assert d16["presets"]["metrics"] == {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False}
+    assert d16["presets"]["metrics"] == {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "draft": ""}
     assert d16["files"]["vae_ch160v4096z32.pth"]["bytes"] == 436_075_834
     assert "sha256" in d16["files"]["var_d16.pth"]
 

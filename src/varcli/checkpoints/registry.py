@@ -47,6 +47,8 @@ class Entry:
     """Sampling settings, by what they are for."""
     parameters: int | None = None
     """Of the transformer."""
+    depth: int | None = None
+    """Of the transformer, for one that must be downloaded: its shape follows from it."""
     fid: float | None = None
     """Published Fréchet inception distance of 50 000 samples."""
     inception_score: float | None = None
