@@ -90,6 +90,14 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def independent(transformer: Transformer) -> bool:
     """Return whether pictures must be computed one by one to come out the same in any batch.
 

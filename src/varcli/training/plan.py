@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from varcli.config import TrainingConfig
+from varcli.sampling.devices import synchronize
 
 BACKWARD = 3
 """Forward and backward together, as a multiple of forward: two products of matrices for each one."""
@@ -135,17 +136,9 @@ def _rate(stage: Planned, part: int) -> float:
 
 def _seconds(stage: Planned, count: int, passes: int) -> float:
     """Return how long some passes through that many pictures take."""
-    _synchronize(stage.device)
+    synchronize(stage.device)
     begin = time.perf_counter()
     for _ in range(passes):
         stage.trial_loss(count).backward()
-    _synchronize(stage.device)
+    synchronize(stage.device)
     return time.perf_counter() - begin
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
