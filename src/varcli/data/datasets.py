@@ -7,9 +7,9 @@ processes: it pickles, and each process opens the zips for itself.
 import re
 import unicodedata
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -47,11 +47,17 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
     Raises:
         UnreadablePicture: the bytes are no picture, or are broken or cut off.
     """
+    with reading_picture(name), Image.open(BytesIO(data)) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def reading_picture(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a picture is read or decoded into `UnreadablePicture`."""
     try:
-        with Image.open(BytesIO(data)) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except MemoryError:
+        yield
+    except (MemoryError, UnreadablePicture):
         raise
     except Exception as error:  # decoders fed broken bytes raise nearly anything, struct.error to SyntaxError
         reason = "no picture, or of a kind not known" if isinstance(error, UnidentifiedImageError) else str(error)
@@ -123,11 +129,8 @@ class PictureSet:
             UnreadablePicture: it cannot be read or decoded.
         """
         picture = self._pictures[i]
-        try:
-            data = self._sources[picture.source].read(picture.member)
-        except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise UnreadablePicture(self.name(i), str(error)) from error
-        return decode_picture(data, self.name(i))
+        with reading_picture(self.name(i)):
+            return decode_picture(self._sources[picture.source].read(picture.member), self.name(i))
 
     def subset(self, indices: Iterable[int]) -> "PictureSet":
         """Return a set of these pictures, with the same classes."""
@@ -172,7 +175,7 @@ def open_pictures(paths: Sequence[Path]) -> PictureSet:
         raise InputError(f"data: {', '.join(map(str, paths))}; each path once")
     sources = [_source(Path(path)) for path in paths]
     found = [(i, *item) for i, source in enumerate(sources) for item in _classified(source)]
-    classes = class_table({folder for _, folder, *_ in found})
+    classes = _class_table({folder for _, folder, *_ in found})
     row_of = {entry.wnid: row for row, entry in enumerate(classes.entries)}
     keyed = sorted((row_of[name], natural_key(rest), member, i, size) for i, name, rest, member, size in found)
     return PictureSet(classes, sources, [_Picture(i, member, row, size) for row, _, member, i, size in keyed])
@@ -229,7 +232,7 @@ def class_level(paths: Sequence[Sequence[str]]) -> int:
         level += 1
 
 
-def class_table(names: set[str]) -> ClassTable:
+def _class_table(names: set[str]) -> ClassTable:
     known = tuple(entry for entry in imagenet().entries if entry.wnid in names)
     if len(known) == len(names):
         return ClassTable(known)

@@ -1,0 +1,126 @@
+"""Pictures in the `arr_0` of an .npz, as samplers and FID toolkits exchange them, read in place.
+
+Shapes: N pictures of H × W pixels.
+"""
+
+import shutil
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from struct import unpack
+from tempfile import TemporaryFile
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from varcli.data.classes import ClassEntry
+from varcli.data.images import Provenance, provenance_from_json
+from varcli.data.places import picture_name
+from varcli.errors import InputError
+from varcli.evaluation.labelling import entry_of, numbered
+
+PIXELS, LABELS, PROVENANCE = "arr_0.npy", "arr_1.npy", "provenance.jsonl"
+
+
+class Arrays:
+    """The pictures of an .npz; each is read as the file it could be, a PPM.
+
+    Pictures of `var sample` bear the names they would have in a folder. Others have none: a digest of
+    their pixels stands for it, so that their order does not depend on how the array was shuffled.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open an .npz; of pictures without names each is read once for its digest.
+
+        Raises:
+            InputError: it has no such array.
+        """
+        self.label = path.name
+        try:
+            with zipfile.ZipFile(path) as stored:
+                self._pixels_NHW3 = _mapped(path, stored)
+                made = _provenances(stored, path, len(self._pixels_NHW3))
+                entries = [_entry_made(each) for each in made] or _labels(stored, len(self._pixels_NHW3))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"pictures: {path}; {error}; an .npz with arr_0, uint8 (pictures, height, width, 3)"
+            ) from error
+        self._names = [picture_name(each) for each in made] or _digests(self._pixels_NHW3)
+        self._places = {name: i for i, name in enumerate(self._names)}
+        self._entries = entries
+
+    def members(self) -> Iterator[tuple[str, int]]:
+        """Yield the name and size in bytes of each picture."""
+        return ((name, self._pixels_NHW3[0].nbytes) for name in self._names)
+
+    def read(self, member: str, most: int = -1) -> bytes:
+        """Return a picture as a PPM, or its beginning."""
+        pixels_HW3 = self._pixels_NHW3[self._places[member]]
+        height, width, _ = pixels_HW3.shape
+        header = b"P6 %d %d 255\n" % (width, height)
+        return header + (
+            pixels_HW3.tobytes() if most < 0 else pixels_HW3.ravel()[: max(0, most - len(header))].tobytes()
+        )
+
+    def entry(self, member: str) -> ClassEntry | None:
+        """Return the class of a picture, as its provenance or the labels in `arr_1` have it."""
+        return self._entries[self._places[member]]
+
+
+def _mapped(path: Path, stored: zipfile.ZipFile) -> NDArray[np.uint8]:
+    """Return the array of pictures as it lies in the file; what is compressed is unpacked beside it first."""
+    info = stored.getinfo(PIXELS)
+    with stored.open(info) as member:
+        shape, reversed_order, dtype = _read_header(member)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or reversed_order or 0 in shape:
+            raise ValueError(f"its arr_0 is {dtype} {shape}")
+        start = member.tell()
+    if info.compress_type == zipfile.ZIP_STORED:
+        return np.memmap(path, np.uint8, "r", _data_offset(path, info) + start, shape)
+    with TemporaryFile() as unpacked, stored.open(info) as member:
+        shutil.copyfileobj(member, unpacked, 1 << 20)
+        return np.memmap(unpacked, np.uint8, "r", start, shape)
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Return shape, whether it is in Fortran's order, and type of a .npy."""
+    version = np.lib.format.read_magic(member)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Return where in a zip the bytes of a stored member begin: behind its header, its name and an extra field."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)
+        return info.header_offset + 30 + sum(unpack("<HH", file.read(4)))
+
+
+def _provenances(stored: zipfile.ZipFile, path: Path, count: int) -> list[Provenance]:
+    """Return how each picture was made, nothing where the file is not of `var sample`."""
+    lines = stored.read(PROVENANCE).decode().splitlines() if PROVENANCE in stored.namelist() else []
+    return [provenance_from_json(line, str(path)) for line in lines] if len(lines) == count else []
+
+
+def _entry_made(made: Provenance) -> ClassEntry | None:
+    return None if made.class_id is None else entry_of(made.class_id, made.class_name)
+
+
+def _labels(stored: zipfile.ZipFile, count: int) -> list[ClassEntry | None]:
+    """Return the classes that whole numbers in `arr_1` stand for."""
+    if LABELS in stored.namelist():
+        with stored.open(LABELS) as member:
+            labels = np.lib.format.read_array(member, allow_pickle=False)
+        if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer):
+            return [numbered(int(label)) for label in labels]
+    return [None] * count
+
+
+def _digests(pixels_NHW3: NDArray[np.uint8]) -> list[str]:
+    """Return for each picture what stands for its name."""
+    with ThreadPoolExecutor() as pool:
+        return list(
+            pool.map(lambda row: blake2b(row, digest_size=16).hexdigest(), pixels_NHW3.reshape(len(pixels_NHW3), -1))
+        )
