@@ -1,11 +1,11 @@
-"""Sums over pictures from which all figures follow, streamed in float64, so that no table of features is needed.
+"""Sums over pictures from which the figures follow, streamed in float64: no table of all features is needed.
 
 A picture is known by its rank, its place in the order of the pictures' names. Which split of the inception
-score and which quarter it belongs to follows from its rank alone, so that the figures do not depend on the
-order pictures come in.
+score and which quarter it belongs to follows from that alone, so that no figure depends on the order in which
+pictures come.
 
-Shapes: B pictures of a batch, N all pictures of the plan or the pool's features, S splits of the inception
-score, Q quarters, V classes of the network, C classes of the checkpoint.
+Shapes: B pictures of a batch, P pictures of the plan, N features of the network's last pooling, V its classes,
+S splits of the inception score, Q quarters, C classes of the checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from varcli.errors import InputError
+from varcli.errors import CheckpointError, InputError
 
 POOL, LOGITS = 2048, 1008
 """Features of the network's last pooling, and its classes."""
 
-SPLITS, SHUFFLE_SEED = 10, 2020
-"""Of the inception score, as torch-fidelity has them."""
+METRICS = ("fid", "is", "kid", "prc")
+"""What can be measured, by the names users type."""
+
+SPLITS = 10
+"""Of the inception score."""
 
 QUARTERS = 4
-"""Random parts of the pictures of equal size: FID of one to four of them tells how it depends on their number."""
+"""Random parts of the pictures: how FID depends on the number of pictures is seen from one to all of them."""
 
-METRICS = ("fid", "is", "kid", "prc")
-"""By the names users type."""
+SEED = 2020
+"""Of the shuffle before splitting, torch-fidelity's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +43,7 @@ class Plan:
     metrics: tuple[str, ...] = ("fid", "is")
     """Some of METRICS."""
     classes: int = 0
-    """Rows of the class table of which the spread is wanted; 0 for none."""
+    """Rows of the class table whose spread is wanted, 0 for none."""
 
     def __post_init__(self) -> None:
         """Refuse fewer pictures than a metric needs.
@@ -51,83 +54,166 @@ class Plan:
         assert set(self.metrics) <= set(METRICS)
         for metric, least in (("fid", 2), ("is", SPLITS)):
             if metric in self.metrics and self.count < least:
-                raise InputError(f"pictures: {self.count}; {metric} takes at least {least}")
+                raise InputError(f"pictures: {self.count}; {metric} takes {least} or more")
 
     @property
     def keeps_table(self) -> bool:
-        """Whether a metric needs the features of all pictures at once."""
+        """Whether a metric needs all features at once."""
         return bool({"kid", "prc"} & set(self.metrics))
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Mean and covariance of features, the two sides of a Fréchet distance."""
+    """Mean and covariance of features: one side of a Fréchet distance."""
 
     count: int
     """Pictures they are of."""
     mean: NDArray[np.float64]
     """(N,)."""
     covariance: NDArray[np.float64]
-    """(N, N), of a sample: divided by count - 1."""
+    """(N, N), a sample's: divided by count - 1."""
 
 
-def parts(count: int, number: int, seed: int) -> NDArray[np.int64]:
-    """Return for each rank which of so many random parts of equal size it belongs to.
+@dataclass(frozen=True, slots=True)
+class SplitSums:
+    """What the inception score needs of each split."""
 
-    Source: torch-fidelity's `isc_features_to_metric` shuffles and splits like this.
+    count_S: Tensor
+    """Pictures."""
+    chance_SV: Tensor
+    """Sum of the pictures' class probabilities p."""
+    certainty_S: Tensor
+    """Sum of the pictures' Σ p log p."""
+
+
+def parts(count: int, number: int) -> Tensor:
+    """Return for each rank which of `number` random parts of equal size it falls in.
+
+    Source: torch-fidelity's `isc_features_to_metric`, which shuffles and splits like this.
     """
-    order = np.random.RandomState(seed).permutation(count)
-    bounds = [part * count // number for part in range(1, number)]
+    order = np.random.RandomState(SEED).permutation(count)
+    begins = [part * count // number for part in range(number)]
     found = np.empty(count, np.int64)
-    found[order] = np.searchsorted(bounds, np.arange(count), side="right")
-    return found
+    found[order] = np.searchsorted(begins, np.arange(count), side="right") - 1
+    return torch.from_numpy(found)
 
 
 class Statistics:
-    """Sums of what was added so far."""
+    """The sums of the pictures added so far."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._split = parts(plan.count, SPLITS, SHUFFLE_SEED)
-        self._quarter = parts(plan.count, QUARTERS, SHUFFLE_SEED)
-        self._sums = {
-            name: torch.zeros(shape, dtype=torch.float32 if name == "table" else torch.float64)
-            for name, shape in self._shapes().items()
-        }
+        self._split = parts(plan.count, SPLITS)
+        self._quarter = parts(plan.count, QUARTERS)
+        self._sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in _sums(plan).items()}
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the sums this plan takes, by name."""
-        plan, shapes = self.plan, dict[str, tuple[int, ...]]()
-        if "fid" in plan.metrics:
-            shapes |= {"count_Q": (QUARTERS,), "sum_QN": (QUARTERS, POOL), "outer_QNN": (QUARTERS, POOL, POOL)}
-        if "is" in plan.metrics:
-            shapes |= {"splits_S": (SPLITS,), "chance_SV": (SPLITS, LOGITS), "negentropy_S": (SPLITS,)}
-        if plan.classes:
-            shapes |= {"class_C": (plan.classes,), "class_CN": (plan.classes, POOL), "square_C": (plan.classes,)}
-        if plan.keeps_table:
-            shapes |= {"table": (plan.count, POOL), "present": (plan.count,)}
-        return shapes
+    @property
+    def present_P(self) -> Tensor:
+        """Which ranks have been added, bool."""
+        return self._sums["present_P"]
+
+    @property
+    def count(self) -> int:
+        """How many pictures have been added."""
+        return int(self.present_P.sum())
 
     def add(self, ranks: Sequence[int], rows: Sequence[int], pool_BN: Tensor, logits_BV: Tensor) -> None:
-        """Take pictures in.
+        """Take pictures in; some hundred at once cost least.
 
         Args:
-            ranks: of each picture; each rank once in all.
+            ranks: of the pictures, none of which was added before.
             rows: of the class table, -1 where no class is known.
-            pool_BN: their pooled features, on the CPU.
+            pool_BN: their features, on the CPU.
             logits_BV: their class scores without bias, on the CPU.
+
+        Raises:
+            CheckpointError: the features are not finite, which pictures cannot cause.
         """
-        raise NotImplementedError
+        if not (pool_BN.isfinite().all() and logits_BV.isfinite().all()):
+            raise CheckpointError("inception weights: features that are not finite; weights that are not damaged")
+        rank_B = torch.as_tensor(ranks)
+        if "fid" in self.plan.metrics:
+            self._add_moments(self._quarter[rank_B], pool_BN.double())
+        if "is" in self.plan.metrics:
+            self._add_chances(self._split[rank_B], logits_BV.double())
+        if self.plan.classes:
+            self._add_classes(torch.as_tensor(rows), pool_BN.double())
+        if self.plan.keeps_table:
+            self._sums["pool_PN"][rank_B] = pool_BN
+        self.present_P[rank_B] = True
+
+    def _add_moments(self, quarter_B: Tensor, pool_BN: Tensor) -> None:
+        for quarter in range(QUARTERS):
+            part_BN = pool_BN[quarter_B == quarter]
+            self._sums["quarter_Q"][quarter] += len(part_BN)
+            self._sums["quarter_QN"][quarter] += part_BN.sum(0)
+            self._sums["quarter_QNN"][quarter].addmm_(part_BN.T, part_BN)
+
+    def _add_chances(self, split_B: Tensor, logits_BV: Tensor) -> None:
+        p_BV, log_p_BV = logits_BV.softmax(1), logits_BV.log_softmax(1)
+        self._sums["split_S"].index_add_(0, split_B, torch.ones(len(split_B), dtype=torch.float64))
+        self._sums["chance_SV"].index_add_(0, split_B, p_BV)
+        self._sums["certainty_S"].index_add_(0, split_B, (p_BV * log_p_BV).sum(1))
+
+    def _add_classes(self, row_B: Tensor, pool_BN: Tensor) -> None:
+        row_B, pool_BN = row_B[row_B >= 0], pool_BN[row_B >= 0]
+        self._sums["class_C"].index_add_(0, row_B, torch.ones(len(row_B), dtype=torch.float64))
+        self._sums["class_CN"].index_add_(0, row_B, pool_BN)
+        self._sums["square_C"].index_add_(0, row_B, pool_BN.square().sum(1))
+
+    def moments(self, quarters: Sequence[int] = range(QUARTERS)) -> Moments:
+        """Return mean and covariance of the pictures in some quarters, of all by default; there must be two."""
+        chosen = list(quarters)
+        count = int(self._sums["quarter_Q"][chosen].sum())
+        mean_N = self._sums["quarter_QN"][chosen].sum(0) / count
+        square_NN = self._sums["quarter_QNN"][chosen].sum(0)
+        covariance_NN = square_NN.addr_(mean_N, mean_N, alpha=-count).div_(count - 1)
+        return Moments(count, mean_N.numpy(), covariance_NN.numpy())
+
+    def splits(self) -> SplitSums:
+        """Return what the inception score needs."""
+        return SplitSums(self._sums["split_S"], self._sums["chance_SV"], self._sums["certainty_S"])
+
+    def pool_PN(self) -> Tensor:
+        """Return the features of all pictures in order of rank, float32; only where the plan keeps them."""
+        return self._sums["pool_PN"][self.present_P]
+
+    def spreads(self) -> dict[int, tuple[int, float]]:
+        """Return for each row of the class table that has pictures their number and spread.
+
+        The spread is the root of the mean squared distance of features to their class's mean.
+        """
+        count_C, sum_CN, square_C = (self._sums[name] for name in ("class_C", "class_CN", "square_C"))
+        variance_C = square_C / count_C - (sum_CN / count_C[:, None]).square().sum(1)
+        spread_C = variance_C.clamp_min(0).sqrt()
+        return {row: (int(count_C[row]), float(spread_C[row])) for row in count_C.nonzero().flatten().tolist()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums by name, for a file."""
         return dict(self._sums)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from the sums `tensors` returned."""
-        assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == self._shapes()
-        self._sums = {name: tensor.clone() for name, tensor in tensors.items()}
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether these are sums of this plan."""
+        return {name: (tuple(sums.shape), sums.dtype) for name, sums in tensors.items()} == _sums(self.plan)
 
-    def moments(self, quarters: Sequence[int] = range(QUARTERS)) -> Moments:
-        """Return mean and covariance of the pictures of some quarters, of all by default."""
-        raise NotImplementedError
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from sums that `tensors` returned."""
+        assert self.fits(tensors)
+        self._sums = {name: sums.clone() for name, sums in tensors.items()}
+
+
+def _sums(plan: Plan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return name, shape and type of the sums a plan needs."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if "fid" in plan.metrics:
+        shapes |= {"quarter_Q": (QUARTERS,), "quarter_QN": (QUARTERS, POOL), "quarter_QNN": (QUARTERS, POOL, POOL)}
+    if "is" in plan.metrics:
+        shapes |= {"split_S": (SPLITS,), "chance_SV": (SPLITS, LOGITS), "certainty_S": (SPLITS,)}
+    if plan.classes:
+        shapes |= {"class_C": (plan.classes,), "class_CN": (plan.classes, POOL), "square_C": (plan.classes,)}
+    table = {"pool_PN": ((plan.count, POOL), torch.float32)} if plan.keeps_table else {}
+    return {
+        "present_P": ((plan.count,), torch.bool),
+        **table,
+        **{name: (shape, torch.float64) for name, shape in shapes.items()},
+    }

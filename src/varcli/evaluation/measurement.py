@@ -1,0 +1,182 @@
+"""The loop from pictures to statistics: in rounds, by one or several processes, and resumable.
+
+Whoever makes or reads pictures is asked for them by rank and yields them in batches of any size. What a
+round's processes found comes together in the first of them, which keeps the statistics and their file.
+
+Shapes: R pictures of a round, N features of the network's last pooling, V its classes.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from varcli.data.images import check_writable
+from varcli.errors import RunError, VarError
+from varcli.evaluation.inception import Inception, Pixels
+from varcli.evaluation.statistics import LOGITS, POOL, Plan, Statistics
+from varcli.files import replacing
+from varcli.processes import Group
+
+Batch = tuple[Sequence[int], Pixels, Sequence[int]]
+"""Ranks, pixels (B, H, W, 3), and rows of the class table, -1 where no class is known."""
+
+Make = Callable[[Sequence[int]], Iterable[Batch]]
+"""Yields the pictures of given ranks, in any order; one that cannot be had may be missing."""
+
+ROUNDS = {"cpu": 64}
+"""Pictures a process measures in a round, by kind of device: what a killed run loses at most, with the next."""
+
+LARGE_ROUND = 512
+"""The same elsewhere: batches are large there, and quick."""
+
+SAVE_SECONDS, SAVE_PICTURES = 60, 4000
+"""After so much time or so many pictures the file is written."""
+
+
+def fingerprint(**facts: Any) -> str:
+    """Return the sha256 of all facts, as JSON, that decide a measurement's figures."""
+    return sha256(dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Measurement:
+    """Statistics of a plan's pictures, in memory and in a file."""
+
+    def __init__(self, plan: Plan, identity: str, path: Path | None = None, group: Group | None = None) -> None:
+        """Begin, or go on where an earlier run left the file.
+
+        Args:
+            plan: what is to be measured.
+            identity: a fingerprint of the pictures, the extractor and all else that decides the figures. A file
+                with another one is not gone on with.
+            path: where to keep what is done; without it a killed run begins anew.
+            group: the processes that share the work.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        self.plan, self.path, self.group = plan, path, group or Group()
+        self.statistics = Statistics(plan)
+        self.seconds = {"pictures": 0.0, "features": 0.0}
+        self.notice = ""
+        """Why the file there could not be gone on with, if so; for the user."""
+        self._facts = {
+            "kind": KIND,
+            "format": FORMAT,
+            "identity": identity,
+            "plan": dumps(asdict(plan), sort_keys=True),
+        }
+        self._unsaved, self._saved_at = 0, time.monotonic()
+        if path and self.group.first:
+            self._resume(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
+
+    def run(self, make: Make, inception: Inception, advance: Callable[[int], None] = lambda count: None) -> None:
+        """Measure the pictures that are missing; `advance` is told how many each round added.
+
+        To be called by all processes. What was done is saved when this ends, however it ends.
+
+        Raises:
+            VarError: pictures cannot be had, features are not finite, or the file cannot be written.
+        """
+        present_P = self.statistics.present_P
+        missing: list[int] = self.group.broadcast((~present_P).nonzero().flatten().tolist())
+        size = self.group.count * ROUNDS.get(inception.device.type, LARGE_ROUND)
+        try:
+            for start in range(0, len(missing), size):
+                ranks = missing[start : start + size]
+                self._add(ranks, self.group.sum(self._measure(ranks, make, inception)), advance)
+        except BaseException:
+            with suppress(VarError):  # what ended the run is to be told
+                self.save()
+            raise
+        self.save()
+
+    def _measure(self, ranks: Sequence[int], make: Make, inception: Inception) -> dict[str, Tensor]:
+        """Return the features of this process's share of a round, with zeros where another process's stand."""
+        places = {rank: place for place, rank in enumerate(ranks)}
+        found = []
+        clock = time.perf_counter()
+        for given, pixels_BHW3, rows in make(list(self.group.share(ranks))):
+            clock = self._took("pictures", clock)
+            found.append(([places[rank] for rank in given], rows, inception.features(pixels_BHW3)))
+            clock = self._took("features", clock)
+        clock = self._took("pictures", clock)
+        share = {
+            "pool_RN": torch.zeros(len(ranks), POOL),
+            "logits_RV": torch.zeros(len(ranks), LOGITS),
+            "row_R": torch.zeros(len(ranks), dtype=torch.int64),
+            "there_R": torch.zeros(len(ranks), dtype=torch.int64),
+        }
+        for at, rows, features in found:  # only now, so that a GPU need not be waited for after each batch
+            share["pool_RN"][at] = features.pool_BN.cpu()
+            share["logits_RV"][at] = features.logits_BV.cpu()
+            share["row_R"][at] = torch.as_tensor(rows)
+            share["there_R"][at] = 1
+        self._took("features", clock)
+        return share
+
+    def _took(self, what: str, since: float) -> float:
+        """Count the time since then; return the time it is."""
+        now = time.perf_counter()
+        self.seconds[what] += now - since
+        return now
+
+    def _add(self, ranks: Sequence[int], round_: Mapping[str, Tensor], advance: Callable[[int], None]) -> None:
+        if not self.group.first:
+            return
+        there_R = round_["there_R"].bool()
+        pool_RN, logits_RV, row_R = (round_[name][there_R] for name in ("pool_RN", "logits_RV", "row_R"))
+        unsaved, self._unsaved = self._unsaved + len(row_R), 0  # half-added sums are not to be saved
+        self.statistics.add(torch.tensor(ranks)[there_R].tolist(), row_R.tolist(), pool_RN, logits_RV)
+        self._unsaved = unsaved
+        advance(len(row_R))
+        if unsaved >= SAVE_PICTURES or time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self.save()
+
+    # --- the file ----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write what is done, if it is more than the file has.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if not (self.path and self.group.first and self._unsaved):
+            return
+        try:
+            with replacing(self.path) as draft:
+                save_file(self.statistics.tensors(), draft, self._facts)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot write: {self.path}; {getattr(error, 'strerror', None) or error}") from error
+        self._unsaved, self._saved_at = 0, time.monotonic()
+
+    def _resume(self, path: Path) -> None:
+        """Take over what the file has, if it is this very measurement's."""
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata()
+            tensors = load_file(path)
+        except (OSError, SafetensorError):
+            self.notice = f"{path} is damaged: measuring anew"
+            return
+        if facts != self._facts or not self.statistics.fits(tensors):
+            self.notice = f"{path} is of another measurement: measuring anew"
+            return
+        self.statistics.load(tensors)
+
+
+KIND, FORMAT = "varcli-measurement", "1"
+"""What tells such files from others, and their version."""
