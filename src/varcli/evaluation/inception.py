@@ -68,7 +68,7 @@ class Inception:
         self.device = device
         network = _network(weights, content)
         *blocks, _ = network.children()  # in the order of its forward pass; the last one is its classifier
-        self._trunk = _folded(nn.Sequential(*blocks)).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._trunk = _folded(nn.Sequential(*blocks)).to(device).to(memory_format=torch.channels_last)
         self._classifier_VN = network.fc.weight.to(device)
         self._batch = BATCHES.get(device.type, LARGE_BATCH)
 

@@ -89,8 +89,7 @@ class Measurement:
         Raises:
             VarError: pictures cannot be had, features are not finite, or the file cannot be written.
         """
-        present_P = self.statistics.present_P
-        missing: list[int] = self.group.broadcast((~present_P).nonzero().flatten().tolist())
+        missing: list[int] = self.group.broadcast((~self.statistics.present).nonzero().flatten().tolist())
         size = self.group.count * ROUNDS.get(inception.device.type, LARGE_ROUND)
         try:
             for start in range(0, len(missing), size):

@@ -84,9 +84,9 @@ def figures(statistics: Statistics, reference: Target | None) -> dict[str, float
     if "is" in wanted:
         found["inception_score"], found["inception_score_std"] = inception_score(statistics.splits())
     if "kid" in wanted:
-        found["kid"], found["kid_std"] = kernel_distance(statistics.pool_PN(), _pool(reference))
+        found["kid"], found["kid_std"] = kernel_distance(statistics.pool, _pool(reference))
     if "prc" in wanted:
-        found["precision"], found["recall"] = precision_recall(statistics.pool_PN(), _pool(reference))
+        found["precision"], found["recall"] = precision_recall(statistics.pool, _pool(reference))
     return found
 
 
@@ -120,12 +120,12 @@ def frechet_infinity(statistics: Statistics, reference: Gaussian) -> tuple[float
     Differs: FID of a part is the mean over all four quarters or both halves, which is much less noisy.
     """
     root_NN = _root(reference.covariance)
-    points: list[tuple[float, float]] = []
+    inverses, distances = [], []
     for size in NESTED:
         parts = [statistics.moments(quarters) for quarters in size]
-        distances = [_distance_by_root(part, reference.mean, root_NN) for part in parts]
-        points.append((float(np.mean([1 / part.count for part in parts])), float(np.mean(distances))))
-    slope, infinity = np.polyfit(*zip(*points, strict=True), deg=1)
+        inverses.append(np.mean([1 / part.count for part in parts]))
+        distances.append(np.mean([_distance_by_root(part, reference.mean, root_NN) for part in parts]))
+    slope, infinity = np.polyfit(inverses, distances, deg=1)
     return _finite(float(infinity)), float(slope / statistics.count)
 
 

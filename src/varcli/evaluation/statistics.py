@@ -108,14 +108,14 @@ class Statistics:
         self._sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in _sums(plan).items()}
 
     @property
-    def present_P(self) -> Tensor:
-        """Which ranks have been added, bool."""
+    def present(self) -> Tensor:
+        """Which ranks have been added, bool (P,)."""
         return self._sums["present_P"]
 
     @property
     def count(self) -> int:
         """How many pictures have been added."""
-        return int(self.present_P.sum())
+        return int(self.present.sum())
 
     def add(self, ranks: Sequence[int], rows: Sequence[int], pool_BN: Tensor, logits_BV: Tensor) -> None:
         """Take pictures in; some hundred at once cost least.
@@ -140,7 +140,7 @@ class Statistics:
             self._add_classes(torch.as_tensor(rows), pool_BN.double())
         if self.plan.keeps_table:
             self._sums["pool_PN"][rank_B] = pool_BN
-        self.present_P[rank_B] = True
+        self.present[rank_B] = True
 
     def _add_moments(self, quarter_B: Tensor, pool_BN: Tensor) -> None:
         for quarter in range(QUARTERS):
@@ -174,9 +174,10 @@ class Statistics:
         """Return what the inception score needs."""
         return SplitSums(self._sums["split_S"], self._sums["chance_SV"], self._sums["certainty_S"])
 
-    def pool_PN(self) -> Tensor:
-        """Return the features of all pictures in order of rank, float32; only where the plan keeps them."""
-        return self._sums["pool_PN"][self.present_P]
+    @property
+    def pool(self) -> Tensor:
+        """The features of all pictures in order of rank, float32 (P, N); only where the plan keeps them."""
+        return self._sums["pool_PN"][self.present]
 
     def spreads(self) -> dict[int, tuple[int, float]]:
         """Return for each row of the class table that has pictures their number and spread.
