@@ -19,6 +19,7 @@ from varcli.checkpoints.registry import Entry, SourceFile, find
 from varcli.checkpoints.store import load_model
 from varcli.config import PRESETS, TokenizerConfig, TransformerConfig
 from varcli.errors import CheckpointError, RunError
+from varcli.evaluation import downloads
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.scales import GRID_256
@@ -183,7 +184,7 @@ def test_full_disk(server, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(downloading, "http_get", full)
+    monkeypatch.setattr(downloads, "http_get", full)
     with pytest.raises(RunError, match="cannot store small: No space left on device"):
         download(entry())
 

@@ -23,6 +23,15 @@ def test_names_and_published_figures():
         "var-d36": (2.63, 303.2),
     }
     assert [entry.pixels for entry in registry().values()] == [64, 256, 256, 256, 256, 512]
+    bands = {name: entry.fid_band for name, entry in registry().items() if entry.fid_band}
+    assert bands == {"var-d16": (3.3, 3.6), "var-d20": (2.6, 2.95), "var-d24": (2.1, 2.35), "var-d30": (1.92, 2.0)}
+    shares = {name: (entry.precision, entry.recall) for name, entry in registry().items() if entry.precision}
+    assert shares == {
+        "var-d16": (0.84, 0.51),
+        "var-d20": (0.83, 0.56),
+        "var-d24": (0.82, 0.59),
+        "var-d30": (0.82, 0.59),
+    }
 
 
 def test_every_entry_is_whole():

@@ -4,28 +4,23 @@ The hub's library keeps no half-finished file for a later process to go on with,
 fetched here, with its own transfer function, into the place in its cache where they belong.
 """
 
-import contextlib
-import errno
-import json
 import re
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import huggingface_hub as hub
 from huggingface_hub import constants
-from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]  # public, but exported lazily
-    WeakFileLock,
     build_hf_headers,
     disable_progress_bars,
 )
 
 from varcli.checkpoints.conversion import convert
-from varcli.checkpoints.files import file_sha256, reason, replacing
+from varcli.checkpoints.files import file_sha256
 from varcli.checkpoints.registry import Entry, SourceFile, cache_folder
-from varcli.errors import CheckpointError, RunError, VarError
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+from varcli.errors import CheckpointError
+from varcli.evaluation.downloads import one_at_a_time, record, recorded, transfer, translated
 
 
 def download(entry: Entry, progress: bool = True) -> Path:
@@ -37,9 +32,14 @@ def download(entry: Entry, progress: bool = True) -> Path:
     """
     if not progress:
         disable_progress_bars()
-    with contextlib.ExitStack() as lock:
-        with _translated(entry):
-            lock.enter_context(_one_at_a_time())
+    names = " ".join(file.name for file in entry.files)
+    advice = (
+        "go online or set HF_ENDPOINT to a mirror and try again, or bring its files and run: "
+        f"var checkpoints convert {names} --out FILE"
+    )
+    with ExitStack() as lock:
+        with translated(entry.name, constants.ENDPOINT, advice):
+            lock.enter_context(one_at_a_time(cache_folder()))
             fetched = [] if entry.path.exists() else [fetch(file) for file in entry.files]
         if fetched:
             hashes = {file.name: recorded_sha256(file) for file in entry.files}
@@ -75,13 +75,7 @@ def _transfer(file: SourceFile) -> Path:
         raise CheckpointError(f"{file.name}: the hub has another file; sha256 {about.etag}, known is {expected}")
     folder = repo_folder_name(repo_id=file.repository, repo_type="model")
     part = Path(constants.HF_HUB_CACHE) / folder / "blobs" / f"{about.etag}.incomplete"
-    part.parent.mkdir(parents=True, exist_ok=True)
-    if part.exists() and part.stat().st_size > (about.size or 0):
-        part.unlink()
-    with part.open("ab") as stream:
-        headers = build_hf_headers()
-        got = stream.tell()
-        http_get(url, stream, resume_size=got, headers=headers, expected_size=about.size, displayed_filename=file.name)
+    transfer(url, part, about.size, file.name, build_hf_headers())
     try:
         check(file, part, about.etag)
     except CheckpointError:
@@ -102,51 +96,13 @@ def check(file: SourceFile, path: Path, reported: str) -> None:
     if found != expected:
         raise CheckpointError(f"{file.name}: wrong sha256 {found}; it should be {expected}")
     if not recorded_sha256(file):
-        with replacing(_record()) as part:
-            part.write_text(json.dumps(_recorded() | {file.name: found}, indent=1, sort_keys=True))
+        record(cache_folder(), file.name, found)
 
 
 def recorded_sha256(file: SourceFile) -> str | None:
     """Return the sha256 a file has to have: the registry's, or that of its first download here."""
-    return file.sha256 or _recorded().get(file.name)
-
-
-def _record() -> Path:
-    return cache_folder() / "sha256.json"
-
-
-def _recorded() -> dict[str, str]:
-    try:
-        return dict(json.loads(_record().read_text()))
-    except (OSError, ValueError):
-        return {}
+    return file.sha256 or recorded(cache_folder()).get(file.name)
 
 
 def _is_sha256(text: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", text) is not None
-
-
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Wait for other processes that download: the second one then finds everything there."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(cache_folder() / "download.lock"):
-        yield
-
-
-@contextlib.contextmanager
-def _translated(entry: Entry) -> Iterator[None]:
-    """Turn what network and disk may raise into one line that says what to do."""
-    try:
-        yield
-    except VarError:
-        raise
-    except Exception as error:  # the hub's library has changed what it raises with every major version
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise RunError(f"cannot store {entry.name}: {reason(error)}; what came so far is kept") from error
-        names = " ".join(file.name for file in entry.files)
-        why = reason(error).rstrip(".")
-        raise CheckpointError(
-            f"cannot download {entry.name} from {constants.ENDPOINT}: {why}; go online or set HF_ENDPOINT to a mirror "
-            f"and try again, or bring its files and run: var checkpoints convert {names} --out FILE"
-        ) from error

@@ -51,8 +51,16 @@ class Entry:
     """Of the transformer, for one that must be downloaded: its shape follows from it."""
     fid: float | None = None
     """Published Fréchet inception distance of 50 000 samples."""
+    fid_band: tuple[float, float] | None = None
+    """Lowest and highest that others measured of the released weights."""
     inception_score: float | None = None
     """Published inception score of the same samples."""
+    precision: float | None = None
+    """Published, of the same samples."""
+    recall: float | None = None
+    """Published, of the same samples."""
+    reference: str | None = None
+    """Name of what its samples are measured against."""
     bundled: str | None = None
     """File inside the package, for one that ships with it."""
     files: tuple[SourceFile, ...] = ()
@@ -91,14 +99,22 @@ def cache_folder() -> Path:
 @lru_cache(maxsize=1)
 def registry() -> Mapping[str, Entry]:
     """Return all checkpoints known by name, in the order of `checkpoints.toml`."""
+    tables = listed()
+    files = {name: SourceFile(name=name, **facts) for name, facts in tables["files"].items()}
+    return {name: _entry(name, facts, files) for name, facts in tables["checkpoints"].items()}
+
+
+def listed() -> dict[str, Any]:
+    """Return what `checkpoints.toml` says."""
     packaged = Path(__file__).with_name("checkpoints.toml")
     checkout = Path(__file__).parents[3] / packaged.name
-    listed = tomllib.loads((packaged if packaged.exists() else checkout).read_text(encoding="utf-8"))
-    files = {name: SourceFile(name=name, **facts) for name, facts in listed["files"].items()}
-    return {name: _entry(name, facts, files) for name, facts in listed["checkpoints"].items()}
+    return tomllib.loads((packaged if packaged.exists() else checkout).read_text(encoding="utf-8"))
 
 
 def _entry(name: str, facts: dict[str, Any], files: Mapping[str, SourceFile]) -> Entry:
+    if "fid_band" in facts:
+        low, high = facts.pop("fid_band")
+        facts["fid_band"] = low, high
     presets = {use: SampleConfig(**settings) for use, settings in facts.pop("presets").items()}
     sources = tuple(files[file] for file in facts.pop("files", ()))
     return Entry(name=name, presets=presets, files=sources, **facts)
