@@ -26,6 +26,7 @@ COMMANDS = {
     "edit": ("varcli.commands.edit", "edit"),
     "reconstruct": ("varcli.commands.reconstruct", "reconstruct"),
     "tokens": ("varcli.commands.tokens", "tokens_app"),
+    "report": ("varcli.commands.report", "report"),
     "show": ("varcli.commands.show", "show"),
     "classes": ("varcli.commands.classes", "classes"),
     "checkpoints": ("varcli.commands.checkpoints", "checkpoints_app"),

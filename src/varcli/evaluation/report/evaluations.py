@@ -1,0 +1,241 @@
+"""Results of `var eval`, read from files and checked down to the last field that a report uses."""
+
+import base64
+import binascii
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from varcli.errors import InputError
+from varcli.evaluation.report import words
+from varcli.evaluation.results import FORMAT, KIND
+
+PNG = b"\x89PNG\r\n\x1a\n"
+"""What every PNG file begins with."""
+
+Facts = Mapping[str, Any]
+Check = Callable[[Any, str], None]
+"""Raises InputError unless a value is of some kind; the text says where the value stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one `var eval` measured."""
+
+    facts: Facts
+    """The result's JSON."""
+    label: str
+    """What to call it: the name of what was measured, and what tells it from others of that name."""
+    number: int
+    """Its place among all of a report."""
+
+    @property
+    def metrics(self) -> Facts:
+        """Its figures by name."""
+        return dict(self.facts["metrics"])
+
+    @property
+    def ground(self) -> tuple[str, ...]:
+        """What two results must have in common for their distances to be comparable: reference, extractor, size."""
+        reference = (self.facts["reference"] or {}).get("sha256", "")
+        return reference, self.facts["extractor"]["sha256"], str(self.facts["protocol"].get("resize"))
+
+
+def parse(content: bytes, origin: str) -> list[Facts]:
+    """Return the results in a file's bytes: one JSON object, or several one after the other.
+
+    Raises:
+        InputError: it holds none, or something else; `origin` names it.
+    """
+    found: list[Facts] = []
+    for line, value in _values(content, origin):
+        where = f"{origin}, line {line}"
+        if not isinstance(value, dict) or value.get("kind") != KIND:
+            raise InputError(
+                f"evaluation result: {where}; something else, where `var eval --out` or `--json` is needed"
+            )
+        if value.get("format") != FORMAT:
+            raise InputError(f"evaluation result: {where} has format {value.get('format')}; this varcli reads {FORMAT}")
+        RESULT(value, f"{where}: ")
+        found.append(value)
+    if not found:
+        raise InputError(f"evaluation result: {origin}; nothing in it, where results of `var eval` are needed")
+    return found
+
+
+def _values(content: bytes, origin: str) -> Iterator[tuple[int, Any]]:
+    """Yield each JSON value with the line it begins in."""
+    decoder, position = json.JSONDecoder(), 0
+    try:
+        text = content.decode(json.detect_encoding(content)).rstrip()
+        while position < len(text):
+            position = re.compile(r"\s*").match(text, position).end()  # type: ignore[union-attr]
+            line = text.count("\n", 0, position) + 1
+            value, position = decoder.raw_decode(text, position)
+            yield line, value
+    except UnicodeDecodeError as error:
+        raise InputError(f"evaluation result: {origin}; no text, where JSON of `var eval` is needed") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"evaluation result: {origin}; no JSON{place}, where JSON of `var eval` is needed") from error
+
+
+def named(found: Sequence[Facts]) -> list[Evaluation]:
+    """Return results with labels: no two are equal unless the results say the same of themselves."""
+    names = [name(facts) for facts in found]
+    labels = [[each] for each in names]
+    for path, text in TELLING:
+        values = [_said(text, _inside(facts, path)) for facts in found]
+        for i, value in enumerate(values):
+            others = {values[j] for j in range(len(found)) if names[j] == names[i]}
+            if value and len(others) > 1:
+                labels[i].append(value)
+        if len(set(map(tuple, labels))) == len(labels):
+            break
+    return [
+        Evaluation(facts, ", ".join(parts), number)
+        for number, (facts, parts) in enumerate(zip(found, labels, strict=True))
+    ]
+
+
+def name(facts: Facts) -> str:
+    """Return what was measured: a checkpoint by name, or pictures by the end of their path."""
+    if facts["checkpoint"]:
+        return shortened(facts["checkpoint"]["name"])
+    paths = facts["source"]["paths"] if facts["source"] else []
+    return " + ".join(map(shortened, paths)) or "pictures"
+
+
+def shortened(path: str) -> str:
+    """Return the last two parts of a path, whichever system's."""
+    return "/".join([part for part in re.split(r"[\\/]", path) if part][-2:]) or path
+
+
+TELLING = (
+    ("what", "{}"),
+    ("checkpoint.cfg", "cfg {}"),
+    ("checkpoint.top_k", "top-k {}"),
+    ("checkpoint.top_p", "top-p {}"),
+    ("checkpoint.smooth", "smooth {}"),
+    ("checkpoint.draft", "draft {}"),
+    ("checkpoint.dtype", "{}"),
+    ("protocol.rejected", "rejected {}"),
+    ("n", "n {}"),
+    ("reference.name", "against {}"),
+    ("checkpoint.seed", "seed {}"),
+    ("checkpoint.sha256", "{:.8}"),
+    ("date", "{}"),
+)
+"""What tells results of one name from each other, the most telling first, and how a label says it."""
+
+
+def _said(text: str, value: Any) -> str:
+    return "" if value is None else text.format(value if isinstance(value, str) else words.value_in_words(value))
+
+
+def _inside(facts: Facts, path: str) -> Any:
+    value: Any = facts
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+# --- what a result must hold -----------------------------------------------------------------------
+
+
+def _wrong(value: Any, where: str, wanted: str) -> NoReturn:
+    shown = "missing" if value is None else json.dumps(value)[:40]
+    raise InputError(f"evaluation result: {where} {shown}; {wanted}")
+
+
+def _text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        _wrong(value, where, "a text")
+
+
+def _number(value: Any, where: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+        _wrong(value, where, "a number")
+
+
+def _count(value: Any, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        _wrong(value, where, "a whole number, 0 or more")
+
+
+def _flag(value: Any, where: str) -> None:
+    if not isinstance(value, bool):
+        _wrong(value, where, "true or false")
+
+
+def _picture(value: Any, where: str) -> None:
+    _text(value, where)
+    try:
+        if base64.b64decode(value, validate=True).startswith(PNG):
+            return
+    except (binascii.Error, ValueError):
+        pass
+    _wrong(value, where, "a PNG in base64")
+
+
+def _optional(check: Check) -> Check:
+    return lambda value, where: None if value is None else check(value, where)
+
+
+def _listing(check: Check) -> Check:
+    def items(value: Any, where: str) -> None:
+        if not isinstance(value, list):
+            _wrong(value, where, "a list")
+        for number, item in enumerate(value):
+            check(item, f"{where}[{number}]")
+
+    return items
+
+
+def _record(**checks: Check) -> Check:
+    """Return the check of an object with these fields; others are left alone."""
+
+    def fields(value: Any, where: str) -> None:
+        if not isinstance(value, dict):
+            _wrong(value, where, "an object")
+        dot = "" if where.endswith(" ") else "."
+        for field, check in checks.items():
+            check(value.get(field), f"{where}{dot}{field}")
+
+    return fields
+
+
+METRICS = (
+    *("fid", "fid_infinity", "inception_score", "inception_score_std", "kid", "kid_std", "precision", "recall"),
+    *("rfid", "psnr", "ssim", "lpips"),
+)
+RESULT = _record(
+    version=_text,
+    date=_text,
+    what=_text,
+    checkpoint=_optional(
+        _record(name=_text, sha256=_text, cfg=_optional(_number), top_p=_optional(_number), device=_optional(_text))
+    ),
+    source=_optional(_record(paths=_listing(_text))),
+    n=_count,
+    reference=_optional(_record(name=_text, sha256=_text)),
+    extractor=_record(name=_text, sha256=_text),
+    protocol=_record(rejected=_optional(_number)),
+    metrics=_record(**dict.fromkeys(METRICS, _optional(_number)), codebook_usage=_optional(_listing(_number))),
+    published=_optional(
+        _record(
+            fid=_optional(_number),
+            inception_score=_optional(_number),
+            band=_optional(_listing(_number)),
+            inside=_optional(_flag),
+        )
+    ),
+    per_class=_optional(_listing(_record(name=_text, n=_count, spread=_optional(_number)))),
+    warnings=_optional(_listing(_text)),
+    seconds=_optional(_record()),
+    pictures=_optional(_listing(_picture)),
+)
+"""The check of a whole result; what a report does not use may be anything."""

@@ -1,0 +1,104 @@
+"""All settings of evaluations and training runs, and which of them differ."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from varcli.evaluation.report import words
+from varcli.evaluation.report.evaluations import Facts
+from varcli.evaluation.report.tables import Cell, Row, Table, table
+from varcli.evaluation.report.words import NONE
+
+NAMES = {
+    "what": "what was measured",
+    "source.paths": "pictures from",
+    "source.kind": "kind of pictures",
+    "n": "number of pictures",
+    "classes": "classes",
+    "checkpoint.name": "checkpoint",
+    "checkpoint.sha256": "sha256 of the checkpoint",
+    "checkpoint.cfg": "guidance (cfg)",
+    "checkpoint.top_k": "top-k",
+    "checkpoint.top_p": "top-p",
+    "checkpoint.smooth": "smooth",
+    "checkpoint.draft": "draft",
+    "checkpoint.seed": "seed",
+    "checkpoint.device": "device",
+    "checkpoint.dtype": "precision of numbers",
+    "reference.name": "reference",
+    "reference.sha256": "sha256 of the reference",
+    "reference.n": "pictures in the reference",
+    "reference.pixels": "their pixels a side",
+    "extractor.name": "extractor",
+    "extractor.sha256": "sha256 of the extractor",
+    "protocol.is_splits": "splits (IS)",
+    "protocol.is_shuffle_seed": "seed of the shuffle (IS)",
+    "protocol.kid_subsets": "subsets (KID)",
+    "protocol.kid_subset_size": "pictures a subset (KID)",
+    "protocol.prc_k": "neighbours (precision, recall)",
+    "protocol.resize": "resized",
+    "protocol.rejected": "rejected",
+    "seconds.total": "time",
+    "seconds.sampling": "time for sampling",
+    "seconds.features": "time for features",
+    "version": "varcli",
+    "date": "date",
+}
+"""What settings are called in a report; others go by the names that they have in the result."""
+TOLD = (
+    "checkpoint",
+    "source",
+    "n",
+    "what",
+    "classes",
+    "reference",
+    "extractor",
+    "protocol",
+    "version",
+    "date",
+    "seconds",
+)
+"""Parts of a result that are settings, in the order in which a report shows them."""
+
+
+def of_evaluation(facts: Facts) -> dict[str, str]:
+    """Return all settings of a result by their path, in words."""
+    found: dict[str, str] = {}
+    for part in TOLD:
+        value = facts.get(part)
+        inside = {f"{part}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {part: value}
+        found |= {path: _setting(path, each) for path, each in inside.items()}
+    return found
+
+
+def _setting(path: str, value: Any) -> str:
+    if path == "date":
+        return words.moment(value)
+    if path.startswith("seconds.") and isinstance(value, int | float):
+        return words.duration(value)
+    return str(value) if path.endswith("seed") else words.value_in_words(value)
+
+
+def common_and_differing(caption: str, labels: Sequence[str], given: Sequence[Mapping[str, str]]) -> list[Table]:
+    """Return what several have in common as one table, and what tells them apart as another, a row each."""
+    paths = list(dict.fromkeys(path for each in given for path in each))
+    differing = [path for path in paths if len({each.get(path, NONE) for each in given}) > 1]
+    shared = [Row(NAMES.get(path, _plain(path)), (Cell(given[0][path]),)) for path in paths if path not in differing]
+    rows = [
+        Row(label, tuple(Cell(words.shortened(each.get(path, NONE))) for path in differing))
+        for label, each in zip(labels, given, strict=True)
+    ]
+    headings = [NAMES.get(path, _plain(path)) for path in differing]
+    tables = [
+        table(f"{caption}: where they differ", ("", *headings), [rows]),
+        table(f"{caption}: the same for all" if len(given) > 1 else caption, ("Setting", "Value"), [shared]),
+    ]
+    return [each for each in tables if each.groups[0] and len(each.headings) > 1]
+
+
+def of_run(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings of a training run in words."""
+    return {key: str(value) if key == "seed" else words.value_in_words(value) for key, value in settings.items()}
+
+
+def _plain(path: str) -> str:
+    return path.rpartition(".")[2].replace("_", " ")
