@@ -14,6 +14,7 @@ from varcli.evaluation.downloads import fetch
 
 CONTENT = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+SIZE = len(CONTENT)
 
 
 @pytest.fixture
@@ -25,12 +26,12 @@ def server(monkeypatch):
         yield server
 
 
-def get(server, folder, name="x.npz", size=len(CONTENT), sha256=SHA256):
+def get(server, folder, name="x.npz", size=SIZE, sha256=SHA256):
     address = f"{server.url}/FoundationVision/var/resolve/main/{name}"  # redirected, as release files are
     return fetch(address, folder / name, size=size, sha256=sha256, advice="bring it", progress=False)
 
 
-@pytest.mark.parametrize("size", [len(CONTENT), None])
+@pytest.mark.parametrize("size", [SIZE, None])
 def test_it_comes_whole_and_once(server, tmp_path, size):
     path = get(server, tmp_path / "cache", size=size)
     assert path.read_bytes() == CONTENT
@@ -40,7 +41,7 @@ def test_it_comes_whole_and_once(server, tmp_path, size):
     assert [file.name for file in path.parent.iterdir() if file.suffix != ".lock"] == ["x.npz"]
 
 
-@pytest.mark.parametrize("size", [len(CONTENT), None])
+@pytest.mark.parametrize("size", [SIZE, None])
 def test_killed_download_is_resumed(server, tmp_path, size):
     (tmp_path / "x.npz.part").write_bytes(CONTENT[:4000])
     assert get(server, tmp_path, size=size).read_bytes() == CONTENT
@@ -54,7 +55,7 @@ def test_broken_connection_is_resumed(server, tmp_path, monkeypatch):
     assert server.log == [("x.npz", None), ("x.npz", "bytes=1000-")]
 
 
-@pytest.mark.parametrize("size", [len(CONTENT), None])
+@pytest.mark.parametrize("size", [SIZE, None])
 def test_part_that_had_all_but_its_name(server, tmp_path, size):
     (tmp_path / "x.npz.part").write_bytes(CONTENT)
     assert get(server, tmp_path, size=size).read_bytes() == CONTENT
@@ -64,7 +65,7 @@ def test_part_that_had_all_but_its_name(server, tmp_path, size):
 @pytest.mark.parametrize("left", [b"rubbish", CONTENT + b"more"])
 def test_a_damaged_part_is_not_believed(server, tmp_path, left):
     (tmp_path / "x.npz.part").write_bytes(left)
-    if len(left) < len(CONTENT):
+    if len(left) < SIZE:
         with pytest.raises(CheckpointError, match=r"x\.npz: wrong sha256 [0-9a-f]{64}; it should be .*; bring it"):
             get(server, tmp_path)
     assert get(server, tmp_path).read_bytes() == CONTENT

@@ -44,7 +44,7 @@ def test_shipped_reference_is_as_registered():
     assert (len(pictures), pictures.side, pictures.jpegs) == (2000, 64, 2000)
     assert pictures.class_counts() == [10] * 200
     assert all(entry.id < 1000 and entry.wnid.startswith("n") for entry in pictures.classes.entries)
-    ((_, pixels),) = pictures.batches([0, 1999], 2)
+    ((_, pixels, _),) = pictures.batches([0, 1999], 2)
     assert pixels.shape == (2, 64, 64, 3)
 
 

@@ -73,15 +73,16 @@ class PictureList:
             image = decode_picture(picture.source.read(picture.member), picture.name)
         return np.asarray(image) if self._resize is None else center_crop(image, self._resize)
 
-    def batches(self, indices: Iterable[int], size: int) -> Iterator[tuple[list[int], Pixels]]:
-        """Yield up to `size` pictures at a time, and their indices; some are read ahead while one batch is at work.
+    def batches(self, ranks: Iterable[int], size: int) -> Iterator[tuple[list[int], Pixels, list[int]]]:
+        """Yield up to `size` pictures at a time: their ranks, pixels (B, P, P, 3) and classes' rows.
 
-        Where bad ones are passed over they are missing from the batch and its indices, and in `skipped`.
+        Some are read ahead while one batch is at work. Bad ones that are passed over are missing in it, and named
+        in `skipped`.
 
         Raises:
             UnreadablePicture: one cannot be decoded.
         """
-        left = iter(indices)
+        left = iter(ranks)
         waiting: deque[dict[int, Future[Pixels]]] = deque()
         pool = ThreadPoolExecutor()
         try:
@@ -91,7 +92,7 @@ class PictureList:
                 if not waiting:
                     return
                 if read := self._gathered(waiting.popleft()):
-                    yield list(read), np.stack(list(read.values()))
+                    yield list(read), np.stack(list(read.values())), [self.rows[i] for i in read]
         finally:
             pool.shutdown(cancel_futures=True)
 
