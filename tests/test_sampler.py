@@ -177,7 +177,7 @@ def test_growth_ends_in_the_picture(small):
 def test_batches_are_halved_when_memory_runs_out(small, monkeypatch):
     sizes = []
 
-    def tight(tokenizer, transformer, rows, seeds, config):
+    def tight(tokenizer, transformer, rows, seeds, config, **_):
         sizes.append(len(rows))
         if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -207,7 +207,7 @@ def test_batches_are_halved_when_memory_runs_out(small, monkeypatch):
     ids=["CUDA", "MPS", "cuBLAS", "Linux", "Windows", "Python"],
 )
 def test_not_even_one_picture_fits(small, monkeypatch, error):
-    def none(*_):
+    def none(*_, **__):
         raise error
 
     monkeypatch.setattr(batches, "generate", none)
@@ -216,7 +216,7 @@ def test_not_even_one_picture_fits(small, monkeypatch, error):
 
 
 def test_other_runtime_errors_are_bugs(small, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("shapes cannot be multiplied")
 
     monkeypatch.setattr(batches, "generate", broken)

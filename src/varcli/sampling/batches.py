@@ -1,20 +1,26 @@
-"""Many pictures: in batches as large as memory and reproducibility allow."""
+"""Many pictures: in batches as large as memory and reproducibility allow.
 
-from collections.abc import Iterable, Iterator, Sequence
+Shapes: B pictures, P pixels a side.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from varcli.config import SampleConfig
 from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.devices import block_weight, free_memory, independent, out_of_memory
-from varcli.sampling.sampler import Pixels, decode, generate
-
-LARGEST_BATCH = 256
-"""Beyond it nothing gets faster."""
+from varcli.sampling.graphs import Recorded, Runner, cuda_recorder
+from varcli.sampling.memory import fitting_batch
+from varcli.sampling.sampler import DIRECT, Pixels, decode, decode_on_device, generate
 
 
 class Request(Protocol):
@@ -32,61 +38,136 @@ class Request(Protocol):
 Wanted = TypeVar("Wanted", bound=Request)
 
 
+@dataclass(frozen=True, slots=True)
+class Underway(Generic[Wanted]):
+    """Pictures that a GPU is busy with, or has put into the host's memory."""
+
+    group: Sequence[Wanted]
+    pixels: Tensor
+    """(B, P, P, 3) uint8 in the host's memory, not there before `arrived`."""
+    arrived: torch.cuda.Event | None
+    """None where nothing is waited for."""
+
+    def pictures(self) -> Iterator[tuple[Wanted, Pixels]]:
+        """Yield each request with its picture, having waited for them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        yield from zip(self.group, self.pixels.numpy(), strict=False)  # a padded batch has more pictures
+
+
 class BatchSampler:
     """Makes pictures with one pair of models and one set of settings."""
 
     def __init__(
-        self, tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, batch_size: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        transformer: Transformer,
+        config: SampleConfig,
+        batch_size: int | None = None,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Take models made ready by `devices.place`; no batch size means as many as memory seems to hold."""
-        self.tokenizer, self.transformer, self.config = tokenizer, transformer, config
-        self.batch_size = 1 if independent(transformer) else batch_size or fitting_batch(tokenizer, transformer)
+        """Take models made ready by `devices.place`.
+
+        Args:
+            tokenizer: turns tokens into pixels.
+            transformer: draws the tokens.
+            config: settings of all pictures.
+            batch_size: pictures at a time where several are; None means as many as memory seems to hold.
+            note: told, in a line, what makes this run slower than it might be.
+        """
+        self.tokenizer, self.transformer, self.config, self.note = tokenizer, transformer, config, note
+        alone, device = independent(transformer), block_weight(transformer).device
+        self.batch_size = 1 if alone else batch_size or fitting_batch(tokenizer, transformer, config)
+        self.ahead = 1 if device.type == "cuda" else 0
+        recordable = device.type == "cuda" and not alone and not config.smooth
+        self.record = cuda_recorder() if recordable else None
+        self.runners: dict[int, Recorded] = {}
 
     def pictures(self, requests: Iterable[Wanted]) -> Iterator[tuple[Wanted, Pixels]]:
         """Yield each request with its picture, (P, P, 3) uint8, in order, reading only a batch ahead.
 
+        On a GPU the next batch is begun before the pictures of the last are waited for.
+
         Raises:
             RunError: not even one picture fits into memory.
         """
-        waiting = iter(requests)
+        waiting, underway = iter(requests), deque[Underway[Wanted]]()
         while group := list(islice(waiting, self.batch_size)):
-            yield from zip(group, self._make(group), strict=True)
+            underway.extend(self._begin(group))
+            while len(underway) > self.ahead:
+                yield from underway.popleft().pictures()
+        for begun in underway:
+            yield from begun.pictures()
 
     def growth(self, request: Request) -> Iterator[Pixels]:
         """Yield one picture (P, P, 3) as it looks after each scale; the last one is the picture itself."""
         for result in generate(self.tokenizer, self.transformer, [request.row], [request.seed], self.config):
             yield decode(self.tokenizer, result.f_hat)[0]
 
-    def _make(self, group: Sequence[Request]) -> list[Pixels]:
-        made = self._attempt(group)
-        if made is not None:
-            return made
+    def _begin(self, group: Sequence[Wanted]) -> list[Underway[Wanted]]:
+        """Return the group on its way: as one batch or, where memory runs out, as several smaller ones."""
+        begun = self._attempt(group)
+        if begun is None and self.runners:
+            self._forget_recordings()  # those of other sizes hold memory too
+            begun = self._attempt(group)
+        if begun is not None:
+            return [begun]
         if len(group) == 1:
             raise RunError("memory: one picture does not fit; a smaller checkpoint, --dtype bf16 or --device cpu")
         half = self.batch_size = len(group) // 2
-        free_memory(block_weight(self.transformer).device)
-        return self._make(group[:half]) + self._make(group[half:])
+        self._forget_recordings()
+        return self._begin(group[:half]) + self._begin(group[half:])
 
-    def _attempt(self, group: Sequence[Request]) -> list[Pixels] | None:
-        """Return the group's pictures, or None where memory ran out."""
-        rows, seeds = [request.row for request in group], [request.seed for request in group]
+    def _forget_recordings(self) -> None:
+        self.runners.clear()
+        free_memory(block_weight(self.transformer).device)
+
+    def _attempt(self, group: Sequence[Wanted]) -> Underway[Wanted] | None:
+        """Return the group on its way, or None where memory ran out."""
         try:
-            *_, last = generate(self.tokenizer, self.transformer, rows, seeds, self.config)
-            return list(decode(self.tokenizer, last.f_hat))
+            return self._started(group)
         except (RuntimeError, MemoryError) as error:  # CUDA's own subclass, Metal and the CPU's allocator alike
             if not out_of_memory(error):
                 raise
             return None
 
+    @torch.inference_mode()
+    def _started(self, group: Sequence[Wanted]) -> Underway[Wanted]:
+        size = len(group) if self.record is None else padded_size(len(group), self.batch_size)
+        padded = [*group, *[group[-1]] * (size - len(group))]
+        rows, seeds = [request.row for request in padded], [request.seed for request in padded]
+        runner = self._runner(size)
+        *_, last = generate(self.tokenizer, self.transformer, rows, seeds, self.config, runner=runner)
+        pixels_BPP3 = runner.run("decoder", partial(decode_on_device, self.tokenizer, last.f_hat))
+        return fetched(group, pixels_BPP3)
 
-def fitting_batch(tokenizer: Tokenizer, transformer: Transformer) -> int:
-    """Return how many pictures should fit into a GPU's free memory; too many is corrected by halving."""
-    weight = block_weight(transformer)
-    if weight.device.type != "cuda":
-        return 16
-    free, _ = torch.cuda.mem_get_info(weight.device)
-    shape, parts = transformer.config, tokenizer.config
-    cache = 2 * shape.depth * 2 * shape.length * shape.width * weight.element_size()
-    last_scale = shape.sides[-1] ** 2 * (2 * 16 * shape.width + 6 * shape.codebook_size) * 4
-    decoder = 6 * parts.base_width * parts.pixels**2 * weight.element_size()
-    return max(1, min(LARGEST_BATCH, int(0.8 * free) // (cache + max(last_scale, decoder))))
+    def _runner(self, size: int) -> Runner:
+        """Return what runs batches of a size: recordings are kept for each size there is."""
+        if self.record is None:
+            return DIRECT
+        if size not in self.runners:
+            self.runners[size] = Recorded(self.record, self._not_recorded)
+        return self.runners[size]
+
+    def _not_recorded(self, error: RuntimeError) -> None:
+        reason = " ".join(str(error).split())
+        self.note(f"CUDA graphs: cannot be recorded here, small batches will be slower ({reason})")
+
+
+def padded_size(count: int, largest: int) -> int:
+    """Return the power of two that so many pictures are rounded up to, so that few sizes are recorded."""
+    return min(1 << (count - 1).bit_length(), max(largest, count))
+
+
+def fetched(group: Sequence[Wanted], pixels_BPP3: Tensor) -> Underway[Wanted]:
+    """Return pictures on their way to the host; nothing here waits for a GPU.
+
+    The copy is in the queue of the computation, so that the next batch cannot overwrite what is being
+    copied; it takes a thousandth of a batch's time.
+    """
+    if pixels_BPP3.device.type != "cuda":
+        return Underway(group, pixels_BPP3.cpu(), None)
+    there, arrived = torch.empty_like(pixels_BPP3, device="cpu", pin_memory=True), torch.cuda.Event()
+    there.copy_(pixels_BPP3, non_blocking=True)
+    arrived.record()
+    return Underway(group, there, arrived)

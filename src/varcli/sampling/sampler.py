@@ -7,6 +7,8 @@ V codebook rows, K candidates of a draw, H = W = s_K, P pixels a side.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +17,16 @@ from torch import Tensor
 
 from varcli.config import SampleConfig
 from varcli.models.attention import KeyValueCache
+from varcli.models.fused import FusedBlocks, ScaleCache, fusible
 from varcli.models.quantizer import Quantizer
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer, normalize
 from varcli.sampling.devices import block_weight
 from varcli.sampling.draws import Candidates, candidates, draw, generators, gumbels, mixture, uniforms
-from varcli.scales import progress_ratio
+from varcli.sampling.graphs import Direct, Runner
+from varcli.scales import progress_ratio, spans
+
+DIRECT = Direct()
 
 Pixels = npt.NDArray[np.uint8]
 """uint8, (B, P, P, 3)."""
@@ -48,30 +54,47 @@ class ScaleResult:
     """The feature map so far, (B, C, H, W)."""
 
 
+class Blocks(Protocol):
+    """A transformer's blocks: its own or such as stand in for them."""
+
+    def modulations(self, class_BD: Tensor) -> list[Tensor]:
+        """Return what the class does in each block."""
+
+    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
+        """Return the residual stream of one scale after all blocks, having stored what later scales need."""
+
+
 class ScaleModel:
     """The transformer at work on one batch: what it computes once, and what it remembers between scales."""
 
-    def __init__(self, transformer: Transformer, rows: Sequence[int], config: SampleConfig) -> None:
+    def __init__(self, transformer: Transformer, rows: Sequence[int] | Tensor, config: SampleConfig) -> None:
+        """Take rows of the class table; given as a tensor on the model's device nothing here waits for the host."""
         model, weight = transformer, block_weight(transformer)
         self.transformer, self.cfg, self.count = model, config.cfg, len(rows)
-        unconditional = [model.config.null_class] * len(rows) if config.cfg > 0 else []
-        self.class_RD = model.class_emb(torch.tensor([*rows, *unconditional], device=weight.device))
+        row_R = torch.as_tensor(rows, device=weight.device)
+        if config.cfg > 0:
+            row_R = torch.cat([row_R, torch.full_like(row_R, model.config.null_class)])
+        self.class_RD = model.class_emb(row_R)
+        fused = fusible(model)
+        self.blocks: Blocks = FusedBlocks(model) if fused else model
         self.low_precision = torch.autocast(
-            weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32, cache_enabled=False
+            weight.device.type, weight.dtype, enabled=not fused and weight.dtype != torch.float32, cache_enabled=False
         )
         with self.low_precision:
-            self.modulations = [ada.float() for ada in model.modulations(self.class_RD)]
+            self.modulations = [ada.float() for ada in self.blocks.modulations(self.class_RD)]
         final_R12D = model.head_nm.ada_lin(self.class_RD)
         self.final_scale, self.final_shift = final_R12D.unbind(2)
-        self.cache = KeyValueCache(model.config, len(self.class_RD), weight.device, weight.dtype)
+        cache = ScaleCache if fused else KeyValueCache
+        self.cache = cache(model.config, len(self.class_RD), weight.device, weight.dtype)
 
     def logits(self, scale: int, input_BlC: Tensor | None) -> Tensor:
-        """Return the guided logits (B, l, V) of the next scale, in float32."""
+        """Return the guided logits (B, l, V) of a scale, in float32, after those of all scales before it."""
         if input_BlC is not None:
             input_BlC = input_BlC.repeat(len(self.class_RD) // self.count, 1, 1)
         x_RlD = self.transformer.scale_input(scale, self.class_RD, input_BlC)
+        self.cache.filled = spans(self.transformer.config.sides)[scale].start
         with self.low_precision:
-            x_RlD = self.transformer.step(x_RlD, self.modulations, self.cache)
+            x_RlD = self.blocks.step(x_RlD, self.modulations, self.cache)
         h_BlD = self.guide(normalize(x_RlD, self.final_scale, self.final_shift), scale)
         logits_BlV: Tensor = self.transformer.head(h_BlD)
         return logits_BlV
@@ -87,6 +110,49 @@ class ScaleModel:
         return (1 + t) * h_RlD[: self.count] - t * h_RlD[self.count :]
 
 
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How one batch gets from logits to tokens, and from tokens to what the next scale sees."""
+
+    quantizer: Quantizer
+    config: SampleConfig
+    keep: Keep | None
+    sources: list[torch.Generator]
+    """Each picture's own."""
+    u_BL: Tensor | None
+    """Their numbers in [0, 1), one a token; none in a smooth run, which asks the sources for more."""
+
+    def step(self, scale: int, logits_BlV: Tensor, f_hat_BCHW: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return a scale's tokens (B, l), f_hat with them, and, if there is a next scale, its input (B, l, C)."""
+        found = candidates(logits_BlV, self.config.top_k, self.config.top_p)
+        idx_Bl, h_BCss = self._mixed(found, scale) if self.u_BL is None else self._drawn(found, scale, self.u_BL)
+        if self.keep is not None:
+            idx_Bl, h_BCss = self._kept(idx_Bl, h_BCss, self.keep, scale)
+        f_hat_BCHW = self.quantizer.accumulate(f_hat_BCHW, h_BCss, scale)
+        more = scale + 1 < len(self.quantizer.sides)
+        return idx_Bl, f_hat_BCHW, self.quantizer.next_input(f_hat_BCHW, scale + 1) if more else None
+
+    def _drawn(self, found: Candidates, scale: int, u_BL: Tensor) -> tuple[Tensor, Tensor]:
+        idx_Bl = draw(found, u_BL[:, spans(self.quantizer.sides)[scale]])
+        return idx_Bl, self.quantizer.embed(idx_Bl)
+
+    def _mixed(self, found: Candidates, scale: int) -> tuple[Tensor, Tensor]:
+        _, length, count = found.order.shape
+        ratio = progress_ratio(scale, len(self.quantizer.sides))
+        weight_BlK = mixture(found, gumbels(self.sources, length, count), ratio)
+        rows_VC = self.quantizer.embedding.weight
+        weight_BlV = weight_BlK.new_zeros(*weight_BlK.shape[:2], len(rows_VC)).scatter_(-1, found.order, weight_BlK)
+        side = self.quantizer.sides[scale]
+        idx_Bl = weight_BlV.argmax(-1)
+        return idx_Bl, (weight_BlV @ rows_VC).transpose(1, 2).reshape(len(idx_Bl), -1, side, side)
+
+    def _kept(self, idx_Bl: Tensor, h_BCss: Tensor, keep: Keep, scale: int) -> tuple[Tensor, Tensor]:
+        given_Bl, mask_Bl = keep.tokens[scale].expand_as(idx_Bl), keep.masks[scale].expand_as(idx_Bl)
+        mask_B1ss = mask_Bl.view(len(idx_Bl), 1, *h_BCss.shape[2:])
+        given_BCss = self.quantizer.embed(given_Bl)
+        return torch.where(mask_Bl, given_Bl, idx_Bl), torch.where(mask_B1ss, given_BCss, h_BCss)
+
+
 @torch.inference_mode()
 def generate(
     tokenizer: Tokenizer,
@@ -97,6 +163,7 @@ def generate(
     *,
     keep: Keep | None = None,
     mark: Callable[[str], None] = lambda phase: None,
+    runner: Runner = DIRECT,
 ) -> Iterator[ScaleResult]:
     """Yield each scale of a batch of pictures as soon as it is drawn, coarse to fine.
 
@@ -108,61 +175,51 @@ def generate(
         config: guidance, filters and how to draw.
         keep: tokens of a given picture that stay, for editing.
         mark: called with "transformer" and "drawing" after these phases of each scale, for a stopwatch.
+        runner: how to run the steps. Recorded ones leave their results where the next batch's will be.
 
     Source: paper, figure 4 and equation 4; guidance as in its section 4.
     """
-    model, sources = ScaleModel(transformer, rows, config), generators(seeds, rows)
+    device, sources = block_weight(transformer).device, generators(seeds, rows)
+    row_B = runner.admit("rows", torch.tensor(rows), device)
+    numbers_BL = None if config.smooth else uniforms(sources, transformer.config.length)
+    u_BL = None if numbers_BL is None else runner.admit("numbers", numbers_BL, device)
+    model = runner.run("class", lambda: ScaleModel(transformer, row_B, config))
+    drawing = Drawing(tokenizer.quantize, config, keep, sources, u_BL)
     f_hat_BCHW, input_BlC = None, None
     for scale in range(len(transformer.config.sides)):
-        logits_BlV = model.logits(scale, input_BlC)
+        logits_BlV = runner.run(f"transformer {scale}", partial(model.logits, scale, input_BlC))
         mark("transformer")
-        found = candidates(logits_BlV, config.top_k, config.top_p)
-        if config.smooth:
-            idx_Bl, h_BCss = _mix_tokens(tokenizer.quantize, found, sources, scale)
-        else:
-            idx_Bl, h_BCss = _draw_tokens(tokenizer.quantize, found, sources)
-        if keep is not None:
-            idx_Bl, h_BCss = _keep_tokens(tokenizer.quantize, idx_Bl, h_BCss, keep, scale)
-        f_hat_BCHW = tokenizer.quantize.accumulate(f_hat_BCHW, h_BCss, scale)
+        drawn = runner.run(f"drawing {scale}", partial(drawing.step, scale, logits_BlV, f_hat_BCHW))
         mark("drawing")
+        idx_Bl, f_hat_BCHW, input_BlC = drawn
         yield ScaleResult(scale, idx_Bl, f_hat_BCHW)
-        if scale + 1 < len(transformer.config.sides):
-            input_BlC = tokenizer.quantize.next_input(f_hat_BCHW, scale + 1)
-
-
-def _draw_tokens(quantizer: Quantizer, found: Candidates, sources: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    idx_Bl = draw(found, uniforms(sources, found.order.shape[1]))
-    return idx_Bl, quantizer.embed(idx_Bl)
-
-
-def _mix_tokens(
-    quantizer: Quantizer, found: Candidates, sources: Sequence[torch.Generator], scale: int
-) -> tuple[Tensor, Tensor]:
-    _, length, count = found.order.shape
-    ratio = progress_ratio(scale, len(quantizer.sides))
-    weight_BlK = mixture(found, gumbels(sources, length, count), ratio)
-    rows_VC = quantizer.embedding.weight
-    weight_BlV = weight_BlK.new_zeros(*weight_BlK.shape[:2], len(rows_VC)).scatter_(-1, found.order, weight_BlK)
-    side = quantizer.sides[scale]
-    idx_Bl = weight_BlV.argmax(-1)
-    return idx_Bl, (weight_BlV @ rows_VC).transpose(1, 2).reshape(len(idx_Bl), -1, side, side)
-
-
-def _keep_tokens(quantizer: Quantizer, idx_Bl: Tensor, h_BCss: Tensor, keep: Keep, scale: int) -> tuple[Tensor, Tensor]:
-    given_Bl, mask_Bl = keep.tokens[scale].expand_as(idx_Bl), keep.masks[scale].expand_as(idx_Bl)
-    mask_B1ss = mask_Bl.view(len(idx_Bl), 1, *h_BCss.shape[2:])
-    return torch.where(mask_Bl, given_Bl, idx_Bl), torch.where(mask_B1ss, quantizer.embed(given_Bl), h_BCss)
 
 
 @torch.inference_mode()
 def decode(tokenizer: Tokenizer, f_hat_BCHW: Tensor) -> Pixels:
     """Return the pixels of feature maps as uint8, computed in the precision of the decoder's weights."""
+    pixels: Pixels = decode_on_device(tokenizer, f_hat_BCHW).cpu().numpy()
+    return pixels
+
+
+DECODED_AT_ONCE = 16
+"""Pictures; more of them take gigabytes in the decoder's last layers and are not faster."""
+
+
+@torch.inference_mode()
+def decode_on_device(tokenizer: Tokenizer, f_hat_BCHW: Tensor) -> Tensor:
+    """Return the same (B, P, P, 3), where the models are and without waiting for them."""
     f_hat_BCHW = f_hat_BCHW.to(tokenizer.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
-    return to_pixels(tokenizer.decode_features(f_hat_BCHW).float().clamp(-1, 1))
+    parts = [tokenizer.decode_features(part).float() for part in f_hat_BCHW.split(DECODED_AT_ONCE)]
+    return torch.cat([in_8_bits(part.clamp(-1, 1)) for part in parts])
+
+
+def in_8_bits(image_B3PP: Tensor) -> Tensor:
+    """Return pictures in [-1, 1] as uint8, (B, P, P, 3)."""
+    return ((image_B3PP + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def to_pixels(image_B3PP: Tensor) -> Pixels:
-    """Return pictures in [-1, 1] as uint8."""
-    pixels_BPP3 = ((image_B3PP + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    pixels: Pixels = pixels_BPP3.contiguous().cpu().numpy()
+    """Return pictures in [-1, 1] as uint8 on the host."""
+    pixels: Pixels = in_8_bits(image_B3PP).cpu().numpy()
     return pixels
