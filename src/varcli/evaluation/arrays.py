@@ -61,9 +61,7 @@ class Arrays:
         pixels_HW3 = self._pixels_NHW3[self._places[member]]
         height, width, _ = pixels_HW3.shape
         header = b"P6 %d %d 255\n" % (width, height)
-        return header + (
-            pixels_HW3.tobytes() if most < 0 else pixels_HW3.ravel()[: max(0, most - len(header))].tobytes()
-        )
+        return header + pixels_HW3.tobytes() if most < 0 else (header + pixels_HW3.ravel()[:most].tobytes())[:most]
 
     def entry(self, member: str) -> ClassEntry | None:
         """Return the class of a picture, as its provenance or the labels in `arr_1` have it."""
