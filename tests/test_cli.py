@@ -21,8 +21,8 @@ EDITING = (
     "--smooth --out -o --grid --scales --device --dtype --json --quiet -q "
 )
 OPTIONS = {
-    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --out -o --grid "
-    "--scales --batch-size --device --dtype --resume --json --quiet -q",
+    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --draft --out -o "
+    "--grid --scales --batch-size --device --dtype --quantize --nproc --resume --json --quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
     "outpaint": EDITING + "--pad --to",
     "edit": EDITING + "--mask --alpha --box --fit-mask",
@@ -87,7 +87,11 @@ def test_version(capsys):
         (["sample", "-c", "1", "-m", "{foreign}"], 4, "checkpoint: {foreign}; cannot be read: "),
         (["sample", "-c", "1", "-m", "{truncated}"], 4, "checkpoint: {truncated}; cannot be read: "),
         (["sample", "-c", "1", "-o", "{foreign}"], 2, "out: {foreign}; a folder, a name ending in .png"),
-        (["sample", "-c", "1", "-o", "/dev/full"], 5, "output: /dev/full cannot be written; No space left on device"),
+        (
+            ["sample", "-c", "1", "-q", "-o", "/dev/full"],
+            5,
+            "output: /dev/full cannot be written; No space left on device",
+        ),
         (["sample", "-c", "1", "-o", "{foreign}/x.png"], 5, "output: {foreign}/x.png cannot be written; "),
         (["show", "{foreign}"], 3, "picture: {foreign}; a PNG written by var sample"),
         (["classes", "zeppelin"], 3, "class: zeppelin; no name has these words"),
@@ -162,6 +166,7 @@ def test_a_closed_pipe_ends_quietly(model, tmp_path):
         process.stdin.write("1\n")
         process.stdin.flush()
         assert process.stdout.readline() == "1-goldfish-0.png\n"
+        assert process.stderr.readline().startswith("var: computing on ")
         process.stdout.close()
         process.stdin.write("1\n")
         process.stdin.close()
@@ -218,6 +223,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model, tmp_path):
         process.stdin.write("1\n")
         process.stdin.flush()
         assert process.stdout.readline() == "1-goldfish-0.png\n"
+        assert process.stderr.readline().startswith("var: computing on ")
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         assert process.wait() == cli.INTERRUPTED

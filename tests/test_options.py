@@ -2,7 +2,7 @@
 
 import pytest
 
-from varcli.commands.options import parse_numbers
+from varcli.commands.options import parse_drafts, parse_numbers
 from varcli.errors import UsageError
 
 
@@ -14,3 +14,18 @@ def test_a_list_of_numbers():
 def test_what_is_no_list_of_numbers(text):
     with pytest.raises(UsageError, match=f"^sides: {text}; whole numbers with commas between, such as 1,2,3$"):
         parse_numbers("sides", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "drafts"),
+    [
+        (None, None),
+        ("", ""),
+        ("all", "guidance,tokens,cache"),
+        ("cache, guidance", "guidance,cache"),
+        ("cache,cache", "cache"),
+        ("cash,cache", "cache,cash"),  # for the configuration to refuse
+    ],
+)
+def test_approximations_have_one_order(text, drafts):
+    assert parse_drafts(text) == drafts

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def pngs(folder):
 
 def test_a_picture_a_class_in_the_current_folder(sample, capsys, tmp_path):
     sample("-c", "golden retriever")
-    assert capsys.readouterr() == ("207-golden_retriever-0.png\n", "")
+    out, err = capsys.readouterr()
+    assert out == "207-golden_retriever-0.png\n"
+    assert re.fullmatch(r"var: computing on cpu in (fp32|bf16)\n", err)
     assert [path.name for path in tmp_path.iterdir()] == ["207-golden_retriever-0.png"]
     assert pixels("207-golden_retriever-0.png").shape == (16, 16, 3)
 
@@ -100,7 +103,7 @@ def test_neither_batch_nor_order_changes_a_picture(sample, dtype):
 
 
 def test_another_process_makes_the_same_picture(sample, model):
-    arguments = ["sample", "-c", "963", "--seed", "3", "--device", "cpu", "-m", str(model), "-o"]
+    arguments = ["sample", "-c", "963", "--seed", "3", "--device", "cpu", "--quiet", "-m", str(model), "-o"]
     made = subprocess.run([sys.executable, "-m", "varcli", *arguments, "-"], capture_output=True, check=True)
     assert made.stderr == b""
     sample("-c", "963", "--seed", 3, "--out", "here.png")
@@ -185,6 +188,21 @@ def test_resume_makes_only_what_is_missing(sample, capsys):
     assert len(capsys.readouterr().out.split()) == 2
 
 
+def test_precision_is_told_only_where_the_program_chose_it(sample, capsys):
+    sample("-c", "1", "--dtype", "fp32")
+    sample("-c", "1", "--quiet")
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_left_to_do_is_said(sample, capsys):
+    for out in ("o", "o.npz", "o.tar"):
+        for quiet in ((), ("--quiet",)):
+            sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--quiet")
+            sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--resume", *quiet)
+            said = "" if quiet else "var: nothing left to do; 2 of 2 pictures were there\n"
+            assert capsys.readouterr() == (f"{out}\n" if Path(out).is_file() and not quiet else "", said)
+
+
 def test_stdin_is_answered_line_by_line(sample, capsys, monkeypatch):
     seen = []
 
@@ -204,10 +222,9 @@ def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, cap
     monkeypatch.setattr(sheets, "MOST_PICTURES", 2)
     monkeypatch.setattr(sys, "stdin", iter(["1\n"] * 4))
     assert cli.run(["sample", "-c", "-", "--grid", "grid.png"]) == 2
-    assert capsys.readouterr() == (
-        "1-goldfish-0.png\n1-goldfish-1.png\n",
-        "var: error: grid: 3 pictures; at most 2\n",
-    )
+    out, err = capsys.readouterr()
+    assert out == "1-goldfish-0.png\n1-goldfish-1.png\n"
+    assert err.splitlines()[1:] == ["var: error: grid: 3 pictures; at most 2"]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +278,11 @@ def test_contact_sheet_and_growing_picture(sample, capsys):
         (["-c", "1", "-o", "no/x.png"], 5, "there is no folder no"),
         (["-c", "1", "--cfg", "-1"], 2, "cfg: -1.0; 0 (no guidance) or more"),
         (["-c", "1", "--top-p", "1.5"], 2, "top-p: 1.5; between 0 (off) and 1"),
+        (["-c", "1", "--quantize", "int8", "--dtype", "bf16"], 2, "quantize: int8 with --dtype bf16; one or the other"),
+        (["-c", "1", "--draft", "cash"], 2, "draft: cash; some of guidance, tokens, cache, with commas between"),
+        (["-c", "-", "--nproc", "2"], 2, "class: - with several processes; "),
+        (["-c", "1", "--scales", "g.gif", "--nproc", "2"], 2, "scales: with several processes; "),
+        (["-c", "1", "--nproc", "0"], 2, "Invalid value for '--nproc'"),
         (["-c", "1", "--device", "cuda:99"], 2, "device: cuda:99; this machine has cpu"),
         (["-c", "1", "-m", "no.safetensors"], 4, "checkpoint: no.safetensors; no such file, and the names are tiny64"),
     ],

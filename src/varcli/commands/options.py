@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 
 from typer import Argument, Option
 
+from varcli.config import DRAFTS
 from varcli.errors import UsageError
 
 DEFAULT_CHECKPOINT: Final = "tiny64"
@@ -75,7 +76,30 @@ BatchSize = Annotated[
 ]
 Device = Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
 Dtype = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"], Option("--dtype", help="Precision; auto is 16 bits on CUDA, else fp32.")
+    Literal["auto", "fp32", "bf16", "fp16"],
+    Option("--dtype", help="Precision; auto is 16 bits on CUDA and on CPUs that have bf16, else fp32."),
+]
+Quantize = Annotated[
+    Literal["int8"] | None,
+    Option("--quantize", help="Weights and activations in 8 bits where that is faster.", show_default="off"),
+]
+Draft = Annotated[
+    str | None,
+    Option(
+        "--draft",
+        metavar="NAMES",
+        help=f"Approximations that save time: {', '.join(DRAFTS)} (with commas between), or all.",
+        show_default="none",
+    ),
+]
+Processes = Annotated[
+    int,
+    Option(
+        "--nproc",
+        metavar="N",
+        min=1,
+        help="Share the pictures among N processes; each has a GPU of its own where there are any.",
+    ),
 ]
 Resume = Annotated[bool, Option("--resume", help="Skip pictures that are there already.")]
 Json = Annotated[bool, Option("--json", help="Results as JSON, one object a line.")]
@@ -94,3 +118,13 @@ def parse_numbers(what: str, text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise UsageError(f"{what}: {text}; whole numbers with commas between, such as 1,2,3") from None
+
+
+def parse_drafts(text: str | None) -> str | None:
+    """Return approximations in the order of `DRAFTS`, each once; unknown ones are left to the configuration."""
+    if text is None:
+        return None
+    given = {name.strip() for name in text.split(",")}
+    if given == {"all"}:
+        return ",".join(DRAFTS)
+    return ",".join([name for name in DRAFTS if name in given] + sorted(given - set(DRAFTS)))

@@ -10,17 +10,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from types import TracebackType
+from typing import BinaryIO
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from varcli.data.images import Provenance, cannot_write, provenance_from_json
 from varcli.data.places import Output
 from varcli.errors import InputError, RunError
-
-if TYPE_CHECKING:
-    from varcli.data.images import Picture, Pixels
+from varcli.reporting import note
 
 
 class Archive(Output):
@@ -30,13 +28,18 @@ class Archive(Output):
     a part when a picture is to be added.
     """
 
-    def __init__(self, path: Path, resume: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.archive: Path = path
         self._part = path.with_name(path.name + ".part")
         self._files = ExitStack()
         self._count = 0
-        self._growing = not (resume and path.is_file() and not self._part.exists())
-        self._lock = FileLock(f"{self._part}.lock", blocking=False)
+        self._growing = False
+        self._done: Counter[Provenance] = Counter()
+        self._like: Provenance | None = None
+
+    def open(self, resume: bool) -> None:
+        """Open the part; with `resume` find out what is in it, or in the finished archive."""
+        self._growing = not (resume and self.archive.is_file() and not self._part.exists())
         with self._reported():
             self._keep_others_out()
             found = self._open_part(resume) if self._growing else self._finished()
@@ -53,7 +56,7 @@ class Archive(Output):
         self._done[settings] -= 1
         return True
 
-    def add(self, pixels: "Picture", made: Provenance) -> None:
+    def put(self, prepared: bytes, made: Provenance) -> None:
         """Append a picture.
 
         Raises:
@@ -66,7 +69,7 @@ class Archive(Output):
                 self._unpack()
                 self._open_part(resume=True)
                 self._growing = True
-            self._append(np.asarray(pixels), made)
+            self._append(prepared, made)
             self._count += 1
 
     def close(self) -> None:
@@ -84,21 +87,27 @@ class Archive(Output):
         if self._growing and self._count == 0:
             self._remove_part()
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        super().__exit__(kind, error, at)
+        if kind is KeyboardInterrupt and self._growing and self._count > 0:
+            note(f"{self._count} pictures are kept in {self._part}; the same command with --resume goes on from there")
+
     def _keep_others_out(self) -> None:
         """Hold the archive until its files are closed; two processes would tear it.
 
         Raises:
             RunError: another one holds it.
         """
+        lock = FileLock(f"{self._part}.lock", blocking=False)
         if not self._part.parent.is_dir():  # taking the lock would make it
             raise FileNotFoundError
         try:
-            self._lock.acquire()
+            lock.acquire()
         except Timeout:
             what = f"output: {self.archive} is being written by another process"
             raise RunError(f"{what}; wait for it, or use another name") from None
-        self._files.callback(Path(self._lock.lock_file).unlink, missing_ok=True)
-        self._files.callback(self._lock.release)
+        self._files.callback(Path(lock.lock_file).unlink, missing_ok=True)
+        self._files.callback(lock.release)
 
     def _close_files(self) -> None:
         with suppress(OSError):  # what could not be written a moment ago cannot be written now
@@ -137,7 +146,7 @@ class Archive(Output):
         """Make a part of the finished archive."""
         raise NotImplementedError
 
-    def _append(self, pixels: "Pixels", made: Provenance) -> None:
+    def _append(self, prepared: bytes, made: Provenance) -> None:
         """Write one picture to the part, so that it is whole even if the next moment kills this process."""
         raise NotImplementedError
 

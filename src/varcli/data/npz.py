@@ -3,6 +3,7 @@
 import os
 import shutil
 import zipfile
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO
@@ -15,7 +16,7 @@ from varcli.errors import InputError
 from varcli.files import replacing
 
 if TYPE_CHECKING:
-    from varcli.data.images import Pixels
+    from varcli.data.images import Picture
 
 
 class Npz(Archive):
@@ -26,6 +27,11 @@ class Npz(Archive):
 
     _file: BinaryIO
     _lines: BinaryIO
+
+    def prepare(self, pixels: "Picture", made: Provenance) -> bytes:
+        """Return a picture as a .npy of one."""
+        array = np.asarray(pixels)
+        return _header(1, array.shape) + array.tobytes()
 
     @property
     def _lines_part(self) -> Path:
@@ -59,15 +65,14 @@ class Npz(Archive):
                 with stored.open(name) as source, path.open("wb") as target:
                     shutil.copyfileobj(source, target, _CHUNK)
 
-    def _append(self, pixels: "Pixels", made: Provenance) -> None:
+    def _append(self, prepared: bytes, made: Provenance) -> None:
+        shape = _read_shape(BytesIO(prepared))
         if self._count == 0:
-            self._shape = pixels.shape
+            self._shape = shape
             self._file.write(_header(0, self._shape))
-        if pixels.shape != self._shape:
-            raise InputError(
-                f"output: {self.archive} holds pictures of {self._shape}, not {pixels.shape}; another name"
-            )
-        self._file.write(pixels.tobytes())
+        if shape != self._shape:
+            raise InputError(f"output: {self.archive} holds pictures of {self._shape}, not {shape}; another name")
+        self._file.write(memoryview(prepared)[_HEADER_BYTES:])
         self._file.flush()
         self._lines.write(made.to_json().encode() + b"\n")  # behind the pixels: a line without them means nothing
         self._lines.flush()

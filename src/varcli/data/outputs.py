@@ -13,11 +13,7 @@ from varcli.errors import UsageError
 
 
 def open_output(out: str | None, *, several: bool, resume: bool = False) -> Output:
-    """Return the place that `--out` names.
-
-    ``-`` is standard output: one PNG, or several in a tar stream. A name ending in .png is a file, in
-    .npz the array ``arr_0`` (pictures, height, width, 3) of uint8, in .tar a WebDataset shard; any
-    other is a folder, made if need be. None is the current folder.
+    """Return the place that `--out` names, open.
 
     Args:
         out: as typed.
@@ -29,18 +25,37 @@ def open_output(out: str | None, *, several: bool, resume: bool = False) -> Outp
         RunError: it cannot be written.
         InputError: with `resume`, what lies there was not written by varcli.
     """
+    output = find_output(out, several=several)
+    output.open(resume)
+    return output
+
+
+def find_output(out: str | None, *, several: bool) -> Output:
+    """Return the place that `--out` names, not open.
+
+    ``-`` is standard output: one PNG, or several in a tar stream. A name ending in .png is a file, in
+    .npz the array ``arr_0`` (pictures, height, width, 3) of uint8, in .tar a WebDataset shard; any
+    other is a folder, made if need be. None is the current folder.
+
+    Args:
+        out: as typed.
+        several: whether there is, or may be, more than one picture.
+
+    Raises:
+        UsageError: the place cannot take these pictures.
+    """
     path, kind = Path(out or "."), _kind(out)
     if kind == "stream":
         return Stream(path, several)
     if kind == ".npz":
-        return Npz(path, resume)
+        return Npz(path)
     if kind == ".tar":
-        return Shard(path, resume)
+        return Shard(path)
     if kind == "folder":
-        return Files(path, resume)
+        return Files(path)
     if several:
         raise UsageError(f"out: {out} for several pictures; a folder, .npz or .tar, or - for a tar stream")
-    return Files(path.parent, resume, path.name)
+    return Files(path.parent, path.name)
 
 
 def check_output(out: str | None) -> None:

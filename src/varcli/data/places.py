@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from varcli.data.images import (
     EditProvenance,
@@ -30,10 +30,26 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """A place for pictures; a context manager, to be left before its results are taken for finished."""
+    """A place for pictures; a context manager, to be left before its results are taken for finished.
+
+    A picture goes there in two steps. `prepare` does the work that needs no order, in any thread and, with
+    an output that is not open, in any process. `put` is called by one thread of the process that opened it.
+    """
 
     archive: Path | None = None
     """The one file that holds all pictures in the end, where there is one."""
+
+    def open(self, resume: bool) -> None:
+        """Find out whether the place can be written, and make ready for it.
+
+        Args:
+            resume: take what an earlier run left here for done.
+
+        Raises:
+            UsageError: the place cannot take pictures.
+            RunError: it cannot be written.
+            InputError: with `resume`, what lies there was not written by varcli.
+        """
 
     def has(self, made: Provenance) -> bool:
         """Return whether an earlier run left this picture here; asked once for each picture, before `add`."""
@@ -45,6 +61,14 @@ class Output:
         Raises:
             RunError: it cannot be written.
         """
+        return self.put(self.prepare(pixels, made), made)
+
+    def prepare(self, pixels: "Picture", made: Provenance) -> Any:
+        """Return a picture as `put` takes it; its content as a PNG, if a kind of place does not say otherwise."""
+        return png_bytes(pixels, made)
+
+    def put(self, prepared: Any, made: Provenance) -> Path | None:
+        """Put the next picture here, as `prepare` returned it; return its own file, None where it has none."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -66,18 +90,22 @@ class Output:
 class Files(Output):
     """A folder of PNGs, or one PNG of a given name."""
 
-    def __init__(self, folder: Path, resume: bool, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self._folder = folder
-        self._resume = resume
         self._name = name
-        if name is not None:
-            check_writable(folder / name)
+        self._resume = False
+
+    def open(self, resume: bool) -> None:
+        """Make the folder if need be."""
+        self._resume = resume
+        if self._name is not None:
+            check_writable(self._folder / self._name)
             return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise cannot_write(folder, error) from error
-        check_folder(folder)
+            raise cannot_write(self._folder, error) from error
+        check_folder(self._folder)
 
     def has(self, made: Provenance) -> bool:
         """Return whether this very picture is there: a file of its name made with other settings is not it."""
@@ -89,11 +117,15 @@ class Files(Output):
         except InputError:
             return False
 
-    def add(self, pixels: "Picture", made: Provenance) -> Path:
-        """Write a picture; return its file."""
+    def prepare(self, pixels: "Picture", made: Provenance) -> Path:
+        """Write a picture, which needs no order either; return its file."""
         path = self._path(made)
         write_atomically(path, png_bytes(pixels, made))
         return path
+
+    def put(self, prepared: Path, made: Provenance) -> Path:
+        """Return the file of a picture."""
+        return prepared
 
     def _path(self, made: Provenance) -> Path:
         return self._folder / (self._name or picture_name(made))
@@ -105,16 +137,20 @@ class Files(Output):
 class Stream(Output):
     """Standard output or a pipe: the bytes of one PNG, or a tar of several, which needs no rewinding."""
 
+    _stream: BinaryIO | None = None
+
     def __init__(self, path: Path, several: bool) -> None:
         self._path = path
         self._several = several
-        with self._reported():
-            self._stream = _standard_output() if path == STANDARD_OUTPUT else path.open("wb")
 
-    def add(self, pixels: "Picture", made: Provenance) -> None:
+    def open(self, resume: bool) -> None:
+        """Open the pipe or device; a terminal is none."""
+        with self._reported():
+            self._stream = _standard_output() if self._path == STANDARD_OUTPUT else self._path.open("wb")
+
+    def put(self, prepared: bytes, made: Provenance) -> None:
         """Send a picture on its way."""
-        content = png_bytes(pixels, made)
-        self._send(tar_member(picture_name(made), content) if self._several else content)
+        self._send(tar_member(picture_name(made), prepared) if self._several else prepared)
 
     def close(self) -> None:
         """Send the end of the tar, if it is one."""
@@ -123,11 +159,13 @@ class Stream(Output):
 
     def abandon(self) -> None:
         """Close what was opened here, not standard output."""
-        if self._path != STANDARD_OUTPUT:
+        if self._stream and self._path != STANDARD_OUTPUT:
             with suppress(OSError):  # what could not be written a moment ago
                 self._stream.close()
 
     def _send(self, content: bytes) -> None:
+        if self._stream is None:
+            return  # this process only prepares
         with self._reported():
             self._stream.write(content)
             self._stream.flush()

@@ -5,14 +5,11 @@ import shutil
 import tarfile
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from varcli.data.archives import Archive, foreign
-from varcli.data.images import Provenance, png_bytes, provenance_from_json
+from varcli.data.images import Provenance, provenance_from_json
 from varcli.data.places import TAR_END, tar_member
-
-if TYPE_CHECKING:
-    from varcli.data.images import Pixels
 
 
 class Shard(Archive):
@@ -37,9 +34,9 @@ class Shard(Archive):
     def _unpack(self) -> None:
         shutil.copyfile(self.archive, self._part)
 
-    def _append(self, pixels: "Pixels", made: Provenance) -> None:
+    def _append(self, prepared: bytes, made: Provenance) -> None:
         class_id = -1 if made.class_id is None else made.class_id
-        contents = {"png": png_bytes(pixels, made), "cls": str(class_id).encode(), "json": made.to_json().encode()}
+        contents = {"png": prepared, "cls": str(class_id).encode(), "json": made.to_json().encode()}
         for ending, content in contents.items():
             self._file.write(tar_member(f"{self._count:06}.{ending}", content))
         self._file.flush()
