@@ -1,0 +1,134 @@
+"""Pictures on their way into a place: in order, only so many at a time, and no error lost."""
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from provenance import listing, made, picture
+from varcli.data.images import Provenance
+from varcli.data.outputs import open_output
+from varcli.data.places import Output
+from varcli.data.writing import Writer
+from varcli.errors import RunError
+
+
+@dataclass(frozen=True)
+class Item:
+    made: Provenance
+
+
+class Slow(Output):
+    """Encodes the first pictures last, and counts what it was given."""
+
+    def __init__(self):
+        self.prepared, self.placed, self.lock = 0, [], threading.Lock()
+
+    def prepare(self, pixels, made):
+        time.sleep(0.02 if made.seed % 4 == 0 else 0)
+        with self.lock:
+            self.prepared += 1
+        return made.seed
+
+    def put(self, prepared, made):
+        assert prepared == made.seed
+        self.placed.append(made.seed)
+        return Path(f"{made.seed}.png")
+
+
+def write(output, seeds, told, ahead=4):
+    with Writer(output, lambda item, path: told.append((item.made.seed, path)), ahead) as writer:
+        for seed in seeds:
+            item = Item(made(seed))
+            writer.put(item, writer.prepare(item, picture(seed)))
+    return told
+
+
+def test_all_come_in_order_and_are_told():
+    output = Slow()
+    assert write(output, range(40), []) == [(seed, Path(f"{seed}.png")) for seed in range(40)]
+    assert output.placed == list(range(40)) and output.prepared == 40
+
+
+def test_what_another_process_prepared_is_taken_as_it_is():
+    output = Slow()
+    with Writer(output, lambda item, path: None, 4) as writer:
+        writer.put(Item(made(3)), 3)
+    assert output.placed == [3] and output.prepared == 0
+
+
+def test_waiting_ends_when_all_are_there():
+    output = Slow()
+    with Writer(output, lambda item, path: None, 4) as writer:
+        for seed in range(8):
+            item = Item(made(seed))
+            writer.put(item, writer.prepare(item, picture(seed)))
+            if seed % 4 == 3:
+                writer.wait()
+                assert output.placed == list(range(seed + 1))
+
+
+def test_only_so_many_are_under_way():
+    """The maker is held up where nothing can be put down."""
+    output, free, given = Slow(), threading.Event(), []
+    put = output.put
+    output.put = lambda prepared, made: free.wait() and put(prepared, made)
+
+    def make():
+        with Writer(output, lambda item, path: None, 4) as writer:
+            for seed in range(20):
+                item = Item(made(seed))
+                writer.put(item, writer.prepare(item, picture(seed)))
+                given.append(seed)
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    time.sleep(0.3)
+    assert len(given) <= 4 + 2  # those that wait, the one being put down, the one being given
+    free.set()
+    maker.join()
+    assert output.placed == list(range(20))
+
+
+@pytest.mark.parametrize("step", ["prepare", "put", "told"])
+def test_an_error_in_a_thread_is_raised_in_the_main_one(step):
+    output = Slow()
+
+    def fail(*_):
+        raise RunError("no space")
+
+    if step != "told":
+        setattr(output, step, fail)
+    with pytest.raises(RunError, match="no space"), Writer(output, fail, 4) as writer:
+        for seed in range(100):
+            item = Item(made(seed))
+            writer.put(item, writer.prepare(item, picture(seed)))
+            time.sleep(0.01)
+        raise AssertionError("not noticed until the end")
+
+
+def test_an_error_of_the_last_picture_is_raised_too():
+    output = Slow()
+    output.put = lambda prepared, made: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        write(output, [0], [])
+
+
+@pytest.mark.parametrize("out", ["o", "x.npz", "x.tar"])
+def test_an_interrupted_run_keeps_what_was_made(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_output(out, several=True) as output,
+        Writer(output, lambda item, path: None, 4) as writer,
+    ):
+        for seed in range(10):
+            item = Item(made(seed))
+            writer.put(item, writer.prepare(item, picture(seed)))
+        raise KeyboardInterrupt
+    with open_output(out, several=True, resume=True) as output:
+        assert all(output.has(made(seed)) for seed in range(10))
+    assert listing(tmp_path) == [out]
+    assert not [thread for thread in threading.enumerate() if thread.name == "writer"]
