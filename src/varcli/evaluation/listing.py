@@ -46,7 +46,7 @@ class Listed:
 
 
 def list_pictures(paths: Sequence[str | Path], lines: Iterable[str] = ()) -> list[Listed]:
-    """Return what lies at each path, with the classes that names tell; ``-`` stands for one path a line.
+    """Return what lies at each path in order of names, with the classes these tell; ``-`` is one path a line.
 
     Raises:
         InputError: a path cannot be opened, has no pictures, or is given twice.
@@ -59,7 +59,7 @@ def list_pictures(paths: Sequence[str | Path], lines: Iterable[str] = ()) -> lis
     archives = {path: _archive(Path(path)) for path in given}
     files = [path for path, archive in archives.items() if archive is None]
     sources = [*filter(None, archives.values()), *([Files(files)] if files else [])]
-    return [picture for source in sources for picture in _members(source)]
+    return sorted((picture for source in sources for picture in _members(source)), key=lambda picture: picture.name)
 
 
 def in_words(names: Sequence[str], most: int = 5) -> str:

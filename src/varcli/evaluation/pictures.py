@@ -37,7 +37,7 @@ class PictureList:
     def __init__(
         self, pictures: Sequence[Listed], resize: int | None, skip_bad: bool = False, skipped: Sequence[str] = ()
     ) -> None:
-        self._pictures = sorted(pictures, key=lambda picture: picture.name)
+        self._pictures = pictures
         self._resize = resize
         self._skip_bad = skip_bad
         self.skipped = list(skipped)
