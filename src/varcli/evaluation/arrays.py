@@ -11,7 +11,6 @@ from hashlib import blake2b
 from pathlib import Path
 from struct import unpack
 from tempfile import TemporaryFile
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,14 +67,20 @@ class Arrays:
         return self._entries[self._places[member]]
 
 
+def square_side(path: Path) -> int | None:
+    """Return the side of the pictures in an .npz, None where it has none or they are no squares."""
+    with zipfile.ZipFile(path) as stored:
+        try:
+            (_, height, width, _), _ = _shape(stored)
+        except (KeyError, ValueError):
+            return None
+    return height if height == width else None
+
+
 def _mapped(path: Path, stored: zipfile.ZipFile) -> NDArray[np.uint8]:
     """Return the array of pictures as it lies in the file; what is compressed is unpacked beside it first."""
+    shape, start = _shape(stored)
     info = stored.getinfo(PIXELS)
-    with stored.open(info) as member:
-        shape, reversed_order, dtype = _read_header(member)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or reversed_order or 0 in shape:
-            raise ValueError(f"its arr_0 is {dtype} {shape}")
-        start = member.tell()
     if info.compress_type == zipfile.ZIP_STORED:
         return np.memmap(path, np.uint8, "r", _data_offset(path, info) + start, shape)
     with TemporaryFile() as unpacked, stored.open(info) as member:
@@ -83,10 +88,15 @@ def _mapped(path: Path, stored: zipfile.ZipFile) -> NDArray[np.uint8]:
         return np.memmap(unpacked, np.uint8, "r", start, shape)
 
 
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Return shape, whether it is in Fortran's order, and type of a .npy."""
-    version = np.lib.format.read_magic(member)
-    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
+def _shape(stored: zipfile.ZipFile) -> tuple[tuple[int, ...], int]:
+    """Return the shape of the array of pictures, and where in its .npy the pixels begin."""
+    with stored.open(PIXELS) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, reversed_order, dtype = read(member)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or reversed_order or 0 in shape:
+            raise ValueError(f"its arr_0 is {dtype} {shape}")
+        return shape, member.tell()
 
 
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:

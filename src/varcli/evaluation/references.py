@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from varcli.data.images import cannot_write
 from varcli.errors import InputError
-from varcli.evaluation.arrays import PIXELS
+from varcli.evaluation.arrays import PIXELS, square_side
 from varcli.evaluation.pictures import PictureList, open_pictures
 from varcli.evaluation.statistics import POOL, Moments
 from varcli.files import file_sha256, replacing
@@ -81,7 +81,6 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
     with _reading(path), np.load(path, allow_pickle=False) as stored:
         if missing := [key for key in ("mu", "sigma") if key not in stored.files]:
             raise _unusable(path, f"has no {' and no '.join(missing)}")
-        has_pictures = "arr_0" in stored.files
         found: dict[str, Any] = {key: stored[key] for key in _KEYS if key in stored.files}
         return Reference(
             name=name or path.name,
@@ -89,10 +88,10 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
             mean=_numbers(path, "mu", found["mu"], (POOL,)),
             covariance=_numbers(path, "sigma", found["sigma"], (POOL, POOL)),
             count=int(found["n"]) if "n" in found else None,
-            pixels=int(found["pixels"]) if "pixels" in found else None,
+            pixels=int(found["pixels"]) if "pixels" in found else square_side(path),
             extractor=str(found["extractor"]) if "extractor" in found else None,
             pool=_numbers(path, "pool", found["pool"], (len(found["pool"]), POOL)) if "pool" in found else None,
-            path=path if has_pictures else None,
+            path=path if "arr_0" in stored.files else None,
         )
 
 

@@ -1,0 +1,153 @@
+"""References: what is saved is read again, other toolkits' files too, and what is none is refused in one line."""
+
+import dataclasses
+import zipfile
+
+import numpy as np
+import pytest
+
+from provenance import picture
+from varcli.errors import InputError, RunError
+from varcli.evaluation.pictures import open_pictures
+from varcli.evaluation.references import holds_pictures, read_reference, save_reference
+from varcli.evaluation.statistics import POOL, Moments
+from varcli.files import file_sha256
+
+RANDOM = np.random.RandomState(0)
+MEAN, COVARIANCE = RANDOM.rand(POOL), np.diag(RANDOM.rand(POOL))
+MOMENTS = Moments(50, MEAN, COVARIANCE)
+FEATURES = RANDOM.rand(50, POOL).astype(np.float32)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_reference(tmp_path / "ours.npz", MOMENTS, pixels=64, extractor="a" * 64, pool=FEATURES)
+    return tmp_path / "ours.npz"
+
+
+def test_what_is_saved_is_read_again(saved):
+    reference = read_reference(saved)
+    assert np.array_equal(reference.mean, MEAN)
+    assert np.array_equal(reference.covariance, COVARIANCE)
+    assert np.array_equal(reference.pool, FEATURES)
+    assert reference.mean.dtype == reference.covariance.dtype == np.float64
+    assert (reference.count, reference.pixels, reference.extractor) == (50, 64, "a" * 64)
+    assert (reference.name, reference.sha256) == ("ours.npz", file_sha256(saved))
+    assert read_reference(saved, "imagenet-256").name == "imagenet-256"
+    assert reference.pictures() is None
+
+
+def test_equal_statistics_make_equal_files(saved, tmp_path):
+    save_reference(tmp_path / "again.npz", MOMENTS, pixels=64, extractor="a" * 64, pool=FEATURES)
+    assert file_sha256(tmp_path / "again.npz") == file_sha256(saved)
+
+
+def test_other_toolkits_read_ours(saved):
+    with np.load(saved, allow_pickle=False) as stored:
+        assert stored["mu"].shape == (POOL,)
+        assert stored["sigma"].shape == (POOL, POOL)
+
+
+def test_without_features(tmp_path):
+    save_reference(tmp_path / "x.npz", MOMENTS, pixels=64, extractor="a" * 64)
+    assert read_reference(tmp_path / "x.npz").pool is None
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_batches_as_adm_has_them(tmp_path):
+    pixels = np.stack([picture(seed) for seed in range(5)])
+    arrays = {"mu": MEAN.astype(np.float32), "sigma": COVARIANCE, "mu_s": np.zeros(7), "sigma_s": np.eye(7)}
+    np.savez(tmp_path / "adm.npz", pixels, **arrays)
+    reference = read_reference(tmp_path / "adm.npz")
+    assert reference.mean.dtype == np.float64
+    assert (reference.count, reference.extractor, reference.pool) == (None, None, None)
+    pictures = reference.pictures()
+    assert (len(pictures), pictures.side) == (5, 8)
+    assert reference.pixels == 8
+    reference.check_extractor("b" * 64)  # nothing is known against it
+    np.savez(tmp_path / "wide.npz", np.zeros((5, 8, 6, 3), np.uint8), **arrays)
+    assert read_reference(tmp_path / "wide.npz").pixels is None
+
+
+def test_other_weights_are_refused(saved):
+    reference = read_reference(saved)
+    reference.check_extractor("a" * 64)
+    with pytest.raises(InputError, match=r"ours.npz was made with Inception weights a{12}, these are b{12}; make stat"):
+        reference.check_extractor("b" * 64)
+    dataclasses.replace(reference, extractor=None).check_extractor("b" * 64)
+
+
+def write(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def holed(array):
+    array = array.copy()
+    array.flat[-1] = np.nan
+    return array
+
+
+GOOD = {"mu": MEAN, "sigma": COVARIANCE}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path, "cannot be read; No such file"),
+        (lambda path: path.write_bytes(b"no zip") and path, "is no .npz of statistics"),
+        (lambda path: path.touch() or path, "is no .npz of statistics"),
+        (lambda path: write(path, sigma=COVARIANCE), "has no mu;"),
+        (lambda path: write(path, arr_0=MEAN), "has no mu and no sigma;"),
+        (lambda path: write(path, mu=MEAN[:64], sigma=COVARIANCE), "has a mu of float64 (64,), not floats (2048,)"),
+        (lambda path: write(path, mu=MEAN, sigma=MEAN), "has a sigma of float64 (2048,)"),
+        (lambda path: write(path, mu=MEAN.astype(int), sigma=COVARIANCE), "has a mu of int64"),
+        (lambda path: write(path, mu=MEAN.astype("U5"), sigma=COVARIANCE), "has a mu of <U5"),
+        (lambda path: write(path, mu=MEAN.astype(object), sigma=COVARIANCE), "is no .npz of statistics"),
+        (lambda path: write(path, mu=holed(MEAN), sigma=COVARIANCE), "has a mu with values that are no numbers"),
+        (lambda path: write(path, mu=MEAN, sigma=holed(COVARIANCE)), "has a sigma with values that are no numbers"),
+        (lambda path: write(path, **GOOD, pool=FEATURES[:, 1:]), "has a pool of float32 (50, 2047)"),
+        (lambda path: write(path, **GOOD, pool=holed(FEATURES)), "has a pool with values that are no numbers"),
+        (lambda path: write(path, **GOOD, pool=np.float32(1)), "is no .npz of statistics"),
+        (lambda path: write(path, **GOOD, n="many"), "is no .npz of statistics"),
+    ],
+)
+def test_what_is_no_reference(tmp_path, make, words):
+    path = make(tmp_path / "x.npz")
+    with pytest.raises(InputError, match=r"^reference: .*x\.npz ") as caught:
+        read_reference(path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "No such file" in words or str(caught.value).endswith("make statistics with: var eval stats DATA -o FILE")
+
+
+def test_it_is_written_whole_or_not_at_all(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full(file, **_):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(RunError, match=r"ours\.npz cannot be written; No space left"):
+        save_reference(saved, MOMENTS, pixels=64, extractor="a" * 64)
+    assert saved.read_bytes() == before
+    with pytest.raises(RunError, match="there is no folder"):
+        save_reference(saved.parent / "absent" / "x.npz", MOMENTS, pixels=64, extractor="a" * 64)
+
+
+def test_pictures_and_statistics_are_told_apart(saved, tmp_path):
+    pixels = np.stack([picture(seed) for seed in range(3)])
+    np.savez(tmp_path / "pictures.npz", pixels)
+    np.savez(tmp_path / "adm.npz", pixels, **GOOD)
+    np.savez(tmp_path / "half.npz", pixels, mu=MEAN)
+    (tmp_path / "bad.npz").write_bytes(b"no zip")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w"):
+        pass
+    held = {name: holds_pictures(tmp_path / name) for name in ("ours.npz", "pictures.npz", "adm.npz", "half.npz")}
+    assert held == {"ours.npz": False, "pictures.npz": True, "adm.npz": False, "half.npz": False}
+    assert holds_pictures(tmp_path)
+    assert holds_pictures(tmp_path / "x.zip")
+    assert not holds_pictures(tmp_path / "bad.npz")
+    assert not holds_pictures(tmp_path / "absent.npz")
+    assert len(open_pictures([tmp_path / "pictures.npz"])) == 3
