@@ -27,6 +27,7 @@ OPTIONS = {
     "outpaint": EDITING + "--pad --to",
     "edit": EDITING + "--mask --alpha --box --fit-mask",
     "reconstruct": "--out -o --checkpoint -m --grid --scales --device --json --quiet -q",
+    "report": "--out -o",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }
@@ -93,6 +94,8 @@ def test_version(capsys):
             "output: /dev/full cannot be written; No space left on device",
         ),
         (["sample", "-c", "1", "-o", "{foreign}/x.png"], 5, "output: {foreign}/x.png cannot be written; "),
+        (["report", "{foreign}"], 3, "evaluation result: {foreign}; no JSON at line 1"),
+        (["report", "{foreign}", "-o", "report.pdf"], 2, "out: report.pdf; a name ending in .html or .md"),
         (["show", "{foreign}"], 3, "picture: {foreign}; a PNG written by var sample"),
         (["classes", "zeppelin"], 3, "class: zeppelin; no name has these words"),
     ],

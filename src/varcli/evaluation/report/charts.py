@@ -15,8 +15,8 @@ TICKS = 5
 """About so many on an axis."""
 FEW = 40
 """So many points of a curve are shown one by one."""
-HUES = 6
-"""Colours of lines; after these they come again."""
+HUES = 12
+"""Looks of lines: six colours, then the same dashed; after these they come again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,8 @@ def _ticked(low: float, high: float, step: float) -> Axis:
 def _extent(values: Iterable[float]) -> Point:
     found = list(values)
     low, high = min(found), max(found)
-    if high - low > 1e-9 * abs(high):
-        return low, high
-    return (low - abs(low) / 10, high + abs(high) / 10) if low else (0.0, 1.0)
+    slack = 0 if high - low > 1e-9 * max(1, abs(high)) else max(0.01, abs(high) / 10)
+    return low - slack, high + slack
 
 
 def _round_step(step: float) -> float:
@@ -153,7 +152,7 @@ def line(curve: Curve, across: Axis, up: Axis) -> Line:
 
 def settled(points: Sequence[Point]) -> list[float]:
     """Return the values that decide a curve's scale: the first steep ones of a run would flatten all others."""
-    begin = 0.02 * points[-1][0] if len(points) > 40 else 0
+    begin = 0.02 * points[-1][0] if len(points) > FEW else 0
     return [y for x, y in points if x >= begin]
 
 

@@ -1,24 +1,17 @@
-"""Results of `var eval`, read from files and checked down to the last field that a report uses."""
+"""Results of `var eval`, read from files and given names."""
 
-import base64
-import binascii
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from varcli.errors import InputError
 from varcli.evaluation.report import words
+from varcli.evaluation.report.checks import RESULT
 from varcli.evaluation.results import FORMAT, KIND
 
-PNG = b"\x89PNG\r\n\x1a\n"
-"""What every PNG file begins with."""
-
 Facts = Mapping[str, Any]
-Check = Callable[[Any, str], None]
-"""Raises InputError unless a value is of some kind; the text says where the value stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +69,9 @@ def _values(content: bytes, origin: str) -> Iterator[tuple[int, Any]]:
             line = text.count("\n", 0, position) + 1
             value, position = decoder.raw_decode(text, position)
             yield line, value
-    except UnicodeDecodeError as error:
-        raise InputError(f"evaluation result: {origin}; no text, where JSON of `var eval` is needed") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"evaluation result: {origin}; no JSON{place}, where JSON of `var eval` is needed") from error
+        raise InputError(f"evaluation result: {origin}; no JSON{place}; a result of `var eval` is needed") from error
 
 
 def named(found: Sequence[Facts]) -> list[Evaluation]:
@@ -141,101 +132,3 @@ def _inside(facts: Facts, path: str) -> Any:
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
-
-
-# --- what a result must hold -----------------------------------------------------------------------
-
-
-def _wrong(value: Any, where: str, wanted: str) -> NoReturn:
-    shown = "missing" if value is None else json.dumps(value)[:40]
-    raise InputError(f"evaluation result: {where} {shown}; {wanted}")
-
-
-def _text(value: Any, where: str) -> None:
-    if not isinstance(value, str):
-        _wrong(value, where, "a text")
-
-
-def _number(value: Any, where: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
-        _wrong(value, where, "a number")
-
-
-def _count(value: Any, where: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        _wrong(value, where, "a whole number, 0 or more")
-
-
-def _flag(value: Any, where: str) -> None:
-    if not isinstance(value, bool):
-        _wrong(value, where, "true or false")
-
-
-def _picture(value: Any, where: str) -> None:
-    _text(value, where)
-    try:
-        if base64.b64decode(value, validate=True).startswith(PNG):
-            return
-    except (binascii.Error, ValueError):
-        pass
-    _wrong(value, where, "a PNG in base64")
-
-
-def _optional(check: Check) -> Check:
-    return lambda value, where: None if value is None else check(value, where)
-
-
-def _listing(check: Check) -> Check:
-    def items(value: Any, where: str) -> None:
-        if not isinstance(value, list):
-            _wrong(value, where, "a list")
-        for number, item in enumerate(value):
-            check(item, f"{where}[{number}]")
-
-    return items
-
-
-def _record(**checks: Check) -> Check:
-    """Return the check of an object with these fields; others are left alone."""
-
-    def fields(value: Any, where: str) -> None:
-        if not isinstance(value, dict):
-            _wrong(value, where, "an object")
-        dot = "" if where.endswith(" ") else "."
-        for field, check in checks.items():
-            check(value.get(field), f"{where}{dot}{field}")
-
-    return fields
-
-
-METRICS = (
-    *("fid", "fid_infinity", "inception_score", "inception_score_std", "kid", "kid_std", "precision", "recall"),
-    *("rfid", "psnr", "ssim", "lpips"),
-)
-RESULT = _record(
-    version=_text,
-    date=_text,
-    what=_text,
-    checkpoint=_optional(
-        _record(name=_text, sha256=_text, cfg=_optional(_number), top_p=_optional(_number), device=_optional(_text))
-    ),
-    source=_optional(_record(paths=_listing(_text))),
-    n=_count,
-    reference=_optional(_record(name=_text, sha256=_text)),
-    extractor=_record(name=_text, sha256=_text),
-    protocol=_record(rejected=_optional(_number)),
-    metrics=_record(**dict.fromkeys(METRICS, _optional(_number)), codebook_usage=_optional(_listing(_number))),
-    published=_optional(
-        _record(
-            fid=_optional(_number),
-            inception_score=_optional(_number),
-            band=_optional(_listing(_number)),
-            inside=_optional(_flag),
-        )
-    ),
-    per_class=_optional(_listing(_record(name=_text, n=_count, spread=_optional(_number)))),
-    warnings=_optional(_listing(_text)),
-    seconds=_optional(_record()),
-    pictures=_optional(_listing(_picture)),
-)
-"""The check of a whole result; what a report does not use may be anything."""

@@ -57,7 +57,8 @@ def _rendered(template: str, given: Mapping[str, Any]) -> bytes:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(given).encode(errors="replace")  # halves of surrogate pairs
+    text = environment.get_template(template).render(given)
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text).encode()
 
 
 def in_markdown(value: Any) -> Any:
@@ -107,12 +108,13 @@ def extremes(each: Evaluation) -> tuple[str, list[tuple[str, str]], list[tuple[s
 
 def stage(runs: Sequence[Run]) -> dict[str, Any]:
     """Return what a report shows of runs of one stage."""
+    told = [run for run in runs if run.settings]
     return {
         "name": runs[0].stage,
         "table": tables.trained(runs, TRAINED),
         "charts": panels.progress(runs),
         "sheets": [(run.name, base64.b64encode(run.sheet).decode()) for run in runs if run.sheet],
         "settings": settings.common_and_differing(
-            "Training", [run.name for run in runs], [settings.of_run(run.settings) for run in runs]
+            "Training", [run.name for run in told], [settings.of_run(run.settings) for run in told]
         ),
     }

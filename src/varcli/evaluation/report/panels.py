@@ -89,12 +89,12 @@ def by_count(measured: Sequence[Evaluation]) -> Chart | None:
     several = [found for found in series.values() if len({each.facts["n"] for each in found}) > 1]
     if not several:
         return None
-    points = [
-        (name(found[0].facts), [(float(each.facts["n"]), each.metrics["fid"]) for each in found]) for found in several
-    ]
     largest = [max(found, key=lambda each: int(each.facts["n"])) for found in several]
+    names = [name(each.facts) for each in largest]
+    labels = [short if names.count(short) == 1 else each.label for short, each in zip(names, largest, strict=True)]
+    points = [[(float(each.facts["n"]), each.metrics["fid"]) for each in found] for found in several]
     limits = [(0.0, limit) if (limit := each.metrics.get("fid_infinity")) is not None else None for each in largest]
-    return against_count(points, limits)
+    return against_count(list(zip(labels, points, strict=True)), limits)
 
 
 def usage(rebuilt: Sequence[Evaluation]) -> Chart | None:
@@ -144,7 +144,7 @@ def _progress_curves(runs: Sequence[Run], number: int, members: Sequence[str]) -
         which = f"scale {scale[0]}" if scale else "validation" if held else "training"
         label = f"{runs[number].name}, {which}" if len(runs) > 1 else which
         if points:
-            strength = 0.25 + 0.75 * rank / len(members) if scale else 1
+            strength = 0.35 + 0.65 * rank / len(members) if scale else 1
             yield Curve(label, points, "thick" if held else "thin", number % HUES, strength)
 
 

@@ -2,14 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from varcli.errors import InputError
+from varcli.evaluation.report.words import LARGEST
 
 JOURNAL = "metrics.jsonl"
+COUNTS = ("step", "images_seen")
+"""Stand in every line of a journal."""
 Figures = Mapping[str, float]
 
 
@@ -31,11 +34,26 @@ class Run:
         return "transformer" if any("accuracy" in line for line in self.lines) else "tokenizer"
 
     def points(self, figure: str) -> list[tuple[float, float]]:
-        """Return pictures seen and value wherever a figure was noted and finite."""
+        """Return pictures seen and value wherever a figure was noted and is a number to draw."""
         return [(line["images_seen"], line[figure]) for line in self.lines if math.isfinite(line.get(figure, math.nan))]
 
 
-def read_run(folder: Path) -> Run:
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Return the training runs in folders, named by as much of their paths as tells them apart.
+
+    Raises:
+        InputError: one holds none, or what it wrote cannot be read.
+    """
+    paths = [folder.resolve() for folder in folders]
+    names: list[str] = []
+    for length in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
     """Return the training run in a folder.
 
     Raises:
@@ -52,7 +70,7 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"training run: {folder} cannot be read; {error.strerror}") from error
     if not lines:
         raise InputError(f"training run: {folder} has no figures yet; its first line comes after 50 updates")
-    return Run(folder.resolve().name, lines, _settings(folder / "state.safetensors"), sheet)
+    return Run(name, lines, _settings(folder / "state.safetensors"), sheet)
 
 
 def _lines(journal: Path) -> Iterator[Figures]:
@@ -61,8 +79,8 @@ def _lines(journal: Path) -> Iterator[Figures]:
     for number, line in enumerate(written, 1):
         try:
             figures = json.loads(line)
-            well = {"step", "images_seen"} <= figures.keys() and all(_is_number(value) for value in figures.values())
-        except (ValueError, AttributeError, RecursionError):
+            well = all(map(_is_number, figures.values())) and all(0 <= figures[key] < LARGEST for key in COUNTS)
+        except (ValueError, AttributeError, KeyError, RecursionError):
             well = False
         if well:
             yield figures

@@ -79,20 +79,20 @@ def _setting(path: str, value: Any) -> str:
 
 
 def common_and_differing(caption: str, labels: Sequence[str], given: Sequence[Mapping[str, str]]) -> list[Table]:
-    """Return what several have in common as one table, and what tells them apart as another, a row each."""
+    """Return a table of what tells several apart, the narrower way round, and one of what they have in common."""
     paths = list(dict.fromkeys(path for each in given for path in each))
     differing = [path for path in paths if len({each.get(path, NONE) for each in given}) > 1]
-    shared = [Row(NAMES.get(path, _plain(path)), (Cell(given[0][path]),)) for path in paths if path not in differing]
-    rows = [
-        Row(label, tuple(Cell(words.shortened(each.get(path, NONE))) for path in differing))
-        for label, each in zip(labels, given, strict=True)
-    ]
     headings = [NAMES.get(path, _plain(path)) for path in differing]
+    shared = [Row(NAMES.get(path, _plain(path)), (Cell(given[0][path]),)) for path in paths if path not in differing]
+    values = [[Cell(words.shortened(each.get(path, NONE))) for path in differing] for each in given]
+    if len(differing) > len(labels):
+        labels, headings, values = headings, list(labels), [list(row) for row in zip(*values, strict=True)]
+    apart = [Row(label, tuple(cells)) for label, cells in zip(labels, values, strict=True)]
     tables = [
-        table(f"{caption}: where they differ", ("", *headings), [rows]),
-        table(f"{caption}: the same for all" if len(given) > 1 else caption, ("Setting", "Value"), [shared]),
+        table(f"{caption}: where they differ", ("", *headings), [apart]) if differing else None,
+        table(caption if len(given) == 1 else f"{caption}: the same for all", ("Setting", "Value"), [shared]),
     ]
-    return [each for each in tables if each.groups[0] and len(each.headings) > 1]
+    return [each for each in tables if each and each.groups[0] and len(each.headings) > 1]
 
 
 def of_run(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from varcli.errors import InputError
 from varcli.evaluation.report.evaluations import Evaluation, Facts, named, parse
-from varcli.evaluation.report.runs import Run, read_run
+from varcli.evaluation.report.runs import Run, read_runs
 
 
 def read(sources: Sequence[str]) -> tuple[list[Evaluation], list[Run]]:
@@ -16,15 +16,15 @@ def read(sources: Sequence[str]) -> tuple[list[Evaluation], list[Run]]:
         InputError: one cannot be read, or holds something else.
     """
     found: list[Facts] = []
-    runs: list[Run] = []
+    folders: list[Path] = []
     for source in sources:
         if source == "-":
             found += parse(sys.stdin.buffer.read(), "standard input")
         elif Path(source).is_dir():
-            runs.append(read_run(Path(source)))
+            folders.append(Path(source))
         else:
             found += parse(_bytes(Path(source)), source)
-    return named(found), runs
+    return named(found), read_runs(folders)
 
 
 def _bytes(path: Path) -> bytes:

@@ -27,6 +27,13 @@ class Cell:
     """What belongs to it and is less important."""
     number: bool = False
     """Whether it lines up with the numbers above and below."""
+    alarm: bool = False
+    """Whether to look at it first."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was measured."""
+        return self.text == NONE
 
 
 EMPTY = Cell(NONE, number=True)
@@ -56,7 +63,7 @@ class Table:
 
 def table(caption: str, headings: Sequence[str], groups: Sequence[Sequence[Row]]) -> Table:
     """Return a table without the columns that nothing stands in."""
-    kept = [i for i in range(len(headings) - 1) if any(row.cells[i].text != NONE for rows in groups for row in rows)]
+    kept = [i for i in range(len(headings) - 1) if any(not row.cells[i].empty for rows in groups for row in rows)]
     slim = [
         tuple(Row(row.head, tuple(row.cells[i] for i in kept), row.published, row.warnings) for row in rows)
         for rows in groups
@@ -126,7 +133,8 @@ def band_cell(published: Facts | None) -> Cell:
     if not published or not published.get("band") or published.get("inside") is None:
         return Cell(NONE)
     low, high = published["band"]
-    return Cell("inside" if published["inside"] else "outside", f"{low:.2f}–{high:.2f}")
+    inside = published["inside"]
+    return Cell("inside" if inside else "outside", f"{low:.2f}–{high:.2f}", alarm=not inside)
 
 
 REBUILT = ("Tokenizer", "Pictures", "Reference", "rFID", "PSNR, dB", "SSIM", "LPIPS")

@@ -9,11 +9,13 @@ NARROW = "\N{NARROW NO-BREAK SPACE}"
 FIGURE_SPACE = "\N{FIGURE SPACE}"
 """As wide as a digit: lines up numbers of fewer decimals."""
 NONE = "–"
+LARGEST = 1e15
+"""No figure is as large; larger numbers are a mistake."""
 
 
 def fixed(value: float | None, digits: int, scale: float = 1) -> str:
     """Return a figure with so many digits after the point, a dash for none."""
-    return NONE if value is None else "∞" if math.isinf(value) else f"{value * scale:.{digits}f}"
+    return NONE if value is None else f"{value * scale:.{digits}f}"
 
 
 def grouped(count: float | None) -> str:

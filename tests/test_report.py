@@ -1,0 +1,409 @@
+"""Reports: one page that needs nothing else, true to what it was given, whatever the names hold."""
+
+import json
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from evaluated import evaluation, tokenizer, write_run
+from varcli.errors import InputError
+from varcli.evaluation.report import charts, page, panels, settings
+from varcli.evaluation.report.evaluations import named, parse
+from varcli.evaluation.report.runs import read_runs
+from varcli.evaluation.report.tables import Published
+from varcli.evaluation.results import ReferenceOrigin
+
+PAPER = {"var-d16": Published(0.84, 0.51)}
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+OTHER = ReferenceOrigin(name="other", sha256="ef" * 32, n=2000, pixels=64)
+NASTY = '<script>alert("1")<b> & \' " ]]> --> `*_|[x](y)\n\u2028# $1$ {{ 7 * 7 }} \ud800 \0\x1b é 日本'
+
+
+class Page(HTMLParser):
+    """A page taken apart; whoever feeds it fails where elements do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.words, self.tables = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        assert len(given) == len(attributes), f"{tag} has an attribute twice"
+        self.elements.append((tag, given))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+        if {"th", "td"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def of(self, tag):
+        return [given for name, given in self.elements if name == tag]
+
+    def row(self, head):
+        found = next(row for table in self.tables for row in table if " ".join(row[0].split()) == head)
+        return [" ".join(cell.split()) for cell in found[1:]]
+
+
+def html(*facts, runs=()):
+    return page.html(named(facts), runs, PAPER).decode()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return read_runs([write_run(folder / "first"), write_run(folder / "stage-one", stage="tokenizer")])
+
+
+MANY = [
+    evaluation(),
+    evaluation(n=5000, fid=6.5, warnings=["only 5000 pictures"]),
+    evaluation("tiny64", reference=OTHER, published=None, fid=48.0),
+    evaluation(NASTY, warnings=["<\\/style></script>", NASTY], published=None),
+    tokenizer(),
+]
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("many", [[], MANY[:1], MANY[-1:], MANY], ids=["runs", "one", "tokenizer", "all"])
+def test_needs_nothing_else_and_can_be_read_by_everybody(many, runs):
+    text = html(*many, runs=[] if len(many) == 1 else runs)
+    shown = Page(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in shown.elements}
+    assert "url(" not in text and "@import" not in text
+    for tag, given in shown.elements:
+        assert not [name for name in given if name.startswith("on")]
+        for name in {"src", "href", "xlink:href", "srcset", "action"} & given.keys():
+            assert given[name].startswith(("data:image/png;base64,", "#")), f"{tag} {name}"
+        if given.get("role") == "img":
+            assert given["aria-label"]
+    ids = [given["id"] for _, given in shown.elements if "id" in given]
+    assert len(set(ids)) == len(ids)
+    assert {given["href"][1:] for given in shown.of("a")} <= set(ids)
+    assert all(given["alt"] for given in shown.of("img"))
+    assert all(given.get("scope") in ("row", "col") for given in shown.of("th"))
+    assert len(shown.of("caption")) == len(shown.of("table")) > 0
+    for table in shown.tables:
+        assert len({len(row) for row in table}) == 1
+
+
+def test_what_names_hold_is_text():
+    shown = Page(html(*MANY))
+    seen = " ".join(re.sub(r"[\0\x1b\ud800]", "\N{REPLACEMENT CHARACTER}", NASTY).split())
+    assert shown.text.count(seen) > 3
+    assert seen in " ".join(shown.of("img")[-1]["alt"].split())
+    assert "49" not in shown.text.split() and "<\\/style></script>" in shown.text
+
+
+def test_equal_input_gives_an_equal_page(runs):
+    assert html(*MANY, runs=runs) == html(*MANY, runs=runs)
+
+
+def test_figures_stand_beside_the_papers():
+    shown = Page(html(evaluation(), evaluation("var-d20", fid=3.7)))
+    assert shown.tables[0][0][2:] == [
+        *("Reference", "FID", "FID∞", "IS", "KID × 10³", "Precision", "Recall", "Reproductions")
+    ]
+    reference = "imagenet-256 abababababab"
+    ours = ["3.45", "3.20", "271.5 ± 3.5", "1.25 ± 0.25", "0.815", "0.495"]
+    assert shown.row("var-d16") == ["50 000", reference, *ours, "inside 3.30–3.60"]
+    assert shown.row("var-d16, paper") == ["50 000", "–", "3.30", "–", "274.4", "–", "0.84", "0.51", "–"]
+    assert shown.row("var-d20")[-1] == "outside 3.30–3.60"
+    assert shown.row("var-d20, paper")[6:] == ["–", "–", "–"]
+
+
+def test_columns_that_nothing_was_measured_for_are_left_out():
+    facts = evaluation(metrics={"inception_score": 100.0}, published=None)
+    assert Page(html(facts)).tables[0][0] == ["Result", "Pictures", "Reference", "IS"]
+
+
+def test_warnings_come_first_and_are_counted_beside_the_figures():
+    shown = Page(html(evaluation(warnings=["one thing", "another"]), evaluation("tiny64")))
+    assert shown.text.index("one thing") < shown.text.index("another") < shown.text.index("FID")
+    assert shown.row("var-d16 2 warnings")
+    assert "Before comparing" not in html(evaluation())
+
+
+def test_reconstructions_have_a_table_of_their_own():
+    shown = Page(html(tokenizer()))
+    assert shown.row("tiny64") == ["50 000", "imagenet-256 abababababab", "21.50", "19.25", "0.625", "0.250"]
+    assert "Precision" not in shown.text
+
+
+def test_all_settings_are_there_once():
+    shown = Page(html(evaluation(), evaluation(settings={"cfg": 3.0})))
+    assert [row[1] for row in shown.tables[-2]] == ["guidance (cfg)", "1.5", "3"]
+    assert shown.row("sha256 of the extractor") == ["cd" * 32]
+    assert shown.row("seed") == ["7"]
+    facts = evaluation()
+    told = settings.of_evaluation(facts)
+    assert all(key in told for part in ("checkpoint", "protocol") for key in (f"{part}.{name}" for name in facts[part]))
+
+
+def test_more_differences_than_results_lie_on_their_side():
+    few = settings.common_and_differing("X", ["a", "b", "c"], [{"cfg": str(i), "same": "1"} for i in range(3)])
+    many = settings.common_and_differing("X", ["a"] * 2, [{str(k): str(i) for k in range(9)} for i in range(2)])
+    assert [len(each.groups[0]) for each in few] == [3, 1]
+    assert [len(each.headings) for each in many] == [3]
+
+
+def test_classes_of_both_ends_and_none_twice():
+    for count in (1, 2, 5, 16, 40):
+        classes = [{"id": i, "name": f"c{i}", "n": 2, "spread": float(i)} for i in range(count)]
+        (each,) = named([evaluation() | {"per_class": classes}])
+        _, lowest, highest = page.extremes(each)
+        assert lowest[0] == ("c0", "0.00")
+        assert count == 1 or highest[0][0] == f"c{count - 1}"
+        assert not set(lowest) & set(highest) and len(lowest) + len(highest) == min(count, 16)
+
+
+def test_markdown_has_whole_tables_of_plain_text(runs):
+    text = page.markdown(named(MANY), runs, PAPER).decode()
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+        assert re.fullmatch(r"\|( --- \|)+", block.splitlines()[1])
+    assert "\\<script\\>" in text and "<script>" not in text
+    assert text.count("\n## ") == 7 and "\n\n\n" not in text
+    assert "| var-d16, paper | 50 000 | – | 3.30 |" in text
+
+
+# --- charts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_axes_hold_their_values_between_round_ticks(seed):
+    draws = random.Random(seed)
+    size, offset = 10 ** draws.uniform(-9, 9), draws.choice([0, 1, -3, 1e4])
+    values = [offset + draws.uniform(-1, 1) * size for _ in range(draws.choice([1, 2, 9]))]
+    for make in (charts.axis, charts.count_axis):
+        axis = make(values)
+        assert all(-0.01 <= axis.place(value) <= 100.01 for value in values)
+        assert all(-0.01 <= place <= 100.01 for place, _ in axis.ticks)
+        assert [place for place, _ in axis.ticks] == sorted({place for place, _ in axis.ticks})
+    assert 2 <= len(charts.axis(values).ticks) <= 8
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [5.0], [-2.0, -2.0], [5e-324], [1e15, -1e15], [7, 7 + 1e-12]])
+def test_axes_of_hardly_any_extent(values):
+    for make in (charts.axis, charts.count_axis):
+        axis = make(values)
+        assert all(0 <= axis.place(value) <= 100 for value in values)
+
+
+def test_ticks_say_where_they_are():
+    axis = charts.axis([0.21, 0.79])
+    assert axis.ticks == ((0, "0.2"), (33.33, "0.4"), (66.67, "0.6"), (100, "0.8"))
+    assert [text for _, text in charts.count_axis([0, 116_800]).ticks] == ["0", "50\u202fk", "100\u202fk"]
+
+
+def test_steep_first_points_do_not_flatten_a_curve():
+    points = [(float(i), 1000.0 if i == 1 else 5 + 1 / i) for i in range(1, 101)]
+    chart = charts.curves("loss", "pictures", [charts.Curve("training", points)], begin=0)
+    assert chart.y.high < 10
+    assert "1000" in chart.summary
+
+
+def test_bars_are_as_long_as_their_figures_and_the_papers_mark_is_among_them():
+    (fid, score, *rates) = panels.compared(named([evaluation(fid=2.0), evaluation(fid=4.0, n=10)]), PAPER)
+    short, long = fid.bars
+    assert (short.length, long.length) == (49, 98)
+    assert short.limit == pytest.approx(1.75 * 24.5, abs=0.01)
+    assert short.published == long.published == pytest.approx(3.3 * 24.5, abs=0.01)
+    assert short.band == (pytest.approx(3.3 * 24.5), pytest.approx(0.3 * 24.5))
+    assert (short.text, short.published_text) == ("2.00", "paper 3.30")
+    assert [panel.bars[0].published_text for panel in (score, *rates)] == ["paper 274.4", "paper 0.84", "paper 0.51"]
+
+
+def test_distances_of_different_kinds_share_no_panel():
+    other_size = evaluation("resized", protocol={"resize": "adm"}, published=None)
+    elsewhere = [evaluation(name, reference=OTHER, published=None) for name in ("one", "two")]
+    made = panels.compared(named([evaluation(), *elsewhere, other_size]), PAPER)
+    shown = [(panel.title.split(",")[0], [bar.label for bar in panel.bars]) for panel in made]
+    assert shown[:3] == [
+        ("FID", ["var-d16"]),
+        ("FID", ["one", "two"]),
+        ("Inception score", ["var-d16", "one", "two", "resized"]),
+    ]
+    assert made[0].title.endswith("against imagenet-256") and made[1].title.endswith("against other")
+
+
+def test_nothing_to_compare_with_makes_no_bars():
+    assert panels.compared(named([evaluation(published=None)]), PAPER) == []
+
+
+def test_fid_against_the_number_of_pictures_lies_on_a_line_to_its_limit():
+    many = [evaluation(n=n, fid=3 + 5000 / n) for n in (2000, 50_000, 10_000)]
+    many[1]["metrics"]["fid_infinity"] = 3.0
+    chart = panels.by_count(named(many))
+    assert [text for _, text in chart.x.ticks] == ["∞", "10\u202fk", "2000"]
+    curve, limit = chart.lines
+    points = [tuple(map(float, point.split())) for point in curve.path[1:].split("L")]
+    start = tuple(map(float, limit.dots[1:].split("h")[0].split()))
+    slopes = [(y - start[1]) / (x - start[0]) for x, y in points]
+    assert start[0] == 0 and max(slopes) - min(slopes) < 0.02
+
+
+def test_other_numbers_of_other_things_are_no_series():
+    assert panels.by_count(named([evaluation(n=5000)])) is None
+    assert panels.by_count(named([evaluation(n=5000), evaluation(n=9000, settings={"cfg": 2.0})])) is None
+    assert panels.by_count(named([evaluation(n=5000), evaluation(n=9000, reference=OTHER)])) is None
+
+
+# --- results -----------------------------------------------------------------------------------------
+
+
+def test_labels_tell_results_apart_by_what_differs():
+    many = [evaluation(), evaluation(settings={"cfg": 3.0}), evaluation(n=5000), evaluation("a/b/c.safetensors")]
+    assert [each.label for each in named(many)] == [
+        "var-d16, cfg 1.5, n 50\u202f000",
+        "var-d16, cfg 3, n 50\u202f000",
+        "var-d16, cfg 1.5, n 5000",
+        "b/c.safetensors",
+    ]
+    source = {"paths": ["data\\one.npz", "/x/two"], "kind": "npz"}
+    assert named([evaluation(checkpoint=None, source=source)])[0].label == "data/one.npz + x/two"
+    assert [each.label for each in named([evaluation(), evaluation()])] == ["var-d16", "var-d16"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", ["\n", "\r\n\r\n", " "])
+def test_one_result_or_many_as_lines_or_not(encoding, separator):
+    text = separator.join([json.dumps(evaluation(), indent=1), json.dumps(tokenizer())]) + "\n"
+    assert parse(text.encode(encoding), "x") == [evaluation(), tokenizer()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "recipe"}, "x, line 1; something else"),
+        ({"format": 2}, "has format 2; this varcli reads 1"),
+        ({"n": "many"}, 'x, line 1: n "many"; a number'),
+        ({"n": -1}, "n -1; a whole number"),
+        ({"n": True}, "n true; a number"),
+        ({"extractor": None}, "extractor missing; an object"),
+        ({"reference": {"name": "r"}}, "reference.sha256 missing; a text"),
+        ({"metrics": {"fid": "low"}}, 'metrics.fid "low"; a number'),
+        ({"metrics": {"fid": float("nan")}}, "metrics.fid NaN; a number"),
+        ({"metrics": {"fid": 10**400}}, "metrics.fid 1000"),
+        ({"metrics": {"codebook_usage": [1, "x"]}}, 'metrics.codebook_usage[1] "x"; a number'),
+        ({"published": {"band": [3]}}, "published.band [3]; the lowest and the highest"),
+        ({"published": {"inside": 1}}, "published.inside 1; true or false"),
+        ({"protocol": {"deep": [[1]]}}, "protocol.deep [[1]]; a text"),
+        ({"warnings": "none"}, 'warnings "none"; a list'),
+        ({"pictures": ["PHN2Zz4="]}, 'pictures[0] "PHN2Zz4="; a PNG in base64'),
+        ({"pictures": ["é"]}, "a PNG in base64"),
+        ({"per_class": [{"name": 3}]}, "per_class[0].name 3; a text"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_results_that_are_none(change, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse(json.dumps(evaluation() | change).encode(), "x")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"  \n",
+        b"no json",
+        b"\xff\xfe\x00",
+        b'{"kind"',
+        b"[]",
+        b"3",
+        b"[" * 100_000,
+        b"1" * 5000,
+        b"\x89PNG\r\n\x1a\n\0",
+    ],
+    ids=lambda content: repr(content[:10]),
+)
+def test_files_that_hold_no_results(content):
+    with pytest.raises(InputError, match=r"^evaluation result: x[,;]"):
+        parse(content, "x")
+
+
+# --- runs --------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_curves_settings_and_its_last_sheet(runs):
+    shown = Page(html(runs=runs))
+    assert shown.row("first") == ["3000", "48 000", "30", "5.067", "5.1", "0.055"]
+    assert shown.row("stage-one") == ["3000", "48 000", "30", "5.067", "19"]
+    assert [row[1] for table in shown.tables for row in table if row[0] == "depth"] == ["2", "2"]
+    labels = [given["aria-label"] for given in shown.of("div") if given.get("role") == "img"]
+    assert "Loss: training from 9 to 5.067; validation from 5.1 to 5.1" in labels
+    assert (
+        "Codebook in use, by scale: scale 1 from 0.5 to 0.5; scale 2 from 0.5 to 0.5; scale 3 from 0.5 to 0.5" in labels
+    )
+    assert len(shown.of("img")) == 2
+
+
+def test_runs_of_one_stage_share_their_charts(tmp_path):
+    runs = read_runs([write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", depth=3)])
+    (loss, *_) = panels.progress(runs)
+    assert [line.label for line in loss.lines] == [
+        "a/run, training",
+        "a/run, validation",
+        "b/run, training",
+        "b/run, validation",
+    ]
+    assert Page(html(runs=runs)).tables[1] == [["", "depth"], ["a/run", "2"], ["b/run", "3"]]
+
+
+def test_a_run_under_way(tmp_path):
+    folder = write_run(tmp_path / "run", lines=3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 200, "images_seen": 3200, "loss": NaN}\n{"step": 250, "ima')
+    (folder / "state.safetensors").unlink()
+    (run,) = read_runs([folder])
+    assert (len(run.lines), run.settings) == (4, {})
+    assert len(run.points("loss")) == 3
+    assert "200" in Page(html(runs=[run])).row("run")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", None, "has no metrics.jsonl"),
+        ("metrics.jsonl", b"", "has no figures yet"),
+        ("metrics.jsonl", b'{"step": 50, "images_seen": 800}\n[]\n{}\n', "line 2; figures as"),
+        ("metrics.jsonl", b'{"step": 50}\n{"step": 50, "images_seen": 9}\n', "line 1; figures as"),
+        ("metrics.jsonl", b'{"step": NaN, "images_seen": 9}\n{"step": 1, "images_seen": 9}\n', "line 1; figures as"),
+        ("metrics.jsonl", b'{"step": 5, "images_seen": 8, "loss": "low"}\n\n', "line 1; figures as"),
+        ("state.safetensors", b"cut", "state.safetensors is damaged"),
+    ],
+)
+def test_folders_that_are_no_run(tmp_path, file, content, message):
+    folder = write_run(tmp_path / "run")
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_runs([folder])
