@@ -128,7 +128,7 @@ def test_equal_input_gives_an_equal_page(runs):
 def test_figures_stand_beside_the_papers():
     shown = Page(html(evaluation(), evaluation("var-d20", fid=3.7)))
     assert shown.tables[0][0][2:] == [
-        *("Reference", "FID", "FID∞", "IS", "KID × 10³", "Precision", "Recall", "Reproductions")
+        *("Reference", "FID", "FID∞", "IS", "KID\xa0×\xa010³", "Precision", "Recall", "Reproductions")
     ]
     reference = "imagenet-256 abababababab"
     ours = ["3.45", "3.20", "271.5 ± 3.5", "1.25 ± 0.25", "0.815", "0.495"]
@@ -224,9 +224,11 @@ def test_ticks_say_where_they_are():
 
 def test_steep_first_points_do_not_flatten_a_curve():
     points = [(float(i), 1000.0 if i == 1 else 5 + 1 / i) for i in range(1, 101)]
-    chart = charts.curves("loss", "pictures", [charts.Curve("training", points)], begin=0)
+    chart = charts.curves("loss", "pictures", [charts.Curve("training", points)], begin=0, skip=0.02)
     assert chart.y.high < 10
     assert "1000" in chart.summary
+    whole = charts.curves("spread", "classes", [charts.Curve("all", points)], begin=1)
+    assert whole.y.high >= 1000
 
 
 def test_bars_are_as_long_as_their_figures_and_the_papers_mark_is_among_them():

@@ -150,16 +150,20 @@ def line(curve: Curve, across: Axis, up: Axis) -> Line:
     return Line(curve.label, path, dots, curve.kind, curve.hue, round(curve.strength, 2))
 
 
-def settled(points: Sequence[Point]) -> list[float]:
-    """Return the values that decide a curve's scale: the first steep ones of a run would flatten all others."""
-    begin = 0.02 * points[-1][0] if len(points) > FEW else 0
+def settled(points: Sequence[Point], skip: float) -> list[float]:
+    """Return the values that decide a curve's scale: those after `skip`, a part of its extent, where it is long."""
+    begin = skip * points[-1][0] if len(points) > FEW else -math.inf
     return [y for x, y in points if x >= begin]
 
 
-def curves(title: str, x_title: str, given: Sequence[Curve], begin: float) -> Chart:
-    """Return a chart of curves, none of them empty, whose horizontal axis begins at `begin`."""
+def curves(title: str, x_title: str, given: Sequence[Curve], begin: float, skip: float = 0) -> Chart:
+    """Return a chart of curves, none of them empty, whose horizontal axis begins at `begin`.
+
+    Of long curves the first part, `skip` from 0 to 1, may leave the field: it is so steep that it would flatten
+    all others.
+    """
     across = count_axis([begin, *(x for each in given for x, _ in each.points)])
-    up = axis(y for each in given for y in settled(each.points))
+    up = axis(y for each in given for y in settled(each.points, skip))
     lines = tuple(line(each, across, up) for each in given)
     said = (f"{each.label} from {decimals(each.points[0][1])} to {decimals(each.points[-1][1])}" for each in given)
     return Chart(title, x_title, across, up, lines, f"{title}: " + "; ".join(said))

@@ -18,6 +18,8 @@ COMPARED = (
 """Figures shown as bars, and digits after their points."""
 LONGEST = 98
 """Per cent of the width that the longest bar takes."""
+STEEP = 0.02
+"""Part of a training run in which its loss falls so fast that all later would look flat beside it."""
 VALIDATION = "validation_"
 """Before a journal's figures of held-out pictures."""
 
@@ -132,7 +134,7 @@ def progress(runs: Sequence[Run]) -> list[Chart]:
         members = [name for name in names if family_of(name) == family]
         given = [curve for number in range(len(runs)) for curve in _progress_curves(runs, number, members)]
         if given:
-            charts.append(curves(TITLES.get(family, plain(family)), "pictures seen", given, begin=0))
+            charts.append(curves(TITLES.get(family, plain(family)), "pictures seen", given, begin=0, skip=STEEP))
     return charts
 
 

@@ -71,7 +71,18 @@ def table(caption: str, headings: Sequence[str], groups: Sequence[Sequence[Row]]
     return Table(caption, (headings[0], *(headings[i + 1] for i in kept)), tuple(slim))
 
 
-MEASURED = ("Result", "Pictures", "Reference", "FID", "FID∞", "IS", "KID × 10³", "Precision", "Recall", "Reproductions")
+MEASURED = (
+    "Result",
+    "Pictures",
+    "Reference",
+    "FID",
+    "FID∞",
+    "IS",
+    "KID\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10³",
+    "Precision",
+    "Recall",
+    "Reproductions",
+)
 
 
 def measured(results: Sequence[Evaluation], published: Mapping[str, Published]) -> Table:
