@@ -26,7 +26,10 @@ COMMANDS = {
     "edit": ("varcli.commands.edit", "edit"),
     "reconstruct": ("varcli.commands.reconstruct", "reconstruct"),
     "tokens": ("varcli.commands.tokens", "tokens_app"),
+    "eval": ("varcli.commands.eval", "evaluate"),
+    "eval stats": ("varcli.commands.eval_stats", "eval_stats"),
     "report": ("varcli.commands.report", "report"),
+    "bench": ("varcli.commands.bench", "bench"),
     "show": ("varcli.commands.show", "show"),
     "classes": ("varcli.commands.classes", "classes"),
     "checkpoints": ("varcli.commands.checkpoints", "checkpoints_app"),
@@ -57,6 +60,11 @@ class Commands(TyperGroup):
         command = typer.main.get_command(found)
         command.name = cmd_name
         return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return name, command and what is left of a command line; some names are of two words."""
+        words = 2 if " ".join(args[:2]) in COMMANDS else 1
+        return super().resolve_command(ctx, [" ".join(args[:words]), *args[words:]])
 
     def make_context(self, *arguments: Any, **settings: Any) -> Any:
         """Read the command line; --help and --version are answered here already."""

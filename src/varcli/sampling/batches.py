@@ -82,6 +82,8 @@ class BatchSampler:
         recordable = device.type == "cuda" and not alone and not config.smooth
         self.record = cuda_recorder() if recordable else None
         self.runners: dict[int, Recorded] = {}
+        self.mark: Callable[[str], None] = lambda phase: None
+        """For a stopwatch, as `generate` has it."""
 
     def pictures(self, requests: Iterable[Wanted]) -> Iterator[tuple[Wanted, Pixels]]:
         """Yield each request with its picture, (P, P, 3) uint8, in order, reading only a batch ahead.
@@ -136,8 +138,8 @@ class BatchSampler:
         size = len(group) if self.record is None else padded_size(len(group), self.batch_size)
         padded = [*group, *[group[-1]] * (size - len(group))]
         rows, seeds = [request.row for request in padded], [request.seed for request in padded]
-        runner = self._runner(size)
-        *_, last = generate(self.tokenizer, self.transformer, rows, seeds, self.config, runner=runner)
+        runner, models = self._runner(size), (self.tokenizer, self.transformer)
+        *_, last = generate(*models, rows, seeds, self.config, mark=self.mark, runner=runner)
         pixels_BPP3 = runner.run("decoder", partial(decode_on_device, self.tokenizer, last.f_hat))
         return fetched(group, pixels_BPP3)
 

@@ -9,6 +9,7 @@ of a scale.
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,9 +22,15 @@ from varcli.scales import sequence_length
 
 @torch.no_grad()
 def sample(
-    tokenizer: Tokenizer, transformer: Transformer, row: int, seed: int, config: SampleConfig
+    tokenizer: Tokenizer,
+    transformer: Transformer,
+    row: int,
+    seed: int,
+    config: SampleConfig,
+    *,
+    mark: Callable[[str], None] = lambda phase: None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return one picture's token maps, each (l,), and its pixels (P, P, 3) as uint8."""
+    """Return one picture's token maps, each (l,), and its pixels (P, P, 3) as uint8; `mark` as for the sampler."""
     quantizer, sides = tokenizer.quantize, transformer.config.sides
     source = torch.Generator().manual_seed(picture_seed(seed, row))
     tokens: list[Tensor] = []
@@ -35,6 +42,7 @@ def sample(
             unconditional_lV = scale_logits(tokenizer, transformer, transformer.config.null_class, f_hats)
             t = config.cfg * ratio
             logits_lV = (1 + t) * logits_lV - t * unconditional_lV
+        mark("transformer")
         if config.smooth:
             weight_lV = smooth_weights(logits_lV, config, ratio, source)
             h_1lC = (weight_lV @ quantizer.embedding.weight).unsqueeze(0)
@@ -45,6 +53,7 @@ def sample(
             tokens.append(draw(logits_lV, u_l, config))
             h_1Css = quantizer.embed(tokens[-1].unsqueeze(0))
         f_hats.append(quantizer.accumulate(f_hats[-1] if f_hats else None, h_1Css, scale))
+        mark("drawing")
     image = tokenizer.decode_features(f_hats[-1]).clamp(-1, 1)[0]
     return tokens, ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
 

@@ -1,0 +1,116 @@
+"""The ways to make a picture that are measured: varcli's own, and what it is compared with.
+
+Each makes the same pictures of the same classes and tells when a phase of the work ends.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from varcli.benchmarking.operations import decoder_operations, transformer_operations
+from varcli.config import SampleConfig
+from varcli.errors import RunError
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+from varcli.sampling import plain
+from varcli.sampling.batches import BatchSampler
+from varcli.sampling.graphs import Recorded
+from varcli.sampling.raster import scan
+from varcli.sampling.sampler import DIRECT, Pixels, decode
+
+Models = tuple[Tokenizer, Transformer]
+Mark = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contestant:
+    """One way to make pictures."""
+
+    name: str
+    precision: str
+    batch: int
+    """Pictures at a time."""
+    steps: Sequence[str]
+    """What each step of the transformer is called; those of the same name count as one."""
+    operations: Mapping[tuple[str, str], int]
+    """Floating-point operations a picture, by phase and step."""
+    make: Callable[[Sequence[int], Mark], Sequence[Pixels]]
+    """Makes one picture (P, P, 3) a seed, and marks the end of each "transformer", "drawing" and "decoder"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A picture to be made."""
+
+    row: int
+    seed: int
+
+
+def varcli(models: Models, config: SampleConfig, precision: str, batch: int) -> Contestant:
+    """Return the sampler of `var sample`, for models made ready by `devices.place`."""
+    sampler = BatchSampler(*models, config, batch)
+    together = sampler.batch_size
+
+    def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
+        sampler.mark = mark
+        wanted = [Wanted(row, seed) for row, seed in zip(_rows(models, seeds), seeds, strict=True)]
+        pixels = [found for _, found in sampler.pictures(wanted)]
+        mark("decoder")
+        if sampler.batch_size != together:
+            raise RunError(f"memory: {together} pictures at a time; --batch-size {sampler.batch_size} fits")
+        return pixels
+
+    return Contestant(name="varcli", precision=precision, batch=together, make=make, **_scales(models, config))
+
+
+def raster_scan(models: Models, config: SampleConfig, precision: str, batch: int) -> Contestant:
+    """Return the raster-scan baseline, for the same models, its steps recorded where varcli's are."""
+    sampler = BatchSampler(*models, config, batch)
+    runner = DIRECT if sampler.record is None else Recorded(sampler.record, lambda error: None)
+
+    def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
+        f_BCHW = scan(*models, _rows(models, seeds), seeds, config, mark=mark, runner=runner)
+        pixels_BPP3 = decode(models[0], f_BCHW)
+        mark("decoder")
+        return list(pixels_BPP3)
+
+    tokens = models[1].config.sides[-1] ** 2
+    steps = {f"{tokens} tokens": [1] * tokens}
+    work = _work(models, config, steps)
+    return Contestant(name="raster", precision=precision, batch=sampler.batch_size, make=make, **work)
+
+
+def plain_twin(models: Models, config: SampleConfig) -> Contestant:
+    """Return the sampler's specification: pictures one by one in float32, with models as they were loaded."""
+
+    def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
+        found: list[Pixels] = []
+        for row, seed in zip(_rows(models, seeds), seeds, strict=True):
+            _, pixels_PP3 = plain.sample(*models, row, seed, config, mark=mark)
+            found.append(pixels_PP3.cpu().numpy())
+            mark("decoder")
+        return found
+
+    return Contestant(name="plain", precision="fp32", batch=1, make=make, **_scales(models, config))
+
+
+def _scales(models: Models, config: SampleConfig) -> dict[str, Any]:
+    """Return what is done by who makes a scale a step. The plain twin does more, none of which is needed."""
+    return _work(models, config, {f"{side} × {side}": [side * side] for side in models[1].config.sides})
+
+
+def _work(models: Models, config: SampleConfig, steps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return a contestant's steps and operations, given the tokens of the steps of each name."""
+    names = [name for name, counts in steps.items() for _ in counts]
+    counts = [count for counts in steps.values() for count in counts]
+    operations = Counter[tuple[str, str]]()
+    for name, needed in zip(names, transformer_operations(models[1].config, counts, config.cfg > 0), strict=True):
+        operations["transformer", name] += needed
+    operations["decoder", ""] = decoder_operations(models[0].config)
+    return {"steps": names, "operations": operations}
+
+
+def _rows(models: Models, seeds: Sequence[int]) -> list[int]:
+    """Return a row of the class table a picture: the classes take turns."""
+    return [seed % models[1].config.class_count for seed in seeds]

@@ -1,0 +1,32 @@
+"""A benchmark as a chart: where the time of a picture goes, and how it compares. No torch here."""
+
+from collections.abc import Sequence
+
+from varcli.benchmarking.figures import PHASES, Figures
+from varcli.data.charts import Bars
+
+
+def panels(title: str, samplers: Sequence[Figures]) -> list[Bars]:
+    """Return one panel of the first sampler's stages and, where there are others, one of all samplers."""
+    found = [_stages(title, samplers[0])]
+    return found if len(samplers) == 1 else [*found, _totals(samplers)]
+
+
+def _stages(title: str, sampler: Figures) -> Bars:
+    """Return a bar a stage, coloured by its phase."""
+    parts = {
+        phase: [1000 * stage.seconds if stage.phase == phase else 0 for stage in sampler.stages] for phase in PHASES
+    }
+    labels = [stage.step or stage.phase for stage in sampler.stages]
+    return Bars(title=title, unit="milliseconds a picture", labels=labels, parts=parts)
+
+
+def _totals(samplers: Sequence[Figures]) -> Bars:
+    """Return a bar a sampler."""
+    parts = {
+        phase: [sum(stage.seconds for stage in each.stages if stage.phase == phase) for each in samplers]
+        for phase in PHASES[:-1]  # as `seconds_per_picture` is without the PNG
+    }
+    notes = [f"{each.seconds_per_picture:.3g} s, {each.times_varcli:.3g} ×" for each in samplers]
+    labels = [f"{each.sampler}, {each.precision}" for each in samplers]
+    return Bars(title="In comparison", unit="seconds a picture", labels=labels, parts=parts, notes=notes)

@@ -1,0 +1,175 @@
+"""`var bench`: what a picture costs on this machine."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from varcli import __version__
+from varcli.checkpoints.registry import find
+from varcli.commands import options
+from varcli.commands.settings import settings
+from varcli.errors import UsageError
+from varcli.reporting import progress, result, table
+
+if TYPE_CHECKING:
+    from varcli.benchmarking.contestants import Models
+    from varcli.benchmarking.figures import Figures
+    from varcli.benchmarking.measurement import Benchmark
+
+Random = Annotated[
+    bool,
+    Option(
+        "--random",
+        help="Random weights in the checkpoint's shape: nothing is downloaded, and they cost what trained ones cost.",
+    ),
+]
+Versus = Annotated[
+    str | None,
+    Option(
+        "--vs",
+        metavar="plain|raster",
+        help="Also measure, taking turns, the plain twin that specifies the sampler, or the same transformer drawing "
+        "token by token in raster order; both with a comma between.",
+    ),
+]
+Batch = Annotated[
+    int, Option("--batch-size", min=1, help="Pictures at a time on a GPU in 16 bits; elsewhere always one.")
+]
+Rounds = Annotated[int, Option("--rounds", min=1, help="How often each is measured, after a warm-up.")]
+Chart = Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Also a chart of where the time goes, .png.")]
+
+
+def bench(  # noqa: PLR0917 - options are given by name
+    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
+    random: Random = False,
+    vs: Versus = None,
+    batch_size: Batch = 1,
+    rounds: Rounds = 5,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    draft: options.Draft = None,
+    out: Chart = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure what a picture costs here: time, memory, operations, stage by stage, beside other ways to make one.
+
+    Settings are those for metrics, classes take turns. Times are until the pixels are there; PNGs come on top.
+    """
+    from varcli.benchmarking.measurement import Plan, measure  # noqa: PLC0415 - torch
+    from varcli.sampling.devices import pick_device, pick_dtype  # noqa: PLC0415 - torch
+
+    _check_chart(out)
+    config = settings(checkpoint, "metrics", draft=options.parse_drafts(draft))
+    where = pick_device(device)
+    precision = quantize or pick_dtype(dtype, where)
+    others = _others(vs)
+    plan = Plan(
+        load=lambda: _models(checkpoint, random, quiet),
+        config=config,
+        device=where,
+        precision=precision,
+        batch=batch_size,
+        others=others,
+        rounds=rounds,
+    )
+    with progress("batches", plan.batches, quiet) as advance:
+        found = measure(plan, advance)
+    if as_json:
+        facts = {"checkpoint": checkpoint, "random": random, "settings": asdict(config), "rounds": rounds}
+        result(
+            json.dumps({"kind": "varcli-bench", "version": __version__, "device": str(where)} | facts | asdict(found))
+        )
+    else:
+        _report(found)
+    if out:
+        _draw(out, f"{checkpoint}, {precision}, on {found.hardware}", found)
+
+
+def _others(vs: str | None) -> list[str]:
+    """Return what to compare with, each once."""
+    given = [name.strip() for name in vs.split(",")] if vs is not None else []
+    if set(given) - {"plain", "raster"}:
+        raise UsageError(f"vs: {vs}; plain, raster, or plain,raster")
+    return list(dict.fromkeys(given))
+
+
+def _models(checkpoint: str, random: bool, quiet: bool) -> "Models":
+    """Return the checkpoint's models, on the CPU."""
+    from varcli.checkpoints.store import load_model  # noqa: PLC0415 - torch
+    from varcli.checkpoints.untrained import untrained  # noqa: PLC0415 - torch
+
+    if random:
+        return untrained(checkpoint)
+    model = load_model(find(checkpoint, progress=not quiet))
+    return model.tokenizer, model.transformer
+
+
+def _check_chart(out: Path | None) -> None:
+    """Find out whether the chart can be written, before anything is measured."""
+    if out:
+        from varcli.data.outputs import check_file  # noqa: PLC0415 - Pillow
+
+        check_file("out", out, (".png",))
+
+
+# --- what is told ----------------------------------------------------------------------------------
+
+
+def _report(found: "Benchmark") -> None:
+    """Print a table of what a picture costs in all, and one of what its stages take; a column a sampler."""
+    names = [each.sampler for each in found.samplers]
+    table(("", *names), [_filled(row, 1 + len(names)) for row in _totals(found)])
+    table(("milliseconds a picture", *names, "GFLOP", "of matmul"), _stages(found.samplers))
+
+
+def _totals(found: "Benchmark") -> list[list[str]]:
+    each, rate = found.samplers, f"of matmul, {found.matmul_rate / 1e9:.4g} GFLOP/s"
+    memory = "" if found.peak_bytes is None else f"{found.peak_bytes / 1e9:.3g}"
+    return [
+        ["machine", found.hardware],
+        ["precision", *(one.precision for one in each)],
+        ["pictures at a time", *(str(one.batch_size) for one in each)],
+        ["seconds a picture", *(f"{one.seconds_per_picture:.4g}" for one in each)],
+        ["times varcli's", *(f"{one.times_varcli:.3g}" for one in each)],
+        ["pictures a second", *(f"{one.pictures_per_second:.4g}" for one in each)],
+        *([f"latency {name}, s", *(f"{one.latency[name]:.4g}" for one in each)] for name in each[0].latency),
+        ["GFLOP a picture", *(f"{one.operations / 1e9:.4g}" for one in each)],
+        [rate, *(f"{one.matmul_fraction:.1%}" for one in each)],
+        ["peak memory, GB", memory],
+    ]
+
+
+def _stages(samplers: Sequence["Figures"]) -> list[list[str]]:
+    """Return a row a stage: milliseconds of each sampler; operations, and their rate in the first that has it."""
+    from varcli.benchmarking.figures import PHASES  # noqa: PLC0415 - torch
+
+    columns = [{stage.name: stage for stage in each.stages} for each in samplers]
+    phases = {name: PHASES.index(stage.phase) for column in columns for name, stage in column.items()}
+    rows = []
+    for name in sorted(phases, key=phases.__getitem__):
+        stages = [column.get(name) for column in columns]
+        first = next(stage for stage in stages if stage)
+        times = ["" if stage is None else f"{1000 * stage.seconds:.3g}" for stage in stages]
+        gflop = "" if first.operations is None else f"{first.operations / 1e9:.3g}"
+        fraction = "" if first.matmul_fraction is None else f"{first.matmul_fraction:.0%}"
+        rows.append([name, *times, gflop, fraction])
+    return rows
+
+
+def _filled(row: list[str], columns: int) -> list[str]:
+    return [*row, *[""] * (columns - len(row))]
+
+
+def _draw(out: Path, title: str, found: "Benchmark") -> None:
+    """Write the chart."""
+    from varcli.benchmarking.panels import panels  # noqa: PLC0415 - matplotlib, in the end
+    from varcli.data.charts import png  # noqa: PLC0415
+    from varcli.data.images import write_atomically  # noqa: PLC0415 - Pillow
+
+    write_atomically(out, png(*panels(title, found.samplers)))

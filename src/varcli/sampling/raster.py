@@ -1,0 +1,121 @@
+"""A baseline: the same transformer in raster order, one token after the other, as such models drew before VAR.
+
+What it is: the same blocks, head and decoder with the same weights in the same precision, over the s_K² tokens of
+the finest map alone, left to right and top to bottom, with a cache of keys and values and guided by a second row.
+So it costs what a raster-scan model of this size costs on this machine, and nothing else differs.
+
+What it is not: a model. The weights were trained for scales, so its pictures show nothing. Nor is it the very
+baseline of the paper's "20 times faster", which was another network, of another size, on another machine.
+
+Shapes: B pictures, R rows of the transformer's batch (B, or 2B when guided: conditional above unconditional),
+l tokens, L tokens of all scales, D width, C codebook channels, V codebook rows.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from varcli.config import SampleConfig
+from varcli.models.attention import KeyValueCache
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer, normalize
+from varcli.sampling.devices import block_weight
+from varcli.sampling.draws import candidates, draw, generators, uniforms
+from varcli.sampling.graphs import Runner
+from varcli.sampling.sampler import DIRECT
+
+
+class RasterModel:
+    """The transformer at work on one batch, token by token: what it computes once, and what it remembers."""
+
+    def __init__(self, transformer: Transformer, row_B: Tensor, config: SampleConfig) -> None:
+        weight = block_weight(transformer)
+        self.transformer, self.cfg, self.count = transformer, config.cfg, len(row_B)
+        unconditional_B = torch.full_like(row_B, transformer.config.null_class)
+        self.class_RD = transformer.class_emb(torch.cat([row_B, unconditional_B]) if config.cfg > 0 else row_B)
+        self.low_precision = torch.autocast(
+            weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32, cache_enabled=False
+        )
+        with self.low_precision:
+            self.modulations = [ada.float() for ada in transformer.modulations(self.class_RD)]
+        self.final_scale, self.final_shift = transformer.head_nm.ada_lin(self.class_RD).unbind(2)
+        self.cache = KeyValueCache(transformer.config, len(self.class_RD), weight.device, weight.dtype)
+
+    def logits(self, position: int, input_B1C: Tensor | None) -> Tensor:
+        """Return the guided logits (B, 1, V) of a token, after those of all before it.
+
+        Args:
+            position: of the token.
+            input_B1C: codebook rows of the token before it; None before the first.
+        """
+        x_R1D = self.inputs(position, input_B1C)
+        self.cache.filled = position
+        with self.low_precision:
+            x_R1D = self.transformer.step(x_R1D, modulations=self.modulations, cache=self.cache)
+        return self.head(x_R1D)
+
+    def inputs(self, first: int, input_BlC: Tensor | None) -> Tensor:
+        """Return the residual stream (R, l, D) of tokens from position `first` on, given those before each.
+
+        Before the first token of all there is none (None): the class stands there.
+        """
+        if input_BlC is None:
+            x_RlD = self.class_RD.unsqueeze(1) + self.transformer.pos_start
+        else:
+            x_RlD = self.transformer.word_embed(input_BlC).repeat(len(self.class_RD) // self.count, 1, 1)
+        return x_RlD + self.transformer.pos_1LC[:, first : first + x_RlD.shape[1]]
+
+    def head(self, x_RlD: Tensor) -> Tensor:
+        """Return the guided logits (B, l, V) of what comes out of the blocks; the strength is the same everywhere."""
+        h_RlD = normalize(x_RlD, self.final_scale, self.final_shift)
+        h_BlD = h_RlD[: self.count]
+        if self.cfg > 0:
+            h_BlD = (1 + self.cfg) * h_BlD - self.cfg * h_RlD[self.count :]
+        logits_BlV: Tensor = self.transformer.head(h_BlD)
+        return logits_BlV
+
+
+@torch.inference_mode()
+def scan(
+    tokenizer: Tokenizer,
+    transformer: Transformer,
+    rows: Sequence[int],
+    seeds: Sequence[int],
+    config: SampleConfig,
+    *,
+    mark: Callable[[str], None] = lambda phase: None,
+    runner: Runner = DIRECT,
+) -> Tensor:
+    """Return the feature maps (B, C, H, W) of a batch of pictures drawn in raster order.
+
+    Args:
+        tokenizer: as for `sampler.generate`.
+        transformer: the same.
+        rows: row of the class table a picture.
+        seeds: one seed a picture.
+        config: guidance and filters.
+        mark: called with "transformer" and "drawing" after these phases of each token.
+        runner: how to run the steps.
+    """
+    device, length = block_weight(transformer).device, transformer.config.sides[-1] ** 2
+    row_B = runner.admit("rows", torch.tensor(rows), device)
+    u_Bl = runner.admit("numbers", uniforms(generators(seeds, rows), length), device)
+    model = runner.run("class", lambda: RasterModel(transformer, row_B, config))
+    drawn: list[Tensor] = []
+    input_B1C = None
+    for position in range(length):
+        logits_B1V = runner.run(f"transformer {position}", partial(model.logits, position, input_B1C))
+        mark("transformer")
+        u_B1 = u_Bl[:, position : position + 1]
+        idx_B1, input_B1C = runner.run(f"drawing {position}", partial(_draw, tokenizer, config, logits_B1V, u_B1))
+        drawn.append(idx_B1)
+        mark("drawing")
+    return tokenizer.quantize.embed(torch.cat(drawn, dim=1))
+
+
+def _draw(tokenizer: Tokenizer, config: SampleConfig, logits_B1V: Tensor, u_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the token and its codebook row, (B, 1) and (B, 1, C)."""
+    idx_B1 = draw(candidates(logits_B1V, config.top_k, config.top_p), u_B1)
+    return idx_B1, tokenizer.quantize.embedding(idx_B1)

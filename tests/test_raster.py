@@ -1,0 +1,95 @@
+"""The raster-scan baseline is an autoregressive model: cached token by token it computes what it would all at once."""
+
+import pytest
+import torch
+
+import reference
+from test_graphs import taped
+from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+from varcli.sampling.devices import place
+from varcli.sampling.graphs import Recorded
+from varcli.sampling.raster import RasterModel, scan
+from varcli.sampling.sampler import decode
+
+SIDES = (1, 2, 4)
+TOKENS = 16
+
+
+@pytest.fixture(params=[False, True], ids=["own", "shared"])
+def models(request):
+    tokenizer = Tokenizer(
+        TokenizerConfig(sides=SIDES, codebook_size=48, codebook_width=8, base_width=32, multipliers=(1, 1))
+    )
+    transformer = Transformer(
+        TransformerConfig(
+            depth=2,
+            width=128,
+            sides=SIDES,
+            codebook_size=48,
+            codebook_width=8,
+            class_count=5,
+            shared_adaln=request.param,
+        )
+    )
+    reference.set_rule_weights(tokenizer)
+    reference.set_rule_weights(transformer)
+    place(tokenizer, transformer, torch.device("cpu"), "fp32")
+    return tokenizer, transformer
+
+
+@pytest.mark.parametrize("cfg", [0, 1.5])
+@torch.no_grad()
+def test_token_by_token_equals_all_at_once(models, cfg):
+    tokenizer, transformer = models
+    config, rows = SampleConfig(cfg=cfg), torch.tensor([1, 4])
+    input_BlC = tokenizer.quantize.embedding(torch.randint(48, (2, TOKENS - 1)))
+    cached = RasterModel(transformer, rows, config)
+    one_by_one = [
+        cached.logits(0, None),
+        *(cached.logits(i + 1, part) for i, part in enumerate(input_BlC.split(1, dim=1))),
+    ]
+
+    whole = RasterModel(transformer, rows, config)
+    x_RlD = torch.cat([whole.inputs(0, None), whole.inputs(1, input_BlC)], dim=1)
+    causal = torch.full((TOKENS, TOKENS), -torch.inf).triu(1)[None, None]
+    for i, (block, ada) in enumerate(zip(transformer.blocks, whole.modulations, strict=True)):
+        x_RlD = block(x_RlD, ada, i, causal, None)
+    torch.testing.assert_close(torch.cat(one_by_one, dim=1), whole.head(x_RlD), atol=1e-4, rtol=1e-4)
+    assert cached.cache.filled == TOKENS
+
+
+@torch.no_grad()
+def test_guidance_mixes_the_two_rows_equally_everywhere(models):
+    with_class, without = (
+        RasterModel(models[1], torch.tensor([row]), SampleConfig(cfg=0)).logits(0, None) for row in (2, 5)
+    )
+    guided = RasterModel(models[1], torch.tensor([2]), SampleConfig(cfg=3)).logits(0, None)
+    torch.testing.assert_close(guided, 4 * with_class - 3 * without, atol=1e-4, rtol=1e-4)
+
+
+def test_a_picture_is_its_seeds_and_classes_and_all_tokens_are_drawn(models):
+    marks = []
+    f_BCHW = scan(*models, [1, 2, 1], [0, 0, 1], SampleConfig(), mark=marks.append)
+    assert f_BCHW.shape == (3, 8, 4, 4)
+    assert marks == ["transformer", "drawing"] * TOKENS
+    assert decode(models[0], f_BCHW).shape == (3, 8, 8, 3)
+    again = scan(*models, [1], [0], SampleConfig())
+    torch.testing.assert_close(again[0], f_BCHW[0])
+    assert not torch.equal(f_BCHW[0], f_BCHW[1]) and not torch.equal(f_BCHW[0], f_BCHW[2])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_16_bits_too(models, precision):
+    place(*models, torch.device("cpu"), precision)
+    assert scan(*models, [1], [0], SampleConfig()).dtype == torch.float32
+
+
+def test_recorded_steps_draw_the_same(models):
+    """As on a GPU: the first batch as it is, the second recorded, the third played."""
+    runner = Recorded(taped, pytest.fail)
+    for seed in range(3):
+        recorded = scan(*models, [1, 3], [seed, 7], SampleConfig(), runner=runner).clone()
+        assert torch.equal(recorded, scan(*models, [1, 3], [seed, 7], SampleConfig()))
+    assert len(runner.recordings) == 1 + 2 * TOKENS
