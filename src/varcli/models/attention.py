@@ -47,11 +47,20 @@ class SelfAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
+    @property
+    def bias(self) -> Tensor:
+        """Return the bias of queries, keys and values, (3 D,)."""
+        return torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+
+    def joint(self, x_BlD: Tensor) -> Tensor:
+        """Return queries, keys and values side by side, (B, l, 3 D)."""
+        if self.mat_qkv.bias is not None:  # the map was packed, and the bias with it
+            return self.mat_qkv(x_BlD)
+        return F.linear(x_BlD, self.mat_qkv.weight, self.bias)
+
     def project(self, x_BlD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return unit-length queries (times their temperature), unit-length keys, and values: (B, h, l, c) each."""
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x_BlD, self.mat_qkv.weight, bias)
-        q, k, v = qkv.unflatten(2, (3, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.joint(x_BlD).unflatten(2, (3, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
         temperature = self.scale_mul_1H11.clamp(max=math.log(100.0)).exp()
         return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), v
 
@@ -64,5 +73,13 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(block, k, v)
         bias = None if bias_11LL is None else bias_11LL.to(v.dtype)
-        h_Bhlc = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        if v.dtype == torch.bfloat16 and v.device.type == "cpu" and bias is None:
+            h_Bhlc = attend(q, k, v)
+        else:
+            h_Bhlc = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.proj(h_Bhlc.transpose(1, 2).flatten(2))
+
+
+def attend(q_Bhlc: Tensor, k_BhLc: Tensor, v_BhLc: Tensor) -> Tensor:
+    """Return what each query gathers, (B, h, l, c), by plain products: on a CPU in bf16 faster than torch's own."""
+    return (q_Bhlc @ k_BhLc.mT).softmax(-1) @ v_BhLc

@@ -4,11 +4,10 @@ Shapes: B pictures, 3 or C channels, H and W rows and columns.
 Module names are those inside the released checkpoint files, hence `down.0.block.1`.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varcli.config import TokenizerConfig
-from varcli.models.layers import Downsample, ResidualBlock, SpatialAttention, Upsample, group_norm
+from varcli.models.layers import Downsample, ResidualBlock, SpatialAttention, Upsample, group_norm, silu
 
 
 class Level(nn.Module):
@@ -90,7 +89,7 @@ class Encoder(nn.Module):
         h_BCHW = self.conv_in(image_B3HW)
         for level in self.down:
             h_BCHW = level(h_BCHW)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h_BCHW))))
+        return self.conv_out(silu(self.norm_out(self.mid(h_BCHW))))
 
 
 class Decoder(nn.Module):
@@ -114,4 +113,4 @@ class Decoder(nn.Module):
         h_BCHW = self.mid(self.conv_in(f_BCHW))
         for level in reversed(self.up):
             h_BCHW = level(h_BCHW)
-        return self.conv_out(F.silu(self.norm_out(h_BCHW)))
+        return self.conv_out(silu(self.norm_out(h_BCHW)))

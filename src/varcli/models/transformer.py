@@ -26,11 +26,12 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
+        self.gelu = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x_BlD: Tensor) -> Tensor:
         """Return (B, l, D)."""
-        return self.fc2(F.gelu(self.fc1(x_BlD), approximate="tanh"))
+        return self.fc2(self.gelu(self.fc1(x_BlD)))
 
 
 class Modulation(nn.Sequential):
@@ -52,7 +53,7 @@ class Modulation(nn.Sequential):
 
 def normalize(x_BlD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor) -> Tensor:
     """Return LN(x)·(1 + scale) + shift, the layer norm without weights of its own."""
-    return F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=1e-6) * (1 + scale_B1D) + shift_B1D
+    return torch.addcmul(shift_B1D, F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=1e-6), 1 + scale_B1D)
 
 
 class Block(nn.Module):
@@ -81,9 +82,9 @@ class Block(nn.Module):
         """Return the residual stream after this block, (B, l, D)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16D.unbind(2)
         h_BlD = self.attn(normalize(x_BlD, scale1, shift1), block, bias_11LL, cache)
-        x_BlD = x_BlD + self.drop_path(h_BlD * gamma1)
+        x_BlD = torch.addcmul(x_BlD, self.drop_path(h_BlD), gamma1)
         h_BlD = self.ffn(normalize(x_BlD, scale2, shift2))
-        return x_BlD + self.drop_path(h_BlD * gamma2)
+        return torch.addcmul(x_BlD, self.drop_path(h_BlD), gamma2)
 
 
 class FinalNorm(nn.Module):

@@ -1,9 +1,16 @@
 """Where and in which precision to sample."""
 
+import contextlib
+import ctypes
+import platform
+import sys
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
 from varcli.errors import RunError, UsageError
+from varcli.models.packed import PackedLinear, pack
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
@@ -32,13 +39,33 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
-    """Return the name of the precision; for "auto" 16 bits on CUDA and fp32 elsewhere."""
+    """Return the name of the precision; for "auto" 16 bits on CUDA and on CPUs made for them, fp32 elsewhere."""
     if name != "auto":
         return name
-    if device.type != "cuda":
-        return "fp32"
-    computes = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs know fp16 alone
-    return "bf16" if computes else "fp16"
+    if device.type == "cuda":
+        computes = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs know fp16 alone
+        return "bf16" if computes else "fp16"
+    return "bf16" if device.type == "cpu" and cpu_computes_bf16() else "fp32"
+
+
+def cpu_computes_bf16() -> bool:
+    """Return whether the processor has instructions for bf16 (AVX512-BF16, AMX or Arm's) and torch uses them.
+
+    oneDNN's own answer will not do on x86: it is yes where AVX-512 emulates bf16, which is slower than float32.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision_reason(precision: str, device: torch.device) -> str:
+    """Return a line for people that says what "auto" chose, and why."""
+    if device.type == "cpu":
+        has = "has" if precision == "bf16" else "has no"
+        return f"computing on cpu in {precision}: this processor {has} instructions for bf16"
+    return f"computing on {device} in {precision}"
 
 
 def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, precision: str) -> None:
@@ -60,6 +87,9 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
         transformer.to(device).eval()
         for part in decoding:
             part.to(memory_format=torch.channels_last)
+        if device.type == "cpu":
+            pack(transformer)
+            keep_freed_memory()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -108,6 +138,24 @@ def independent(transformer: Transformer) -> bool:
     return weight.device.type == "cpu" or weight.dtype == torch.float32
 
 
+@cache
+def keep_freed_memory() -> None:
+    """Tell glibc, where it is the C library, to keep large blocks that are freed instead of giving them back.
+
+    The same sizes are asked for over and over, and each page from the system costs a fault and its zeros.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(AttributeError):  # other C libraries have no such setting
+        settings = ctypes.CDLL(None).mallopt
+        settings(_TRIM_THRESHOLD, 2**31 - 1)
+        settings(_MMAP_THRESHOLD, 2**30)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+
+
 def block_weight(transformer: Transformer) -> Tensor:
     """Return a weight that tells on which device and in which precision the blocks compute."""
-    return next(layer.weight for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear))
+    return next(layer.weight for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear | PackedLinear))
