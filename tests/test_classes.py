@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
@@ -76,6 +77,9 @@ def test_name_with_a_comma_is_no_list():
         ("cat", imagenet(), InputError, "281 tabby"),
         ("gldn retriever", imagenet(), InputError, "close to it: 207 golden retriever"),
         ("zzzz", imagenet(), InputError, "var classes"),
+        ("nothing of the kind", imagenet(), InputError, "knows 0 to 999; `var classes` lists them"),
+        ("asdfgh", imagenet(), InputError, "knows 0 to 999; `var classes` lists them"),
+        ("retreiver", imagenet(), InputError, "close to it: 205 flat-coated retriever, 206 curly-coated retriever"),
         ("2", FEW, InputError, "2 great white shark"),
         ("206", FEW, InputError, "207 golden retriever, 208 Labrador retriever"),
         ("curly-coated retriever", FEW, InputError, "207 golden retriever, 208 Labrador retriever"),
@@ -84,7 +88,8 @@ def test_name_with_a_comma_is_no_list():
         ("piano", FEW, InputError, "579 grand piano"),
         ("5000", FEW, InputError, "10 classes between 1 and 951"),
         ("golden retriever", PETS, InputError, "knows 0 to 1"),
-        ("dog house", PETS, InputError, "dogs"),
+        ("dogss", PETS, InputError, "dogs"),
+        ("dog house", PETS, InputError, "knows 0 to 1"),
         ("7", PETS, InputError, "knows 0 to 1"),
     ],
 )
@@ -93,6 +98,14 @@ def test_spec_refused(spec, table, kind, words):
         parse_classes([spec], table, hint="var-d16 has all")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_known_by_a_part_of_its_name_is_told():
+    told = []
+    for spec in ("shepherd", "golden retriever,alsatian,4tabby", "-"):
+        with suppress(InputError):
+            list(parse_classes([spec], FEW, ["goldf", "1"], taken=lambda word, entry: told.append((word, entry.id))))
+    assert told == [("shepherd", 235), ("goldf", 1)]
 
 
 def test_lacking_class_says_who_has_it():

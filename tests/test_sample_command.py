@@ -194,6 +194,16 @@ def test_precision_is_told_only_where_the_program_chose_it(sample, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_class_known_by_a_part_of_its_name_is_told(sample, capsys):
+    sample("-c", "dais", "--dtype", "fp32")
+    assert capsys.readouterr() == (
+        "985-daisy-0.png\n",
+        "var: class: dais; taken for 985 daisy, the only one this checkpoint knows with such a name\n",
+    )
+    sample("-c", "dais", "--quiet")
+    assert capsys.readouterr() == ("", "")
+
+
 def test_nothing_left_to_do_is_said(sample, capsys):
     for out in ("o", "o.npz", "o.tar"):
         for quiet in ((), ("--quiet",)):

@@ -29,6 +29,11 @@ def note(line: str) -> None:
     sys.stderr.write(f"var: {line}\n")
 
 
+def notes(quiet: bool) -> Callable[[str], None]:
+    """Return `note`, or what says nothing to those who want errors only."""
+    return (lambda line: None) if quiet else note
+
+
 def failure(message: str) -> None:
     """Write an error to stderr, as one line whatever it holds."""
     note("error: " + " ".join(message.split()))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from varcli.commands.series import Picture
 from varcli.errors import UsageError
 from varcli.processes import Group
-from varcli.reporting import note, result
+from varcli.reporting import result
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -70,7 +70,7 @@ class Results:
             self.shown.append(finished)
         self.advance()
 
-    def finish(self) -> None:
+    def finish(self, say: Callable[[str], None]) -> None:
         """Make the contact sheet, and name the file that holds all pictures where there is one."""
         if self.grid and self.shown:
             from varcli.data.images import png_bytes, write_atomically  # noqa: PLC0415 - Pillow
@@ -79,12 +79,10 @@ class Results:
             labels = [f"{one.made.class_name}, seed {one.made.seed}" for one in self.shown]
             pixels = [one.pixels for one in self.shown if one.pixels is not None]
             write_atomically(self.grid, png_bytes(contact_sheet(pixels, labels)))
-        if self.quiet:
-            return
         if self.asked > 0 and self.made == 0:
-            note(f"nothing left to do; {self.asked} of {self.asked} pictures were there")
+            say(f"nothing left to do; {self.asked} of {self.asked} pictures were there")
         archive = self.output.archive
-        if archive and archive.exists() and not self.as_json:
+        if archive and archive.exists() and not self.quiet and not self.as_json:
             result(str(archive))
 
 

@@ -14,7 +14,7 @@ from varcli.commands.series import Picture, Series, from_stdin
 from varcli.commands.settings import origin_of, settings
 from varcli.errors import UsageError
 from varcli.processes import joined, launched, relaunch
-from varcli.reporting import note, progress
+from varcli.reporting import notes, progress
 
 if TYPE_CHECKING:
     from varcli.data.images import Pixels
@@ -61,25 +61,26 @@ def sample(  # noqa: PLR0917 - options are given by name
     config = settings(checkpoint, preset, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth, draft=drafts)
     with joined() as group:
         quiet = quiet or not group.first
+        say = notes(quiet)
         where = pick_device(group.device(device))
         precision = quantize or pick_dtype(dtype, where)
         model = load_model(find(checkpoint, progress=not quiet))
         named = where.type if group.count > 1 else str(where)
-        series = Series(model.classes, count, seed, origin_of(checkpoint, model.sha256, config, named, precision))
-        bursts, total = series.bursts(classes)
+        origin = origin_of(checkpoint, model.sha256, config, named, precision)
+        bursts, total = Series(model.classes, count, seed, origin, say).bursts(classes)
         _check_counts(grid, scales, total)
         output = find_output(out, several=total != 1)
         if group.first:
             output.open(resume)
         with output, progress("pictures", total, quiet) as advance:
-            if precision not in (dtype, quantize) and not quiet:
-                note(f"computing on {where} in {precision}")
+            if precision not in (dtype, quantize):
+                say(f"computing on {where} in {precision}")
             place(model.tokenizer, model.transformer, where, precision)
-            sampler = BatchSampler(model.tokenizer, model.transformer, config, batch_size)
+            sampler = BatchSampler(model.tokenizer, model.transformer, config, batch_size, say)
             results = Results(output, grid, as_json, quiet, advance)
             Production(partial(_sampled, sampler, scales), results, group, sampler.batch_size).run(bursts)
         if group.first:
-            results.finish()
+            results.finish(say)
 
 
 def _sampled(

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -32,6 +32,8 @@ class Series:
     seed: int
     origin: "Provenance"
     """What all of them have in common."""
+    say: Callable[[str], None]
+    """Takes notes for the user."""
     used: Counter[ClassEntry | None] = field(default_factory=Counter)
 
     def bursts(self, specs: Sequence[str]) -> tuple[Iterable[Iterable[Picture]], int | None]:
@@ -41,7 +43,7 @@ class Series:
         stdin is a burst a class, so that each line is answered before the next is read, and its number is
         unknown (None).
         """
-        entries = parse_classes(specs, self.table, sys.stdin, hint())
+        entries = parse_classes(specs, self.table, sys.stdin, hint(), self._take)
         if from_stdin(specs):
             return map(self.pictures, entries), None
         known = list(entries)
@@ -58,6 +60,9 @@ class Series:
             else:
                 made = replace(self.origin, class_id=entry.id, class_name=entry.name, seed=number)
                 yield Picture(self.table.row(entry.id), number, made)
+
+    def _take(self, word: str, entry: ClassEntry) -> None:
+        self.say(f"class: {word}; taken for {entry}, the only one this checkpoint knows with such a name")
 
 
 def from_stdin(specs: Sequence[str]) -> bool:

@@ -36,6 +36,21 @@ def part(entries: "Entries", words: str) -> "list[ClassEntry]":
     return [e for e in entries if wanted and any(all(part in plain(name) for part in wanted) for name in e.names)]
 
 
+def close_to(entries: "Entries", words: str, count: int = 5) -> "list[ClassEntry]":
+    """Return the classes whose names are almost these words or, if none are, have a word that is almost one of them."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only on the way to an error
+
+    names = [(plain(name), entry) for entry in entries for name in entry.names]
+    in_parts = [(word, entry) for name, entry in names for word in name.split()]
+    long = [word for word in plain(words).split() if len(word) > 3]
+    for known, wanted, likeness in ((names, [plain(words)], 0.75), (in_parts, long, 0.8)):
+        spellings = {name for name, _ in known}
+        close = [name for text in wanted for name in get_close_matches(text, spellings, count, likeness)]
+        if close:
+            return list(dict.fromkeys(entry for spelling in close for name, entry in known if name == spelling))[:count]
+    return []
+
+
 def nearest(wanted: "ClassEntry", entries: "Entries", count: int = 3) -> "list[ClassEntry]":
     """Return the classes most like an ImageNet class that is not among them.
 

@@ -14,7 +14,7 @@ from hashlib import sha256
 from importlib.resources import files
 from itertools import chain
 
-from varcli.data.class_names import exact, nearest, part, plain, whole
+from varcli.data.class_names import close_to, exact, nearest, part, whole
 from varcli.errors import CheckpointError, InputError, UsageError
 
 
@@ -126,8 +126,15 @@ def random_class(table: ClassTable, seed: int) -> ClassEntry:
 # --- what a user types -----------------------------------------------------------------------------
 
 
+Taken = Callable[[str, ClassEntry], None]
+
+
 def parse_classes(
-    specs: Sequence[str], table: ClassTable, lines: Iterable[str] = (), hint: str = ""
+    specs: Sequence[str],
+    table: ClassTable,
+    lines: Iterable[str] = (),
+    hint: str = "",
+    taken: Taken = lambda word, entry: None,
 ) -> Iterator[ClassEntry | None]:
     """Return the classes meant, in order; None is "no class" and `RANDOM` one drawn for each picture.
 
@@ -140,6 +147,7 @@ def parse_classes(
         table: the classes the model knows.
         lines: where ``-`` reads; blank lines are passed over.
         hint: ends the message about an ImageNet class that the table lacks: which checkpoint has it.
+        taken: told of each class that was known by a part of its name.
 
     Raises:
         UsageError: a range runs backwards, or a spec is empty.
@@ -147,7 +155,7 @@ def parse_classes(
     """
 
     def parse(spec: str) -> list[ClassEntry | None]:
-        return _parse(spec, table, hint)
+        return _parse(spec, table, hint, taken)
 
     parts = [_from_lines(lines, parse) if spec.strip() == "-" else parse(spec) for spec in specs]
     return chain.from_iterable(parts)
@@ -159,7 +167,7 @@ def _from_lines(lines: Iterable[str], parse: Callable[[str], list[ClassEntry | N
             yield from parse(line)
 
 
-def _parse(spec: str, table: ClassTable, hint: str) -> list[ClassEntry | None]:
+def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassEntry | None]:
     """Return the classes of one spec other than ``-``."""
     word = spec.strip()
     if not word:
@@ -172,8 +180,8 @@ def _parse(spec: str, table: ClassTable, hint: str) -> list[ClassEntry | None]:
         return [_by_index(int(word), table, hint)]
     if "," in word and len(exact(table.entries, word)) != 1:
         # A name with a comma in it, or all names of a class as ImageNet writes them, is no list.
-        return [entry for part in word.split(",") for entry in _parse(part, table, hint)]
-    return [_by_name(word, table, hint)]
+        return [entry for part in word.split(",") for entry in _parse(part, table, hint, taken)]
+    return [_by_name(word, table, hint, taken)]
 
 
 _KEYWORDS: dict[str, Callable[[ClassTable], list[ClassEntry | None]]] = {
@@ -195,12 +203,14 @@ def _by_index(class_id: int, table: ClassTable, hint: str) -> ClassEntry:
     return table.by_id(class_id)
 
 
-def _by_name(word: str, table: ClassTable, hint: str) -> ClassEntry:
+def _by_name(word: str, table: ClassTable, hint: str, taken: Taken) -> ClassEntry:
     """Return the one class meant by a name, the most literal reading first."""
     elsewhere = imagenet().entries if _is_part_of_imagenet(table) else ()
     for matches in (exact, whole, part):
         found = matches(table.entries, word)
         if len(found) == 1:
+            if matches is not exact:
+                taken(word, found[0])
             return found[0]
         if found:
             raise InputError(f"class: {word}; which of {_listing(found)}")
@@ -224,11 +234,8 @@ def _lacking(wanted: Sequence[ClassEntry], table: ClassTable, hint: str) -> Inpu
 
 def _closest(word: str, table: ClassTable) -> str:
     """Return advice on what might have been meant by a name nothing has."""
-    from difflib import get_close_matches  # noqa: PLC0415 - only on the way to an error
-
-    by_name = {plain(name): entry for entry in table.entries for name in entry.names}
-    close = dict.fromkeys(by_name[name] for name in get_close_matches(plain(word), by_name, n=5, cutoff=0.5))
-    return f"close to it: {_listing(list(close))}" if close else f"{_extent(table)}; `var classes` lists them"
+    close = close_to(table.entries, word)
+    return f"close to it: {_listing(close)}" if close else f"{_extent(table)}; `var classes` lists them"
 
 
 def _extent(table: ClassTable) -> str:

@@ -1,0 +1,129 @@
+"""What it takes to put pictures down: how many a second each place takes, and how much memory a long run does.
+
+    python benchmarks/streaming.py [--pixels 256] [--pictures 200] [--rounds 5] [--json]
+    python benchmarks/streaming.py --memory 200,2000 [--checkpoint tiny64] [--json]
+
+The first table has pictures a second for ready-made pixels: one after the other (`Output.add`), and in threads
+(`Writer`) as `var sample` does it, taking turns; medians. A sampler that makes fewer a second never waits.
+With `--memory` whole runs of `var sample` take place, of so many pictures each; the peaks should be alike.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+from tables import print_rows
+
+from varcli.data.images import Provenance
+from varcli.data.outputs import open_output
+from varcli.data.writing import Writer
+
+if TYPE_CHECKING:
+    from varcli.data.images import Pixels
+
+PLACES = ("folder", "samples.npz", "samples.tar", "-")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to be put down."""
+
+    made: Provenance
+
+
+def photograph(pixels: int) -> "Pixels":
+    """Return a picture that compresses about as well as a real one: smooth, with a little noise."""
+    source = np.random.default_rng(0)
+    coarse = Image.fromarray(source.integers(0, 250, (pixels // 8, pixels // 8, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((pixels, pixels), Image.Resampling.BICUBIC))
+    return smooth + source.integers(0, 6, smooth.shape, np.uint8)
+
+
+def items(count: int) -> list[Item]:
+    """Return so many pictures' provenances."""
+    common = {"checkpoint": "x", "checkpoint_sha256": "0" * 64, "class_id": 207, "class_name": "golden retriever"}
+    settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "device": "cuda", "dtype": "bf16"}
+    return [Item(Provenance(**common, **settings, seed=seed, version="0")) for seed in range(count)]
+
+
+def seconds(place: str, wanted: list[Item], pixels: "Pixels", threads: bool) -> float:
+    """Return how long it takes to put the same pixels down for all items."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with open_output(os.devnull if place == "-" else f"{folder}/{place}", several=True) as output:
+            if threads:
+                with Writer(output, lambda item, path: None, 64) as writer:
+                    for item in wanted:
+                        writer.put(item, writer.prepare(item, pixels))
+            else:
+                for item in wanted:
+                    output.add(pixels, item.made)
+        return time.perf_counter() - start
+
+
+def speed(pixels: int, pictures: int, rounds: int) -> list[dict[str, object]]:
+    """Return one row a place."""
+    picture, wanted = photograph(pixels), items(pictures)
+    rows: list[dict[str, object]] = []
+    for place in PLACES:
+        taken: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(rounds):
+            for threads, times in taken.items():
+                times.append(seconds(place, wanted, picture, threads))
+        one, many = (statistics.median(taken[threads]) for threads in (False, True))
+        rows.append(
+            {
+                "place": place,
+                "one after the other, pictures/s": round(pictures / one),
+                "in threads": round(pictures / many),
+                "ratio": round(one / many, 2),
+            }
+        )
+    return rows
+
+
+def memory(counts: list[int], checkpoint: str) -> list[dict[str, object]]:
+    """Return one row a place: the peak of a whole run's memory for each number of pictures."""
+    rows = []
+    for place in PLACES:
+        row: dict[str, object] = {"place": place}
+        for count in counts:
+            with tempfile.TemporaryDirectory() as folder:
+                words = ["sample", "-c", "random", "-n", str(count), "-m", checkpoint, "-o", place, "--quiet"]
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "varcli", *words], cwd=folder, stdout=subprocess.DEVNULL
+                )
+                _, status, used = os.wait4(process.pid, 0)
+            assert status == 0
+            row[f"{count} pictures, peak MB"] = round(used.ru_maxrss / 1024)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure and print a Markdown table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pixels", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--pictures", type=int, default=200, help="how many a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="how many turns")
+    parser.add_argument("--memory", metavar="N,N", help="measure the memory of runs of so many pictures instead")
+    parser.add_argument("--checkpoint", default="tiny64", help="for --memory: name or file of what `var sample` uses")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    given = parser.parse_args()
+    if given.memory:
+        rows = memory([int(number) for number in given.memory.split(",")], given.checkpoint)
+    else:
+        rows = speed(given.pixels, given.pictures, given.rounds)
+    print_rows(rows, as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()
