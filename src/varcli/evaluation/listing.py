@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 
@@ -29,12 +30,15 @@ class Listed:
 
     source: Source
     member: str
-    bytes: int
+    length: int
+    """Of its file, in bytes."""
     label: Label
     size: tuple[int, int] = (0, 0)
     """Width and height, once its header was read."""
     format: str = ""
     """What Pillow calls it, likewise."""
+    digest: bytes = b""
+    """Of what was read for that, its beginning or all of it, likewise."""
 
     @property
     def name(self) -> str:
@@ -107,9 +111,12 @@ def look(picture: Listed) -> Listed | UnreadablePicture:
 
 
 def _with_header(picture: Listed, most: int) -> Listed:
-    with reading_picture(picture.name), Image.open(BytesIO(picture.source.read(picture.member, most))) as image:
-        label = picture.label or _label_inside(image, picture.name) or _label_beside(picture)
-        return replace(picture, size=image.size, format=image.format or "", label=label)
+    with reading_picture(picture.name):
+        content = picture.source.read(picture.member, most)
+        digest = blake2b(content, digest_size=16).digest()
+        with Image.open(BytesIO(content)) as image:
+            label = picture.label or _label_inside(image, picture.name) or _label_beside(picture)
+            return replace(picture, size=image.size, format=image.format or "", label=label, digest=digest)
 
 
 def _label_inside(image: Image.Image, name: str) -> Label:

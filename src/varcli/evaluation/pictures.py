@@ -109,10 +109,13 @@ class PictureList:
         return read
 
     def fingerprint(self) -> str:
-        """Return a sha256 over names, sizes in bytes and how they are resized: a run knows its pictures by it."""
+        """Return a sha256 by which a run knows its pictures again, wherever they have been moved.
+
+        Over each one's name, length and first bytes, and how they are resized: reading them all would take too long.
+        """
         digest = sha256(f"{self._resize}\n".encode())
         for picture in self._pictures:
-            digest.update(f"{picture.name}\t{picture.bytes}\n".encode(errors="surrogatepass"))
+            digest.update(f"{picture.name}\t{picture.length}\t".encode(errors="surrogatepass") + picture.digest + b"\n")
         return digest.hexdigest()
 
     def _common_side(self) -> int:
