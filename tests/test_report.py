@@ -290,7 +290,7 @@ def test_labels_tell_results_apart_by_what_differs():
     ]
     source = {"paths": ["data\\one.npz", "/x/two"], "kind": "npz"}
     assert named([evaluation(checkpoint=None, source=source)])[0].label == "data/one.npz + x/two"
-    assert [each.label for each in named([evaluation(), evaluation()])] == ["var-d16", "var-d16"]
+    assert [each.label for each in named([evaluation(), evaluation()])] == ["var-d16", "var-d16 (2)"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -75,7 +75,7 @@ def _values(content: bytes, origin: str) -> Iterator[tuple[int, Any]]:
 
 
 def named(found: Sequence[Facts]) -> list[Evaluation]:
-    """Return results with labels: no two are equal unless the results say the same of themselves."""
+    """Return results with labels that tell them apart, numbered where they say the same of themselves."""
     names = [name(facts) for facts in found]
     labels = [[each] for each in names]
     for path, text in TELLING:
@@ -86,9 +86,11 @@ def named(found: Sequence[Facts]) -> list[Evaluation]:
                 labels[i].append(value)
         if len(set(map(tuple, labels))) == len(labels):
             break
+    said = [", ".join(parts) for parts in labels]
+    repeated = [said[:number].count(label) for number, label in enumerate(said)]
     return [
-        Evaluation(facts, ", ".join(parts), number)
-        for number, (facts, parts) in enumerate(zip(found, labels, strict=True))
+        Evaluation(facts, f"{label} ({before + 1})" if before else label, number)
+        for number, (facts, label, before) in enumerate(zip(found, said, repeated, strict=True))
     ]
 
 
