@@ -21,14 +21,26 @@ Attention is one of the latter only with dropout."""
 
 
 @contextmanager
-def pretended(monkeypatch):
-    """Make tensors on CUDA possible, without values."""
+def pretended(monkeypatch, *models):
+    """Make tensors on CUDA possible, without values, and put models there that are on the meta device."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.Tensor.pin_memory", lambda self: self)
-    with FakeTensorMode() as mode:
-        yield mode
+    with FakeTensorMode():
+        for model in models:
+            _move(model)
+        yield
+
+
+def _move(model):
+    """What `Module.to` cannot do here."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
+                    held[name] = torch.nn.Parameter(there, False) if held is module._parameters else there
 
 
 def tensors(values):
@@ -67,14 +79,3 @@ class Watch(TorchDispatchMode):
     def _freed(self, key, size):
         self.known.discard(key)
         self.alive -= size
-
-
-def moved(*models):
-    """Put models from the meta device on the pretended GPU, where `Module.to` cannot put them."""
-    for model in models:
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
-                        held[name] = torch.nn.Parameter(there, False) if held is module._parameters else there

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from varcli.config import HEAD_WIDTH, TransformerConfig
 from varcli.models.transformer import Block, Transformer
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 class ScaleCache:
     """Keys and values of all scales but the last, of all blocks; the last scale's are needed in their own block alone.
@@ -54,10 +56,13 @@ class FusedBlocks:
     def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
         self.blocks = [FusedBlock(block) for block in cast("Iterable[Block]", transformer.blocks)]
+        self.dtype = self.blocks[0].dtype
 
     def modulations(self, class_BD: Tensor) -> list[Tensor]:
         """Return each block's γ1, γ2, 1 + scale1, 1 + scale2, shift1, shift2 as (B, 1, 6, D) in float32."""
-        found = [ada.float() for ada in self.transformer.modulations(class_BD.to(self.blocks[0].dtype))]
+        lower = self.dtype != torch.float32
+        with torch.autocast(class_BD.device.type, self.dtype, enabled=lower, cache_enabled=False):
+            found = [ada.float() for ada in self.transformer.modulations(class_BD)]
         for ada_B16D in found:
             ada_B16D[:, :, 2:4] += 1
         return found
@@ -66,9 +71,9 @@ class FusedBlocks:
         """Return the residual stream of one scale after all blocks, in the memory of what was given."""
         for i, (block, ada_B16D) in enumerate(zip(self.blocks, modulations, strict=True)):
             gamma1, gamma2, factor1, factor2, shift1, shift2 = ada_B16D.unbind(2)
-            h_BlD = block.attend(modulated(x_BlD, factor1, shift1, block.dtype), i, cache)
+            h_BlD = block.attend(modulated(x_BlD, factor1, shift1, self.dtype), i, cache)
             x_BlD.addcmul_(h_BlD, gamma1)
-            h_BlD = block.feed(modulated(x_BlD, factor2, shift2, block.dtype))
+            h_BlD = block.feed(modulated(x_BlD, factor2, shift2, self.dtype))
             x_BlD.addcmul_(h_BlD, gamma2)
         cache.advance(x_BlD.shape[1])
         return x_BlD
@@ -120,7 +125,7 @@ def linear_gelu(x_BlD: Tensor, layer: nn.Linear) -> Tensor:
 
 def fusible(transformer: Transformer) -> bool:
     """Return whether these blocks can stand in for a transformer's own: in 16 bits on CUDA, and nothing replaced."""
-    products = [layer for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear)]
-    plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in products)
-    weight = products[0].weight
-    return plain and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+    blocks = list(cast("Iterable[Block]", transformer.blocks))
+    layers = [layer for b in blocks for layer in (b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
+    plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in layers)
+    return plain and all(layer.weight.is_cuda and layer.weight.dtype in HALF for layer in layers)
