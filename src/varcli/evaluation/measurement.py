@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from json import dumps
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -81,32 +82,48 @@ class Measurement:
             path.parent.mkdir(parents=True, exist_ok=True)
             check_writable(path)
 
-    def run(self, make: Make, inception: Inception, advance: Callable[[int], None] = lambda count: None) -> None:
-        """Measure the pictures that are missing; `advance` is told how many each round added.
+    def run(
+        self,
+        make: Make,
+        inception: Inception,
+        advance: Callable[[int], None] = lambda count: None,
+        unit: int = 1,
+    ) -> None:
+        """Measure the pictures that are missing.
 
         To be called by all processes. What was done is saved when this ends, however it ends.
+
+        Args:
+            make: yields pictures.
+            inception: computes their features.
+            advance: told how many each round added.
+            unit: so many pictures of neighbouring rank are best made together, by one process.
 
         Raises:
             VarError: pictures cannot be had, features are not finite, or the file cannot be written.
         """
         missing: list[int] = self.group.broadcast((~self.statistics.present).nonzero().flatten().tolist())
-        size = self.group.count * ROUNDS.get(inception.device.type, LARGE_ROUND)
+        size = self.group.count * ceil(ROUNDS.get(inception.device.type, LARGE_ROUND) / unit) * unit
         try:
             for start in range(0, len(missing), size):
                 ranks = missing[start : start + size]
-                self._add(ranks, self.group.sum(self._measure(ranks, make, inception)), advance)
+                share = ceil(len(ranks) / self.group.count / unit) * unit
+                mine = ranks[self.group.rank * share : (self.group.rank + 1) * share]
+                self._add(ranks, self.group.sum(self._measure(ranks, mine, make, inception)), advance)
         except BaseException:
             with suppress(VarError):  # what ended the run is to be told
                 self.save()
             raise
         self.save()
 
-    def _measure(self, ranks: Sequence[int], make: Make, inception: Inception) -> dict[str, Tensor]:
+    def _measure(
+        self, ranks: Sequence[int], mine: Sequence[int], make: Make, inception: Inception
+    ) -> dict[str, Tensor]:
         """Return the features of this process's share of a round, with zeros where another process's stand."""
         places = {rank: place for place, rank in enumerate(ranks)}
         found = []
         clock = time.perf_counter()
-        for given, pixels_BHW3, rows in make(list(self.group.share(ranks))):
+        for given, pixels_BHW3, rows in make(mine):
             clock = self._took("pictures", clock)
             found.append(([places[rank] for rank in given], rows, inception.features(pixels_BHW3)))
             clock = self._took("features", clock)

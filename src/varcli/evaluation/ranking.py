@@ -39,7 +39,8 @@ class Classifier:
             CheckpointError: its weights cannot be had, or the file cannot be used.
         """
         self.name, self.table, self.device = name, table, device
-        self.network = (_torchscript(Path(name)) if Path(name).is_file() else _torchvision(name)).to(device).eval()
+        network, self.sha256 = _torchscript(Path(name)) if Path(name).is_file() else _torchvision(name)
+        self.network = network.to(device).eval()
 
     @torch.inference_mode()
     def confidence(self, pixels_BPP3: NDArray[np.uint8], rows: Sequence[int]) -> NDArray[np.float64]:
@@ -77,18 +78,19 @@ def best(confidence_B: NDArray[np.float64], kept: int) -> list[int]:
     return sorted(np.argsort(-confidence_B, kind="stable")[:kept].tolist())
 
 
-def _torchscript(path: Path) -> nn.Module:
+def _torchscript(path: Path) -> tuple[nn.Module, str]:
+    """Return the network in a file, and the sha256 of the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch means to retire TorchScript; users have the files
             network: nn.Module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"classifier: {path} is no TorchScript file; one that torch.jit.save wrote") from error
-    return network
+    return network, file_sha256(path)
 
 
-def _torchvision(name: str) -> nn.Module:
-    """Return one of torchvision's classifiers behind its own resizing and normalization."""
+def _torchvision(name: str) -> tuple[nn.Module, str]:
+    """Return one of torchvision's classifiers behind its own resizing and normalization, and its weights' sha256."""
     from torchvision import models  # noqa: PLC0415 (heavy, and only rejection sampling needs it)
 
     if name not in models.list_models(module=models):
@@ -101,9 +103,10 @@ def _torchvision(name: str) -> nn.Module:
         raise CheckpointError(
             f"classifier: the weights of {name} cannot be had; put {weights.url} to {file}, or name a TorchScript file"
         ) from error
-    if not file_sha256(file).startswith(file.stem.rpartition("-")[2]):
+    sha256 = file_sha256(file)
+    if not sha256.startswith(file.stem.rpartition("-")[2]):
         raise CheckpointError(f"classifier: {file} is damaged; delete it to download it again")
     with torch.device("meta"):
         network = models.get_model(name, weights=None)
     network.load_state_dict(state, assign=True)
-    return nn.Sequential(weights.transforms(), network)
+    return nn.Sequential(weights.transforms(), network), sha256

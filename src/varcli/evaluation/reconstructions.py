@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from varcli.processes import Group
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Mean perceptual distance of two batches (B, 3, P, P) in [-1, 1]."""
 
@@ -35,6 +37,14 @@ class Reconstructions:
             self.sums["lpips"] += distance.item() * len(before_BPP3)
         for scale, idx_Bl in enumerate(tokens):
             self.used[scale, idx_Bl.cpu().numpy()] = True
+
+    def join(self, group: Group) -> None:
+        """Take in what the other processes counted; to be called by all, the first one has it then."""
+        others = group.gather((self.count, self.sums, self.used))
+        for count, sums, used in others[1:]:
+            self.count += count
+            self.sums = {name: total + sums[name] for name, total in self.sums.items()}
+            self.used |= used
 
     def figures(self) -> dict[str, float | list[float]]:
         """Return the mean PSNR in dB, SSIM, LPIPS where it is measured, and each scale's share of rows in use."""

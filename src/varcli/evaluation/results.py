@@ -89,7 +89,8 @@ class Result:
         yield "pictures", f"{self.n}{of}"
         if self.checkpoint:
             yield "checkpoint", f"{self.checkpoint['name']}, sha256 {self.checkpoint['sha256'][:12]}"
-            yield "settings", ", ".join(f"{name} {self.checkpoint[name]}".replace("_", "-") for name in _SHOWN)
+            settings = [f"{name} {value}" for name in _SHOWN if (value := self.checkpoint.get(name)) not in (None, "")]
+            yield "settings", ", ".join(settings).replace("_", "-")
         if self.reference:
             yield "reference", _named(self.reference) + (f", {self.reference.n} pictures" if self.reference.n else "")
         yield "extractor", _named(self.extractor)

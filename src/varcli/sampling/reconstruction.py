@@ -1,6 +1,6 @@
 """The tokenizer there and back: pictures to token maps, token maps to pictures, and what was lost.
 
-Shapes: P pixels a side, l tokens of one scale. Token maps are (1, l) int64, one a scale.
+Shapes: B pictures, P pixels a side, l tokens of one scale. Token maps are (1, l) int64, one a scale.
 """
 
 import math
@@ -36,6 +36,15 @@ def growth(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Iterator[Pixels]:
 def rebuilt(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Pixels:
     """Return the picture (P, P, 3) of token maps; the last ones may be missing."""
     return decode(tokenizer, tokenizer.quantize.f_hats(tokens)[-1])[0]
+
+
+@torch.inference_mode()
+def there_and_back(tokenizer: Tokenizer, before_BPP3: Pixels) -> tuple[Pixels, list[Tensor]]:
+    """Return what the tokenizer makes of pictures of its size, and the token maps (B, l) between."""
+    device = tokenizer.quant_conv.weight.device
+    image_B3PP = torch.from_numpy(before_BPP3).permute(0, 3, 1, 2).to(device) / 127.5 - 1
+    quantized = tokenizer.quantize.quantize(tokenizer.features(image_B3PP))
+    return decode(tokenizer, quantized.f_hats[-1]), quantized.tokens
 
 
 def psnr(pixels: Pixels, other: Pixels) -> float:

@@ -1,0 +1,84 @@
+"""`var eval`: FID, inception score, KID, precision and recall that can be compared with the paper's."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typer import Exit
+
+from varcli.commands import eval_options, options
+from varcli.commands.eval_ask import Ask, check
+from varcli.commands.eval_options import DEFAULT_CLASSIFIER
+from varcli.processes import joined, launched, relaunch
+from varcli.reporting import note, result, table
+
+if TYPE_CHECKING:
+    from varcli.evaluation.results import Result
+
+
+def evaluate(  # noqa: PLR0917 - options are given by name
+    paths: eval_options.Pictures = None,
+    fid: eval_options.Fid = False,
+    inception_score: eval_options.InceptionScore = False,
+    kid: eval_options.Kid = False,
+    prc: eval_options.Prc = False,
+    num: eval_options.Num = None,
+    reference: eval_options.Reference = None,
+    tokenizer: eval_options.Tokenizer = False,
+    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
+    seed: options.Seed = 0,
+    cfg: options.Cfg = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    smooth: options.Smooth = False,
+    preset: options.Preset = "metrics",
+    draft: options.Draft = None,
+    reject: eval_options.Reject = None,
+    classifier: eval_options.Classifier = DEFAULT_CLASSIFIER,
+    resize: eval_options.Resize = None,
+    skip_bad: eval_options.SkipBad = False,
+    inception: eval_options.InceptionFile = None,
+    lpips_weights: eval_options.LpipsWeights = None,
+    save_stats: eval_options.SaveStats = None,
+    save_images: eval_options.SaveImages = None,
+    out: eval_options.ResultFile = None,
+    batch_size: options.BatchSize = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    nproc: options.Processes = 1,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure pictures: those that a checkpoint makes, 50 of each class as in the paper, or those at PATH.
+
+    Without --fid, --is, --kid or --prc: FID and inception score. Killed, the same command goes on where it was.
+    """
+    given = dict(locals())
+    ask = Ask.of(given)
+    check(ask)
+    if nproc > 1 and not launched():
+        raise Exit(relaunch(nproc))
+    from varcli.commands.evaluating import evaluated  # noqa: PLC0415 - torch
+
+    with joined() as group:
+        found = evaluated(ask, group)
+        if found:
+            _tell(found, out, as_json=as_json, quiet=quiet)
+
+
+def _tell(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:
+    """Write the result where it is wanted, what makes it incomparable beside it."""
+    if out:
+        from varcli.data.images import write_atomically  # noqa: PLC0415 - Pillow
+
+        write_atomically(out, (json.dumps(found.facts(), indent=1, sort_keys=True) + "\n").encode())
+    if as_json:
+        facts = found.facts()
+        del facts["pictures"]  # they are for the file: nobody wants them on a terminal
+        result(json.dumps(facts, sort_keys=True))
+    else:
+        table(("", ""), list(found.lines()))
+    if not quiet:
+        for warning in found.warnings:
+            note(f"warning: {warning}")

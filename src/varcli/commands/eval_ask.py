@@ -1,0 +1,99 @@
+"""The options of `var eval`, and what goes together among them. No torch here."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from varcli.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The options of `var eval`."""
+
+    paths: list[str] | None
+    fid: bool
+    inception_score: bool
+    kid: bool
+    prc: bool
+    num: int | None
+    reference: str | None
+    tokenizer: bool
+    checkpoint: str
+    seed: int
+    cfg: float | None
+    top_k: int | None
+    top_p: float | None
+    smooth: bool
+    preset: str
+    draft: str | None
+    reject: float | None
+    classifier: str
+    resize: int | None
+    skip_bad: bool
+    inception: Path | None
+    lpips_weights: Path | None
+    save_stats: Path | None
+    save_images: str | None
+    out: Path | None
+    batch_size: int | None
+    device: str
+    dtype: str
+    quantize: str | None
+    nproc: int
+    quiet: bool
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "Ask":
+        """Return a command's options."""
+        return cls(**{field.name: given[field.name] for field in fields(cls)})
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured, by the names of `evaluation.statistics.METRICS`."""
+        asked = {"fid": self.fid, "is": self.inception_score, "kid": self.kid, "prc": self.prc}
+        chosen = tuple(name for name, wanted in asked.items() if wanted)
+        return chosen or (("fid",) if self.tokenizer else ("fid", "is"))
+
+    @property
+    def made(self) -> bool:
+        """Whether pictures are made, and not there already."""
+        return not (self.paths or self.tokenizer)
+
+
+def check(ask: Ask) -> None:
+    """Find out whether the options go together and results can be written.
+
+    Raises:
+        VarError: they do not, or cannot.
+    """
+    _check_together(ask)
+    _check_places(ask)
+
+
+def _check_together(ask: Ask) -> None:
+    only_made = {"num": ask.num, "reject": ask.reject, "save-images": ask.save_images, "cfg": ask.cfg}
+    only_made |= {"top-k": ask.top_k, "top-p": ask.top_p, "smooth": ask.smooth, "draft": ask.draft}
+    for name, value in only_made.items():
+        if value and not ask.made:
+            raise UsageError(f"{name}: with pictures that exist; it is for pictures to be made")
+    if ask.resize and ask.made:
+        raise UsageError("resize: without pictures; those that are made have their size")
+    if ask.tokenizer and (ask.inception_score or ask.kid or ask.prc):
+        raise UsageError("tokenizer: with --is, --kid or --prc; it is measured by FID, PSNR, SSIM and LPIPS")
+    if ask.reject is not None and not 0 < ask.reject < 1:
+        raise UsageError(f"reject: {ask.reject:g}; a fraction between 0 and 1")
+    if ask.quantize and ask.dtype != "auto":
+        raise UsageError(f"quantize: {ask.quantize} with --dtype {ask.dtype}; one or the other")
+
+
+def _check_places(ask: Ask) -> None:
+    from varcli.data.outputs import check_file, check_output, find_output  # noqa: PLC0415 - Pillow
+
+    if ask.save_images:
+        check_output(ask.save_images)
+        if ask.nproc > 1 and find_output(ask.save_images, several=True).archive:
+            raise UsageError(f"save-images: {ask.save_images} with several processes; a folder")
+    for option, path, ending in (("out", ask.out, ".json"), ("save-stats", ask.save_stats, ".npz")):
+        if path:
+            check_file(option, path, (ending,))

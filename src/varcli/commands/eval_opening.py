@@ -1,0 +1,148 @@
+"""From the options of `var eval` to what is measured, and what it is measured against."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from varcli.checkpoints.materials import references
+from varcli.checkpoints.registry import find, presets, registry
+from varcli.checkpoints.store import load_model, load_tokenizer, read_metadata
+from varcli.commands.eval_ask import Ask
+from varcli.commands.eval_subjects import Given, Rebuilt, Samples, Subject
+from varcli.commands.measuring import Bench
+from varcli.commands.options import parse_drafts
+from varcli.commands.series import Series
+from varcli.commands.settings import origin_of, settings
+from varcli.errors import CheckpointError, InputError, UsageError
+from varcli.evaluation.pictures import PictureList, open_pictures
+from varcli.evaluation.ranking import Classifier, candidates
+from varcli.evaluation.reconstructions import Reconstructions
+from varcli.evaluation.references import Reference
+from varcli.reporting import note
+from varcli.sampling.batches import BatchSampler
+from varcli.sampling.devices import pick_dtype, place
+from varcli.training.perceptual import PerceptualDistance
+
+PAPER = 50_000
+"""Pictures of every published figure."""
+SMALL = 2_000
+"""Pictures where neither a paper nor a reference says how many."""
+
+
+def opened(ask: Ask, bench: Bench, device: torch.device) -> tuple[Subject, Reference | None]:
+    """Return what is measured, and against what, where a metric asks for it.
+
+    Raises:
+        VarError: the checkpoint, the pictures or the reference cannot be used.
+    """
+    if ask.tokenizer:
+        rebuilt = _rebuilt(ask, bench, device)
+        return rebuilt, _reference(ask, bench, None) or bench.reference_of(rebuilt.pictures, "the same pictures", False)
+    if not ask.made:
+        given = Given(_pictures(ask, ask.paths or []), ask.paths or [])
+        sides = {known.pixels: name for name, known in references().items()}
+        return given, _reference(ask, bench, sides.get(given.side))
+    entry = registry().get(ask.checkpoint)
+    reference = _reference(ask, bench, entry.reference if entry else None)
+    return _samples(ask, bench, device, reference), reference
+
+
+def _reference(ask: Ask, bench: Bench, usual: str | None) -> Reference | None:
+    """Return the reference that was named, or the usual one; none where no metric asks for one."""
+    against = {"fid", "kid", "prc"} & set(ask.metrics)
+    name = ask.reference or usual
+    if ask.tokenizer and not ask.reference:
+        return None
+    if not against:
+        return None
+    if name is None:
+        raise UsageError(
+            f"reference: none is known for this; --reference with {', '.join(references())}, statistics or pictures"
+        )
+    return bench.reference(name, features=bool(against - {"fid"}))
+
+
+def _pictures(ask: Ask, paths: Sequence[str | Path]) -> PictureList:
+    return open_pictures(paths, resize=ask.resize, skip_bad=ask.skip_bad, lines=sys.stdin)
+
+
+def _rebuilt(ask: Ask, bench: Bench, device: torch.device) -> Rebuilt:
+    path = find(ask.checkpoint, progress=not bench.quiet)
+    tokenizer, (metadata, _) = load_tokenizer(path).to(device), read_metadata(path)
+    paths: Sequence[str | Path] = ask.paths or _held_out(ask)
+    pictures = _pictures(ask, paths)
+    config = tokenizer.config
+    if pictures.side != config.pixels:
+        raise InputError(
+            f"pictures: {pictures.side} pixels a side, the tokenizer takes {config.pixels}; --resize {config.pixels}"
+        )
+    distance = _distance(ask.lpips_weights, device, bench.quiet)
+    losses = Reconstructions(config.codebook_size, len(config.sides), distance)
+    made = {"name": ask.checkpoint, "sha256": metadata["tokenizer_sha256"], "device": str(device), "dtype": "fp32"}
+    return Rebuilt(pictures, [str(path) for path in paths], tokenizer, losses, made)
+
+
+def _held_out(ask: Ask) -> list[Path]:
+    """Return where the pictures lie that a checkpoint's training never saw, for one that has them at hand."""
+    entry = registry().get(ask.checkpoint)
+    known = references().get(entry.reference or "") if entry else None
+    if known is None or not known.bundled:
+        raise UsageError("tokenizer: without pictures; name some it was not trained on, such as ImageNet's validation")
+    return [known.path]
+
+
+def _distance(folder: Path | None, device: torch.device, quiet: bool) -> PerceptualDistance | None:
+    """Return LPIPS where its weights are there; an asked-for folder must have them."""
+    try:
+        return PerceptualDistance(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
+    except CheckpointError as error:
+        if folder:
+            raise
+        if not quiet:
+            note(f"without LPIPS, as {error}".replace(", or train with --lpips 0", ""))
+        return None
+
+
+def _samples(ask: Ask, bench: Bench, device: torch.device, reference: Reference | None) -> Samples:
+    drafts = parse_drafts(ask.draft)
+    config = settings(
+        ask.checkpoint, ask.preset, cfg=ask.cfg, top_k=ask.top_k, top_p=ask.top_p, smooth=ask.smooth, draft=drafts
+    )
+    precision = ask.quantize or pick_dtype(ask.dtype, device)
+    model = load_model(find(ask.checkpoint, progress=not bench.quiet))
+    place(model.tokenizer, model.transformer, device, precision)
+    sampler = BatchSampler(model.tokenizer, model.transformer, config, ask.batch_size)
+    named = device.type if bench.group.count > 1 else str(device)
+    origin = origin_of(ask.checkpoint, model.sha256, config, named, precision)
+    kept = _balanced(ask.num or _usual_number(ask.checkpoint, reference), len(model.classes))
+    made = {row: candidates(count, 1 - ask.reject) if ask.reject else count for row, count in kept.items()}
+    drawn = {
+        row: list(Series(model.classes, count, ask.seed, origin, note).pictures(model.classes.entries[row]))
+        for row, count in made.items()
+    }
+    classifier = Classifier(ask.classifier, model.classes, device) if ask.reject else None
+    return Samples(
+        sampler=sampler,
+        classes=model.classes,
+        candidates=drawn,
+        kept=kept,
+        preset=presets(ask.checkpoint)["metrics"],
+        classifier=classifier,
+        save_images=ask.save_images,
+    )
+
+
+def _usual_number(checkpoint: str, reference: Reference | None) -> int:
+    """Return how many pictures to make where nobody says: the paper's, else as many as the reference has."""
+    entry = registry().get(checkpoint)
+    if entry and entry.fid:
+        return PAPER
+    return min(PAPER, reference.count or SMALL) if reference else SMALL
+
+
+def _balanced(count: int, classes: int) -> dict[int, int]:
+    """Return how many pictures of each class make `count`: equally many, the first ones one more if need be."""
+    each, more = divmod(count, classes)
+    return {row: each + (row < more) for row in range(classes) if each or row < more}

@@ -1,0 +1,92 @@
+"""Options of the commands that measure, each once. No torch here."""
+
+from pathlib import Path
+from typing import Annotated, Final
+
+from typer import Argument, Option
+
+DEFAULT_CLASSIFIER: Final = "resnet101"
+"""torchvision's, the network VQGAN's rejection sampling used."""
+
+Pictures = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="PATH",
+        help="Pictures that exist: folders, zips, .npz (arr_0), WebDataset .tar, picture files, or - for paths on "
+        "stdin. Without any, pictures are made with the checkpoint.",
+    ),
+]
+Data = Annotated[list[str], Argument(metavar="PATH", help="Folders, zips, .npz, .tar, picture files, or - .")]
+Fid = Annotated[bool, Option("--fid", help="Fréchet inception distance.")]
+InceptionScore = Annotated[bool, Option("--is", help="Inception score.")]
+Kid = Annotated[bool, Option("--kid", help="Kernel inception distance.")]
+Prc = Annotated[bool, Option("--prc", help="Precision and recall, k = 3 on Inception features, as ADM does.")]
+Num = Annotated[
+    int | None,
+    Option(
+        "--num",
+        "-n",
+        min=2,
+        help="Pictures to make, the same number of each class.",
+        show_default="50000, for a checkpoint without published figures as many as the reference has",
+    ),
+]
+Reference = Annotated[
+    str | None,
+    Option(
+        "--reference",
+        "-r",
+        metavar="NAME|PATH",
+        help="What to measure against: imagenet-256, imagenet-512 or tiny64, an .npz of statistics, or pictures.",
+        show_default="the checkpoint's",
+    ),
+]
+SaveStats = Annotated[
+    Path | None, Option("--save-stats", metavar="FILE", help="Also keep the pictures' statistics, an .npz.")
+]
+SaveImages = Annotated[
+    str | None, Option("--save-images", metavar="PLACE", help="Also keep the pictures made: a folder, .npz or .tar.")
+]
+ResultFile = Annotated[
+    Path | None,
+    Option("--out", "-o", metavar="FILE", help="Also write the result, .json, with some pictures, for `var report`."),
+]
+StatsFile = Annotated[Path, Option("--out", "-o", metavar="FILE", help="Where to write them, an .npz.")]
+Features = Annotated[
+    bool, Option("--features", help="Keep each picture's features too, which KID, precision and recall ask for.")
+]
+LpipsWeights = Annotated[
+    Path | None,
+    Option(
+        "--lpips-weights", metavar="DIR", help="Folder of LPIPS's two weight files.", show_default="torch.hub's cache"
+    ),
+]
+Tokenizer = Annotated[
+    bool,
+    Option("--tokenizer", help="Measure the checkpoint's tokenizer instead, on pictures taken through it and back."),
+]
+Reject = Annotated[
+    float | None,
+    Option("--reject", metavar="FRACTION", help="Make more, and reject this fraction, that a classifier doubts most."),
+]
+Best = Annotated[
+    float | None,
+    Option("--best", metavar="FRACTION", help="Make more, and keep this fraction, that a classifier is surest of."),
+]
+Classifier = Annotated[
+    str,
+    Option(
+        "--classifier",
+        metavar="NAME|FILE",
+        help="Who ranks them: one of torchvision's ImageNet models, or a TorchScript file.",
+    ),
+]
+Resize = Annotated[
+    int | None,
+    Option("--resize", metavar="SIDE", min=1, help="Crop and resize pictures to this many pixels a side, as ADM does."),
+]
+SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out pictures that cannot be read, instead of ending there.")]
+InceptionFile = Annotated[
+    Path | None,
+    Option("--inception", envvar="VAR_INCEPTION", metavar="FILE", help="InceptionV3's weights, instead of a download."),
+]

@@ -1,0 +1,109 @@
+"""What `var eval` and `var eval stats` share: statistics of pictures, and references to hold them against."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from varcli import __version__
+from varcli.checkpoints.materials import find_reference, references
+from varcli.checkpoints.registry import cache_folder
+from varcli.commands.eval_subjects import Given, Subject
+from varcli.evaluation.inception import Inception
+from varcli.evaluation.measurement import Measurement, fingerprint
+from varcli.evaluation.pictures import PictureList, open_pictures
+from varcli.evaluation.references import Reference, holds_pictures, read_reference, save_reference
+from varcli.evaluation.statistics import Plan, Statistics
+from varcli.files import file_sha256
+from varcli.processes import Group
+from varcli.reporting import note, progress
+
+FEW_TO_KEEP = 10_000
+"""Up to so many pictures a reference's features are kept with its statistics, for KID, precision and recall."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What measures: the network, the processes at work, and whether they say what they do."""
+
+    inception: Inception
+    group: Group
+    quiet: bool
+
+    def measure(
+        self, subject: Subject, plan: Plan, label: str, resumable: bool = True
+    ) -> tuple[Measurement, Callable[[], None]]:
+        """Return the measurement of all pictures, and what forgets the file it can be gone on from.
+
+        To be called by all processes; the first one has the figures.
+
+        Raises:
+            VarError: pictures cannot be had, or the file cannot be written.
+        """
+        identity = fingerprint(version=__version__, extractor=self.inception.sha256, **subject.identity())
+        path = cache_folder() / "measurements" / f"{identity[:16]}.safetensors" if resumable else None
+        measurement = Measurement(plan, identity, path, self.group)
+        self._say_where(measurement, plan)
+        resumed = bool(self.group.broadcast(measurement.statistics.count))
+        with subject.ready(resumed), progress(label, plan.count, self.quiet) as advance:
+            advance(measurement.statistics.count)
+            measurement.run(subject.make, self.inception, advance, subject.unit)
+        return measurement, lambda: path.unlink(missing_ok=True) if path and self.group.first else None
+
+    def _say_where(self, measurement: Measurement, plan: Plan) -> None:
+        if self.quiet:
+            return
+        if measurement.notice:
+            note(measurement.notice)
+        if measurement.statistics.count:
+            note(f"going on after {measurement.statistics.count} of {plan.count} pictures")
+
+    def statistics(self, pictures: PictureList, features: bool, label: str) -> Statistics:
+        """Return statistics of pictures for a reference, with their features if asked for."""
+        plan = Plan(count=len(pictures), metrics=("fid", "kid") if features else ("fid",))
+        measurement, forget = self.measure(Given(pictures, []), plan, label)
+        forget()
+        return measurement.statistics
+
+    # --- references --------------------------------------------------------------------------------
+
+    def reference(self, name: str, features: bool) -> Reference:
+        """Return what to measure against, its features too if asked for; what takes long is kept for next time.
+
+        Args:
+            name: a reference known by name, a file of statistics, or a place of pictures.
+            features: whether KID, precision or recall ask for the pictures' features.
+
+        Raises:
+            VarError: there is no such reference, or it cannot be used.
+        """
+        path = find_reference(name, progress=not self.quiet)
+        if holds_pictures(path):
+            known = references().get(name)
+            pictures = open_pictures([path], resize=None)
+            sha256 = known.sha256 if known else file_sha256(path) if path.is_file() else None
+            found = self.reference_of(pictures, name, features)
+            return replace(found, sha256=sha256 or pictures.fingerprint(), path=None)
+        found = read_reference(path, name)
+        found.check_extractor(self.inception.sha256)
+        batch = found.pictures() if features and found.pool is None else None
+        if batch is None:
+            return found
+        return replace(found, pool=self.reference_of(batch, name, features).pool)
+
+    def reference_of(self, pictures: PictureList, name: str, features: bool) -> Reference:
+        """Return pictures as a reference, measured once and then read from the cache."""
+        features = features or len(pictures) <= FEW_TO_KEEP
+        identity = fingerprint(extractor=self.inception.sha256, pictures=pictures.fingerprint(), features=features)
+        path = cache_folder() / "references" / f"{identity[:16]}.npz"
+        if not self.group.broadcast(path.is_file()):
+            statistics = self.statistics(pictures, features, "reference")
+            if self.group.first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.keep(path, statistics, pictures.side)
+            self.group.barrier()
+        return read_reference(path, name)
+
+    def keep(self, path: Path, statistics: Statistics, side: int) -> None:
+        """Write statistics of pictures of a size as a reference file."""
+        pool = statistics.pool.numpy() if statistics.plan.keeps_table else None
+        save_reference(path, statistics.moments(), pixels=side, extractor=self.inception.sha256, pool=pool)
