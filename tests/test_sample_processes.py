@@ -54,7 +54,7 @@ def shared(*arguments):
 
 
 def contents(folder):
-    return {name: (Path(folder) / name).read_bytes() for name in listing(Path(folder))}
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def test_a_folder_and_a_sheet_are_those_of_one_process(here, capsysbinary):
@@ -104,7 +104,7 @@ def rank(launcher, number):
 
 def wait_for(path, size, process):
     """Wait until a file has that many bytes."""
-    for _ in range(600):
+    for _ in range(4000):
         if path.exists() and path.stat().st_size > size:
             return
         assert process.poll() is None, process.communicate()
@@ -126,7 +126,25 @@ def test_a_lost_share_is_made_good_by_any_number_of_processes(here):
     before = Path("x.npz.part").read_bytes()
     assert shared(*what, "--resume") == (0, b"", "")
     resumed = contents(here)
-    assert before[128:] in resumed["x.npz"]
+    assert before[128:] in resumed[Path("x.npz")]
+    alone(*what)
+    assert contents(here) == resumed
+
+
+@posix
+@pytest.mark.parametrize(
+    ("out", "begun", "size"),
+    [("x.npz", "x.npz.part", 2**14), ("x.tar", "x.tar.part", 2**16), ("o", "o/1-goldfish-20.png", 0)],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(here, capsys, out, begun, size):
+    what = ("-c", CLASSES, "-n", 60, "-o", out, "--dtype", "fp32")
+    process = begin("varcli", "sample", *what, "--quiet")
+    wait_for(Path(begun), size, process)
+    process.kill()
+    process.communicate()
+    alone(*what, "--resume", "--json")
+    assert 0 < len(capsys.readouterr().out.splitlines()) < 300
+    resumed = contents(here)
     alone(*what)
     assert contents(here) == resumed
 
