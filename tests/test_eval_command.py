@@ -1,0 +1,309 @@
+"""`var eval`: what it measures, what it says of it, and that nothing but the pictures decides the figures.
+
+The network is a quick stand-in; tests of `evaluation` hold the true one to torch-fidelity.
+"""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import small
+from varcli import cli
+from varcli.data.classes import imagenet
+from varcli.evaluation import measurement, metrics
+from varcli.evaluation.inception import Features
+
+NAMES = {class_id: imagenet().by_id(class_id).name for class_id in small.CLASSES}
+EACH = 8
+COUNT = EACH * len(small.CLASSES)
+
+
+class Projection:
+    """Features of pictures by a fixed random projection: another picture has other features."""
+
+    name, device, sha256 = "projection", torch.device("cpu"), "0f" * 32
+
+    def __init__(self, weights, device):
+        self.weights = weights
+
+    def features(self, pixels_BHW3):
+        cells = torch.from_numpy(np.ascontiguousarray(pixels_BHW3)).float().permute(0, 3, 1, 2) / 64 - 2
+        cells = nn.functional.adaptive_avg_pool2d(cells, 4).flatten(1)
+        noise = torch.Generator().manual_seed(0)
+        return Features(
+            cells @ torch.randn(48, 2048, generator=noise) / 7, cells @ torch.randn(48, 1008, generator=noise)
+        )
+
+
+def mean_distance(given, reference):
+    """Stand for the Fréchet distance, whose eigenvalues take long: that of the means alone."""
+    return float(np.square(given.mean - reference.mean).sum())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small.save(tmp_path_factory.mktemp("model") / "small.safetensors")
+
+
+@pytest.fixture
+def measure(model, monkeypatch, tmp_path, capsys):
+    """Run `var eval` with the small model; return the result."""
+    (tmp_path / "inception.pth").touch()
+    monkeypatch.setenv("VAR_CHECKPOINT", str(model))
+    monkeypatch.setenv("VAR_INCEPTION", str(tmp_path / "inception.pth"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("varcli.evaluation.inception.Inception", Projection)
+    monkeypatch.setattr("varcli.commands.evaluating.Inception", Projection)
+    monkeypatch.setattr(metrics, "frechet_distance", mean_distance)
+    monkeypatch.setattr(metrics, "frechet_infinity", lambda statistics, reference: (0.5, 0.25))
+
+    def run(*arguments, code=0):
+        assert cli.run(["eval", "--device", "cpu", "--dtype", "fp32", "--json", *map(str, arguments)]) == code
+        out, err = capsys.readouterr()
+        return (json.loads(out) if out else None), err
+
+    return run
+
+
+def sample(*arguments):
+    """Run `var sample` as pictures are made for measuring."""
+    assert cli.run(["sample", "--preset", "metrics", "--dtype", "fp32", "--quiet", *map(str, arguments)]) == 0
+
+
+def photographs(folder, count=COUNT, side=16, seed=5):
+    """Write pictures that no model made; return the folder."""
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.RandomState(seed).randint(0, 256, (count, side, side, 3)).astype(np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+    return folder
+
+
+# --- what is measured ------------------------------------------------------------------------------
+
+
+def test_pictures_made_measure_as_the_same_pictures_in_files(measure, tmp_path):
+    reference = photographs(tmp_path / "photographs")
+    made, _ = measure("--num", COUNT, "--reference", reference, "--fid", "--is", "--prc")
+    sample("-c", "all", "-n", EACH, "-o", "made")
+    sample("-c", "all", "-n", EACH, "-o", "made.npz")
+    for place in ("made", "made.npz"):
+        given, _ = measure(place, "--reference", reference, "--fid", "--is", "--prc")
+        assert given["n"] == made["n"] == COUNT
+        for name in ("fid", "precision", "recall"):
+            assert given["metrics"][name] == pytest.approx(made["metrics"][name], rel=1e-9)
+        assert given["classes"] == len(small.CLASSES)
+    assert made["what"] == "samples"
+    assert made["checkpoint"]["cfg"] == 1.5
+    assert made["reference"]["n"] == COUNT
+    assert made["reference"]["pixels"] == 16
+
+
+def test_by_default_fid_and_inception_score(measure, tmp_path):
+    found, _ = measure("--num", COUNT, "--reference", photographs(tmp_path / "photographs"))
+    names = {"fid", "fid_infinity", "fid_bias", "inception_score", "inception_score_std"}
+    assert found["metrics"].keys() == names
+    assert found["protocol"]["is_splits"] == 10
+
+
+def test_the_order_of_pictures_changes_nothing(measure, tmp_path, monkeypatch):
+    folder = photographs(tmp_path / "photographs")
+    names = sorted(map(str, folder.iterdir()))
+    wanted, _ = measure(folder, "--is")
+    monkeypatch.setattr("sys.stdin", [f"{name}\n" for name in reversed(names)])
+    found, _ = measure("-", "--is")
+    assert found["metrics"] == wanted["metrics"]
+
+
+def test_statistics_kept_are_a_reference(measure, tmp_path):
+    measure(photographs(tmp_path / "photographs"), "--is", "--fid", "-r", "photographs", "--save-stats", "kept.npz")
+    found, _ = measure("photographs", "--fid", "--reference", "kept.npz")
+    assert found["metrics"]["fid"] == pytest.approx(0, abs=1e-12)
+    assert found["reference"]["name"] == "kept.npz"
+    with np.load("kept.npz") as kept:
+        assert kept["mu"].shape == (2048,)
+        assert kept["sigma"].shape == (2048, 2048)
+
+
+def test_eval_stats(measure, tmp_path, capsys):
+    photographs(tmp_path / "photographs")
+    assert cli.run(["eval", "stats", "photographs", "-o", "made.npz", "--device", "cpu", "--features"]) == 0
+    assert capsys.readouterr().out == "made.npz\n"
+    found, _ = measure("photographs", "--fid", "--prc", "--reference", "made.npz")
+    assert found["metrics"]["fid"] == pytest.approx(0, abs=1e-12)
+    assert found["metrics"]["precision"] == found["metrics"]["recall"] == 1
+
+
+def test_a_tokenizer_is_measured_by_what_it_loses(measure, tmp_path):
+    photographs(tmp_path / "photographs")
+    found, err = measure("photographs", "--tokenizer")
+    assert found["what"] == "tokenizer"
+    assert found["metrics"].keys() >= {"rfid", "psnr", "ssim", "codebook_usage"}
+    assert len(found["metrics"]["codebook_usage"]) == len(small.SIDES)
+    assert found["reference"]["name"] == "the same pictures"
+    assert found["metrics"]["rfid"] > 0
+    assert "without LPIPS" in err
+    assert cli.run(["reconstruct", *map(str, Path("photographs").iterdir()), "--json", "--device", "cpu"]) == 0
+
+
+def test_pictures_made_are_kept_where_asked(measure, tmp_path):
+    measure("--num", COUNT, "--is", "--save-images", "made")
+    sample("-c", "all", "-n", EACH, "-o", "wanted")
+    found, wanted = ({path.name: path.read_bytes() for path in Path(place).iterdir()} for place in ("made", "wanted"))
+    assert found.keys() == wanted.keys()
+    assert found == wanted
+
+
+def test_a_file_for_reports_has_pictures(measure, tmp_path):
+    found, _ = measure("--num", COUNT, "--is", "--out", "result.json")
+    kept = json.loads(Path("result.json").read_text())
+    assert len(kept.pop("pictures")) == 24
+    assert kept == found
+    assert cli.run(["report", "result.json", "-o", "page.html"]) == 0
+    assert "small" in Path("page.html").read_text()
+
+
+# --- rejection -------------------------------------------------------------------------------------
+
+
+class Redness(nn.Module):
+    """Is the surer of every class the redder a picture is."""
+
+    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
+        red_B = image_B3PP[:, 0].mean((1, 2)) - image_B3PP[:, 1].mean((1, 2))
+        return torch.stack([red_B * 0, red_B * 9, red_B * 9, red_B * 9, red_B * 9], 1)
+
+
+def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Redness()), str(tmp_path / "redness.pt"))
+    rejecting = ("--num", 10, "--is", "--reject", 0.5, "--classifier", "redness.pt", "--save-images", "kept")
+    found, _ = measure(*rejecting)
+    sample("-c", "all", "-n", 4, "-o", "drawn")
+
+    def redness(path):
+        pixels = np.asarray(Image.open(path)).astype(float)
+        return pixels[..., 0].mean() - pixels[..., 1].mean()
+
+    for class_id in small.CLASSES[1:]:
+        drawn = sorted(Path("drawn").glob(f"{class_id}-*"), key=redness)
+        assert {path.name for path in Path("kept").glob(f"{class_id}-*")} == {path.name for path in drawn[2:]}
+    assert found["n"] == 10
+    assert found["protocol"]["rejected"] == 0.5
+
+
+# --- going on --------------------------------------------------------------------------------------
+
+
+def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch):
+    reference = photographs(tmp_path / "photographs")
+    wanted, _ = measure("--num", COUNT, "--reference", reference, "--seed", 0)
+    monkeypatch.setattr(measurement, "ROUNDS", {"cpu": 8})
+    monkeypatch.setattr(measurement, "SAVE_PICTURES", 8)
+    seen = []
+    whole = Projection.features
+
+    def interrupted(self, pixels_BHW3):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(pixels_BHW3))
+        return whole(self, pixels_BHW3)
+
+    monkeypatch.setattr(Projection, "features", interrupted)
+    assert cli.run(["eval", "--num", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
+    assert sum(seen) == 24
+    monkeypatch.setattr(Projection, "features", whole)
+    found, err = measure("--num", COUNT, "--reference", reference, "--seed", 0)
+    assert f"going on after 24 of {COUNT} pictures" in err
+    assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9)
+    assert not list((tmp_path / "cache").rglob("measurements/*"))
+
+
+# --- what is said ----------------------------------------------------------------------------------
+
+
+def test_what_is_incomparable_is_said_twice(measure, tmp_path):
+    arguments = ("--num", COUNT - 1, "--cfg", 4, "--is")
+    found, err = measure(*arguments)
+    for words in ("only 39 pictures", "classes are not balanced", "cfg 4.0 instead of 1.5"):
+        assert any(words in warning for warning in found["warnings"])
+        assert f"var: warning: {next(w for w in found['warnings'] if words in w)}" in err
+
+
+def test_jpeg_and_another_size_than_the_reference(measure, tmp_path):
+    photographs(tmp_path / "small", side=16)
+    (tmp_path / "large").mkdir()
+    for path in sorted((tmp_path / "small").iterdir()):
+        Image.open(path).resize((32, 32)).save(tmp_path / "large" / f"{path.stem}.jpg")
+    found, _ = measure("large", "--fid", "--reference", "small")
+    assert any("40 of 40 pictures are JPEG" in warning for warning in found["warnings"])
+    assert any("32 pixels a side against a reference of 16" in warning for warning in found["warnings"])
+
+
+def test_block_of_text(measure, tmp_path, capsys):
+    photographs(tmp_path / "photographs")
+    assert cli.run(["eval", "photographs", "-r", "photographs", "--device", "cpu"]) == 0
+    lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert re.fullmatch(r"0\.00 \(FID∞ 0\.50: .*\)", lines["FID"])
+    assert lines["pictures"] == str(COUNT)
+    assert "0f0f0f0f0f0f" in lines["extractor"]
+    assert lines["reference"].startswith("photographs, sha256 ")
+
+
+# --- mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["photographs", "--num", "9"], 2, "num: with pictures that exist; it is for pictures to be made"),
+        (["photographs", "--cfg", "2"], 2, "cfg: with pictures that exist"),
+        (["--resize", "64"], 2, "resize: without pictures"),
+        (["--reject", "1"], 2, "reject: 1; a fraction between 0 and 1"),
+        (["--tokenizer", "--kid"], 2, "tokenizer: with --is, --kid or --prc"),
+        (["--tokenizer"], 2, "tokenizer: without pictures; name some it was not trained on"),
+        (["--out", "result.txt"], 2, "out: result.txt; a name ending in .json"),
+        (["--save-stats", "s.json"], 2, "save-stats: s.json; a name ending in .npz"),
+        (["--save-images", "x.npz", "--nproc", "2"], 2, "save-images: x.npz with several processes; a folder"),
+        (["--quantize", "int8"], 2, "quantize: int8 with --dtype fp32; one or the other"),
+        (["photographs", "--fid"], 2, "reference: none is known for this; --reference with tiny64"),
+        (["--fid"], 2, "reference: none is known for this"),
+        (["nowhere", "--is"], 3, "nowhere"),
+        (["photographs", "-r", "nowhere"], 3, "reference: nowhere; no such file, and the names are"),
+        (["photographs", "-r", "empty.npz"], 3, "empty.npz"),
+        (["photographs", "-r", "photographs", "--kid"], 3, "kid takes 1000 or more"),
+        (["odd", "--is"], 3, "--resize"),
+        (["broken", "--is"], 3, "1 of 2 cannot be read"),
+        (["--is", "--num", "5"], 3, "is takes"),
+        (["--is", "--inception", "nowhere.pth"], 4, "inception weights: nowhere.pth; no such file"),
+        (["--is", "--num", "10", "--reject", "0.5", "--classifier", "nobody"], 2, "classifier: nobody; a model of"),
+    ],
+)
+def test_mistakes(measure, tmp_path, arguments, code, message):
+    photographs(tmp_path / "photographs", 12)
+    photographs(tmp_path / "odd", 2)
+    Image.new("RGB", (20, 16)).save(tmp_path / "odd" / "wide.png")
+    photographs(tmp_path / "broken", 1)
+    (tmp_path / "broken" / "cut.png").write_bytes(b"\x89PNG")
+    np.savez(tmp_path / "empty.npz", nothing=np.zeros(3))
+    found, err = measure(*arguments, code=code)
+    assert found is None
+    errors = [line for line in err.splitlines() if line.startswith("var: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_bad_pictures_are_left_out_where_asked(measure, tmp_path):
+    photographs(tmp_path / "broken", 12)
+    (tmp_path / "broken" / "cut.png").write_bytes(b"\x89PNG")
+    found, _ = measure("broken", "--is", "--skip-bad")
+    assert found["n"] == 12
+    assert any("1 pictures could not be read and are left out: " in warning for warning in found["warnings"])
