@@ -57,6 +57,15 @@ def test_one_process_is_its_own_group():
         group.barrier()
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    group = Group(rank=5, count=8, local_rank=1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert group.device("auto") == "auto"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert group.device("auto") == group.device("cuda") == "cuda:1"
+    assert group.device("cpu") == "cpu" and group.device("cuda:3") == "cuda:3"
+
+
 def test_an_error_is_handed_up_only_to_a_launcher(tmp_path, monkeypatch):
     place = tmp_path / "error.json"
     assert not launched() and not hand_up("no")

@@ -6,7 +6,6 @@ first to fail ends all of them; its error is handed up to the launcher, which sa
 """
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -34,11 +33,6 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def cores() -> int:
-    """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # --- starting them ---------------------------------------------------------------------------------
 
 
@@ -52,14 +46,15 @@ def relaunch(count: int) -> int:
         VarError: what the first of them to fail raised.
         KeyboardInterrupt: Ctrl-C, which reached all of them.
     """
-    from tempfile import TemporaryDirectory  # noqa: PLC0415 - `var --help` is to be quick
+    import logging  # noqa: PLC0415 - `var --help` is to be quick
+    from tempfile import TemporaryDirectory  # noqa: PLC0415
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 
     logging.disable()  # what the launcher says of failing ranks; they speak for themselves
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with TemporaryDirectory(prefix="varcli-") as folder:
         config = LaunchConfig(
@@ -82,6 +77,11 @@ def relaunch(count: int) -> int:
                 raise KeyboardInterrupt from error
             return 128 + int(error.sigval)
     return 0
+
+
+def _cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _exit_code(error: "ChildFailedError", count: int) -> int:
@@ -111,7 +111,11 @@ def hand_up(message: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The processes at work on one command; every method but `share` is to be called by all of them."""
+    """The processes at work on one command.
+
+    What they exchange is to be exchanged by all of them: each calls `sum`, `gather`, `broadcast` and `barrier`
+    as often as the others and in the same order. torch pickles objects on the way; none of that is stored.
+    """
 
     rank: int = 0
     """Which of them this is, from 0."""
