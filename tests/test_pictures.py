@@ -14,6 +14,7 @@ from varcli.data.datasets import UnreadablePicture
 from varcli.data.images import png_bytes
 from varcli.data.outputs import open_output
 from varcli.data.places import picture_name
+from varcli.data.sources import Folder
 from varcli.errors import InputError
 from varcli.evaluation.pictures import open_pictures
 from varcli.evaluation.resizing import center_crop
@@ -183,6 +184,16 @@ def test_fingerprint_knows_the_pictures_again(folder, tmp_path):
     assert open_pictures([folder], resize=4).fingerprint() != known
     (folder / "1-goldfish-2.png").rename(folder / "1-goldfish-3.png")
     assert open_pictures([folder]).fingerprint() != known
+
+
+def test_opening_reads_beginnings_only(tmp_path, monkeypatch):
+    fill(tmp_path, ["1.png", "2.png"], side=200)  # noise: 120 kB each
+    read = Folder.read
+    lengths = []
+    monkeypatch.setattr(Folder, "read", lambda *args: lengths.append(len(read(*args))) or read(*args))
+    open_pictures([tmp_path])
+    assert len(lengths) == 2
+    assert max(lengths) < 10_000
 
 
 @pytest.mark.parametrize("ending", [".npz", ".tar", ""])
