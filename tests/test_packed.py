@@ -88,7 +88,7 @@ def test_precisions_stay_close_on_forced_tokens(precision, difference):
     exact = torch.cat(list(forced_logits("")), dim=1)
     logits = torch.cat(list(forced_logits(precision)), dim=1)
     assert (logits - exact).abs().mean() < difference * exact.std()
-    assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.95
+    assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
 
 
 def test_freed_memory_is_kept_wherever_that_can_be_asked_for(monkeypatch):
