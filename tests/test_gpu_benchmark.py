@@ -1,0 +1,24 @@
+"""The benchmark of GPUs runs from beginning to end, where there is none with models of no size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_everything_is_measured(tmp_path):
+    command = [sys.executable, "-W", "error", SCRIPT, "--device", "cpu", "--dtype", "bf16", "--quick"]
+    done = subprocess.run(
+        [*command, "--json", tmp_path / "all.json"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "all.json").read_text())
+    measured = {(row["model"], row["batch"], row["way"]) for row in found["speed"]}
+    assert {("d16", 1, "plain twin"), ("d16", 2, "recorded"), ("d30", 2, "eager")} <= measured
+    assert all(row["pictures/s"] > 0 and row["latency ms"] > 0 and row["MFU"] >= 0 for row in found["speed"])
+    assert found["pipeline"]["kept up"] > 0 and found["decoder"]["own choice, ms"] > 0
+    assert 0 <= found["batches"]["tokens that differ"] <= 1
+    assert found["matmul TFLOP/s"] > 0 and found["seconds"] < 600
+    assert done.stdout.count("\n| --- |") == 4
