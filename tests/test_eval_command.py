@@ -4,7 +4,10 @@ The network is a quick stand-in; tests of `evaluation` hold the true one to torc
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import inception
 import small
 from varcli import cli
 from varcli.data.classes import imagenet
@@ -225,6 +229,23 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch):
     assert f"going on after 24 of {COUNT} pictures" in err
     assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9)
     assert not list((tmp_path / "cache").rglob("measurements/*"))
+
+
+def test_two_processes_find_what_one_finds(model, tmp_path):
+    """For real: two processes that talk through gloo, and the true network with random weights."""
+    weights = inception.save(tmp_path / "inception.pth")
+    places = {"VAR_INCEPTION": str(weights), "XDG_CACHE_HOME": str(tmp_path / "cache"), "VAR_CHECKPOINT": str(model)}
+    command = [sys.executable, "-m", "varcli", "eval", "--num", "15", "--is", "--prc", "--reference", "photographs"]
+    photographs(tmp_path / "photographs", 6)
+    found = []
+    for processes in ("1", "2"):
+        words = [*command, "--nproc", processes, "--dtype", "fp32", "--device", "cpu", "--json", "--quiet"]
+        streams = {"capture_output": True, "text": True}
+        done = subprocess.run(words, check=False, env=os.environ | places, cwd=tmp_path, timeout=300, **streams)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert found[0]["metrics"] == pytest.approx(found[1]["metrics"], rel=1e-6)
+    assert found[0]["n"] == found[1]["n"] == 15
 
 
 # --- what is said ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ PRESET = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "draft": ""}
     ("warnings", "wanted"),
     [
         (guards.few_pictures(2000, 12.34), "only 2000 pictures: FID is biased upwards, by about 12.3"),
-        (guards.few_pictures(9999, None), "only 9999 pictures: FID is biased upwards; published figures are of 50000"),
+        (guards.few_pictures(9999, None), "only 9999 pictures: figures of so few are biased"),
         (guards.imbalance([0, 0, 1, 2], NAMES), "not balanced: 2 pictures of tench, 1 of goldfish"),
         (guards.imbalance([0, 1], NAMES), "1 of 3 classes have no picture"),
         (guards.lossy(3, 10), "3 of 10 pictures are JPEG"),

@@ -14,10 +14,10 @@ PAPER = 50_000
 
 
 def few_pictures(count: int, bias: float | None) -> Iterable[str]:
-    """Warn where so few pictures bias FID; `bias` is by how much, if that was estimated."""
+    """Warn where so few pictures bias figures; `bias` is by how much FID, if that was estimated."""
     if count < FEW:
-        much = "" if bias is None else f", by about {bias:.3g}"
-        yield f"only {count} pictures: FID is biased upwards{much}; published figures are of {PAPER}"
+        what = "figures of so few are biased" if bias is None else f"FID is biased upwards, by about {bias:.3g}"
+        yield f"only {count} pictures: {what}; published figures are of {PAPER}"
 
 
 def imbalance(rows: Sequence[int], names: Sequence[str]) -> Iterable[str]:
