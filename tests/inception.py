@@ -18,7 +18,11 @@ class Unloaded(FeatureExtractorInceptionV3):
 
 
 def save(path):
-    """Write random weights that keep the size of what passes through them; return the path."""
+    """Write random weights with which pictures differ in features and classes; return the path.
+
+    They keep the size of what passes through them. Normalized to some pictures' figures, as a trained network
+    is, a random one would amplify rounding a hundredfold.
+    """
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)
@@ -32,8 +36,11 @@ def save(path):
             module.bias.normal_(0, 0.1, generator=noise)
             module.running_mean.normal_(0, 0.1, generator=noise)
             module.running_var.uniform_(0.7, 1.3, generator=noise)
-    network.fc.weight.normal_(0, 0.2, generator=noise)
+    network.fc.weight.normal_(0, 0.5, generator=noise)
     network.fc.bias.normal_(0, 1, generator=noise)
+    (pool_BN,) = network(torch.from_numpy(pictures(8, seed=7)).permute(0, 3, 1, 2))
+    usual_N = pool_BN.mean(0)  # classes are to depend on what is not common to all pictures
+    network.fc.weight -= torch.outer(network.fc.weight @ usual_N, usual_N) / usual_N.square().sum()
     torch.save(network.state_dict(), path)
     return path
 
