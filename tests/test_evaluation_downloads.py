@@ -77,6 +77,22 @@ def test_other_bytes_than_known_are_refused_and_not_kept(server, tmp_path):
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == []
 
 
+def test_another_length_than_known_is_refused_before_the_transfer(server, tmp_path):
+    with pytest.raises(CheckpointError, match=rf"x\.npz is another file; {SIZE} bytes, known are 5"):
+        get(server, tmp_path, size=5)
+    assert server.log == []
+
+
+def test_offline_is_told_at_once_and_leaves_nothing(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it was tried again"))
+    with pytest.raises(
+        CheckpointError, match=r"cannot download x\.npz from http://127\.0\.0\.1:9/x\.npz: .*; bring it"
+    ):
+        fetch("http://127.0.0.1:9/x.npz", tmp_path / "x.npz", size=5, sha256=None, advice="bring it")
+    assert caplog.text == ""
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == []
+
+
 def test_unknown_hash_is_recorded_at_the_first_download(server, tmp_path):
     path = get(server, tmp_path, sha256=None)
     assert json.loads((tmp_path / "sha256.json").read_text()) == {"x.npz": SHA256}

@@ -30,7 +30,7 @@ def fetch(
     Args:
         address: where it comes from.
         path: where it belongs, with the name it is known by.
-        size: in bytes; None asks the server.
+        size: in bytes, None where not known.
         sha256: of its bytes; None takes that of its first download here, which is kept beside it.
         advice: ends the message where it cannot be had: how to bring it otherwise.
         progress: show a bar on stderr, if that is a terminal.
@@ -46,7 +46,7 @@ def fetch(
             _check(path, path, sha256, f"delete {path} to download it again")
             return path
         part = path.with_name(path.name + ".part")
-        transfer(address, part, _size(address) if size is None else size, path.name)
+        transfer(address, part, _size(address, size), path.name)
         try:
             _check(part, path, sha256, advice)
         except CheckpointError:
@@ -120,9 +120,15 @@ def _check(there: Path, path: Path, sha256: str | None, advice: str) -> None:
         record(path.parent, path.name, found)
 
 
-def _size(address: str) -> int | None:
-    """Return a file's size in bytes as its server says."""
+def _size(address: str, known: int | None) -> int | None:
+    """Return a file's size in bytes as its server says, which is asked once: offline it is to be told at once.
+
+    Raises:
+        CheckpointError: it is not the size known.
+    """
     answer = get_session().head(address, follow_redirects=True)
     answer.raise_for_status()
-    length = answer.headers.get("Content-Length")
-    return None if length is None else int(length)
+    length = int(answer.headers.get("Content-Length", known or 0))
+    if known and length != known:
+        raise CheckpointError(f"{address} is another file; {length} bytes, known are {known}")
+    return length or None
