@@ -173,6 +173,26 @@ def test_more_differences_than_results_lie_on_their_side():
     assert [len(each.headings) for each in many] == [3]
 
 
+def test_what_one_has_and_another_lacks():
+    pictures = evaluation(checkpoint=None, source={"paths": ["made"]}, published=None)
+    for many in ([pictures, evaluation(), tokenizer()], [evaluation(), pictures]):
+        shown = Page(html(*many))
+        assert "made" in shown.text and "guidance (cfg)" in shown.text
+
+
+def test_no_figure_is_minus_nothing():
+    shown = Page(html(evaluation(metrics={"fid": -3e-5, "fid_infinity": -1.25}, published=None)))
+    assert shown.row("var-d16")[2:] == ["0.00", "−1.25"]
+
+
+def test_one_picture_has_no_spread():
+    classes = [{"id": i, "name": f"c{i}", "n": i, "spread": 0.0 if i < 2 else 3.0} for i in range(3)]
+    (each,) = named([evaluation() | {"per_class": classes}])
+    assert panels.classes_by_spread(each) == [(3.0, "c2")]
+    (each,) = named([evaluation() | {"per_class": classes[:2]}])
+    assert panels.spread([each]) is None
+
+
 def test_classes_of_both_ends_and_none_twice():
     for count in (1, 2, 5, 16, 40):
         classes = [{"id": i, "name": f"c{i}", "n": 2, "spread": float(i)} for i in range(count)]

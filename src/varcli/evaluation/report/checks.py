@@ -105,7 +105,7 @@ def _settings(**checks: Check) -> Check:
 
 METRICS = (
     *("fid", "fid_infinity", "inception_score", "inception_score_std", "kid", "kid_std", "precision", "recall"),
-    *("rfid", "psnr", "ssim", "lpips"),
+    *("rfid", "rfid_infinity", "psnr", "ssim", "lpips"),
 )
 RESULT = _record(
     version=_text,

@@ -120,8 +120,11 @@ def spread(evaluations: Sequence[Evaluation]) -> Chart | None:
 
 
 def classes_by_spread(each: Evaluation) -> list[tuple[float, str]]:
-    """Return spread and name of each class, the lowest first."""
-    return sorted((c["spread"], c["name"]) for c in each.facts.get("per_class") or () if c.get("spread") is not None)
+    """Return spread and name of each class that has several pictures, the lowest first."""
+    classes = each.facts.get("per_class") or ()
+    return sorted(
+        (found["spread"], found["name"]) for found in classes if found.get("spread") is not None and found["n"] > 1
+    )
 
 
 def progress(runs: Sequence[Run]) -> list[Chart]:

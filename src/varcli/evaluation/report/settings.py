@@ -35,10 +35,11 @@ NAMES = {
     "protocol.kid_subsets": "subsets (KID)",
     "protocol.kid_subset_size": "pictures a subset (KID)",
     "protocol.prc_k": "neighbours (precision, recall)",
+    "protocol.pixels": "pixels a side",
     "protocol.resize": "resized",
     "protocol.rejected": "rejected",
     "seconds.total": "time",
-    "seconds.sampling": "time for sampling",
+    "seconds.pictures": "time for pictures",
     "seconds.features": "time for features",
     "version": "varcli",
     "date": "date",
@@ -64,7 +65,8 @@ def of_evaluation(facts: Facts) -> dict[str, str]:
     """Return all settings of a result by their path, in words."""
     found: dict[str, str] = {}
     for part in TOLD:
-        value = facts.get(part)
+        if (value := facts.get(part)) is None:
+            continue
         inside = {f"{part}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {part: value}
         found |= {path: _setting(path, each) for path, each in inside.items()}
     return found
@@ -83,7 +85,9 @@ def common_and_differing(caption: str, labels: Sequence[str], given: Sequence[Ma
     paths = list(dict.fromkeys(path for each in given for path in each))
     differing = [path for path in paths if len({each.get(path, NONE) for each in given}) > 1]
     headings = [NAMES.get(path, _plain(path)) for path in differing]
-    shared = [Row(NAMES.get(path, _plain(path)), (Cell(given[0][path]),)) for path in paths if path not in differing]
+    shared = [
+        Row(NAMES.get(path, _plain(path)), (Cell(given[0].get(path, NONE)),)) for path in paths if path not in differing
+    ]
     values = [[Cell(words.shortened(each.get(path, NONE))) for path in differing] for each in given]
     if len(differing) > len(labels):
         labels, headings, values = headings, list(labels), [list(row) for row in zip(*values, strict=True)]

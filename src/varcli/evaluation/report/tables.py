@@ -95,7 +95,7 @@ def measured(results: Sequence[Evaluation], published: Mapping[str, Published]) 
         if result.facts["published"]:
             paper[group] = _paper_row(group, result.facts["published"], published.get(group, Published(None, None)))
     rows = [[*rows, *([paper[group]] if group in paper else [])] for group, rows in groups.items()]
-    return table("What was measured, and what the paper gives", MEASURED, rows)
+    return table("What was measured" + (", and what the paper gives" if paper else ""), MEASURED, rows)
 
 
 def _measured_row(result: Evaluation) -> Row:
@@ -148,8 +148,8 @@ def band_cell(published: Facts | None) -> Cell:
     return Cell("inside" if inside else "outside", f"{low:.2f}–{high:.2f}", alarm=not inside)
 
 
-REBUILT = ("Tokenizer", "Pictures", "Reference", "rFID", "PSNR, dB", "SSIM", "LPIPS")
-REBUILT_DIGITS = {"rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3}
+REBUILT = ("Tokenizer", "Pictures", "Reference", "rFID", "rFID∞", "PSNR, dB", "SSIM", "LPIPS")
+REBUILT_DIGITS = {"rfid": 2, "rfid_infinity": 2, "psnr": 2, "ssim": 3, "lpips": 3}
 
 
 def rebuilt(results: Sequence[Evaluation]) -> Table:

@@ -14,8 +14,10 @@ LARGEST = 1e15
 
 
 def fixed(value: float | None, digits: int, scale: float = 1) -> str:
-    """Return a figure with so many digits after the point, a dash for none."""
-    return NONE if value is None else f"{value * scale:.{digits}f}"
+    """Return a figure with so many digits after the point, never -0.00; a dash for none."""
+    if value is None:
+        return NONE
+    return f"{round(value * scale, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def grouped(count: float | None) -> str:
