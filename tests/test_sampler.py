@@ -271,7 +271,6 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_fp16(monkeypatch, native, exp
 
 def test_devices():
     assert pick_device("cpu") == torch.device("cpu")
-    assert pick_dtype("auto", torch.device("cpu")) == "fp32"
     assert pick_dtype("bf16", torch.device("cpu")) == "bf16"
     assert pick_dtype("auto", torch.device("mps")) == "fp32"
     for absent in ("cuda:99", "cpu:1", "meta"):
