@@ -72,6 +72,9 @@ def test_an_error_is_handed_up_only_to_a_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place))
     assert not hand_up("no")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not launched(), "some clusters set it for everything"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert launched() and hand_up("yes")
     assert '"message": "yes"' in place.read_text()
 

@@ -30,7 +30,11 @@ Item = TypeVar("Item")
 
 def launched() -> bool:
     """Return whether this process is one of several, so that it must not start any itself."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return os.environ.keys() >= _NUMBERS and int(os.environ["WORLD_SIZE"]) > 1
+
+
+_NUMBERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+"""What a launcher tells each process it starts."""
 
 
 # --- starting them ---------------------------------------------------------------------------------
