@@ -53,10 +53,10 @@ def packing_works(dtype: torch.dtype) -> bool:
 def pack(transformer: Transformer) -> None:
     """Replace the linear maps that take the time by packed ones, where that works; each plain weight is let go."""
     model: Any = transformer  # its parts change their types
-    if packing_works(model.head.weight.dtype) and isinstance(model.head, nn.Linear):
+    if isinstance(model.head, nn.Linear) and packing_works(model.head.weight.dtype):
         model.head = PackedLinear(model.head)
     for block in model.blocks:
-        if not packing_works(block.attn.proj.weight.dtype) or isinstance(block.attn.proj, PackedLinear):
+        if not isinstance(block.attn.proj, nn.Linear) or not packing_works(block.attn.proj.weight.dtype):
             return
         block.attn.mat_qkv = PackedLinear(block.attn.mat_qkv, block.attn.bias)
         block.attn.proj = PackedLinear(block.attn.proj)

@@ -5,14 +5,16 @@ import ctypes
 import platform
 import sys
 from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from varcli.errors import RunError, UsageError
-from varcli.models.packed import PackedLinear, pack
+from varcli.models.packed import pack
+from varcli.models.quantized import Int8Linear, quantize
 from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
+from varcli.models.transformer import Block, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions by the names users type."""
@@ -74,10 +76,16 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
     In 16 bits only what takes the time is: the blocks' linear maps and the decoder. The residual
     stream, the token embeddings, the logits and the draws stay in float32.
 
+    With "int8" the linear maps take that, and everything else what "auto" takes here.
+
     Raises:
         RunError: the device's memory cannot hold the models.
+        UsageError: the device does not compute with int8.
     """
-    dtype = DTYPES[precision]
+    dtype = DTYPES[pick_dtype("auto", device) if precision == "int8" else precision]
+    if precision == "int8":
+        check_int8(device)
+        quantize(transformer, device, dtype)
     linear = [layer for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear)]
     decoding = (tokenizer.post_quant_conv, tokenizer.decoder)
     try:
@@ -96,6 +104,16 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
         raise RunError(
             f"memory: {device} cannot hold the model; a smaller one, --dtype bf16 or --device cpu"
         ) from error
+
+
+def check_int8(device: torch.device) -> None:
+    """Raise UsageError unless a device multiplies int8, and torch lets it.
+
+    Without VNNI instructions the processor's sums of products would overflow.
+    """
+    vnni = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    if device.type != "cuda" and not vnni:
+        raise UsageError(f"quantize: int8 on {device}; needs CUDA or a processor with VNNI: leave it out")
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -158,4 +176,5 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 def block_weight(transformer: Transformer) -> Tensor:
     """Return a weight that tells on which device and in which precision the blocks compute."""
-    return next(layer.weight for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear | PackedLinear))
+    projection: Any = cast("Block", transformer.blocks[0]).attn.proj
+    return projection.bias if isinstance(projection, Int8Linear) else projection.weight
