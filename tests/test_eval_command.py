@@ -322,6 +322,14 @@ def test_mistakes(measure, tmp_path, arguments, code, message):
     assert message in errors[0]
 
 
+def test_a_reference_of_pictures_is_resized_as_the_others_are(measure, tmp_path):
+    photographs(tmp_path / "odd", 12)
+    Image.new("RGB", (20, 16)).save(tmp_path / "odd" / "wide.png")
+    found, _ = measure("odd", "--fid", "--reference", "odd", "--resize", 8)
+    assert found["metrics"]["fid"] == pytest.approx(0, abs=1e-12)
+    assert found["reference"]["pixels"] == found["protocol"]["resize"] == 8
+
+
 def test_bad_pictures_are_left_out_where_asked(measure, tmp_path):
     photographs(tmp_path / "broken", 12)
     (tmp_path / "broken" / "cut.png").write_bytes(b"\x89PNG")

@@ -1,6 +1,5 @@
 """From the options of `var eval` to what is measured, and what it is measured against."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from varcli.commands.options import parse_drafts
 from varcli.commands.series import Series
 from varcli.commands.settings import origin_of, settings
 from varcli.errors import CheckpointError, InputError, UsageError
-from varcli.evaluation.pictures import PictureList, open_pictures
 from varcli.evaluation.ranking import Classifier, candidates
 from varcli.evaluation.reconstructions import Reconstructions
 from varcli.evaluation.references import Reference
@@ -41,7 +39,8 @@ def opened(ask: Ask, bench: Bench, device: torch.device) -> tuple[Subject, Refer
         rebuilt = _rebuilt(ask, bench, device)
         return rebuilt, _reference(ask, bench, None) or bench.reference_of(rebuilt.pictures, "the same pictures", False)
     if not ask.made:
-        given = Given(_pictures(ask, ask.paths or []), ask.paths or [])
+        paths = ask.paths or []
+        given = Given(bench.pictures(paths, ask.resize, ask.skip_bad), paths)
         sides = {known.pixels: name for name, known in references().items()}
         return given, _reference(ask, bench, sides.get(given.side))
     entry = registry().get(ask.checkpoint)
@@ -61,18 +60,14 @@ def _reference(ask: Ask, bench: Bench, usual: str | None) -> Reference | None:
         raise UsageError(
             f"reference: none is known for this; --reference with {', '.join(references())}, statistics or pictures"
         )
-    return bench.reference(name, features=bool(against - {"fid"}))
-
-
-def _pictures(ask: Ask, paths: Sequence[str | Path]) -> PictureList:
-    return open_pictures(paths, resize=ask.resize, skip_bad=ask.skip_bad, lines=sys.stdin)
+    return bench.reference(name, features=bool(against - {"fid"}), resize=ask.resize)
 
 
 def _rebuilt(ask: Ask, bench: Bench, device: torch.device) -> Rebuilt:
     path = find(ask.checkpoint, progress=not bench.quiet)
     tokenizer, (metadata, _) = load_tokenizer(path).to(device), read_metadata(path)
     paths: Sequence[str | Path] = ask.paths or _held_out(ask)
-    pictures = _pictures(ask, paths)
+    pictures = bench.pictures(paths, ask.resize, ask.skip_bad)
     config = tokenizer.config
     if pictures.side != config.pixels:
         raise InputError(

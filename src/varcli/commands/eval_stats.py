@@ -1,6 +1,5 @@
 """`var eval stats`: statistics of pictures, to measure others against."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from typer import Exit
@@ -32,14 +31,13 @@ def eval_stats(  # noqa: PLR0917 - options are given by name
     from varcli.checkpoints.materials import find_inception  # noqa: PLC0415 - after --help
     from varcli.commands.measuring import Bench  # noqa: PLC0415 - torch
     from varcli.evaluation.inception import Inception  # noqa: PLC0415 - torch
-    from varcli.evaluation.pictures import open_pictures  # noqa: PLC0415 - numpy
     from varcli.sampling.devices import pick_device  # noqa: PLC0415 - torch
 
     with joined() as group:
         quiet = quiet or not group.first
-        pictures = open_pictures(data, resize=resize, skip_bad=skip_bad, lines=sys.stdin)
         network = Inception(find_inception(inception, progress=not quiet), pick_device(group.device(device)))
         bench = Bench(network, group, quiet)
+        pictures = bench.pictures(data, resize, skip_bad)
         statistics = bench.statistics(pictures, features, "pictures")
         if group.first:
             bench.keep(out, statistics, pictures.side)

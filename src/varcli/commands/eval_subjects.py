@@ -21,6 +21,7 @@ from varcli.evaluation.pictures import PictureList
 from varcli.evaluation.ranking import Classifier, best
 from varcli.evaluation.reconstructions import Reconstructions
 from varcli.models.tokenizer import Tokenizer
+from varcli.processes import Group
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.reconstruction import there_and_back
 from varcli.sampling.sampler import Pixels
@@ -62,6 +63,9 @@ class Subject(ABC):
     def ready(self, resumed: bool) -> Iterator[None]:
         """Do what belongs around the measuring, which goes on where an earlier run was if `resumed`."""
         yield
+
+    def join(self, group: Group) -> None:  # noqa: B027 - most have nothing to tell
+        """Take in what other processes found out; to be called by all, the first one has it then."""
 
     def warnings(self) -> Iterator[str]:
         """Yield what makes their figures incomparable."""
@@ -186,6 +190,11 @@ class Given(Subject):
         """Yield the pictures of these ranks, in batches."""
         return self.pictures.batches(ranks, BATCH)
 
+    def join(self, group: Group) -> None:
+        """Take in which pictures other processes could not read."""
+        found = group.gather(self.pictures.skipped)
+        self.pictures.skipped = sorted({name for names in found for name in names})
+
     def warnings(self) -> Iterator[str]:
         """Yield what makes their figures incomparable."""
         yield from super().warnings()
@@ -221,6 +230,11 @@ class Rebuilt(Given):
             after_BPP3, tokens = there_and_back(self.tokenizer, before_BPP3)
             self.reconstructions.add(before_BPP3, after_BPP3, tokens)
             yield found, after_BPP3, rows
+
+    def join(self, group: Group) -> None:
+        """Take in what other processes counted."""
+        super().join(group)
+        self.reconstructions.join(group)
 
     def warnings(self) -> Iterator[str]:
         """Yield what makes their figures incomparable; JPEG pictures are what a tokenizer is there for."""

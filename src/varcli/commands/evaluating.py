@@ -42,8 +42,7 @@ def evaluated(ask: Ask, group: Group) -> Result | None:
     plan = Plan(count=len(subject), metrics=ask.metrics, classes=len(subject.classes))
     metrics.check(plan, reference)
     measurement, forget = bench.measure(subject, plan, "pictures", resumable=not ask.tokenizer)
-    if isinstance(subject, Rebuilt):
-        subject.reconstructions.join(group)
+    subject.join(group)
     if not group.first:
         return None
     outcome = Outcome(ask, subject, reference, bench.inception, measurement.statistics)

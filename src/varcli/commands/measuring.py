@@ -1,6 +1,7 @@
 """What `var eval` and `var eval stats` share: statistics of pictures, and references to hold them against."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,14 +65,21 @@ class Bench:
         forget()
         return measurement.statistics
 
+    def pictures(self, paths: Sequence[str | Path], resize: int | None, skip_bad: bool) -> PictureList:
+        """Return pictures that exist; what stdin lists is read by the first process, for all of them."""
+        listed = "-" in map(str, paths)
+        lines = self.group.broadcast(list(sys.stdin) if listed and self.group.first else [])
+        return open_pictures(paths, resize=resize, skip_bad=skip_bad, lines=lines)
+
     # --- references --------------------------------------------------------------------------------
 
-    def reference(self, name: str, features: bool) -> Reference:
+    def reference(self, name: str, features: bool, resize: int | None) -> Reference:
         """Return what to measure against, its features too if asked for; what takes long is kept for next time.
 
         Args:
             name: a reference known by name, a file of statistics, or a place of pictures.
             features: whether KID, precision or recall ask for the pictures' features.
+            resize: side to which pictures of a place are cropped and resized.
 
         Raises:
             VarError: there is no such reference, or it cannot be used.
@@ -79,7 +87,7 @@ class Bench:
         path = find_reference(name, progress=not self.quiet)
         if holds_pictures(path):
             known = references().get(name)
-            pictures = open_pictures([path], resize=None)
+            pictures = open_pictures([path], resize=resize)
             sha256 = known.sha256 if known else file_sha256(path) if path.is_file() else None
             found = self.reference_of(pictures, name, features)
             return replace(found, sha256=sha256 or pictures.fingerprint(), path=None)
