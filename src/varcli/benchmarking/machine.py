@@ -1,6 +1,6 @@
 """The machine: what it is, how fast it multiplies matrices when it has nothing else to do, how much memory was used.
 
-Shapes: M rows of data, N rows of weights, K columns of both.
+Shapes: N rows, I features of each.
 """
 
 import platform
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from varcli.models.packed import PackedLinear, packing_works
 from varcli.sampling.devices import DTYPES, synchronize
 
 CPU_SIZE, GPU_SIZE = 1024, 8192
@@ -23,16 +23,14 @@ WHILE = 0.05
 
 @torch.inference_mode()
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """Return floating-point operations a second in this precision: the best of several products of large matrices."""
-    size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
-    data_MK, weight_NK = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    return 2 * size**3 / min(_fastest(device, partial(way, data_MK, weight_NK)) for way in (F.linear, pointwise))
-
-
-def pointwise(data_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """Return the product (M, N) as a 1×1 convolution: on CPUs by another library, in float32 twice as fast."""
-    image_1KM1 = data_MK[None, :, None].permute(0, 3, 1, 2)
-    return F.conv2d(image_1KM1, weight_NK[:, :, None, None])[0, :, :, 0].T
+    """Return floating-point operations a second in this precision: the better of torch's products, plain and packed."""
+    size, dtype = GPU_SIZE if device.type == "cuda" else CPU_SIZE, DTYPES[precision]
+    data_NI = torch.randn(size, size, device=device).to(dtype)
+    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
+    ways: list[nn.Module] = [linear]
+    if device.type == "cpu" and packing_works(dtype):
+        ways.append(PackedLinear(linear))
+    return 2 * size**3 / min(_fastest(device, partial(way, data_NI)) for way in ways)
 
 
 def _fastest(device: torch.device, product: Callable[[], Tensor]) -> float:

@@ -1,7 +1,8 @@
 """Floating-point operations of a picture, counted from the configurations. No torch here.
 
-A product of matrices (a, b) and (b, c) is 2·a·b·c operations. What adds little is left out: normalization, what
-follows from the class alone, the draws, the residual step.
+A product of matrices (a, b) and (b, c) is 2·a·b·c operations. They are those of the models as they are defined,
+also where a device or an approximation gets by with fewer. What adds little is left out: normalization, what follows
+from the class alone, the draws, the residual step.
 """
 
 from collections.abc import Sequence
