@@ -43,7 +43,7 @@ from varcli.data.writing import Writer
 from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import plain, sampler
+from varcli.sampling import plain, sampler, scale_model
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import pick_device, pick_dtype, place, synchronize
 from varcli.scales import GRID_256
@@ -105,7 +105,7 @@ def random_models(depth: int, quick: bool) -> Models:
 @contextmanager
 def plain_blocks() -> Iterator[None]:
     """Sample without `models.fused`."""
-    with mock.patch.object(sampler, "fusible", lambda transformer: False):
+    with mock.patch.object(scale_model, "fusible", lambda transformer: False):
         yield
 
 

@@ -16,12 +16,13 @@ from varcli.models.attention import KeyValueCache
 from varcli.models.fused import FusedBlocks, ScaleCache
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import batches, plain, sampler
+from varcli.sampling import batches, plain, scale_model
 from varcli.sampling.batches import BatchSampler, padded_size
 from varcli.sampling.devices import place
 from varcli.sampling.graphs import Recorded
 from varcli.sampling.memory import batch_bytes, model_bytes
-from varcli.sampling.sampler import ScaleModel, decode_on_device, generate
+from varcli.sampling.sampler import decode_on_device, generate
+from varcli.sampling.scale_model import ScaleModel
 from varcli.scales import GRID_256, GRID_512
 
 SIDES = (1, 2, 3, 4, 6)
@@ -80,6 +81,7 @@ def test_the_cache_of_scales_forgets_only_what_no_scale_needs(small):
     assert cache.kv.shape[4] == config.length - last
     assert cache.until(0, 5).data_ptr() == cache.kv.data_ptr()
     cache.kv.normal_()
+    cache.filled = config.length - last
     assert torch.equal(cache.until(1, config.length)[:, :, :, :-last], cache.kv[1])
 
 
@@ -129,7 +131,7 @@ def never(error):
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 def test_recorded_steps_draw_the_twins_tokens_batch_after_batch(small, config, kind, monkeypatch):
     """Nothing of a batch stays for the next: not its classes, not its numbers, not its cache."""
-    monkeypatch.setattr(sampler, "fusible", lambda transformer: kind == "fused")
+    monkeypatch.setattr(scale_model, "fusible", lambda transformer: kind == "fused")
     runner = Recorded(taped, never)
     for turn, rows in enumerate(([0, 4, 2], [1, 1, 5], [3, 0, 2], [5, 4, 1])):
         seeds = [7 * turn, 1, 2]

@@ -4,6 +4,7 @@ Shapes: B pictures, l tokens of this call, L tokens so far, D width, h heads of 
 """
 
 import math
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,12 @@ class KeyValueCache:
     def advance(self, count: int) -> None:
         """Note that every block has stored `count` more tokens."""
         self.filled += count
+
+    def first_rows(self, count: int) -> "KeyValueCache":
+        """Return the part of the first `count` rows of the batch."""
+        part = copy(self)
+        part.kv = self.kv[:, :, :count]
+        return part
 
 
 class SelfAttention(nn.Module):

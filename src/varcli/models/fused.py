@@ -9,6 +9,7 @@ Shapes: B rows of the batch, l tokens of this call, L tokens of all scales, D wi
 
 import math
 from collections.abc import Iterable
+from copy import copy
 from typing import cast
 
 import torch
@@ -28,22 +29,25 @@ class ScaleCache:
     The last scale of the published grids has more than a third of all tokens.
     """
 
-    def __init__(
-        self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype, last: int | None = None
-    ) -> None:
-        """Make room for all tokens; the `last` of them, by default those of the last scale, must come together."""
-        self.before_last = config.length - (config.sides[-1] ** 2 if last is None else last)
-        shape = (2, batch, config.heads, self.before_last, HEAD_WIDTH)
+    def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        before_last = config.length - config.sides[-1] ** 2
+        shape = (2, batch, config.heads, before_last, HEAD_WIDTH)
         self.kv = torch.empty((config.depth, *shape), device=device, dtype=dtype)
         self.whole_2BhLc = torch.empty((2, batch, config.heads, config.length, HEAD_WIDTH), device=device, dtype=dtype)
         self.filled = 0
 
     def until(self, block: int, end: int) -> Tensor:
         """Return where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
-        if end <= self.before_last:
+        if end <= self.kv.shape[4]:
             return self.kv[block, :, :, :, :end]
-        self.whole_2BhLc[:, :, :, : self.before_last] = self.kv[block]
-        return self.whole_2BhLc
+        self.whole_2BhLc[:, :, :, : self.filled] = self.kv[block, :, :, :, : self.filled]
+        return self.whole_2BhLc[:, :, :, :end]
+
+    def first_rows(self, count: int) -> "ScaleCache":
+        """Return the part of the first `count` rows of the batch."""
+        part = copy(self)
+        part.kv, part.whole_2BhLc = self.kv[:, :, :count], self.whole_2BhLc[:, :count]
+        return part
 
     def advance(self, count: int) -> None:
         """Note that every block has stored `count` more tokens."""

@@ -1,14 +1,12 @@
 """The next-scale loop, once: class and seed to token maps, and feature maps to pixels.
 
-Shapes: B pictures, R rows of the transformer's batch (B, or 2B when guided: conditional above
-unconditional), s the side and l = s² the tokens of one scale, D width, C codebook channels,
-V codebook rows, K candidates of a draw, H = W = s_K, P pixels a side.
+Shapes: B pictures, s the side and l = s² the tokens of one scale, L tokens of all scales, C codebook
+channels, V codebook rows, K candidates of a draw, H = W = s_K, P pixels a side.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +14,14 @@ import torch
 from torch import Tensor
 
 from varcli.config import SampleConfig
-from varcli.models.attention import KeyValueCache
-from varcli.models.fused import FusedBlocks, ScaleCache, fusible
 from varcli.models.quantizer import Quantizer
 from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer, normalize
+from varcli.models.transformer import Transformer
 from varcli.sampling.devices import block_weight
+from varcli.sampling.drafts import DraftModel
 from varcli.sampling.draws import Candidates, candidates, draw, generators, gumbels, mixture, uniforms
 from varcli.sampling.graphs import Direct, Runner
+from varcli.sampling.scale_model import ScaleModel
 from varcli.scales import progress_ratio, spans
 
 DIRECT = Direct()
@@ -52,62 +50,6 @@ class ScaleResult:
     """Its token map, (B, l) int64; in a smooth run the tokens of greatest weight."""
     f_hat: Tensor
     """The feature map so far, (B, C, H, W)."""
-
-
-class Blocks(Protocol):
-    """A transformer's blocks: its own or such as stand in for them."""
-
-    def modulations(self, class_BD: Tensor) -> list[Tensor]:
-        """Return what the class does in each block."""
-
-    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
-        """Return the residual stream of one scale after all blocks, having stored what later scales need."""
-
-
-class ScaleModel:
-    """The transformer at work on one batch: what it computes once, and what it remembers between scales."""
-
-    def __init__(self, transformer: Transformer, rows: Sequence[int] | Tensor, config: SampleConfig) -> None:
-        """Take rows of the class table; given as a tensor on the model's device nothing here waits for the host."""
-        model, weight = transformer, block_weight(transformer)
-        self.transformer, self.cfg, self.count = model, config.cfg, len(rows)
-        row_R = torch.as_tensor(rows, device=weight.device)
-        if config.cfg > 0:
-            row_R = torch.cat([row_R, torch.full_like(row_R, model.config.null_class)])
-        self.class_RD = model.class_emb(row_R)
-        fused = fusible(model)
-        self.blocks: Blocks = FusedBlocks(model) if fused else model
-        self.low_precision = torch.autocast(
-            weight.device.type, weight.dtype, enabled=not fused and weight.dtype != torch.float32, cache_enabled=False
-        )
-        with self.low_precision:
-            self.modulations = [ada.float() for ada in self.blocks.modulations(self.class_RD)]
-        final_R12D = model.head_nm.ada_lin(self.class_RD)
-        self.final_scale, self.final_shift = final_R12D.unbind(2)
-        cache = ScaleCache if fused else KeyValueCache
-        self.cache = cache(model.config, len(self.class_RD), weight.device, weight.dtype)
-
-    def logits(self, scale: int, input_BlC: Tensor | None) -> Tensor:
-        """Return the guided logits (B, l, V) of a scale, in float32, after those of all scales before it."""
-        if input_BlC is not None:
-            input_BlC = input_BlC.repeat(len(self.class_RD) // self.count, 1, 1)
-        x_RlD = self.transformer.scale_input(scale, self.class_RD, input_BlC)
-        self.cache.filled = spans(self.transformer.config.sides)[scale].start
-        with self.low_precision:
-            x_RlD = self.blocks.step(x_RlD, self.modulations, self.cache)
-        h_BlD = self.guide(normalize(x_RlD, self.final_scale, self.final_shift), scale)
-        logits_BlV: Tensor = self.transformer.head(h_BlD)
-        return logits_BlV
-
-    def guide(self, h_RlD: Tensor, scale: int) -> Tensor:
-        """Return (1 + t)·conditional - t·unconditional, (B, l, D), with t = cfg·k/(K-1).
-
-        Differs: mixed before the head instead of after it, the same because the head is linear.
-        """
-        t = self.cfg * progress_ratio(scale, len(self.transformer.config.sides))
-        if t == 0:
-            return h_RlD[: self.count]
-        return (1 + t) * h_RlD[: self.count] - t * h_RlD[self.count :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +125,8 @@ def generate(
     row_B = runner.admit("rows", torch.tensor(rows), device)
     numbers_BL = None if config.smooth else uniforms(sources, transformer.config.length)
     u_BL = None if numbers_BL is None else runner.admit("numbers", numbers_BL, device)
-    model = runner.run("class", lambda: ScaleModel(transformer, row_B, config))
+    kind = DraftModel if config.drafts else ScaleModel
+    model = runner.run("class", lambda: kind(transformer, row_B, config))
     drawing = Drawing(tokenizer.quantize, config, keep, sources, u_BL)
     f_hat_BCHW, input_BlC = None, None
     for scale in range(len(transformer.config.sides)):

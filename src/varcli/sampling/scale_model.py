@@ -1,0 +1,84 @@
+"""The transformer at work on one batch of pictures, scale after scale.
+
+Shapes: B pictures, R rows of the transformer's batch (B, or 2B when guided: conditional above
+unconditional), l tokens of one scale, D width, C codebook channels, V codebook rows.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from varcli.config import SampleConfig
+from varcli.models.attention import KeyValueCache
+from varcli.models.fused import FusedBlocks, ScaleCache, fusible
+from varcli.models.transformer import Transformer, normalize
+from varcli.sampling.devices import block_weight
+from varcli.scales import progress_ratio, spans
+
+
+class Blocks(Protocol):
+    """A transformer's blocks: its own or such as stand in for them."""
+
+    def modulations(self, class_BD: Tensor) -> list[Tensor]:
+        """Return what the class does in each block."""
+
+    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
+        """Return the residual stream of one scale after all blocks, having stored what later scales need."""
+
+
+class ScaleModel:
+    """What is computed once a batch, what is remembered between scales, and the logits of each."""
+
+    def __init__(self, transformer: Transformer, rows: Sequence[int] | Tensor, config: SampleConfig) -> None:
+        """Take rows of the class table; given as a tensor on the model's device nothing here waits for the host."""
+        model, weight = transformer, block_weight(transformer)
+        self.transformer, self.cfg, self.count = model, config.cfg, len(rows)
+        row_R = torch.as_tensor(rows, device=weight.device)
+        if config.cfg > 0:
+            row_R = torch.cat([row_R, torch.full_like(row_R, model.config.null_class)])
+        self.class_RD = model.class_emb(row_R)
+        fused = fusible(model)
+        self.blocks: Blocks = FusedBlocks(model) if fused else model
+        self.low_precision = torch.autocast(
+            weight.device.type, weight.dtype, enabled=not fused and weight.dtype != torch.float32, cache_enabled=False
+        )
+        with self.low_precision:
+            self.modulations = [ada.float() for ada in self.blocks.modulations(self.class_RD)]
+        final_R12D = model.head_nm.ada_lin(self.class_RD)
+        self.final_scale, self.final_shift = final_R12D.unbind(2)
+        cache = ScaleCache if fused else KeyValueCache
+        self.cache = cache(model.config, len(self.class_RD), weight.device, weight.dtype)
+
+    def logits(self, scale: int, input_BlC: Tensor | None) -> Tensor:
+        """Return the guided logits (B, l, V) of a scale, in float32, after those of all scales before it."""
+        logits_BlV: Tensor = self.transformer.head(self.guide(self.hidden(scale, input_BlC), scale))
+        return logits_BlV
+
+    def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
+        """Return what the head is to see of a scale in each row, (R, l, D)."""
+        self.cache.filled = spans(self.transformer.config.sides)[scale].start
+        return self.through_blocks(self.entering(scale, input_BlC))
+
+    def entering(self, scale: int, input_BlC: Tensor | None) -> Tensor:
+        """Return the residual stream of a scale before the blocks, (R, l, D)."""
+        if input_BlC is not None:
+            input_BlC = input_BlC.repeat(len(self.class_RD) // self.count, 1, 1)
+        return self.transformer.scale_input(scale, self.class_RD, input_BlC)
+
+    def through_blocks(self, x_RlD: Tensor) -> Tensor:
+        """Return the residual stream after the blocks and the last normalization, (R, l, D)."""
+        with self.low_precision:
+            x_RlD = self.blocks.step(x_RlD, self.modulations, self.cache)
+        return normalize(x_RlD, self.final_scale, self.final_shift)
+
+    def guide(self, h_RlD: Tensor, scale: int) -> Tensor:
+        """Return (1 + t)·conditional - t·unconditional, (B, l, D), with t = cfg·k/(K-1).
+
+        Differs: mixed before the head instead of after it, the same because the head is linear.
+        """
+        t = self.cfg * progress_ratio(scale, len(self.transformer.config.sides))
+        if t == 0:
+            return h_RlD[: self.count]
+        return (1 + t) * h_RlD[: self.count] - t * h_RlD[self.count :]
