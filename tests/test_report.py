@@ -180,6 +180,13 @@ def test_what_one_has_and_another_lacks():
         assert "made" in shown.text and "guidance (cfg)" in shown.text
 
 
+def test_what_is_missing_is_as_if_it_were_null():
+    facts = evaluation()
+    needed = {key: facts[key] for key in ("kind", "format", "version", "date", "what", "n", "extractor", "protocol")}
+    (least,) = parse(json.dumps(needed | {"metrics": {}}).encode(), "x")
+    assert Page(html(least)).row("pictures") == ["50 000"]
+
+
 def test_no_figure_is_minus_nothing():
     shown = Page(html(evaluation(metrics={"fid": -3e-5, "fid_infinity": -1.25}, published=None)))
     assert shown.row("var-d16")[2:] == ["0.00", "−1.25"]

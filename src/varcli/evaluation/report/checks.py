@@ -107,6 +107,8 @@ METRICS = (
     *("fid", "fid_infinity", "inception_score", "inception_score_std", "kid", "kid_std", "precision", "recall"),
     *("rfid", "rfid_infinity", "psnr", "ssim", "lpips"),
 )
+FIELDS = "checkpoint", "source", "classes", "reference", "published", "per_class", "warnings", "seconds", "pictures"
+"""Of a result, those that may be missing, which says the same as null."""
 RESULT = _record(
     version=_text,
     date=_text,

@@ -8,7 +8,7 @@ from typing import Any
 
 from varcli.errors import InputError
 from varcli.evaluation.report import words
-from varcli.evaluation.report.checks import RESULT
+from varcli.evaluation.report.checks import FIELDS, RESULT
 from varcli.evaluation.results import FORMAT, KIND
 
 Facts = Mapping[str, Any]
@@ -53,7 +53,7 @@ def parse(content: bytes, origin: str) -> list[Facts]:
         if value.get("format") != FORMAT:
             raise InputError(f"evaluation result: {where} has format {value.get('format')}; this varcli reads {FORMAT}")
         RESULT(value, f"{where}: ")
-        found.append(value)
+        found.append(dict.fromkeys(FIELDS) | value)
     if not found:
         raise InputError(f"evaluation result: {origin}; nothing in it, where results of `var eval` are needed")
     return found

@@ -121,7 +121,7 @@ def spread(evaluations: Sequence[Evaluation]) -> Chart | None:
 
 def classes_by_spread(each: Evaluation) -> list[tuple[float, str]]:
     """Return spread and name of each class that has several pictures, the lowest first."""
-    classes = each.facts.get("per_class") or ()
+    classes = each.facts["per_class"] or ()
     return sorted(
         (found["spread"], found["name"]) for found in classes if found.get("spread") is not None and found["n"] > 1
     )

@@ -111,7 +111,7 @@ def _measured_row(result: Evaluation) -> Row:
         figure(metrics, "recall", 3),
         band_cell(result.facts["published"]),
     )
-    return Row(result.label, cells, warnings=len(result.facts.get("warnings") or ()))
+    return Row(result.label, cells, warnings=len(result.facts["warnings"] or ()))
 
 
 def _paper_row(group: str, given: Facts, paper: Published) -> Row:
@@ -162,7 +162,7 @@ def rebuilt(results: Sequence[Evaluation]) -> Table:
                 reference_cell(result.facts),
                 *(figure(result.metrics, metric, digits) for metric, digits in REBUILT_DIGITS.items()),
             ),
-            warnings=len(result.facts.get("warnings") or ()),
+            warnings=len(result.facts["warnings"] or ()),
         )
         for result in results
     ]
