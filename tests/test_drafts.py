@@ -1,0 +1,145 @@
+"""Approximations: what they leave alone, what they compute, and that nothing happens without them."""
+
+from itertools import chain, combinations
+
+import pytest
+import torch
+
+import reference
+from pretended_cuda import Watch, pretended
+from test_graphs import Phases, never, released, taped
+from varcli.config import DRAFTS, SampleConfig, TokenizerConfig, TransformerConfig
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+from varcli.sampling import drafts, scale_model
+from varcli.sampling.drafts import DraftModel, pivotal, resized
+from varcli.sampling.graphs import Recorded
+from varcli.sampling.sampler import generate
+from varcli.sampling.scale_model import ScaleModel
+
+SIDES = (1, 2, 5, 6, 8)
+LATE = (3, 4)
+SOME = [",".join(names) for names in chain.from_iterable(combinations(DRAFTS, n) for n in (1, 2, 3))]
+
+
+@pytest.fixture(scope="module")
+def small():
+    shape = {"sides": SIDES, "codebook_size": 96, "codebook_width": 8}
+    tokenizer = Tokenizer(TokenizerConfig(base_width=32, multipliers=(1, 1, 2), **shape))
+    transformer = Transformer(TransformerConfig(depth=3, width=128, class_count=5, **shape))
+    reference.set_rule_weights(tokenizer)
+    reference.set_rule_weights(transformer)
+    return tokenizer.eval(), transformer.eval()
+
+
+@pytest.fixture(scope="module")
+def inputs(small):
+    """What the transformer sees of two pictures, scale by scale."""
+    tokenizer, _ = small
+    source = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(96, (2, side * side), generator=source) for side in SIDES]
+    with torch.no_grad():
+        return [None, *tokenizer.quantize.teacher_input(tokens).split([side * side for side in SIDES[1:]], dim=1)]
+
+
+@torch.inference_mode()
+def logits(model, inputs):
+    return [model.logits(scale, given) for scale, given in enumerate(inputs)]
+
+
+def tokens_of(models, config, rows=(0, 3), seeds=(5, 6), **options):
+    return [result.tokens.clone() for result in generate(*models, list(rows), list(seeds), config, **options)]
+
+
+def test_nothing_is_approximated_unless_asked_for(small, monkeypatch):
+    monkeypatch.setattr("varcli.sampling.sampler.DraftModel", None)
+    assert len(tokens_of(small, SampleConfig())) == len(SIDES)
+
+
+@pytest.mark.parametrize("draft", SOME)
+def test_only_what_comes_late_changes(small, inputs, draft):
+    _, transformer = small
+    exact = logits(ScaleModel(transformer, [0, 3], SampleConfig()), inputs)
+    near = logits(DraftModel(transformer, [0, 3], SampleConfig(draft=draft)), inputs)
+    for scale, (ours, theirs) in enumerate(zip(near, exact, strict=True)):
+        assert ours.shape == theirs.shape and ours.isfinite().all()
+        assert torch.allclose(ours, theirs, atol=1e-4) == (scale not in LATE)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_each_draft_is_exact_where_it_leaves_nothing_out(small, inputs, draft, monkeypatch):
+    _, transformer = small
+    monkeypatch.setattr(drafts, "LATE", 0)
+    monkeypatch.setattr(drafts, "COARSE", 36)
+    exact = logits(ScaleModel(transformer, [0, 3], SampleConfig()), inputs)
+    near = logits(DraftModel(transformer, [0, 3], SampleConfig(draft=draft)), inputs)
+    for ours, theirs in zip(near, exact, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_late_scales_without_guidance_are_conditional_ones(small, inputs):
+    _, transformer = small
+    near = logits(DraftModel(transformer, [0, 3], SampleConfig(draft="guidance", cfg=3)), inputs)
+    conditional = logits(ScaleModel(transformer, [0, 3], SampleConfig(cfg=0)), inputs)
+    for scale in LATE:
+        assert torch.allclose(near[scale], conditional[scale], atol=1e-4)
+
+
+@torch.inference_mode()
+def test_half_the_tokens_are_computed_and_the_others_restored(small, inputs, monkeypatch):
+    _, transformer = small
+    model, seen = DraftModel(transformer, [0, 3], SampleConfig(draft="tokens")), []
+    step = Transformer.step
+    monkeypatch.setattr(Transformer, "step", lambda self, x, *rest: seen.append(x.shape[1]) or step(self, x, *rest))
+    hidden = [model.hidden(scale, given) for scale, given in enumerate(inputs)]
+    assert seen == [1, 4, 25, 18, 32]
+    for scale in LATE:
+        chosen = pivotal(inputs[scale], SIDES[scale] ** 2 // 2).repeat(2, 1)
+        other = torch.ones(4, SIDES[scale] ** 2, dtype=torch.bool).scatter(1, chosen, False)
+        before = resized(hidden[scale - 1], SIDES[scale])
+        assert torch.equal(hidden[scale][other], before[other])
+        assert not torch.isclose(hidden[scale][~other], before[~other]).all(-1).any()
+
+
+def test_tokens_far_from_the_mean_are_pivotal():
+    input_BlC = torch.zeros(2, 9, 4)
+    input_BlC[0, 3], input_BlC[0, 5, 1], input_BlC[1, 8] = 1, -3, 2
+    assert pivotal(input_BlC, 2)[0].tolist() == [5, 3]
+    assert pivotal(input_BlC, 1)[1].tolist() == [8]
+
+
+def test_maps_are_resized_in_place():
+    flat = torch.full((2, 25, 3), 0.5)
+    assert torch.equal(resized(flat, 8), torch.full((2, 64, 3), 0.5))
+    rising = torch.arange(2.0).repeat(2)[None, :, None]
+    assert resized(rising, 4)[0, :, 0].view(4, 4)[2].tolist() == [0, 0.25, 0.75, 1]
+
+
+def test_every_other_key_of_middle_scales_is_forgotten(small, inputs):
+    _, transformer = small
+    exact = ScaleModel(transformer, [0, 3], SampleConfig())
+    near = DraftModel(transformer, [0, 3], SampleConfig(draft="cache"))
+    logits(exact, inputs[:3]), logits(near, inputs[:3])
+    assert near.starts == [0, 1, 5, 18, 36, 68]
+    assert torch.equal(near.cache.kv[..., :5, :], exact.cache.kv[..., :5, :])
+    assert torch.equal(near.cache.kv[..., 5:18, :], exact.cache.kv[..., 5:30:2, :])
+
+
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+@pytest.mark.parametrize("draft", SOME)
+def test_recorded_drafts_draw_the_same_tokens(small, draft, kind, monkeypatch):
+    config, expected = SampleConfig(draft=draft), []
+    for seed in range(3):
+        expected.append(tokens_of(small, config, (seed, 4), (seed, 9)))
+    monkeypatch.setattr(scale_model, "fusible", lambda transformer: kind == "fused")
+    runner = Recorded(taped, never)
+    for seed in range(3):
+        drawn = tokens_of(small, config, (seed, 4), (seed, 9), runner=runner)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(drawn, expected[seed], strict=True))
+
+
+def test_no_draft_waits_for_the_gpu(monkeypatch):
+    models, phases = released(16, 2), Phases(Watch(), [])
+    with pretended(monkeypatch, *models), torch.inference_mode():
+        *_, last = generate(*models, [0, 0], [1, 2], SampleConfig(draft=",".join(DRAFTS)), runner=phases)
+    assert last.f_hat.is_cuda
