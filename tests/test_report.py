@@ -296,6 +296,7 @@ def test_fid_against_the_number_of_pictures_lies_on_a_line_to_its_limit():
     start = tuple(map(float, limit.dots[1:].split("h")[0].split()))
     slopes = [(y - start[1]) / (x - start[0]) for x, y in points]
     assert start[0] == 0 and max(slopes) - min(slopes) < 0.02
+    assert max(slopes) < 0, "what is higher lies nearer to the top, where SVG counts from"
 
 
 def test_other_numbers_of_other_things_are_no_series():
