@@ -296,6 +296,7 @@ def test_fid_against_the_number_of_pictures_lies_on_a_line_to_its_limit():
     start = tuple(map(float, limit.dots[1:].split("h")[0].split()))
     slopes = [(y - start[1]) / (x - start[0]) for x, y in points]
     assert start[0] == 0 and max(slopes) - min(slopes) < 0.02
+    assert all(0 < x < 100 for x, _ in points)
     assert max(slopes) < 0, "what is higher lies nearer to the top, where SVG counts from"
 
 
@@ -397,6 +398,7 @@ def test_a_run_has_curves_settings_and_its_last_sheet(runs):
 def test_runs_of_one_stage_share_their_charts(tmp_path):
     runs = read_runs([write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", depth=3)])
     (loss, *_) = panels.progress(runs)
+    assert 6.5 < loss.y.high < 9, "only the very beginning may leave the field"
     assert [line.label for line in loss.lines] == [
         "a/run, training",
         "a/run, validation",
