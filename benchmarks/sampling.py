@@ -1,11 +1,12 @@
-"""Seconds a picture, and pictures a second, against the plain twin in `varcli.sampling.plain`.
+"""Seconds a picture against the plain twin in `varcli.sampling.plain`.
 
-    python benchmarks/sampling.py [--checkpoint NAME|FILE] [--rounds 3] [--json]
+    python benchmarks/sampling.py [--checkpoint NAME|FILE] [--rounds 3] [--batches 1,8] [--json]
     python benchmarks/sampling.py --differing 64 [--device cuda] [--checkpoint NAME|FILE] [--json]
 
 Measures the released d16's shape at 256 px with random weights or, given one, a checkpoint. The twin
 and all variants take turns in every round, so that a machine that is busy for a while is so for all of
-them. The twin knows no batches and no 16 bits.
+them. The twin knows no batches and no 16 bits. The floor says how long the picture's arithmetic alone would take at
+the best rate this machine reached, at that time, in a product of two large matrices.
 
 With `--differing N` it measures something else: how many tokens come out differently in 16 bits when N
 pictures are made together rather than one by one. One token drawn differently changes those after it, so
@@ -22,13 +23,16 @@ from dataclasses import dataclass
 import torch
 from tables import print_rows
 
+from varcli.benchmarking.machine import matmul_rate
+from varcli.benchmarking.operations import decoder_operations, transformer_operations
 from varcli.checkpoints.registry import find
 from varcli.checkpoints.store import load_model, without_initialization
 from varcli.config import PRESETS, TokenizerConfig, TransformerConfig
+from varcli.errors import UsageError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import pick_device, place
+from varcli.sampling.devices import check_int8, pick_device, place
 from varcli.sampling.plain import sample as plain_sample
 from varcli.sampling.sampler import generate
 from varcli.scales import GRID_256
@@ -57,27 +61,50 @@ def random_d16() -> Models:
     return tokenizer.eval(), transformer.eval()
 
 
-def variants(plain: Models) -> dict[tuple[str, str, int], Callable[[int], object]]:
+def variants(plain: Models, batches: Sequence[int]) -> dict[tuple[str, str, int], Callable[[int], object]]:
     """Return what is measured: (sampler, precision, pictures at a time) and what makes those pictures."""
     made: dict[tuple[str, str, int], Callable[[int], object]] = {
         ("plain twin", "fp32", 1): lambda seed: plain_sample(*plain, 0, seed, CONFIG)
     }
-    for precision in ("fp32", "bf16"):
+    for precision in precisions():
         models = copy.deepcopy(plain)
         place(*models, CPU, precision)
         sampler = BatchSampler(*models, CONFIG)
-        for count in (1, 8):
+        for count in batches:
             made["varcli", precision, count] = lambda seed, sampler=sampler, count=count: list(
                 sampler.pictures(Wanted(0, seed + i) for i in range(count))
             )
     return made
 
 
-def measure(models: Models, rounds: int) -> list[dict[str, object]]:
-    """Return one row a variant: median seconds a picture, pictures a second, and how much faster than the twin."""
-    runs = variants(models)
+def precisions() -> list[str]:
+    """Return the precisions this processor computes in."""
+    try:
+        check_int8(CPU)
+    except UsageError:
+        return ["fp32", "bf16"]
+    return ["fp32", "bf16", "int8"]
+
+
+def operations(models: Models) -> int:
+    """Return the floating-point operations of a picture with guidance, those that the sampler avoids included."""
+    counts = [side * side for side in models[1].config.sides]
+    transformer = transformer_operations(models[1].config, counts, guided=CONFIG.cfg > 0)
+    return sum(transformer) + decoder_operations(models[0].config)
+
+
+def measure(models: Models, batches: Sequence[int], rounds: int) -> list[dict[str, object]]:
+    """Return one row a variant: medians over rounds of seconds a picture and of what they are compared with.
+
+    The floor is how long a picture's operations take at the best rate of a product of matrices in that precision
+    (bf16 for int8), measured in the same round.
+    """
+    runs, work = variants(models, batches), operations(models)
     seconds: dict[tuple[str, str, int], list[float]] = {key: [] for key in runs}
+    floors: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for turn in range(rounds + 1):
+        for precision in floors if turn > 0 else ():
+            floors[precision].append(work / matmul_rate(CPU, precision))
         for key, make in runs.items():
             if turn == 0 and key[2] > 1:
                 continue  # the round that warms up needs no batches
@@ -85,19 +112,27 @@ def measure(models: Models, rounds: int) -> list[dict[str, object]]:
             make(turn * 8)
             if turn > 0:
                 seconds[key].append((time.perf_counter() - start) / key[2])
-    medians = {key: statistics.median(taken) for key, taken in seconds.items()}
-    twin = medians["plain twin", "fp32", 1]
-    return [
-        {
-            "sampler": sampler,
-            "precision": precision,
-            "batch": batch,
-            "seconds a picture": round(median, 3),
-            "pictures/s": round(1 / median, 3),
-            "times the twin": round(twin / median, 2),
-        }
-        for (sampler, precision, batch), median in medians.items()
-    ]
+    twin = seconds["plain twin", "fp32", 1]
+    rows = []
+    for (sampler, precision, batch), taken in seconds.items():
+        floor = floors["fp32" if precision == "fp32" else "bf16"]
+        rows.append(
+            {
+                "sampler": sampler,
+                "precision": precision,
+                "batch": batch,
+                "seconds a picture": round(statistics.median(taken), 3),
+                "times the twin": round(median_ratio(twin, taken), 2),
+                "floor, seconds": round(statistics.median(floor), 3),
+                "% of the floor": round(100 * median_ratio(floor, taken)),
+            }
+        )
+    return rows
+
+
+def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:
+    """Return the median over the rounds of one figure divided by another of the same round."""
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
 
 
 def differing(plain: Models, together: int, device: torch.device) -> list[dict[str, object]]:
@@ -133,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--batches", default="1,8", help="pictures asked for at a time")
     parser.add_argument("--differing", type=int, metavar="N", help="count tokens that a batch of N changes instead")
     parser.add_argument("--device", default="auto", help="where to count them")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
@@ -145,7 +181,7 @@ def main() -> None:
     if given.differing:
         rows = differing(models, given.differing, pick_device(given.device))
     else:
-        rows = measure(models, given.rounds)
+        rows = measure(models, [int(count) for count in given.batches.split(",")], given.rounds)
     name = given.checkpoint or "d16 at 256 px"
     print_rows([{"model": name} | row for row in rows], as_json=given.json)
 

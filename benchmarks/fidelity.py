@@ -1,0 +1,86 @@
+"""What 16 and 8 bits cost: logits in each precision beside float32, on the same tokens.
+
+    python benchmarks/fidelity.py [--checkpoint NAME|FILE] [--pictures 4] [--device auto] [--json]
+
+Tokens drawn in float32 are forced on all precisions, since free-running ones diverge after the first that
+is drawn differently. Without a checkpoint the d16's shape with random weights.
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+
+import torch
+from sampling import CONFIG, Models, random_d16
+from tables import print_rows
+from torch import Tensor
+
+from varcli.checkpoints.registry import find
+from varcli.checkpoints.store import load_model
+from varcli.errors import UsageError
+from varcli.sampling.devices import check_int8, pick_device, place
+from varcli.sampling.sampler import ScaleModel, generate
+
+
+def precisions(device: torch.device) -> list[str]:
+    """Return the precisions to compare with float32."""
+    try:
+        check_int8(device)
+    except UsageError:
+        return ["bf16", "fp16"]
+    return ["bf16", "fp16", "int8"]
+
+
+@torch.inference_mode()
+def logits(models: Models, row: int, tokens: Sequence[Tensor]) -> Tensor:
+    """Return the guided logits (L, V) of all scales after these token maps, on the CPU."""
+    model, quantizer = ScaleModel(models[1], [row], CONFIG), models[0].quantize
+    given = quantizer.teacher_input([token_map.to(model.class_RD.device) for token_map in tokens])
+    inputs = [None, *given.split([side * side for side in quantizer.sides[1:]], dim=1)]
+    return torch.cat([model.logits(scale, each)[0].cpu() for scale, each in enumerate(inputs)])
+
+
+def compare(plain: Models, pictures: int, device: torch.device) -> list[dict[str, object]]:
+    """Return one row a precision: how far its logits are from those in float32."""
+    exact = copy.deepcopy(plain)
+    place(*exact, device, "fp32")
+    rows = [seed * 7 % plain[1].config.class_count for seed in range(pictures)]
+    tokens = [[r.tokens for r in generate(*exact, [row], [seed], CONFIG)] for seed, row in enumerate(rows)]
+    high = torch.cat([logits(exact, row, maps) for row, maps in zip(rows, tokens, strict=True)])
+    found: list[dict[str, object]] = []
+    for precision in precisions(device):
+        models = copy.deepcopy(plain)
+        place(*models, device, precision)
+        low = torch.cat([logits(models, row, maps) for row, maps in zip(rows, tokens, strict=True)])
+        divergence = high.softmax(-1) * (high.log_softmax(-1) - low.log_softmax(-1))
+        found.append(
+            {
+                "precision": precision,
+                "mean difference": f"{(low - high).abs().mean():.2g}",
+                "standard deviation of logits": f"{high.std():.3g}",
+                "same best token": f"{100 * (low.argmax(-1) == high.argmax(-1)).float().mean():.1f} %",
+                "KL, nats": f"{divergence.sum(-1).mean():.1g}",
+            }
+        )
+    return found
+
+
+def main() -> None:
+    """Measure and print a Markdown table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
+    parser.add_argument("--pictures", type=int, default=4, help="of how many pictures the tokens are")
+    parser.add_argument("--device", default="auto", help="where to compute")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    given = parser.parse_args()
+    if given.checkpoint:
+        checkpoint = load_model(find(given.checkpoint))
+        models = (checkpoint.tokenizer, checkpoint.transformer)
+    else:
+        models = random_d16()
+    rows = compare(models, given.pictures, pick_device(given.device))
+    print_rows([{"model": given.checkpoint or "d16 at 256 px"} | row for row in rows], as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()
