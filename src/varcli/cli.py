@@ -115,6 +115,7 @@ def var(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own if None); return the exit code."""
+    processes.remember(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(arguments, prog_name="var", standalone_mode=False) or 0
     except VarError as error:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,8 +40,16 @@ _NUMBERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 # --- starting them ---------------------------------------------------------------------------------
 
 
+def remember(words: Sequence[str]) -> None:
+    """Take the command line that is being run, for `relaunch`."""
+    _command_line[:] = words
+
+
+_command_line: list[str] = []
+
+
 def relaunch(count: int) -> int:
-    """Run this process's command line as `count` ranks on this machine; return the exit code.
+    """Run the command line that is being run as `count` ranks on this machine; return the exit code.
 
     They share the cores, unless OMP_NUM_THREADS says how many threads each is to have. Whatever ends this
     process but SIGKILL ends them with it.
@@ -73,7 +81,7 @@ def relaunch(count: int) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "varcli", *sys.argv[1:])
+            elastic_launch(config, sys.executable)("-m", "varcli", *_command_line)
         except ChildFailedError as error:
             return _exit_code(error, count)
         except SignalException as error:
