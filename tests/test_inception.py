@@ -40,7 +40,7 @@ def test_features_are_torch_fidelitys_to_rounding(network, theirs):
         expected = theirs(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     found = network.features(pixels)
     assert relative_error(found.pool_BN, expected[0]) < 2e-6
-    assert relative_error(found.logits_BV, expected[1]) < 2e-6
+    assert relative_error(found.logits_BV, expected[1]) < 2e-5  # differences of much larger terms
 
 
 def test_without_onednn_features_are_the_same_to_rounding(weights, network, monkeypatch):

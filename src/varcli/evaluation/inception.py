@@ -34,7 +34,7 @@ Pixels = NDArray[np.uint8]
 SIDE = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
 """Pixels a side that the network sees."""
 
-BATCHES = {"cpu": 8}
+BATCHES = {"cpu": 4}
 """Pictures at a time by kind of device: on a CPU as many as its caches like."""
 
 LARGE_BATCH = 128
