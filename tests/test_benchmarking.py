@@ -17,7 +17,7 @@ from varcli.benchmarking.machine import matmul_rate, peak_bytes
 from varcli.benchmarking.measurement import Plan, measure
 from varcli.benchmarking.operations import decoder_operations, transformer_operations
 from varcli.benchmarking.panels import panels
-from varcli.benchmarking.rounds import Lap, Round, run_once, take_turns
+from varcli.benchmarking.rounds import Contest, Lap, Round, run_once, take_turns
 from varcli.benchmarking.stopwatch import Stopwatch
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.data.charts import png
@@ -158,7 +158,6 @@ def test_contestants_take_turns_and_the_machine_is_measured_in_between(clock, mo
     contest = take_turns(
         [runner("one", clock, journal, 1.0, batch=2), runner("two", clock, journal, 3.0)],
         CPU,
-        "bf16",
         rounds=3,
         advance=lambda: steps.append(1),
     )
@@ -174,7 +173,7 @@ def test_contestants_take_turns_and_the_machine_is_measured_in_between(clock, mo
         "matmul",
     ]
     assert [[turn.seconds for turn in each] for each in contest.rounds] == [[5.0] * 3, [15.0] * 3]
-    assert contest.matmul_rate == 7.0
+    assert contest.matmul_rates == [7.0, 7.0]
     assert len(steps) == 6
 
 
@@ -215,11 +214,12 @@ def turns(*lengths):
 
 def test_figures_are_of_one_picture_and_medians(clock):
     contestants = [runner("varcli", clock, [], 0, batch=4), runner("plain", clock, [], 0)]
-    first, second = figures(contestants, [turns(2, 4, 12), turns(3, 30, 3)], rate=200)
+    first, second = figures(contestants, Contest([turns(2, 4, 12), turns(3, 30, 3)], [200, 50]))
     assert (first.seconds_per_picture, first.pictures_per_second, first.times_varcli) == (1.0, 1.0, 1.0)
     assert (second.seconds_per_picture, second.times_varcli) == (3.0, 3.0)
     assert first.latency == {"p50": 4, "p90": pytest.approx(10.4), "p99": pytest.approx(11.84)}
     assert first.operations == 100 and first.matmul_fraction == pytest.approx(0.5)
+    assert second.matmul_fraction == pytest.approx(100 / 3 / 50)
     named = {stage.name: stage for stage in first.stages}
     assert list(named) == ["transformer a", "transformer b", "drawing", "decoder", "PNG"]
     assert [stage.seconds for stage in first.stages] == pytest.approx([0.2, 0.2, 0.4, 0.2, 0.1])
@@ -275,7 +275,9 @@ def test_a_benchmark_from_beginning_to_end(precision, monkeypatch):
         ("plain", "fp32"),
         ("raster", precision),
     ]
-    assert found.matmul_rate > 0 and (found.peak_bytes is None or found.peak_bytes > 1 << 20)
+    assert all(each.matmul_rate > 0 for each in found.samplers) and (
+        found.peak_bytes is None or found.peak_bytes > 1 << 20
+    )
     assert all(stage.seconds > 0 for each in found.samplers for stage in each.stages)
     image = Image.open(io.BytesIO(png(*panels("a small model", found.samplers))))
     assert image.size[0] == 960
@@ -283,7 +285,7 @@ def test_a_benchmark_from_beginning_to_end(precision, monkeypatch):
 
 def test_the_machine_is_measured_in_every_precision(monkeypatch):
     monkeypatch.setattr(machine, "CPU_SIZE", 32)
-    assert all(matmul_rate(CPU, precision) > 0 for precision in ("fp32", "bf16", "fp16"))
+    assert all(matmul_rate(CPU, precision) > 0 for precision in ("fp32", "bf16", "fp16", "int8"))
     monkeypatch.setattr(machine, "packing_works", lambda dtype: False)
     assert matmul_rate(CPU, "fp32") > 0
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)

@@ -7,7 +7,8 @@ import reference
 from test_graphs import never, taped
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
+from varcli.models.transformer import Transformer, normalize
+from varcli.sampling import scale_model
 from varcli.sampling.devices import place
 from varcli.sampling.graphs import Recorded
 from varcli.sampling.raster import RasterModel, scan
@@ -53,10 +54,20 @@ def test_token_by_token_equals_all_at_once(models, cfg):
     whole = RasterModel(transformer, rows, config)
     x_RlD = torch.cat([whole.inputs(0, None), whole.inputs(1, input_BlC)], dim=1)
     causal = torch.full((TOKENS, TOKENS), -torch.inf).triu(1)[None, None]
-    for i, (block, ada) in enumerate(zip(transformer.blocks, whole.modulations, strict=True)):
+    for i, (block, ada) in enumerate(zip(transformer.blocks, whole.work.modulations, strict=True)):
         x_RlD = block(x_RlD, ada, i, causal, None)
-    torch.testing.assert_close(torch.cat(one_by_one, dim=1), whole.head(x_RlD), atol=1e-4, rtol=1e-4)
-    assert cached.cache.filled == TOKENS
+    expected = whole.head(normalize(x_RlD, whole.work.final_scale, whole.work.final_shift))
+    torch.testing.assert_close(torch.cat(one_by_one, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_fused_blocks_compute_the_same(models, monkeypatch):
+    """As on a GPU, whose cache leaves out the last scale."""
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(scale_model, "fusible", lambda transformer, fused=fused: fused)
+        found.append(scan(*models, [1, 4], [2, 3], SampleConfig()))
+    torch.testing.assert_close(*found)
 
 
 @torch.no_grad()

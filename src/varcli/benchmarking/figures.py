@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from varcli.benchmarking.contestants import Contestant
-    from varcli.benchmarking.rounds import Round
+    from varcli.benchmarking.rounds import Contest, Round
 
 PHASES = ("transformer", "drawing", "decoder", "PNG")
 """In the order of the work. PNGs are encoded after the pixels are there, so that they are in no sum."""
@@ -25,7 +25,7 @@ class Stage:
     operations: int | None
     """Floating-point; None where they are too few to count."""
     matmul_fraction: float | None
-    """Operations a second, as a fraction of those of plain matrix products."""
+    """Operations a second, as a fraction of the matmul rate."""
 
     @property
     def name(self) -> str:
@@ -49,7 +49,10 @@ class Figures:
     """Seconds a picture, as a multiple of varcli's."""
     operations: int
     """Floating-point operations a picture."""
+    matmul_rate: float
+    """Floating-point operations a second of plain matrix products in this precision, measured in every round."""
     matmul_fraction: float
+    """Operations a second, as a fraction of that."""
     stages: Sequence[Stage]
     """For one picture. Each time is a median of its own, so that they add up to the whole only about."""
 
@@ -62,16 +65,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return rising[below] + (place - below) * (rising[above] - rising[below])
 
 
-def figures(contestants: Sequence["Contestant"], taken: Sequence[Sequence["Round"]], rate: float) -> list[Figures]:
-    """Return what each contestant costs; the first one is varcli's own sampler.
-
-    Args:
-        contestants: who took part.
-        taken: the rounds of each.
-        rate: operations a second of plain matrix products.
-    """
+def figures(contestants: Sequence["Contestant"], contest: "Contest") -> list[Figures]:
+    """Return what each contestant costs; the first one is varcli's own sampler."""
     found: list[Figures] = []
-    for contestant, rounds in zip(contestants, taken, strict=True):
+    for contestant, rounds, rate in zip(contestants, contest.rounds, contest.matmul_rates, strict=True):
         latencies = [turn.seconds for turn in rounds]
         seconds, operations = median(latencies) / contestant.batch, sum(contestant.operations.values())
         found.append(
@@ -84,6 +81,7 @@ def figures(contestants: Sequence["Contestant"], taken: Sequence[Sequence["Round
                 latency={f"p{percent}": percentile(latencies, percent) for percent in (50, 90, 99)},
                 times_varcli=seconds / found[0].seconds_per_picture if found else 1.0,
                 operations=operations,
+                matmul_rate=rate,
                 matmul_fraction=operations / seconds / rate,
                 stages=_stages(contestant, rounds, rate),
             )

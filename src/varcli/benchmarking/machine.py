@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from varcli.models.packed import PackedLinear, packing_works
-from varcli.sampling.devices import DTYPES, synchronize
+from varcli.sampling.devices import DTYPES, pick_dtype, synchronize
 
 CPU_SIZE, GPU_SIZE = 1024, 8192
 """Rows and columns of the matrices: enough to keep the machine busy, not long to wait for."""
@@ -23,8 +23,12 @@ WHILE = 0.05
 
 @torch.inference_mode()
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """Return floating-point operations a second in this precision: the better of torch's products, plain and packed."""
-    size, dtype = GPU_SIZE if device.type == "cuda" else CPU_SIZE, DTYPES[precision]
+    """Return floating-point operations a second in this precision: the better of torch's products, plain and packed.
+
+    For "int8" those of the precision that everything else is in, the decoder for one.
+    """
+    size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
+    dtype = DTYPES[pick_dtype("auto", device) if precision == "int8" else precision]
     data_NI = torch.randn(size, size, device=device).to(dtype)
     linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
     ways: list[nn.Module] = [linear]

@@ -18,8 +18,6 @@ class Benchmark:
     """What was found."""
 
     hardware: str
-    matmul_rate: float
-    """Floating-point operations a second of plain matrix products, measured in every round."""
     peak_bytes: int | None
     """Memory at most while varcli's own sampler ran: the GPU's on CUDA, else the process's; None where not told."""
     samplers: Sequence[Figures]
@@ -64,13 +62,8 @@ def measure(plan: Plan, advance: Callable[[], None]) -> Benchmark:
         else:
             contestants.append(raster_scan(models, plan.config, plan.precision, plan.batch))
         warm_up(contestants[-1], plan.device, advance)
-    contest = take_turns(contestants, plan.device, plan.precision, plan.rounds, advance)
-    return Benchmark(
-        hardware=hardware(plan.device),
-        matmul_rate=contest.matmul_rate,
-        peak_bytes=most,
-        samplers=figures(contestants, contest.rounds, contest.matmul_rate),
-    )
+    contest = take_turns(contestants, plan.device, plan.rounds, advance)
+    return Benchmark(hardware=hardware(plan.device), peak_bytes=most, samplers=figures(contestants, contest))
 
 
 def as_loaded(plan: Plan) -> Models:

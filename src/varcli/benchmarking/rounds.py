@@ -70,22 +70,23 @@ class Contest:
 
     rounds: Sequence[Sequence[Round]]
     """Of each contestant."""
-    matmul_rate: float
-    """Operations a second of plain matrix products, the median of one measurement a round."""
+    matmul_rates: Sequence[float]
+    """Operations a second of plain matrix products in its precision, the median of one measurement a round."""
 
 
 def take_turns(
-    contestants: Sequence[Contestant], device: torch.device, precision: str, rounds: int, advance: Callable[[], None]
+    contestants: Sequence[Contestant], device: torch.device, rounds: int, advance: Callable[[], None]
 ) -> Contest:
     """Return what everybody took: in each round all make a batch, one after the other, from the same seed on."""
     taken: list[list[Round]] = [[] for _ in contestants]
-    rates = []
+    rates: dict[str, list[float]] = {contestant.precision: [] for contestant in contestants}
     for turn in range(rounds):
         for contestant, found in zip(contestants, taken, strict=True):
             found.append(run_once(contestant, device, seed=turn * contestant.batch))
             advance()
-        rates.append(matmul_rate(device, precision))
-    return Contest(taken, median(rates))
+        for precision, measured in rates.items():
+            measured.append(matmul_rate(device, precision))
+    return Contest(taken, [median(rates[contestant.precision]) for contestant in contestants])
 
 
 def warm_up(contestant: Contestant, device: torch.device, advance: Callable[[], None]) -> None:

@@ -65,17 +65,16 @@ def bench(  # noqa: PLR0917 - options are given by name
     from varcli.sampling.devices import pick_device, pick_dtype  # noqa: PLC0415 - torch
 
     _check_chart(out)
+    options.check_precision(dtype, quantize)
     config = settings(checkpoint, "metrics", draft=options.parse_drafts(draft))
     where = pick_device(device)
-    precision = quantize or pick_dtype(dtype, where)
-    others = _others(vs)
     plan = Plan(
         load=lambda: _models(checkpoint, random, quiet),
         config=config,
         device=where,
-        precision=precision,
+        precision=quantize or pick_dtype(dtype, where),
         batch=batch_size,
-        others=others,
+        others=_others(vs),
         rounds=rounds,
     )
     with progress("batches", plan.batches, quiet) as advance:
@@ -88,7 +87,7 @@ def bench(  # noqa: PLR0917 - options are given by name
     else:
         _report(found)
     if out:
-        _draw(out, f"{checkpoint}, {precision}, on {found.hardware}", found)
+        _draw(out, f"{checkpoint}, {plan.precision}, on {found.hardware}", found)
 
 
 def _others(vs: str | None) -> list[str]:
@@ -129,7 +128,7 @@ def _report(found: "Benchmark") -> None:
 
 
 def _totals(found: "Benchmark") -> list[list[str]]:
-    each, rate = found.samplers, f"of matmul, {found.matmul_rate / 1e9:.4g} GFLOP/s"
+    each = found.samplers
     memory = "" if found.peak_bytes is None else f"{found.peak_bytes / 1e9:.3g}"
     return [
         ["machine", found.hardware],
@@ -140,7 +139,8 @@ def _totals(found: "Benchmark") -> list[list[str]]:
         ["pictures a second", *(f"{one.pictures_per_second:.4g}" for one in each)],
         *([f"latency {name}, s", *(f"{one.latency[name]:.4g}" for one in each)] for name in each[0].latency),
         ["GFLOP a picture", *(f"{one.operations / 1e9:.4g}" for one in each)],
-        [rate, *(f"{one.matmul_fraction:.1%}" for one in each)],
+        ["matmul here, GFLOP/s", *(f"{one.matmul_rate / 1e9:.4g}" for one in each)],
+        ["of matmul", *(f"{one.matmul_fraction:.1%}" for one in each)],
         ["peak memory, GB", memory],
     ]
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from varcli.commands import options
 from varcli.errors import UsageError
 
 
@@ -83,8 +84,7 @@ def _check_together(ask: Ask) -> None:
         raise UsageError("tokenizer: with --is, --kid or --prc; it is measured by FID, PSNR, SSIM and LPIPS")
     if ask.reject is not None and not 0 < ask.reject < 1:
         raise UsageError(f"reject: {ask.reject:g}; a fraction between 0 and 1")
-    if ask.quantize and ask.dtype != "auto":
-        raise UsageError(f"quantize: {ask.quantize} with --dtype {ask.dtype}; one or the other")
+    options.check_precision(ask.dtype, ask.quantize)
 
 
 def _check_places(ask: Ask) -> None:

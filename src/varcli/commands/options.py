@@ -128,3 +128,9 @@ def parse_drafts(text: str | None) -> str | None:
     if given == {"all"}:
         return ",".join(DRAFTS)
     return ",".join([name for name in DRAFTS if name in given] + sorted(given - set(DRAFTS)))
+
+
+def check_precision(dtype: str, quantize: str | None) -> None:
+    """Raise UsageError if two precisions are asked for."""
+    if quantize and dtype != "auto":
+        raise UsageError(f"quantize: {quantize} with --dtype {dtype}; one or the other")

@@ -46,7 +46,7 @@ def sample(  # noqa: PLR0917 - options are given by name
 ) -> None:
     """Make pictures of classes. The same class, seed and settings always give the same picture."""
     _check_together(out=out, grid=grid, scales=scales, resume=resume, as_json=as_json)
-    _check_precision(dtype, quantize)
+    options.check_precision(dtype, quantize)
     _check_places(out, grid, scales)
     if nproc > 1 or launched():
         _check_shared(classes, scales)
@@ -107,11 +107,6 @@ def _check_together(*, out: str | None, grid: Path | None, scales: Path | None, 
         raise UsageError("json: with --out -; stdout can carry the pictures or the lines, not both")
     if resume and (grid or scales):
         raise UsageError("resume: with --grid or --scales; they show what this run makes, so one without the other")
-
-
-def _check_precision(dtype: str, quantize: str | None) -> None:
-    if quantize and dtype != "auto":
-        raise UsageError(f"quantize: {quantize} with --dtype {dtype}; one or the other")
 
 
 def _check_shared(classes: Sequence[str], scales: Path | None) -> None:

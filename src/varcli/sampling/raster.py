@@ -8,40 +8,37 @@ What it is not: a model. The weights were trained for scales, so its pictures sh
 baseline of the paper's "20 times faster", which was another network, of another size, on another machine.
 
 Shapes: B pictures, R rows of the transformer's batch (B, or 2B when guided: conditional above unconditional),
-l tokens, L tokens of all scales, D width, C codebook channels, V codebook rows.
+l tokens, D width, C codebook channels, V codebook rows.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from varcli.config import SampleConfig
-from varcli.models.attention import KeyValueCache
 from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer, normalize
+from varcli.models.transformer import Transformer
 from varcli.sampling.devices import block_weight
 from varcli.sampling.draws import candidates, draw, generators, uniforms
 from varcli.sampling.graphs import Runner
 from varcli.sampling.sampler import DIRECT
+from varcli.sampling.scale_model import ScaleModel
 
 
 class RasterModel:
-    """The transformer at work on one batch, token by token: what it computes once, and what it remembers."""
+    """The transformer at work on one batch, token by token."""
 
     def __init__(self, transformer: Transformer, row_B: Tensor, config: SampleConfig) -> None:
-        weight = block_weight(transformer)
-        self.transformer, self.cfg, self.count = transformer, config.cfg, len(row_B)
-        unconditional_B = torch.full_like(row_B, transformer.config.null_class)
-        self.class_RD = transformer.class_emb(torch.cat([row_B, unconditional_B]) if config.cfg > 0 else row_B)
-        self.low_precision = torch.autocast(
-            weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32, cache_enabled=False
-        )
-        with self.low_precision:
-            self.modulations = [ada.float() for ada in transformer.modulations(self.class_RD)]
-        self.final_scale, self.final_shift = transformer.head_nm.ada_lin(self.class_RD).unbind(2)
-        self.cache = KeyValueCache(transformer.config, len(self.class_RD), weight.device, weight.dtype)
+        self.transformer = transformer
+        self.work = ScaleModel(transformer, row_B, config)
+        # A cache may leave out the last scale, which no other looks at; here each token looks at those before it.
+        sides = transformer.config.sides
+        roomy = replace(transformer.config, sides=(*sides, sides[-1] + 1))
+        given = self.work.cache.kv
+        self.work.cache = type(self.work.cache)(roomy, len(self.work.class_RD), given.device, given.dtype)
 
     def logits(self, position: int, input_B1C: Tensor | None) -> Tensor:
         """Return the guided logits (B, 1, V) of a token, after those of all before it.
@@ -50,11 +47,8 @@ class RasterModel:
             position: of the token.
             input_B1C: codebook rows of the token before it; None before the first.
         """
-        x_R1D = self.inputs(position, input_B1C)
-        self.cache.filled = position
-        with self.low_precision:
-            x_R1D = self.transformer.step(x_R1D, modulations=self.modulations, cache=self.cache)
-        return self.head(x_R1D)
+        self.work.cache.filled = position
+        return self.head(self.work.through_blocks(self.inputs(position, input_B1C)))
 
     def inputs(self, first: int, input_BlC: Tensor | None) -> Tensor:
         """Return the residual stream (R, l, D) of tokens from position `first` on, given those before each.
@@ -62,18 +56,15 @@ class RasterModel:
         Before the first token of all there is none (None): the class stands there.
         """
         if input_BlC is None:
-            x_RlD = self.class_RD.unsqueeze(1) + self.transformer.pos_start
+            x_RlD = self.work.class_RD.unsqueeze(1) + self.transformer.pos_start
         else:
-            x_RlD = self.transformer.word_embed(input_BlC).repeat(len(self.class_RD) // self.count, 1, 1)
+            x_RlD = self.transformer.word_embed(input_BlC).repeat(len(self.work.class_RD) // self.work.count, 1, 1)
         return x_RlD + self.transformer.pos_1LC[:, first : first + x_RlD.shape[1]]
 
-    def head(self, x_RlD: Tensor) -> Tensor:
-        """Return the guided logits (B, l, V) of what comes out of the blocks; the strength is the same everywhere."""
-        h_RlD = normalize(x_RlD, self.final_scale, self.final_shift)
-        h_BlD = h_RlD[: self.count]
-        if self.cfg > 0:
-            h_BlD = (1 + self.cfg) * h_BlD - self.cfg * h_RlD[self.count :]
-        logits_BlV: Tensor = self.transformer.head(h_BlD)
+    def head(self, h_RlD: Tensor) -> Tensor:
+        """Return the guided logits (B, l, V) of what the blocks give; the strength is the same everywhere."""
+        last_scale = len(self.transformer.config.sides) - 1
+        logits_BlV: Tensor = self.transformer.head(self.work.guide(h_RlD, last_scale))
         return logits_BlV
 
 
