@@ -5,10 +5,10 @@ None of them is on unless asked for; `benchmarks/drafts.py` tells what each brin
 guidance: the last scales are drawn without guidance, so that they have half the rows.
     Source: Kynkäänniemi et al., arXiv 2404.07724 (guidance in an interval only, there of diffusion);
     SkipVAR, arXiv 2506.08908 (unconditional branches of VAR's last scales are redundant).
-tokens: of the last scales only those tokens go through the blocks that differ most from the mean of their map; for
-    the others stands what the scale before had there.
+tokens: of the last scales only those tokens go through the blocks that differ most from the mean of their map; to
+    the others is done what the blocks did there in the scale before.
     Source: FastVAR, arXiv 2503.23367 (pivotal tokens, and restoring the others from a cached, interpolated map).
-    Differs: chosen once a scale by what goes in, not anew in each layer, and restored after the last layer.
+    Differs: chosen once a scale by what goes in, and restored once after all layers, not in each of them.
 cache: of a finished scale of middle size every other key and value is forgotten.
     Source: HACK, arXiv 2504.09261, and ScaleKV, arXiv 2505.19602 (most keys of finer scales are redundant).
     Differs: which ones is decided by place, not by attention, so that attention stays one fused operation.
@@ -46,8 +46,8 @@ class DraftModel(ScaleModel):
             if "cache" in self.drafts and side * side > COARSE:
                 kept = -(-kept // 2)
             self.starts.append(self.starts[-1] + kept)
-        self.whole_maps: dict[int, Tensor] = {}
-        """What the head saw of the scales that later ones may be restored from."""
+        self.changes: dict[int, Tensor] = {}
+        """What the blocks did to the residual stream in the scales that later ones are restored from, (R, l, D)."""
 
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """Return what the head is to see of a scale in each row, (R, l, D); without guidance R is B."""
@@ -57,13 +57,13 @@ class DraftModel(ScaleModel):
             x_RlD = x_RlD[: self.count]
         self.cache.filled = self.starts[scale]
         if input_BlC is None or self._computed(scale) == input_BlC.shape[1]:
-            h_RlD = self.through_blocks(x_RlD)
+            after_RlD = self.through_blocks(x_RlD.clone())
         else:
-            h_RlD = self._in_part(scale, x_RlD, pivotal(input_BlC, self._computed(scale)))
+            after_RlD = self._in_part(scale, x_RlD, pivotal(input_BlC, self._computed(scale)))
         self._thin_cache(scale)
         if "tokens" in self.drafts and self._late(scale + 1):
-            self.whole_maps[scale] = h_RlD
-        return h_RlD
+            self.changes[scale] = after_RlD - x_RlD
+        return self.normalized(after_RlD)
 
     def guide(self, h_RlD: Tensor, scale: int) -> Tensor:
         """Return guided rows, or those there are where there is no guidance."""
@@ -84,11 +84,11 @@ class DraftModel(ScaleModel):
         self.cache = self.cache.first_rows(count)
 
     def _in_part(self, scale: int, x_RlD: Tensor, place_Bk: Tensor) -> Tensor:
-        """Return what the head sees, (R, l, D): computed in the given places, elsewhere as in the scale before."""
+        """Return the residual stream after the blocks, (R, l, D), of which only the given places went through them."""
         place_RkD = place_Bk.repeat(len(x_RlD) // self.count, 1)[:, :, None].expand(-1, -1, x_RlD.shape[2])
-        h_RkD = self.through_blocks(x_RlD.gather(1, place_RkD))
-        before_RlD = resized(self.whole_maps[scale - 1][: len(x_RlD)], self.sides[scale])
-        return before_RlD.scatter(1, place_RkD, h_RkD)
+        after_RkD = self.through_blocks(x_RlD.gather(1, place_RkD))
+        change_RlD = resized(self.changes[scale - 1][: len(x_RlD)], self.sides[scale])
+        return (x_RlD + change_RlD).scatter(1, place_RkD, after_RkD)
 
     def _thin_cache(self, scale: int) -> None:
         """Forget the keys and values of a finished scale that have no room before those of the next."""

@@ -59,7 +59,7 @@ class ScaleModel:
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """Return what the head is to see of a scale in each row, (R, l, D)."""
         self.cache.filled = spans(self.transformer.config.sides)[scale].start
-        return self.through_blocks(self.entering(scale, input_BlC))
+        return self.normalized(self.through_blocks(self.entering(scale, input_BlC)))
 
     def entering(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """Return the residual stream of a scale before the blocks, (R, l, D)."""
@@ -68,9 +68,12 @@ class ScaleModel:
         return self.transformer.scale_input(scale, self.class_RD, input_BlC)
 
     def through_blocks(self, x_RlD: Tensor) -> Tensor:
-        """Return the residual stream after the blocks and the last normalization, (R, l, D)."""
+        """Return the residual stream after the blocks, (R, l, D), perhaps in the memory of what was given."""
         with self.low_precision:
-            x_RlD = self.blocks.step(x_RlD, self.modulations, self.cache)
+            return self.blocks.step(x_RlD, self.modulations, self.cache)
+
+    def normalized(self, x_RlD: Tensor) -> Tensor:
+        """Return what the head is to see of it, (R, l, D)."""
         return normalize(x_RlD, self.final_scale, self.final_shift)
 
     def guide(self, h_RlD: Tensor, scale: int) -> Tensor:
