@@ -42,7 +42,9 @@ def test_the_ending_says_what_is_written(here):
         assert cli.run(["report", "one.json", "-o", name]) == 0
     assert Path("x.html").read_bytes() == Path("x.HTM").read_bytes()
     assert Path("x.md").read_bytes() == Path("x.markdown").read_bytes()
-    assert Path("x.md").read_text(encoding="utf-8").startswith("# var-d16\n")
+    text = Path("x.md").read_text(encoding="utf-8")
+    assert text.startswith("# var-d16\n")
+    assert "| var-d16, paper | 50 000 | – | 3.30 | – | 274.4 | – | 0.84 | 0.51 | – |" in text
 
 
 def test_a_pipe_is_a_file_like_others(here, monkeypatch):
