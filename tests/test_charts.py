@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from varcli.data.charts import COLOURS, Bars, Lines, png, svg
+from varcli.data.charts import COLOURS, Bars, Lines, digits, png, svg
 
 BARS = Bars(
     title="Where the time goes",
@@ -64,6 +64,18 @@ def test_one_part_needs_no_legend_and_notes_replace_lengths():
     text = svg(Bars(title="Speed", unit="s", labels=["a", "b"], parts={"only": [1, 2]}, notes=["fast", "slow"]))
     assert ">only</text>" not in text
     assert ">fast</text>" in text and ">2</text>" not in text.split("slow")[1]
+
+
+def test_numbers_are_three_digits_without_exponents():
+    assert [digits(value) for value in (0, 0.01234, 12.34, 999.4, 999.6, 5914.3, 165300)] == [
+        "0",
+        "0.0123",
+        "12.3",
+        "999",
+        "1000",
+        "5914",
+        "165300",
+    ]
 
 
 def test_what_has_no_numbers_is_drawn_too():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from varcli.benchmarking.figures import PHASES, Figures
-from varcli.data.charts import Bars
+from varcli.data.charts import Bars, digits
 
 
 def panels(title: str, samplers: Sequence[Figures]) -> list[Bars]:
@@ -27,6 +27,6 @@ def _totals(samplers: Sequence[Figures]) -> Bars:
         phase: [sum(stage.seconds for stage in each.stages if stage.phase == phase) for each in samplers]
         for phase in PHASES[:-1]  # as `seconds_per_picture` is without the PNG
     }
-    notes = [f"{each.seconds_per_picture:.3g} s, {each.times_varcli:.3g} ×" for each in samplers]
+    notes = [f"{digits(each.seconds_per_picture)} s, {digits(each.times_varcli)} ×" for each in samplers]
     labels = [f"{each.sampler}, {each.precision}" for each in samplers]
     return Bars(title="In comparison", unit="seconds a picture", labels=labels, parts=parts, notes=notes)

@@ -12,6 +12,7 @@ from varcli import __version__
 from varcli.checkpoints.registry import find
 from varcli.commands import options
 from varcli.commands.settings import settings
+from varcli.data.charts import digits
 from varcli.errors import UsageError
 from varcli.reporting import progress, result, table
 
@@ -129,17 +130,17 @@ def _report(found: "Benchmark") -> None:
 
 def _totals(found: "Benchmark") -> list[list[str]]:
     each = found.samplers
-    memory = "" if found.peak_bytes is None else f"{found.peak_bytes / 1e9:.3g}"
+    memory = "" if found.peak_bytes is None else digits(found.peak_bytes / 1e9)
     return [
         ["machine", found.hardware],
         ["precision", *(one.precision for one in each)],
         ["pictures at a time", *(str(one.batch_size) for one in each)],
-        ["seconds a picture", *(f"{one.seconds_per_picture:.4g}" for one in each)],
-        ["times varcli's", *(f"{one.times_varcli:.3g}" for one in each)],
-        ["pictures a second", *(f"{one.pictures_per_second:.4g}" for one in each)],
-        *([f"latency {name}, s", *(f"{one.latency[name]:.4g}" for one in each)] for name in each[0].latency),
-        ["GFLOP a picture", *(f"{one.operations / 1e9:.4g}" for one in each)],
-        ["matmul here, GFLOP/s", *(f"{one.matmul_rate / 1e9:.4g}" for one in each)],
+        ["seconds a picture", *(digits(one.seconds_per_picture) for one in each)],
+        ["times varcli's", *(digits(one.times_varcli) for one in each)],
+        ["pictures a second", *(digits(one.pictures_per_second) for one in each)],
+        *([f"latency {name}, s", *(digits(one.latency[name]) for one in each)] for name in each[0].latency),
+        ["GFLOP a picture", *(digits(one.operations / 1e9) for one in each)],
+        ["matmul here, GFLOP/s", *(digits(one.matmul_rate / 1e9) for one in each)],
         ["of matmul", *(f"{one.matmul_fraction:.1%}" for one in each)],
         ["peak memory, GB", memory],
     ]
@@ -155,8 +156,8 @@ def _stages(samplers: Sequence["Figures"]) -> list[list[str]]:
     for name in sorted(phases, key=phases.__getitem__):
         stages = [column.get(name) for column in columns]
         first = next(stage for stage in stages if stage)
-        times = ["" if stage is None else f"{1000 * stage.seconds:.3g}" for stage in stages]
-        gflop = "" if first.operations is None else f"{first.operations / 1e9:.3g}"
+        times = ["" if stage is None else digits(1000 * stage.seconds) for stage in stages]
+        gflop = "" if first.operations is None else digits(first.operations / 1e9)
         fraction = "" if first.matmul_fraction is None else f"{first.matmul_fraction:.0%}"
         rows.append([name, *times, gflop, fraction])
     return rows

@@ -57,7 +57,7 @@ class Bars:
         for (name, lengths), colour in zip(self.parts.items(), COLOURS, strict=False):
             axes.barh(rows, lengths, left=ends, height=0.7, color=colour, label=name)
             ends = [end + length for end, length in zip(ends, lengths, strict=True)]
-        for row, (end, note) in enumerate(zip(ends, self.notes or [f"{end:.3g}" for end in ends], strict=True)):
+        for row, (end, note) in enumerate(zip(ends, self.notes or map(digits, ends), strict=True)):
             axes.annotate(note, (end, row), xytext=(4, 0), textcoords="offset points", va="center")
         axes.set_yticks(rows, self.labels)
         axes.tick_params(axis="y", length=0)
@@ -99,6 +99,11 @@ def svg(*panels: Bars | Lines) -> str:
     """Return a chart as SVG that can stand in an HTML page: one `svg` element, nothing before it."""
     text = _rendered(panels, "svg").decode()
     return text[text.index("<svg") :]
+
+
+def digits(value: float) -> str:
+    """Return a number to three digits, and never as 1e+03."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def _rendered(panels: Sequence[Bars | Lines], kind: str) -> bytes:
