@@ -2,9 +2,11 @@
 
 import threading
 import time
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from provenance import listing, made, picture
@@ -132,3 +134,23 @@ def test_an_interrupted_run_keeps_what_was_made(tmp_path, monkeypatch, out):
         assert all(output.has(made(seed)) for seed in range(10))
     assert listing(tmp_path) == [out]
     assert not [thread for thread in threading.enumerate() if thread.name == "writer"]
+
+
+@pytest.mark.parametrize("out", ["o", "x.npz", "x.tar"])
+def test_memory_stays_flat(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    pixels = picture(0, 64, 64)
+
+    def peak(count):
+        with open_output(out, several=True) as output:
+            tracemalloc.start()
+            with Writer(output, lambda item, path: None, 4) as writer:
+                for seed in range(count):
+                    item = Item(made(seed))
+                    writer.put(item, writer.prepare(item, pixels ^ np.uint8(seed % 2)))
+            found = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        return found
+
+    peak(20)
+    assert peak(200) < peak(20) + 2**18  # 200 of them are 2.4 MB
