@@ -117,7 +117,7 @@ def requests(models: Models, count: int, first: int) -> list[Wanted]:
 def ways(models: Models, twin: Models | None, batch: int) -> dict[str, Callable[[int, int], None]]:
     """Return what makes so many pictures, from a seed on, in each way."""
     recorded, eager, plain_ones = (BatchSampler(*models, CONFIG, batch) for _ in range(3))
-    eager.record = plain_ones.record = None
+    eager.recorder = plain_ones.recorder = None
 
     def through(used: BatchSampler) -> Callable[[int, int], None]:
         def make(count: int, first: int) -> None:

@@ -1,6 +1,7 @@
 """The GPU path without a GPU: recorded steps on the CPU, and on CUDA tensors that hold nothing."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +20,7 @@ from varcli.models.transformer import Transformer
 from varcli.sampling import batches, plain, scale_model
 from varcli.sampling.batches import BatchSampler, padded_size
 from varcli.sampling.devices import place
-from varcli.sampling.graphs import Recorded
+from varcli.sampling.graphs import Recorded, cuda_recorder
 from varcli.sampling.memory import batch_bytes, model_bytes
 from varcli.sampling.sampler import decode_on_device, generate
 from varcli.sampling.scale_model import ScaleModel
@@ -170,6 +171,37 @@ def test_what_cannot_be_recorded_runs_as_it_is(small, broken):
     assert runner.recordings == {}
 
 
+def test_graphs_are_recorded_and_played_on_their_own_device(monkeypatch):
+    """With `--device cuda:1` the current device is another one."""
+    events = []
+
+    @contextmanager
+    def entered(*name, **options):
+        events.append(("enter", *name))
+        yield
+        events.append(("leave", *name))
+
+    def graph(recorded, *, pool, stream, capture_error_mode):
+        return entered(pool, stream, capture_error_mode)
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    second = torch.device("cuda:1")
+    play, result = cuda_recorder(second)(lambda: events.append("step") or 7)
+    play()
+    captured = ("pool", "stream of cuda:1", "thread_local")
+    assert result == 7
+    assert events[:3] == [("enter", second), ("enter", *captured), "step"]
+    assert events[3:] == [("leave", *captured), ("leave", second), ("enter", second), "replay", ("leave", second)]
+
+
 # --- batches ---------------------------------------------------------------------------------------
 
 
@@ -178,7 +210,7 @@ def recording(small, monkeypatch):
     """A sampler that records, in batches of four; on the CPU it need not wait for pictures."""
     monkeypatch.setattr(batches, "independent", lambda transformer: False)
     made = BatchSampler(*small, SampleConfig(), 4)
-    made.record, made.ahead = taped, 1
+    made.recorder, made.ahead = lambda: taped, 1
     return made
 
 

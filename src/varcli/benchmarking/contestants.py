@@ -67,7 +67,7 @@ def varcli(models: Models, config: SampleConfig, precision: str, batch: int) -> 
 def raster_scan(models: Models, config: SampleConfig, precision: str, batch: int) -> Contestant:
     """Return the raster-scan baseline, for the same models, its steps recorded where varcli's are."""
     sampler = BatchSampler(*models, config, batch)
-    runner = DIRECT if sampler.record is None else Recorded(sampler.record, lambda error: None)
+    runner = DIRECT if sampler.recorder is None else Recorded(sampler.recorder(), lambda error: None)
 
     def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
         f_BCHW = scan(*models, _rows(models, seeds), seeds, config, mark=mark, runner=runner)

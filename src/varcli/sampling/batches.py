@@ -18,7 +18,7 @@ from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.devices import block_weight, free_memory, independent, out_of_memory
-from varcli.sampling.graphs import Recorded, Runner, cuda_recorder
+from varcli.sampling.graphs import Record, Recorded, Runner, cuda_recorder
 from varcli.sampling.memory import fitting_batch
 from varcli.sampling.sampler import DIRECT, Pixels, decode, decode_on_device, generate
 
@@ -80,7 +80,8 @@ class BatchSampler:
         self.batch_size = 1 if alone else batch_size or fitting_batch(tokenizer, transformer, config)
         self.ahead = 1 if device.type == "cuda" else 0
         recordable = device.type == "cuda" and not alone and not config.smooth
-        self.record = cuda_recorder() if recordable else None
+        self.recorder: Callable[[], Record] | None = partial(cuda_recorder, device) if recordable else None
+        self.record: Record | None = None
         self.runners: dict[int, Recorded] = {}
         self.mark: Callable[[str], None] = lambda phase: None
         """For a stopwatch, as `generate` has it."""
@@ -122,6 +123,7 @@ class BatchSampler:
 
     def _forget_recordings(self) -> None:
         self.runners.clear()
+        self.record = None  # and with it the pool, which cannot be used again once it was empty
         free_memory(block_weight(self.transformer).device)
 
     def _attempt(self, group: Sequence[Wanted]) -> Underway[Wanted] | None:
@@ -135,7 +137,7 @@ class BatchSampler:
 
     @torch.inference_mode()
     def _started(self, group: Sequence[Wanted]) -> Underway[Wanted]:
-        size = len(group) if self.record is None else padded_size(len(group), self.batch_size)
+        size = len(group) if self.recorder is None else padded_size(len(group), self.batch_size)
         padded = [*group, *[group[-1]] * (size - len(group))]
         rows, seeds = [request.row for request in padded], [request.seed for request in padded]
         runner, models = self._runner(size), (self.tokenizer, self.transformer)
@@ -145,8 +147,9 @@ class BatchSampler:
 
     def _runner(self, size: int) -> Runner:
         """Return what runs batches of a size: recordings are kept for each size there is."""
-        if self.record is None:
+        if self.recorder is None:
             return DIRECT
+        self.record = self.record or self.recorder()
         if size not in self.runners:
             self.runners[size] = Recorded(self.record, self._not_recorded)
         return self.runners[size]
@@ -171,5 +174,5 @@ def fetched(group: Sequence[Wanted], pixels_BPP3: Tensor) -> Underway[Wanted]:
         return Underway(group, pixels_BPP3.cpu(), None)
     there, arrived = torch.empty_like(pixels_BPP3, device="cpu", pin_memory=True), torch.cuda.Event()
     there.copy_(pixels_BPP3, non_blocking=True)
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(pixels_BPP3.device))  # which need not be the current device
     return Underway(group, there, arrived)

@@ -65,8 +65,9 @@ class Recorded:
     def run(self, name: str, step: Callable[[], Result]) -> Result:
         """Return what the step returns, to be used before the next batch begins."""
         if name not in self.known or not self.recording:
+            first = step()
             self.known.add(name)
-            return step()
+            return first
         try:
             if name not in self.recordings:
                 self.recordings[name] = self.record(step)
@@ -86,18 +87,24 @@ def pinned(given: Tensor, device: torch.device) -> Tensor:
     return given.pin_memory() if device.type == "cuda" else given
 
 
-def cuda_recorder() -> Record:
+def cuda_recorder(device: torch.device) -> Record:
     """Return what records steps as CUDA graphs that share one pool of memory.
 
     They may share it because all that one graph leaves for another is held in `Recorded.recordings`; the rest is
     free again after each of them. Other threads may go on using the GPU while one is recorded.
     """
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def record(step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), capture:
             result = step()
-        return graph.replay, result
+
+        def play() -> None:
+            with torch.cuda.device(device):  # a graph plays on the current device, whatever it was recorded on
+                graph.replay()
+
+        return play, result
 
     return record
