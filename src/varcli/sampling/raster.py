@@ -48,7 +48,7 @@ class RasterModel:
             input_B1C: codebook rows of the token before it; None before the first.
         """
         self.work.cache.filled = position
-        return self.head(self.work.through_blocks(self.inputs(position, input_B1C)))
+        return self.head(self.work.normalized(self.work.through_blocks(self.inputs(position, input_B1C))))
 
     def inputs(self, first: int, input_BlC: Tensor | None) -> Tensor:
         """Return the residual stream (R, l, D) of tokens from position `first` on, given those before each.
