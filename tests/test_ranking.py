@@ -9,7 +9,7 @@ from torch import nn
 
 from varcli.data.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import CheckpointError, UsageError
-from varcli.evaluation.ranking import Classifier, best, candidates
+from varcli.evaluation.ranking import Classifier, best
 
 TABLE = ClassTable(tuple(imagenet().by_id(i) for i in (1, 207, 951)))
 CPU = torch.device("cpu")
@@ -57,11 +57,6 @@ def test_a_class_imagenet_does_not_know_by_that_index(tmp_path):
     classifier = Classifier(scripted(tmp_path / "all.pt", Brightness(1000)), own, CPU)
     with pytest.raises(CheckpointError, match="knows 1000 classes, not the checkpoint's 2"):
         classifier.confidence(reds(51), [0])
-
-
-@pytest.mark.parametrize(("kept", "fraction", "drawn"), [(10, 1, 10), (10, 0.5, 20), (9, 0.9, 10), (1, 0.3, 4)])
-def test_how_many_are_drawn(kept, fraction, drawn):
-    assert candidates(kept, fraction) == drawn
 
 
 def test_the_best_are_kept_in_their_order():

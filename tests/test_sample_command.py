@@ -7,11 +7,14 @@ import shlex
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 import small
 from varcli import cli
@@ -306,3 +309,53 @@ def test_mistakes_end_in_one_line_and_leave_nothing(model, monkeypatch, tmp_path
     assert out == "" and err.startswith("var: error: ") and err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- rejection -------------------------------------------------------------------------------------
+
+
+class Redness(nn.Module):
+    """Is the surer of every class but the first the redder a picture is."""
+
+    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
+        red_B = image_B3PP[:, 0].mean((1, 2)) - image_B3PP[:, 1].mean((1, 2))
+        return torch.stack([red_B * 0, red_B * 9, red_B * 9, red_B * 9, red_B * 9], 1)
+
+
+@pytest.fixture
+def redness(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to retire TorchScript
+        torch.jit.save(torch.jit.script(Redness()), str(tmp_path / "redness.pt"))
+    return tmp_path / "redness.pt"
+
+
+def test_the_best_of_several_are_kept(sample, redness):
+    sample("-c", "207,963", "-n", 2, "--best", 0.5, "--classifier", redness, "-o", "best")
+    sample("-c", "207,963", "-n", 4, "-o", "drawn")
+
+    def red(path):
+        found = pixels(path).astype(float)
+        return found[..., 0].mean() - found[..., 1].mean()
+
+    for class_id in (207, 963):
+        drawn = sorted(Path("drawn").glob(f"{class_id}-*"), key=red)
+        kept = {path.name: path.read_bytes() for path in Path("best").glob(f"{class_id}-*")}
+        assert kept == {path.name: path.read_bytes() for path in drawn[2:]}
+
+
+def test_the_best_go_on_too(sample, redness, capsys):
+    asked = ("-c", "207,963", "-n", 2, "--best", 0.5, "--classifier", redness, "-o", "best.npz")
+    sample(*asked)
+    before = Path("best.npz").read_bytes()
+    sample(*asked, "--resume")
+    assert "nothing left to do; 4 of 4 pictures were there" in capsys.readouterr().err
+    assert Path("best.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("wanted", ["none", "random"])
+def test_a_classifier_needs_a_class(model, redness, monkeypatch, capsys, wanted):
+    monkeypatch.setenv("VAR_CHECKPOINT", str(model))
+    monkeypatch.chdir(redness.parent)
+    assert cli.run(["sample", "-c", wanted, "-n", "9", "--best", "0.5", "--classifier", str(redness), "-o", "x"]) == 2
+    assert "best: with none or random; classes, of which" in capsys.readouterr().err

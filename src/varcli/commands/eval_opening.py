@@ -12,10 +12,10 @@ from varcli.commands.eval_ask import Ask
 from varcli.commands.eval_subjects import Given, Rebuilt, Samples, Subject
 from varcli.commands.measuring import Bench
 from varcli.commands.options import parse_drafts
-from varcli.commands.series import Series
+from varcli.commands.series import Series, candidates
 from varcli.commands.settings import origin_of, settings
 from varcli.errors import CheckpointError, InputError, UsageError
-from varcli.evaluation.ranking import Classifier, candidates
+from varcli.evaluation.ranking import Classifier
 from varcli.evaluation.reconstructions import Reconstructions
 from varcli.evaluation.references import Reference
 from varcli.reporting import note

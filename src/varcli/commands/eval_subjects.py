@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from varcli.commands.election import surest
 from varcli.commands.series import Picture
 from varcli.config import SampleConfig
 from varcli.data.classes import ClassTable
@@ -18,7 +19,7 @@ from varcli.data.places import Output
 from varcli.evaluation import guards
 from varcli.evaluation.measurement import Batch
 from varcli.evaluation.pictures import PictureList
-from varcli.evaluation.ranking import Classifier, best
+from varcli.evaluation.ranking import Classifier
 from varcli.evaluation.reconstructions import Reconstructions
 from varcli.models.tokenizer import Tokenizer
 from varcli.processes import Group
@@ -133,20 +134,13 @@ class Samples(Subject):
             yield rank, picture, pixels
 
     def _chosen(self, ranks: Sequence[int]) -> Iterator[tuple[int, Picture, Pixels]]:
+        assert self.classifier is not None
         for row, of_class in groupby(ranks, key=self.rows.__getitem__):
-            chosen = self._best(row)
+            chosen = surest(self.sampler, self.classifier, self.candidates[row], self.kept[row])
             for rank in of_class:
                 picture, pixels = chosen[rank - self._first[row]]
                 self._keep(picture, pixels)
                 yield rank, picture, pixels
-
-    def _best(self, row: int) -> list[tuple[Picture, Pixels]]:
-        """Return the pictures of a class that the classifier is surest of."""
-        assert self.classifier is not None
-        made = list(self.sampler.pictures(self.candidates[row]))
-        parts = [np.stack([pixels for _, pixels in made[at : at + BATCH]]) for at in range(0, len(made), BATCH)]
-        confidence = np.concatenate([self.classifier.confidence(part, [row] * len(part)) for part in parts])
-        return [made[i] for i in best(confidence, self.kept[row])]
 
     def _keep(self, picture: Picture, pixels: Pixels) -> None:
         if self.output and not self.output.has(picture.made):

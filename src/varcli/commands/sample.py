@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typer import Exit
 
 from varcli.checkpoints.registry import find
-from varcli.commands import options
+from varcli.commands import eval_options, options
 from varcli.commands.production import Production, Results, check_sheet
-from varcli.commands.series import Picture, Series, from_stdin
+from varcli.commands.series import Picture, Series, candidates, from_stdin
 from varcli.commands.settings import origin_of, settings
 from varcli.errors import UsageError
 from varcli.processes import joined, launched, relaunch
@@ -39,6 +40,8 @@ def sample(  # noqa: PLR0917 - options are given by name
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
+    best: eval_options.Best = None,
+    classifier: eval_options.Classifier = eval_options.DEFAULT_CLASSIFIER,
     nproc: options.Processes = 1,
     resume: options.Resume = False,
     as_json: options.Json = False,
@@ -47,6 +50,7 @@ def sample(  # noqa: PLR0917 - options are given by name
     """Make pictures of classes. The same class, seed and settings always give the same picture."""
     _check_together(out=out, grid=grid, scales=scales, resume=resume, as_json=as_json)
     options.check_precision(dtype, quantize)
+    _check_fraction(best)
     _check_places(out, grid, scales)
     if nproc > 1 or launched():
         _check_shared(classes, scales)
@@ -67,7 +71,8 @@ def sample(  # noqa: PLR0917 - options are given by name
         model = load_model(find(checkpoint, progress=not quiet))
         named = where.type if group.count > 1 else str(where)
         origin = origin_of(checkpoint, model.sha256, config, named, precision)
-        bursts, total = Series(model.classes, count, seed, origin, say).bursts(classes)
+        pictures, known = Series(model.classes, candidates(count, best or 1), seed, origin, say).classes(classes)
+        total = None if known is None else known * count
         _check_counts(grid, scales, total)
         output = find_output(out, several=total != 1)
         if group.first:
@@ -78,6 +83,14 @@ def sample(  # noqa: PLR0917 - options are given by name
             place(model.tokenizer, model.transformer, where, precision)
             sampler = BatchSampler(model.tokenizer, model.transformer, config, batch_size, say)
             results = Results(output, grid, as_json, quiet, advance)
+            if best:
+                from varcli.commands.election import Election  # noqa: PLC0415 - torch
+                from varcli.evaluation.ranking import Classifier  # noqa: PLC0415 - torch
+
+                judge = Classifier(classifier, model.classes, where)
+                pictures = Election(sampler, judge, count, group).chosen(pictures)
+            # What is known beforehand is made in batches across classes, what stdin brings is answered line by line.
+            bursts = pictures if total is None else [chain.from_iterable(pictures)]
             Production(partial(_sampled, sampler, scales), results, group, sampler.batch_size).run(bursts)
         if group.first:
             results.finish(say)
@@ -107,6 +120,11 @@ def _check_together(*, out: str | None, grid: Path | None, scales: Path | None, 
         raise UsageError("json: with --out -; stdout can carry the pictures or the lines, not both")
     if resume and (grid or scales):
         raise UsageError("resume: with --grid or --scales; they show what this run makes, so one without the other")
+
+
+def _check_fraction(best: float | None) -> None:
+    if best is not None and not 0 < best <= 1:
+        raise UsageError(f"best: {best:g}; a fraction above 0, up to 1")
 
 
 def _check_shared(classes: Sequence[str], scales: Path | None) -> None:

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from math import ceil
 from typing import TYPE_CHECKING
 
 from varcli.commands.settings import hint
@@ -36,18 +36,16 @@ class Series:
     """Takes notes for the user."""
     used: Counter[ClassEntry | None] = field(default_factory=Counter)
 
-    def bursts(self, specs: Sequence[str]) -> tuple[Iterable[Iterable[Picture]], int | None]:
-        """Return the pictures of what was typed for classes, and how many they are.
+    def classes(self, specs: Sequence[str]) -> tuple[Iterable[Iterable[Picture]], int | None]:
+        """Return the pictures of each class that was typed, and how many classes they are.
 
-        A burst may be made in batches; the next one is not looked at before it is out. What comes from
-        stdin is a burst a class, so that each line is answered before the next is read, and its number is
-        unknown (None).
+        Those from stdin are read one by one as they are asked for, and their number is unknown (None).
         """
         entries = parse_classes(specs, self.table, sys.stdin, hint(), self._take)
         if from_stdin(specs):
             return map(self.pictures, entries), None
         known = list(entries)
-        return [chain.from_iterable(map(self.pictures, known))], len(known) * self.count
+        return map(self.pictures, known), len(known)
 
     def pictures(self, wanted: ClassEntry | None) -> Iterator[Picture]:
         """Yield the next pictures of a class, "no class" or one by chance."""
@@ -63,6 +61,11 @@ class Series:
 
     def _take(self, word: str, entry: ClassEntry) -> None:
         self.say(f"class: {word}; taken for {entry}, the only one this checkpoint knows with such a name")
+
+
+def candidates(kept: int, fraction: float) -> int:
+    """Return of how many pictures `kept` are the best `fraction`, in (0, 1]."""
+    return ceil(kept / fraction - 1e-9)  # 9 / 0.9 is a little more than 10
 
 
 def from_stdin(specs: Sequence[str]) -> bool:

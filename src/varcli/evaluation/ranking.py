@@ -8,7 +8,6 @@ Shapes: B pictures of P × P pixels, N classes the classifier knows.
 
 import warnings
 from collections.abc import Sequence
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +65,6 @@ class Classifier:
         raise CheckpointError(
             f"classifier: {self.name} knows {count} classes, not the checkpoint's {len(self.table)}; one that does"
         )
-
-
-def candidates(kept: int, fraction: float) -> int:
-    """Return of how many pictures `kept` are the best `fraction`, in (0, 1]."""
-    return ceil(kept / fraction - 1e-9)  # 9 / 0.9 is a little more than 10
 
 
 def best(confidence_B: NDArray[np.float64], kept: int) -> list[int]:
