@@ -67,7 +67,7 @@ def measure(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("varcli.evaluation.inception.Inception", Projection)
     monkeypatch.setattr("varcli.commands.evaluating.Inception", Projection)
     monkeypatch.setattr(metrics, "frechet_distance", mean_distance)
-    monkeypatch.setattr(metrics, "frechet_infinity", lambda statistics, reference: (0.5, 0.25))
+    monkeypatch.setattr(metrics, "frechet_infinity", lambda statistics, reference: 0.5)
 
     def run(*arguments, code=0):
         assert cli.run(["eval", "--device", "cpu", "--dtype", "fp32", "--json", *map(str, arguments)]) == code
@@ -101,7 +101,7 @@ def test_pictures_made_measure_as_the_same_pictures_in_files(measure, tmp_path):
     for place in ("made", "made.npz"):
         given, _ = measure(place, "--reference", reference, "--fid", "--is", "--prc")
         assert given["n"] == made["n"] == COUNT
-        for name in ("fid", "precision", "recall"):
+        for name in ("fid", "inception_score", "precision", "recall"):
             assert given["metrics"][name] == pytest.approx(made["metrics"][name], rel=1e-9)
         assert given["classes"] == len(small.CLASSES)
     assert made["what"] == "samples"
@@ -273,7 +273,7 @@ def test_block_of_text(measure, tmp_path, capsys):
     photographs(tmp_path / "photographs")
     assert cli.run(["eval", "photographs", "-r", "photographs", "--device", "cpu"]) == 0
     lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert re.fullmatch(r"0\.00 \(FID∞ 0\.50: .*\)", lines["FID"])
+    assert re.fullmatch(r"0\.00 \(FID∞ 0\.50, .*\)", lines["FID"])
     assert lines["pictures"] == str(COUNT)
     assert "0f0f0f0f0f0f" in lines["extractor"]
     assert lines["reference"].startswith("photographs, sha256 ")

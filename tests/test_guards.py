@@ -11,7 +11,8 @@ PRESET = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "draft": ""}
 @pytest.mark.parametrize(
     ("warnings", "wanted"),
     [
-        (guards.few_pictures(2000, 12.34), "only 2000 pictures: FID is biased upwards, by about 12.3"),
+        (guards.few_pictures(2000, 12.34), "only 2000 pictures: FID is biased upwards, by at most about 12.3"),
+        (guards.few_pictures(6000, 2.345), "only 6000 pictures: FID is biased upwards, by about 2.35"),
         (guards.few_pictures(9999, None), "only 9999 pictures: figures of so few are biased"),
         (guards.imbalance([0, 0, 1, 2], NAMES), "not balanced: 2 pictures of tench, 1 of goldfish"),
         (guards.imbalance([0, 1], NAMES), "1 of 3 classes have no picture"),

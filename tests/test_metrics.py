@@ -131,9 +131,8 @@ def test_the_symmetric_form_is_the_same_distance(narrow):
 def test_fid_infinity_is_nearer_the_truth_than_fid(narrow):
     reference, few = reference_of(drawn(100_000, 1)), statistics_of(drawn(100, 3))
     fid = metrics.frechet_distance(few.moments(), reference)
-    infinity, bias = metrics.frechet_infinity(few, reference)
+    infinity = metrics.frechet_infinity(few, reference)
     assert abs(infinity) < 0.3 * fid  # both are of one distribution, at no distance
-    assert bias == pytest.approx(fid - infinity, rel=0.1)
 
 
 def test_equal_pictures_are_at_no_distance(narrow):
@@ -145,8 +144,7 @@ def test_equal_pictures_are_at_no_distance(narrow):
 def test_fewer_pictures_than_features_have_a_distance_too(narrow):
     given, reference = statistics_of(drawn(9, 0)), reference_of(drawn(5, 1))
     assert metrics.frechet_distance(given.moments(), reference) > 0
-    infinity, bias = metrics.frechet_infinity(given, reference)
-    assert np.isfinite([infinity, bias]).all()
+    assert np.isfinite(metrics.frechet_infinity(given, reference))
 
 
 def test_rounding_below_zero_does_no_harm(narrow):
@@ -154,7 +152,7 @@ def test_rounding_below_zero_does_no_harm(narrow):
     least = np.linalg.eigvalsh(reference.covariance)[0]
     reference.covariance -= 1.001 * least * np.eye(WIDTH)
     assert np.isfinite(metrics.frechet_distance(given.moments(), reference))
-    assert np.isfinite(metrics.frechet_infinity(given, reference)).all()
+    assert np.isfinite(metrics.frechet_infinity(given, reference))
 
 
 def test_statistics_without_a_distance_are_an_input_error(narrow):

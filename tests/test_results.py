@@ -49,7 +49,7 @@ def test_json_holds_everything_and_reads_back():
 
 def test_lines_say_figures_and_what_decides_them():
     lines = dict(SAMPLES.lines())
-    assert lines["FID"] == "9.50 (FID∞ 3.25: so few pictures add about 6.25)"
+    assert lines["FID"] == "9.50 (FID∞ 3.25, an estimate for any number of pictures)"
     assert lines["inception score"] == "250.00 ± 3.00"
     assert lines["pictures"] == "2000, 1000 classes"
     assert lines["checkpoint"] == "var-d16, sha256 5e5e5e5e5e5e"

@@ -15,7 +15,7 @@ from varcli.config import SampleConfig
 from varcli.data.classes import ClassTable
 from varcli.data.images import Provenance
 from varcli.data.outputs import find_output
-from varcli.data.places import Output
+from varcli.data.places import Output, picture_name
 from varcli.evaluation import guards
 from varcli.evaluation.measurement import Batch
 from varcli.evaluation.pictures import PictureList
@@ -100,10 +100,16 @@ class Samples(Subject):
             classifier: chooses them; None where there are as many candidates.
             save_images: place where they are kept too.
         """
-        self.sampler, self.classes, self.candidates, self.kept = sampler, classes, candidates, kept
+        self.sampler, self.classes, self.kept = sampler, classes, kept
+        # In the order of their files' names, in which files of them would be measured.
+        ordered = {
+            row: sorted(pictures, key=lambda picture: picture_name(picture.made))
+            for row, pictures in candidates.items()
+        }
+        self.candidates = dict(sorted(ordered.items(), key=lambda of_row: picture_name(of_row[1][0].made)))
         self.preset, self.classifier, self.save_images = preset, classifier, save_images
         self.side = sampler.tokenizer.config.pixels
-        self.rows = [row for row, count in kept.items() for _ in range(count)]
+        self.rows = [row for row in self.candidates for _ in range(kept[row])]
         self.unit = max(kept.values()) if classifier else 1
         self.output: Output | None = None
         self.origin: Provenance = next(iter(candidates.values()))[0].made

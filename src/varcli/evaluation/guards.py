@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from varcli.evaluation.statistics import POOL
+
 FEW = 10_000
 """Below so many pictures the bias of FID is larger than what models differ by."""
 PAPER = 50_000
@@ -16,7 +18,8 @@ PAPER = 50_000
 def few_pictures(count: int, bias: float | None) -> Iterable[str]:
     """Warn where so few pictures bias figures; `bias` is by how much FID, if that was estimated."""
     if count < FEW:
-        what = "figures of so few are biased" if bias is None else f"FID is biased upwards, by about {bias:.3g}"
+        rough = "at most about" if count < 2 * POOL else "about"  # FID∞ of few pictures is too low
+        what = "figures of so few are biased" if bias is None else f"FID is biased upwards, by {rough} {bias:.3g}"
         yield f"only {count} pictures: {what}; published figures are of {PAPER}"
 
 

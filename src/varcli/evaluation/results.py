@@ -120,8 +120,7 @@ def _figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if f"{name}_std" in metrics:
             text += f" ± {metrics[f'{name}_std']:.{digits}f}"
         if f"{name}_infinity" in metrics:
-            text += f" (FID∞ {metrics[f'{name}_infinity']:.{digits}f}: so few pictures add about "
-            text += f"{metrics[f'{name}_bias']:.{digits}f})"
+            text += f" (FID∞ {metrics[f'{name}_infinity']:.{digits}f}, an estimate for any number of pictures)"
         yield title, text
 
 
