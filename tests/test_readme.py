@@ -19,8 +19,8 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = re.compile(r"\bvar (?=[a-z])[^|>&#]*")
 """Each use of `var` in a line, up to whatever the shell does with it."""
-UNTRIED = re.compile(r"pip|var-d|\.pth|\bphotos\b|\bruns/|\bvar eval\b")
-"""Lines that need a network, released or Inception's weights or a data set; the others are run."""
+UNTRIED = re.compile(r"pip|var-d|\.pth|\bphotos\b|\bruns/|\bvar eval\b|scorer\.pt")
+"""Lines that need a network, released or other weights or a data set; the others are run."""
 BASH = None if os.name == "nt" else shutil.which("bash")
 HERE = f'var() {{ {shlex.quote(sys.executable)} -m varcli "$@"; }}'
 """For the shell: the `var` under test, wherever it is installed."""
