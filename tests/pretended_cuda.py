@@ -61,8 +61,8 @@ class Watch(TorchDispatchMode):
         self.count += 1
         if self.graph_safe:
             assert "attention" in func.name() or not WAITING & set(func.tags), f"{func} has to wait, or draws numbers"
-            elsewhere = [t for t in tensors((args, kwargs, made)) if t.device != CUDA and t.ndim > 0]
-            assert not elsewhere, f"{func} goes to the host and back"
+            given = [t for t in tensors((args, kwargs)) if t.ndim > 0]  # those without a dimension are plain numbers
+            assert all(t.device == CUDA for t in (*given, *tensors(made))), f"{func} goes to the host and back"
         for tensor in tensors(made):
             self._watch(tensor, counted=True)
         return made
