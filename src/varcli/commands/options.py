@@ -81,7 +81,11 @@ Dtype = Annotated[
 ]
 Quantize = Annotated[
     Literal["int8"] | None,
-    Option("--quantize", help="Weights and activations in 8 bits where that is faster.", show_default="off"),
+    Option(
+        "--quantize",
+        help="Weights and activations in 8 bits: faster for models as large as d16, not for tiny64.",
+        show_default="off",
+    ),
 ]
 Draft = Annotated[
     str | None,

@@ -59,7 +59,7 @@ def sample(  # noqa: PLR0917 - options are given by name
     from varcli.checkpoints.store import load_model  # noqa: PLC0415 - torch
     from varcli.data.outputs import find_output  # noqa: PLC0415 - Pillow
     from varcli.sampling.batches import BatchSampler  # noqa: PLC0415 - torch
-    from varcli.sampling.devices import pick_device, pick_dtype, place  # noqa: PLC0415 - torch
+    from varcli.sampling.devices import pick_device, pick_dtype, place, precision_reason  # noqa: PLC0415 - torch
 
     drafts = options.parse_drafts(draft)
     config = settings(checkpoint, preset, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth, draft=drafts)
@@ -79,7 +79,7 @@ def sample(  # noqa: PLR0917 - options are given by name
             output.open(resume)
         with output, progress("pictures", total, quiet) as advance:
             if precision not in (dtype, quantize):
-                say(f"computing on {where} in {precision}")
+                say(precision_reason(precision, where))
             place(model.tokenizer, model.transformer, where, precision)
             sampler = BatchSampler(model.tokenizer, model.transformer, config, batch_size, say)
             results = Results(output, grid, as_json, quiet, advance)
