@@ -14,28 +14,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from varcli import __version__, config, processes, reporting, scales
 from varcli.errors import UsageError, VarError
 
 COMMANDS = {
-    "sample": ("varcli.commands.sample", "sample"),
-    "inpaint": ("varcli.commands.inpaint", "inpaint"),
-    "outpaint": ("varcli.commands.outpaint", "outpaint"),
-    "edit": ("varcli.commands.edit", "edit"),
-    "reconstruct": ("varcli.commands.reconstruct", "reconstruct"),
-    "tokens": ("varcli.commands.tokens", "tokens_app"),
-    "eval": ("varcli.commands.eval", "evaluate"),
-    "eval stats": ("varcli.commands.eval_stats", "eval_stats"),
-    "report": ("varcli.commands.report", "report"),
-    "bench": ("varcli.commands.bench", "bench"),
-    "show": ("varcli.commands.show", "show"),
-    "classes": ("varcli.commands.classes", "classes"),
-    "checkpoints": ("varcli.commands.checkpoints", "checkpoints_app"),
-    "train": ("varcli.commands.train", "train_app"),
+    "sample": ("sample", "sample", "Make pictures of classes."),
+    "inpaint": ("inpaint", "inpaint", "Fill a hole in a picture."),
+    "outpaint": ("outpaint", "outpaint", "Go on beyond a picture's edges."),
+    "edit": ("edit", "edit", "Put something of a class into a part of a picture."),
+    "reconstruct": ("reconstruct", "reconstruct", "Take pictures through the tokenizer and back."),
+    "tokens": ("tokens", "tokens_app", "Pictures to token files and back."),
+    "eval": ("eval", "evaluate", "Measure pictures: FID, inception score, KID, precision and recall."),
+    "eval stats": ("eval_stats", "eval_stats", "Put down statistics of pictures, to measure others against."),
+    "report": ("report", "report", "Put evaluations and training runs on one page."),
+    "bench": ("bench", "bench", "Measure what a picture costs here, stage by stage."),
+    "show": ("show", "show", "Tell how a picture was made, and the command that makes it again."),
+    "classes": ("classes", "classes", "Search class names, and which of them a checkpoint knows."),
+    "checkpoints": ("checkpoints", "checkpoints_app", "List, get, convert and check models."),
+    "train": ("train", "train_app", "Train a tokenizer, then a transformer on its tokens."),
 }
-"""Module and name of each command, in the order of the help: imported only when it is needed."""
+"""Module, name and purpose of each command, in the order of the help; imported only when it is needed."""
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 """What a shell reports of a program that Ctrl-C or a closed pipe ended."""
@@ -43,6 +43,15 @@ INTERRUPTED, CLOSED_PIPE = 130, 141
 
 class Commands(TyperGroup):
     """The commands of `COMMANDS`, each imported when it is asked for."""
+
+    listing = False
+    """Whether commands are only named, for the help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, for which no command need be imported."""
+        self.listing = True
+        super().format_help(ctx, formatter)
+        self.listing = False
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands."""
@@ -52,8 +61,10 @@ class Commands(TyperGroup):
         """Return a command by name, None if there is none."""
         if cmd_name not in COMMANDS:
             return None
-        module, name = COMMANDS[cmd_name]
-        found = getattr(import_module(module), name)
+        module, name, purpose = COMMANDS[cmd_name]
+        if self.listing:
+            return TyperCommand(cmd_name, help=purpose)
+        found = getattr(import_module(f"varcli.commands.{module}"), name)
         if not isinstance(found, typer.Typer):
             function, found = found, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
             found.command(cmd_name)(function)
