@@ -22,12 +22,18 @@ EDITING = (
 )
 OPTIONS = {
     "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --draft --out -o "
-    "--grid --scales --batch-size --device --dtype --quantize --nproc --resume --json --quiet -q",
+    "--grid --scales --batch-size --device --dtype --quantize --best --classifier --nproc --resume --json --quiet -q",
+    "eval": "--fid --is --kid --prc --num -n --reference -r --tokenizer --checkpoint -m --seed --cfg --top-k --top-p "
+    "--smooth --preset --draft --reject --classifier --resize --skip-bad --inception --lpips-weights --save-stats "
+    "--save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
+    "eval stats": "--out -o --features --resize --skip-bad --inception --device --nproc --quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
     "outpaint": EDITING + "--pad --to",
     "edit": EDITING + "--mask --alpha --box --fit-mask",
     "reconstruct": "--out -o --checkpoint -m --grid --scales --device --json --quiet -q",
     "report": "--out -o",
+    "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --draft --out -o --json "
+    "--quiet -q",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }

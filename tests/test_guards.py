@@ -26,6 +26,11 @@ PRESET = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "draft": ""}
         (guards.other_settings(PRESET | {"smooth": True}, PRESET), "smooth True instead of False"),
         (guards.other_settings(PRESET | {"draft": "cache"}, PRESET), "draft cache instead of"),
         (guards.other_precision("int8"), "int8: an approximation"),
+        (guards.rejection("resnet101"), "pictures chosen by resnet101: to be compared with"),
+        (
+            guards.other_reference("mine.npz", "imagenet-256"),
+            "measured against mine.npz; published figures are against",
+        ),
         (guards.skipped(["a", "b", "c", "d"]), "4 pictures could not be read and are left out: a, b, c and 1 more"),
     ],
 )
@@ -45,6 +50,7 @@ def test_a_trap_has_its_warning(warnings, wanted):
         guards.other_size(256, None),
         guards.other_settings(PRESET, PRESET),
         guards.other_precision("bf16"),
+        guards.other_reference("imagenet-256", "imagenet-256"),
         guards.skipped([]),
     ],
 )

@@ -9,7 +9,7 @@ from torch import nn
 
 from varcli.data.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import CheckpointError, UsageError
-from varcli.evaluation.ranking import Classifier, best
+from varcli.evaluation.ranking import Classifier
 
 TABLE = ClassTable(tuple(imagenet().by_id(i) for i in (1, 207, 951)))
 CPU = torch.device("cpu")
@@ -57,11 +57,6 @@ def test_a_class_imagenet_does_not_know_by_that_index(tmp_path):
     classifier = Classifier(scripted(tmp_path / "all.pt", Brightness(1000)), own, CPU)
     with pytest.raises(CheckpointError, match="knows 1000 classes, not the checkpoint's 2"):
         classifier.confidence(reds(51), [0])
-
-
-def test_the_best_are_kept_in_their_order():
-    assert best(np.array([0.1, 0.9, 0.5, 0.9, 0.2]), 3) == [1, 2, 3]
-    assert best(np.array([0.5, 0.5, 0.5]), 2) == [0, 1]
 
 
 def test_no_such_model():

@@ -1,14 +1,15 @@
 """Rejection sampling: of a class's candidates those stay that a classifier is surest of."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, zip_longest
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from heapq import nlargest
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
 from varcli.commands.series import Picture
 from varcli.errors import UsageError
-from varcli.evaluation.ranking import Classifier, best
+from varcli.evaluation.ranking import Classifier
 from varcli.processes import Group
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.sampler import Pixels
@@ -16,46 +17,69 @@ from varcli.sampling.sampler import Pixels
 AT_ONCE = 32
 """Pictures a classifier looks at."""
 
+Made = tuple[Picture, Pixels]
+
 
 def surest(
-    sampler: BatchSampler, classifier: Classifier, candidates: Sequence[Picture], kept: int
+    sampler: BatchSampler, classifier: Classifier, candidates: Iterable[Picture], kept: int
 ) -> list[tuple[Picture, Pixels]]:
-    """Return the `kept` of a class's candidates, in their order, whose class the classifier is surest of."""
-    made = list(sampler.pictures(candidates))
-    parts = [made[at : at + AT_ONCE] for at in range(0, len(made), AT_ONCE)]
-    confidence = [
-        classifier.confidence(np.stack([pixels for _, pixels in part]), [picture.row for picture, _ in part])
-        for part in parts
-    ]
-    return [made[i] for i in best(np.concatenate(confidence), kept)]
+    """Return the `kept` of a class's candidates, in their order, whose class the classifier is surest of.
+
+    Of equally sure ones the first stay. Only those that may stay are held in memory.
+    """
+    best: list[tuple[float, int, Made]] = []
+    made = enumerate(sampler.pictures(candidates))
+    while part := list(islice(made, AT_ONCE)):
+        pixels_BPP3 = np.stack([pixels for _, (_, pixels) in part])
+        confidence_B = classifier.confidence(pixels_BPP3, [picture.row for _, (picture, _) in part])
+        judged = [(float(sure), -number, one) for sure, (number, one) in zip(confidence_B, part, strict=True)]
+        best = nlargest(kept, best + judged, key=lambda found: found[:2])
+    return [one for _, _, one in sorted(best, key=lambda found: -found[1])]
 
 
 @dataclass(frozen=True, slots=True)
 class Election:
-    """Chooses pictures, which are made once more then: so nothing but their seeds need be held, or handed on."""
+    """Chooses pictures class by class, and hands on those it has judged."""
 
     sampler: BatchSampler
     classifier: Classifier
     kept: int
     """How many of each class."""
     group: Group
-    """Processes that share the work, class by class."""
+    """Processes that share the work."""
+    _pixels: dict[Picture, Pixels] = field(default_factory=dict)
 
     def chosen(self, classes: Iterable[Iterable[Picture]]) -> Iterator[list[Picture]]:
-        """Yield which of each class's candidates stay; to be called by all processes.
+        """Yield which of each class's candidates stay.
+
+        Several processes judge a class each, at once, and then make the chosen pictures once more, wherever they are
+        wanted: so all of them are to call this, and to use up what it yields. One process goes class by class.
 
         Raises:
-            UsageError: candidates are not all of one class.
+            UsageError: candidates are not all of one class, or would not be the same pictures when made once more.
         """
         if self.group.count == 1:
-            yield from map(self._chosen, classes)
+            for candidates in classes:
+                self._pixels.clear()
+                self._pixels.update(self._surest(candidates))
+                yield list(self._pixels)
             return
-        mine = [self._chosen(candidates) for candidates in self.group.share(classes)]
+        if self.sampler.batch_size > 1:
+            raise UsageError("best: with several processes in 16 bits on a GPU; one process, or --dtype fp32")
+        mine = [[picture for picture, _ in self._surest(candidates)] for candidates in self.group.share(classes)]
         shares = self.group.broadcast(self.group.gather(mine))
         yield from filter(None, chain.from_iterable(zip_longest(*shares)))
 
-    def _chosen(self, candidates: Iterable[Picture]) -> list[Picture]:
+    def pictures(self, wanted: Iterable[Picture]) -> Iterator[Made]:
+        """Yield chosen pictures, as they were judged where they are still at hand."""
+        for picture in wanted:
+            if picture in self._pixels:
+                yield picture, self._pixels.pop(picture)
+            else:
+                yield from self.sampler.pictures([picture])
+
+    def _surest(self, candidates: Iterable[Picture]) -> list[Made]:
         found = list(candidates)
         if None in (ids := {picture.made.class_id for picture in found}) or len(ids) > 1:
             raise UsageError("best: with none or random; classes, of which a classifier can tell how well they are met")
-        return [picture for picture, _ in surest(self.sampler, self.classifier, found, self.kept)]
+        return surest(self.sampler, self.classifier, found, self.kept)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ class Samples(Subject):
         self.preset, self.classifier, self.save_images = preset, classifier, save_images
         self.side = sampler.tokenizer.config.pixels
         self.rows = [row for row in self.candidates for _ in range(kept[row])]
-        self.unit = max(kept.values()) if classifier else 1
+        self.unit = max(kept.values()) if classifier else sampler.batch_size
         self.output: Output | None = None
         self.origin: Provenance = next(iter(candidates.values()))[0].made
         names = ("cfg", "top_k", "top_p", "smooth", "draft", "seed", "device", "dtype")
@@ -124,7 +125,9 @@ class Samples(Subject):
         """Return all that decides the pictures."""
         drawn = {row: len(pictures) for row, pictures in self.candidates.items()}
         chosen = self.classifier and self.classifier.sha256
-        return {"made": asdict(self.origin.settings()), "drawn": drawn, "kept": dict(self.kept), "chosen": chosen}
+        place = self.save_images and str(Path(self.save_images).resolve())  # another one lacks what is done
+        asked = {"drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place}
+        return {"made": asdict(self.origin.settings())} | asked
 
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
         """Yield the pictures of these ranks, in batches."""
@@ -170,6 +173,8 @@ class Samples(Subject):
         yield from super().warnings()
         yield from guards.other_settings(asdict(self.sampler.config), asdict(self.preset))
         yield from guards.other_precision(self.origin.dtype)
+        if self.classifier:
+            yield from guards.rejection(self.classifier.name)
 
 
 class Given(Subject):

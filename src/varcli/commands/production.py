@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from varcli.data.writing import Writer
 
 
+Sampled = Callable[[Iterable[Picture]], "Iterator[tuple[Picture, Pixels]]"]
+"""Makes pictures, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A picture that was made, with its pixels where they are to be shown."""
@@ -105,8 +109,8 @@ def check_sheet(count: int) -> None:
 class Production:
     """Makes pictures and puts them into the open output, while the next ones are made."""
 
-    sampled: Callable[[Iterable[Picture]], "Iterator[tuple[Picture, Pixels]]"]
-    """Makes pictures, in order."""
+    sampled: Sampled
+    """Makes the pictures."""
     results: Results
     """Where they go."""
     group: Group

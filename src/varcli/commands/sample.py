@@ -18,6 +18,7 @@ from varcli.processes import joined, launched, relaunch
 from varcli.reporting import notes, progress
 
 if TYPE_CHECKING:
+    from varcli.commands.production import Sampled
     from varcli.data.images import Pixels
     from varcli.sampling.batches import BatchSampler
 
@@ -83,15 +84,18 @@ def sample(  # noqa: PLR0917 - options are given by name
             place(model.tokenizer, model.transformer, where, precision)
             sampler = BatchSampler(model.tokenizer, model.transformer, config, batch_size, say)
             results = Results(output, grid, as_json, quiet, advance)
+            sampled: Sampled = partial(_sampled, sampler, scales)
             if best:
                 from varcli.commands.election import Election  # noqa: PLC0415 - torch
                 from varcli.evaluation.ranking import Classifier  # noqa: PLC0415 - torch
 
-                judge = Classifier(classifier, model.classes, where)
-                pictures = Election(sampler, judge, count, group).chosen(pictures)
+                election = Election(sampler, Classifier(classifier, model.classes, where), count, group)
+                pictures = election.chosen(pictures)
+                pictures = pictures if group.count == 1 else list(pictures)  # for which all processes are needed
+                sampled = sampled if scales else election.pictures
             # What is known beforehand is made in batches across classes, what stdin brings is answered line by line.
             bursts = pictures if total is None else [chain.from_iterable(pictures)]
-            Production(partial(_sampled, sampler, scales), results, group, sampler.batch_size).run(bursts)
+            Production(sampled, results, group, sampler.batch_size).run(bursts)
         if group.first:
             results.finish(say)
 

@@ -64,6 +64,17 @@ def other_precision(dtype: str) -> Iterable[str]:
         yield "weights and activations in int8: an approximation, not the model as published"
 
 
+def rejection(classifier: str) -> Iterable[str]:
+    """Warn that a classifier chose the pictures."""
+    yield f"pictures chosen by {classifier}: to be compared with figures of rejection sampling only"
+
+
+def other_reference(name: str, usual: str) -> Iterable[str]:
+    """Warn of another reference than the published figures'."""
+    if name != usual:
+        yield f"measured against {name}; published figures are against {usual}"
+
+
 def skipped(names: Sequence[str]) -> Iterable[str]:
     """Warn of pictures that could not be read."""
     if names:

@@ -67,11 +67,6 @@ class Classifier:
         )
 
 
-def best(confidence_B: NDArray[np.float64], kept: int) -> list[int]:
-    """Return which `kept` pictures have the highest confidence, in their own order; the first wins a tie."""
-    return sorted(np.argsort(-confidence_B, kind="stable")[:kept].tolist())
-
-
 def _torchscript(path: Path) -> tuple[nn.Module, str]:
     """Return the network in a file, and the sha256 of the file."""
     try:
