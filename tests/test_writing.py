@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from provenance import listing, made, picture
+from varcli.data import writing
 from varcli.data.images import Provenance
 from varcli.data.outputs import open_output
 from varcli.data.places import Output
@@ -134,6 +135,29 @@ def test_an_interrupted_run_keeps_what_was_made(tmp_path, monkeypatch, out):
         assert all(output.has(made(seed)) for seed in range(10))
     assert listing(tmp_path) == [out]
     assert not [thread for thread in threading.enumerate() if thread.name == "writer"]
+
+
+def test_an_interrupted_run_ends_though_nobody_takes_its_pictures(monkeypatch):
+    """With a full queue behind a picture that is stuck, as in a pipe whose reader has stopped."""
+    monkeypatch.setattr(writing, "_GRACE", 0.2)
+    output, stuck, free, left = Slow(), threading.Event(), threading.Event(), threading.Event()
+    output.put = lambda prepared, made: stuck.set() or free.wait()
+
+    def make():
+        with pytest.raises(KeyboardInterrupt), Writer(output, lambda item, path: None, 2) as writer:
+            writer.put(Item(made(0)), 0)
+            stuck.wait()
+            for seed in (1, 2):
+                writer.put(Item(made(seed)), seed)
+            assert writer._waiting.full()
+            raise KeyboardInterrupt
+        left.set()
+
+    maker = threading.Thread(target=make, daemon=True)
+    maker.start()
+    ended = left.wait(20)
+    free.set()
+    assert ended
 
 
 @pytest.mark.parametrize("out", ["o", "x.npz", "x.tar"])

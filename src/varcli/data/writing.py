@@ -6,8 +6,10 @@ order in which they were taken. Only so many are under way that memory stays fla
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import Queue
+from contextlib import suppress
+from queue import Full, Queue
 from threading import Thread
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -64,8 +66,10 @@ class Writer(Generic[Item]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._waiting.put(None)
-        self._thread.join(None if kind is None else _GRACE)  # what was made is kept, unless nobody takes it
+        deadline = None if kind is None else monotonic() + _GRACE  # what was made is kept, unless nobody takes it
+        with suppress(Full):
+            self._waiting.put(None, timeout=_left(deadline))
+        self._thread.join(_left(deadline))
         self._encoders.shutdown(wait=kind is None, cancel_futures=True)
         if kind is None:
             self._raise()
@@ -84,6 +88,11 @@ class Writer(Generic[Item]):
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def _left(deadline: float | None) -> float | None:
+    """Return the seconds until then, never less than 0; None where there is no end."""
+    return None if deadline is None else max(0.0, deadline - monotonic())
 
 
 _GRACE = 10.0
