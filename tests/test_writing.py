@@ -1,5 +1,6 @@
 """Pictures on their way into a place: in order, only so many at a time, and no error lost."""
 
+import os
 import threading
 import time
 import tracemalloc
@@ -157,6 +158,31 @@ def test_an_interrupted_run_ends_though_nobody_takes_its_pictures(monkeypatch):
     maker.start()
     ended = left.wait(20)
     free.set()
+    assert ended
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no named pipes")
+def test_a_pipe_whose_reader_has_stopped_can_be_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_GRACE", 0.2)
+    pipe, left = tmp_path / "pipe", threading.Event()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def make():
+        with (
+            pytest.raises(KeyboardInterrupt),
+            open_output(str(pipe), several=True) as output,
+            Writer(output, lambda item, path: None, 4) as writer,
+        ):
+            writer.put(Item(made(0)), bytes(2**22))  # more than any pipe holds
+            time.sleep(0.2)
+            raise KeyboardInterrupt
+        left.set()
+
+    maker = threading.Thread(target=make, daemon=True)
+    maker.start()
+    ended = left.wait(20)
+    os.close(reader)
     assert ended
 
 

@@ -146,7 +146,10 @@ class Stream(Output):
     def open(self, resume: bool) -> None:
         """Open the pipe or device; a terminal is none."""
         with self._reported():
-            self._stream = _standard_output() if self._path == STANDARD_OUTPUT else self._path.open("wb")
+            if self._path == STANDARD_OUTPUT:
+                self._stream = _standard_output()
+            else:  # no buffer: to close one is to wait for the thread writing to it, whom a pipe may hold up for good
+                self._stream = self._path.open("wb", buffering=0)
 
     def put(self, prepared: bytes, made: Provenance) -> None:
         """Send a picture on its way."""
@@ -167,7 +170,9 @@ class Stream(Output):
         if self._stream is None:
             return  # this process only prepares
         with self._reported():
-            self._stream.write(content)
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._stream.write(rest) :]
             self._stream.flush()
 
     @contextmanager
