@@ -1,7 +1,7 @@
 """The GPU path without a GPU: recorded steps on the CPU, and on CUDA tensors that hold nothing."""
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -193,13 +193,58 @@ def test_graphs_are_recorded_and_played_on_their_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
     second = torch.device("cuda:1")
     play, result = cuda_recorder(second)(lambda: events.append("step") or 7)
     play()
     captured = ("pool", "stream of cuda:1", "thread_local")
     assert result == 7
-    assert events[:3] == [("enter", second), ("enter", *captured), "step"]
-    assert events[3:] == [("leave", *captured), ("leave", second), ("enter", second), "replay", ("leave", second)]
+    inside = [(second,), ("current of cuda:1",), captured]
+    assert events[:4] == [*(("enter", *each) for each in inside), "step"]
+    assert events[4:7] == [("leave", *each) for each in reversed(inside)]
+    assert events[7:] == [("enter", second), "replay", ("leave", second)]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_after_a_failed_recording_the_stream_is_as_before_and_idle(monkeypatch, ended):
+    """Some versions of torch do not restore it where the capture cannot be ended."""
+    streams, waits = ["own"], []
+
+    @contextmanager
+    def switched(stream):
+        before, streams[0] = streams[0], stream
+        try:
+            yield
+        finally:
+            streams[0] = before
+
+    @contextmanager
+    def graph(recorded, *, pool, stream, capture_error_mode):
+        streams[0] = stream
+        try:
+            yield
+        finally:
+            if not ended:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            streams[0] = "own"
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "capturing")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", switched)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append((device, streams[0])))
+
+    def step():
+        assert streams == ["capturing"]
+        raise RuntimeError("operation not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):  # what went wrong, not what followed from it
+        cuda_recorder(CUDA)(step)
+    assert streams == ["own"] and waits == [(CUDA, "own")]
 
 
 # --- batches ---------------------------------------------------------------------------------------
@@ -216,14 +261,14 @@ def recording(small, monkeypatch):
 
 def test_batches_are_padded_and_recorded_for_each_size(small, recording):
     recording.ahead = 0  # on the CPU nothing is copied: what is yielded is where the next batch will be
-    for count in (4, 9, 3, 6):
+    for count in (4, 9, 3, 6, 1):
         wanted = [Wanted(seed % 6, seed) for seed in range(count)]
         pictures = [(w, pixels.copy()) for w, pixels in recording.pictures(wanted)]
         assert [w for w, _ in pictures] == wanted
         for w, pixels in pictures:
             _, expected = plain.sample(*small, w.row, w.seed, SampleConfig())
             assert (torch.from_numpy(pixels).int() - expected.int()).abs().max() <= 1
-    assert set(recording.runners) == {1, 2, 4}
+    assert set(recording.runners) == {1, 4}
     assert set(recording.runners[4].recordings) >= {"class", "decoder"} and not recording.runners[1].recordings
 
 
@@ -246,10 +291,61 @@ def test_recordings_are_given_up_before_batches_are_halved(small, recording, mon
     monkeypatch.setattr(batches, "generate", full)
     monkeypatch.setattr(batches, "free_memory", lambda device: freed.append(len(recording.runners)))
     assert len(list(recording.pictures(Wanted(0, seed) for seed in range(4)))) == 4
-    assert sizes == [4, 4, 2, 2] and freed == [0, 0] and recording.batch_size == 2
+    assert sizes == [4, 2, 2] and freed == [0] and recording.batch_size == 2
     sizes.clear(), freed.clear()
     assert len(list(recording.pictures([Wanted(0, 1)]))) == 1
     assert sizes == [1, 1] and freed == [0] and recording.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "sizes", "tried"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), [4, 4, 2, 2, 1, 1, 1, *[1] * 16], 3),
+        (RuntimeError("CUDA error: operation not permitted"), [4] * 6, 1),
+    ],
+    ids=["memory", "other"],
+)
+def test_recording_is_given_up_once_for_all(recording, monkeypatch, error, sizes, tried):
+    """Where memory ran out a smaller batch may be recorded still; only the last one is made as it is."""
+    made, recorded, told = [], [], []
+
+    def record(step):
+        recorded.append(step)
+        raise error
+
+    def noted(*given, **options):
+        made.append(len(given[2]))
+        return generate(*given, **options)
+
+    monkeypatch.setattr(batches, "generate", noted)
+    recording.recorder, recording.note = lambda: record, told.append
+    wanted = [Wanted(seed % 6, seed) for seed in range(24)]
+    assert [w for w, _ in recording.pictures(wanted)] == wanted
+    assert made == sizes and len(recorded) == tried
+    (line,) = told
+    assert line.startswith("CUDA graphs: cannot be recorded here")
+    assert recording.recorder is None and recording.runners == {}
+
+
+def test_a_last_batch_is_as_large_as_those_before_it(recording, monkeypatch):
+    """In 16 bits a picture depends on the size of its batch, and should not on its place."""
+    sizes = []
+    monkeypatch.setattr(batches, "generate", lambda *given, **_: sizes.append(len(given[2])) or generate(*given))
+    recording.recorder = None
+    assert len(list(recording.pictures(Wanted(0, seed) for seed in range(5)))) == 5
+    assert len(list(recording.pictures(Wanted(0, seed) for seed in range(3)))) == 3
+    assert sizes == [4, 4, 3]
+
+
+def test_what_was_begun_is_handed_over_before_an_error(recording):
+    def wanted():
+        yield from (Wanted(0, seed) for seed in range(9))
+        raise OSError("the list ends here")
+
+    found = []
+    with pytest.raises(OSError, match="ends here"):
+        found.extend(w.seed for w, _ in recording.pictures(wanted()))
+    assert found == list(range(8))
 
 
 def test_sizes_are_powers_of_two_up_to_the_batch():

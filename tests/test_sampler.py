@@ -190,7 +190,7 @@ def test_batches_are_halved_when_memory_runs_out(small, monkeypatch):
     wanted = [Wanted(1, seed) for seed in range(11)]
     made = list(BatchSampler(*small, SampleConfig(), 8).pictures(wanted))
     assert [w for w, _ in made] == wanted
-    assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 1]
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2]
     assert freed == [torch.device("cpu")] * 3
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -91,53 +91,73 @@ class BatchSampler:
 
         On a GPU the next batch is begun before the pictures of the last are waited for.
 
+        An error, in the requests too, is raised after the pictures that were begun before it.
+
         Raises:
             RunError: not even one picture fits into memory.
         """
-        waiting, underway = iter(requests), deque[Underway[Wanted]]()
-        while group := list(islice(waiting, self.batch_size)):
-            underway.extend(self._begin(group))
-            while len(underway) > self.ahead:
-                yield from underway.popleft().pictures()
-        for begun in underway:
-            yield from begun.pictures()
+        waiting, underway, several = iter(requests), deque[Underway[Wanted]](), False
+        try:
+            while group := list(islice(waiting, self.batch_size)):
+                underway.extend(self._begin(group, self._size(len(group), several)))
+                several = True
+                while len(underway) > self.ahead:
+                    yield from underway.popleft().pictures()
+        except Exception:
+            yield from chain.from_iterable(map(Underway.pictures, underway))
+            raise
+        yield from chain.from_iterable(map(Underway.pictures, underway))
 
     def growth(self, request: Request) -> Iterator[Pixels]:
         """Yield one picture (P, P, 3) as it looks after each scale; the last one is the picture itself."""
         for result in generate(self.tokenizer, self.transformer, [request.row], [request.seed], self.config):
             yield decode(self.tokenizer, result.f_hat)[0]
 
-    def _begin(self, group: Sequence[Wanted]) -> list[Underway[Wanted]]:
-        """Return the group on its way: as one batch or, where memory runs out, as several smaller ones."""
-        begun = self._attempt(group)
-        if begun is None and self.runners:
-            self._forget_recordings()  # those of other sizes hold memory too
-            begun = self._attempt(group)
+    def _size(self, count: int, several: bool) -> int:
+        """Return how many are computed for so many pictures.
+
+        In 16 bits that shows in the pictures, so that the last batch of several is as large as those before it.
+        """
+        if several:
+            return max(count, self.batch_size)
+        return count if self.recorder is None else padded_size(count, self.batch_size)
+
+    def _begin(self, group: Sequence[Wanted], size: int) -> Iterator[Underway[Wanted]]:
+        """Yield the group on its way: as one batch or, where memory runs out, as several smaller ones."""
+        begun = self._attempt(group, size)
+        if begun is None and any(runner.recordings for runner in self.runners.values()):
+            self._forget_recordings()  # those of other sizes, as one that found no memory keeps nothing
+            begun = self._attempt(group, size)
+        if begun is None and size == 1 and self.recorder is not None:
+            self._stop_recording("memory")
+            begun = self._attempt(group, size)
         if begun is not None:
-            return [begun]
-        if len(group) == 1:
+            yield begun
+            return
+        if size == 1:
             raise RunError("memory: one picture does not fit; a smaller checkpoint, --dtype bf16 or --device cpu")
-        half = self.batch_size = len(group) // 2
+        half = self.batch_size = size // 2
         self._forget_recordings()
-        return self._begin(group[:half]) + self._begin(group[half:])
+        for first in range(0, len(group), half):
+            part = group[first : first + half]
+            yield from self._begin(part, self._size(len(part), several=True))
 
     def _forget_recordings(self) -> None:
         self.runners.clear()
         self.record = None  # and with it the pool, which cannot be used again once it was empty
         free_memory(block_weight(self.transformer).device)
 
-    def _attempt(self, group: Sequence[Wanted]) -> Underway[Wanted] | None:
+    def _attempt(self, group: Sequence[Wanted], size: int) -> Underway[Wanted] | None:
         """Return the group on its way, or None where memory ran out."""
         try:
-            return self._started(group)
+            return self._started(group, size)
         except (RuntimeError, MemoryError) as error:  # CUDA's own subclass, Metal and the CPU's allocator alike
             if not out_of_memory(error):
                 raise
             return None
 
     @torch.inference_mode()
-    def _started(self, group: Sequence[Wanted]) -> Underway[Wanted]:
-        size = len(group) if self.recorder is None else padded_size(len(group), self.batch_size)
+    def _started(self, group: Sequence[Wanted], size: int) -> Underway[Wanted]:
         padded = [*group, *[group[-1]] * (size - len(group))]
         rows, seeds = [request.row for request in padded], [request.seed for request in padded]
         runner, models = self._runner(size), (self.tokenizer, self.transformer)
@@ -155,7 +175,12 @@ class BatchSampler:
         return self.runners[size]
 
     def _not_recorded(self, error: RuntimeError) -> None:
-        reason = " ".join(str(error).split())
+        self._stop_recording(" ".join(str(error).split()))
+
+    def _stop_recording(self, reason: str) -> None:
+        """Run everything as it is from now on, and say so."""
+        self.recorder = None
+        self._forget_recordings()
         self.note(f"CUDA graphs: cannot be recorded here, small batches will be slower ({reason})")
 
 
@@ -172,7 +197,8 @@ def fetched(group: Sequence[Wanted], pixels_BPP3: Tensor) -> Underway[Wanted]:
     """
     if pixels_BPP3.device.type != "cuda":
         return Underway(group, pixels_BPP3.cpu(), None)
-    there, arrived = torch.empty_like(pixels_BPP3, device="cpu", pin_memory=True), torch.cuda.Event()
+    there = torch.empty_like(pixels_BPP3, device="cpu", pin_memory=True)
+    arrived = torch.cuda.Event(blocking=True)  # who waits for it leaves the processor to those who encode
     there.copy_(pixels_BPP3, non_blocking=True)
     arrived.record(torch.cuda.current_stream(pixels_BPP3.device))  # which need not be the current device
     return Underway(group, there, arrived)

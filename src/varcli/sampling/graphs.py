@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from varcli.sampling.devices import out_of_memory
+
 Result = TypeVar("Result")
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
@@ -63,7 +65,11 @@ class Recorded:
         return self.places[name].copy_(pinned(given, device), non_blocking=True)
 
     def run(self, name: str, step: Callable[[], Result]) -> Result:
-        """Return what the step returns, to be used before the next batch begins."""
+        """Return what the step returns, to be used before the next batch begins.
+
+        Raises:
+            RuntimeError: memory ran out while it was recorded; a smaller batch may fit.
+        """
         if name not in self.known or not self.recording:
             first = step()
             self.known.add(name)
@@ -73,8 +79,10 @@ class Recorded:
                 self.recordings[name] = self.record(step)
         except RuntimeError as error:
             # A step after one that runs as it is would read what that returned for this batch, for ever.
-            self.recording = False
             self.recordings.clear()
+            if out_of_memory(error):
+                raise
+            self.recording = False
             self.failed(error)
             return step()
         play, result = self.recordings[name]
@@ -98,8 +106,15 @@ def cuda_recorder(device: torch.device) -> Record:
     def record(step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.device(device), capture:
-            result = step()
+        try:
+            # A capture that cannot be ended leaves its stream the current one: the middle context undoes that.
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), capture:
+                result = step()
+        except RuntimeError as error:
+            torch.cuda.synchronize(device)
+            if isinstance(error.__context__, RuntimeError):  # the step's; after it the capture could not be ended
+                raise error.__context__ from None
+            raise
 
         def play() -> None:
             with torch.cuda.device(device):  # a graph plays on the current device, whatever it was recorded on
