@@ -3,6 +3,7 @@
 The network is a quick stand-in; tests of `evaluation` hold the true one to torch-fidelity.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -140,6 +141,7 @@ def test_eval_stats(measure, tmp_path, capsys):
     photographs(tmp_path / "photographs")
     assert cli.run(["eval", "stats", "photographs", "-o", "made.npz", "--device", "cpu", "--features"]) == 0
     assert capsys.readouterr().out == "made.npz\n"
+    assert not list((tmp_path / "cache").rglob("measurements/*"))
     found, _ = measure("photographs", "--fid", "--prc", "--reference", "made.npz")
     assert found["metrics"]["fid"] == pytest.approx(0, abs=1e-12)
     assert found["metrics"]["precision"] == found["metrics"]["recall"] == 1
@@ -172,6 +174,26 @@ def test_a_file_for_reports_has_pictures(measure, tmp_path):
     assert kept == found
     assert cli.run(["report", "result.json", "-o", "page.html"]) == 0
     assert "small" in Path("page.html").read_text()
+
+
+class Nearness(nn.Module):
+    """Stands for LPIPS, whose weights nobody has here."""
+
+    def __init__(self, folder):
+        super().__init__()
+
+    def forward(self, made_B3PP, image_B3PP):
+        assert made_B3PP.min() >= -1 and made_B3PP.max() <= 1 and image_B3PP.min() < -0.9
+        return made_B3PP.new_tensor(0.25)
+
+
+def test_a_tokenizer_is_measured_by_lpips_where_its_weights_are(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr("varcli.training.perceptual.PerceptualDistance", Nearness)
+    monkeypatch.setattr("varcli.commands.eval_opening.PerceptualDistance", Nearness)
+    photographs(tmp_path / "photographs")
+    found, err = measure("photographs", "--tokenizer")
+    assert found["metrics"]["lpips"] == pytest.approx(0.25)
+    assert "LPIPS" not in err
 
 
 # --- rejection -------------------------------------------------------------------------------------
@@ -251,6 +273,23 @@ def test_two_processes_find_what_one_finds(model, tmp_path):
 # --- what is said ----------------------------------------------------------------------------------
 
 
+def test_whether_the_paper_is_met_is_said_only_of_what_can_be_compared(measure, monkeypatch, tmp_path, model):
+    from varcli.checkpoints import registry
+
+    entry = dataclasses.replace(registry.registry()["var-d16"], fid=3.3, fid_band=(0, 1e9), reference="photographs")
+    known = dict(registry.registry()) | {str(model): entry}
+    for place in ("evaluating", "eval_opening"):
+        monkeypatch.setattr(f"varcli.commands.{place}.registry", lambda: known)
+    monkeypatch.setattr("varcli.evaluation.guards.FEW", 10)
+    photographs(tmp_path / "photographs")
+    photographs(tmp_path / "others")
+    found, _ = measure("--num", COUNT, "--reference", "photographs")
+    assert found["published"] == {"fid": 3.3, "inception_score": 274.4, "band": [0, 1e9], "inside": True}
+    for changed in (("--cfg", 2), ("--reference", "others")):
+        found, _ = measure("--num", COUNT, "--reference", "photographs", *changed)
+        assert found["published"]["inside"] is None
+
+
 def test_what_is_incomparable_is_said_twice(measure, tmp_path):
     arguments = ("--num", COUNT - 1, "--cfg", 4, "--is")
     found, err = measure(*arguments)
@@ -287,6 +326,11 @@ def test_block_of_text(measure, tmp_path, capsys):
     [
         (["photographs", "--num", "9"], 2, "num: with pictures that exist; it is for pictures to be made"),
         (["photographs", "--cfg", "2"], 2, "cfg: with pictures that exist"),
+        (["photographs", "--cfg", "0"], 2, "cfg: with pictures that exist"),
+        (["--is", "--save-stats", "s.npz"], 2, "save-stats: without --fid; statistics are what FID is of"),
+        (["--save-images", "-"], 2, "save-images: -; a folder, .npz or .tar: the result goes to stdout"),
+        (["--save-images", "one.png"], 2, "one.png for several pictures; a folder, .npz or .tar"),
+        (["--top-p", "2", "--fid"], 2, "top-p: 2.0; between 0 (off) and 1"),
         (["--resize", "64"], 2, "resize: without pictures"),
         (["--reject", "1"], 2, "reject: 1; a fraction between 0 and 1"),
         (["--tokenizer", "--kid"], 2, "tokenizer: with --is, --kid or --prc"),
@@ -336,3 +380,12 @@ def test_bad_pictures_are_left_out_where_asked(measure, tmp_path):
     found, _ = measure("broken", "--is", "--skip-bad")
     assert found["n"] == 12
     assert any("1 pictures could not be read and are left out: " in warning for warning in found["warnings"])
+
+
+def test_too_few_are_left_when_bad_ones_are_left_out(measure, tmp_path):
+    photographs(tmp_path / "broken", 11)
+    for path in sorted((tmp_path / "broken").iterdir())[:3]:  # whole to their headers
+        path.write_bytes(path.read_bytes()[:400])
+    found, err = measure("broken", "--is", "--skip-bad", code=3)
+    assert found is None
+    assert "var: error: pictures: 8; is takes 10 or more" in err

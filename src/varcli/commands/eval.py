@@ -62,9 +62,10 @@ def evaluate(  # noqa: PLR0917 - options are given by name
     from varcli.commands.evaluating import evaluated  # noqa: PLC0415 - torch
 
     with joined() as group:
-        found = evaluated(ask, group)
+        found, forget = evaluated(ask, group)
         if found:
             _tell(found, out, as_json=as_json, quiet=quiet)
+        forget()
 
 
 def _tell(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:

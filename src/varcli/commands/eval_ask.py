@@ -6,6 +6,7 @@ from typing import Any
 
 from varcli.commands import options
 from varcli.errors import UsageError
+from varcli.processes import launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,14 @@ def _check_together(ask: Ask) -> None:
     only_made = {"num": ask.num, "reject": ask.reject, "save-images": ask.save_images, "cfg": ask.cfg}
     only_made |= {"top-k": ask.top_k, "top-p": ask.top_p, "smooth": ask.smooth, "draft": ask.draft}
     for name, value in only_made.items():
-        if value and not ask.made:
+        if value is not None and value is not False and not ask.made:
             raise UsageError(f"{name}: with pictures that exist; it is for pictures to be made")
     if ask.resize and ask.made:
         raise UsageError("resize: without pictures; those that are made have their size")
     if ask.tokenizer and (ask.inception_score or ask.kid or ask.prc):
         raise UsageError("tokenizer: with --is, --kid or --prc; it is measured by FID, PSNR, SSIM and LPIPS")
+    if ask.save_stats and "fid" not in ask.metrics:
+        raise UsageError("save-stats: without --fid; statistics are what FID is of")
     if ask.reject is not None and not 0 < ask.reject < 1:
         raise UsageError(f"reject: {ask.reject:g}; a fraction between 0 and 1")
     options.check_precision(ask.dtype, ask.quantize)
@@ -89,10 +92,14 @@ def _check_together(ask: Ask) -> None:
 
 def _check_places(ask: Ask) -> None:
     from varcli.data.outputs import check_file, check_output, find_output  # noqa: PLC0415 - Pillow
+    from varcli.data.places import Stream  # noqa: PLC0415 - Pillow
 
     if ask.save_images:
         check_output(ask.save_images)
-        if ask.nproc > 1 and find_output(ask.save_images, several=True).archive:
+        place = find_output(ask.save_images, several=True)
+        if isinstance(place, Stream):
+            raise UsageError(f"save-images: {ask.save_images}; a folder, .npz or .tar: the result goes to stdout")
+        if place.archive and (ask.nproc > 1 or launched()):
             raise UsageError(f"save-images: {ask.save_images} with several processes; a folder")
     for option, path, ending in (("out", ask.out, ".json"), ("save-stats", ask.save_stats, ".npz")):
         if path:

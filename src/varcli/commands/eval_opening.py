@@ -14,11 +14,12 @@ from varcli.commands.measuring import Bench
 from varcli.commands.options import parse_drafts
 from varcli.commands.series import Series, candidates
 from varcli.commands.settings import origin_of, settings
+from varcli.config import SampleConfig
 from varcli.errors import CheckpointError, InputError, UsageError
 from varcli.evaluation.ranking import Classifier
 from varcli.evaluation.reconstructions import Reconstructions
 from varcli.evaluation.references import Reference
-from varcli.reporting import note
+from varcli.reporting import note, notes
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import pick_dtype, place
 from varcli.training.perceptual import PerceptualDistance
@@ -30,37 +31,44 @@ SMALL = 2_000
 
 
 def opened(ask: Ask, bench: Bench, device: torch.device) -> tuple[Subject, Reference | None]:
-    """Return what is measured, and against what, where a metric asks for it.
+    """Return what is measured, and against what, where a metric asks for it; the latter to the first process.
 
     Raises:
         VarError: the checkpoint, the pictures or the reference cannot be used.
     """
     if ask.tokenizer:
         rebuilt = _rebuilt(ask, bench, device)
-        return rebuilt, _reference(ask, bench, None) or bench.reference_of(rebuilt.pictures, "the same pictures", False)
-    if not ask.made:
-        paths = ask.paths or []
-        given = Given(bench.pictures(paths, ask.resize, ask.skip_bad), paths)
-        sides = {known.pixels: name for name, known in references().items()}
-        return given, _reference(ask, bench, sides.get(given.side))
-    entry = registry().get(ask.checkpoint)
-    reference = _reference(ask, bench, entry.reference if entry else None)
-    return _samples(ask, bench, device, reference), reference
+        if ask.reference:
+            return rebuilt, bench.reference(ask.reference, features=False, resize=ask.resize)
+        return rebuilt, bench.reference_of(rebuilt.pictures, "the same pictures", features=False)
+    if ask.made:
+        config = _settings(ask)
+        entry = registry().get(ask.checkpoint)
+        reference = _reference(ask, bench, entry.reference if entry else None)
+        number = bench.group.broadcast(ask.num or _usual_number(ask.checkpoint, reference))
+        return _samples(ask, bench, device, config, number), reference
+    paths = ask.paths or []
+    given = Given(bench.pictures(paths, ask.resize, ask.skip_bad), paths)
+    sides = {known.pixels: name for name, known in references().items()}
+    return given, _reference(ask, bench, sides.get(given.side))
 
 
 def _reference(ask: Ask, bench: Bench, usual: str | None) -> Reference | None:
     """Return the reference that was named, or the usual one; none where no metric asks for one."""
     against = {"fid", "kid", "prc"} & set(ask.metrics)
-    name = ask.reference or usual
-    if ask.tokenizer and not ask.reference:
-        return None
     if not against:
         return None
+    name = ask.reference or usual
     if name is None:
         raise UsageError(
             f"reference: none is known for this; --reference with {', '.join(references())}, statistics or pictures"
         )
     return bench.reference(name, features=bool(against - {"fid"}), resize=ask.resize)
+
+
+def _settings(ask: Ask) -> SampleConfig:
+    given = {"cfg": ask.cfg, "top_k": ask.top_k, "top_p": ask.top_p, "smooth": ask.smooth}
+    return settings(ask.checkpoint, ask.preset, **given, draft=parse_drafts(ask.draft))
 
 
 def _rebuilt(ask: Ask, bench: Bench, device: torch.device) -> Rebuilt:
@@ -74,7 +82,7 @@ def _rebuilt(ask: Ask, bench: Bench, device: torch.device) -> Rebuilt:
             f"pictures: {pictures.side} pixels a side, the tokenizer takes {config.pixels}; --resize {config.pixels}"
         )
     distance = _distance(ask.lpips_weights, device, bench.quiet)
-    losses = Reconstructions(config.codebook_size, len(config.sides), distance)
+    losses = Reconstructions(config.codebook_size, len(config.sides), distance, device)
     made = {"name": ask.checkpoint, "sha256": metadata["tokenizer_sha256"], "device": str(device), "dtype": "fp32"}
     return Rebuilt(pictures, [str(path) for path in paths], tokenizer, losses, made)
 
@@ -100,18 +108,14 @@ def _distance(folder: Path | None, device: torch.device, quiet: bool) -> Percept
         return None
 
 
-def _samples(ask: Ask, bench: Bench, device: torch.device, reference: Reference | None) -> Samples:
-    drafts = parse_drafts(ask.draft)
-    config = settings(
-        ask.checkpoint, ask.preset, cfg=ask.cfg, top_k=ask.top_k, top_p=ask.top_p, smooth=ask.smooth, draft=drafts
-    )
+def _samples(ask: Ask, bench: Bench, device: torch.device, config: SampleConfig, number: int) -> Samples:
     precision = ask.quantize or pick_dtype(ask.dtype, device)
     model = load_model(find(ask.checkpoint, progress=not bench.quiet))
     place(model.tokenizer, model.transformer, device, precision)
-    sampler = BatchSampler(model.tokenizer, model.transformer, config, ask.batch_size)
+    sampler = BatchSampler(model.tokenizer, model.transformer, config, ask.batch_size, notes(bench.quiet))
     named = device.type if bench.group.count > 1 else str(device)
     origin = origin_of(ask.checkpoint, model.sha256, config, named, precision)
-    kept = _balanced(ask.num or _usual_number(ask.checkpoint, reference), len(model.classes))
+    kept = _balanced(number, len(model.classes))
     made = {row: candidates(count, 1 - ask.reject) if ask.reject else count for row, count in kept.items()}
     drawn = {
         row: list(Series(model.classes, count, ask.seed, origin, note).pictures(model.classes.entries[row]))

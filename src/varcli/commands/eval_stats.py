@@ -30,6 +30,7 @@ def eval_stats(  # noqa: PLR0917 - options are given by name
         raise Exit(relaunch(nproc))
     from varcli.checkpoints.materials import find_inception  # noqa: PLC0415 - after --help
     from varcli.commands.measuring import Bench  # noqa: PLC0415 - torch
+    from varcli.evaluation import guards  # noqa: PLC0415 - torch
     from varcli.evaluation.inception import Inception  # noqa: PLC0415 - torch
     from varcli.sampling.devices import pick_device  # noqa: PLC0415 - torch
 
@@ -38,12 +39,11 @@ def eval_stats(  # noqa: PLR0917 - options are given by name
         network = Inception(find_inception(inception, progress=not quiet), pick_device(group.device(device)))
         bench = Bench(network, group, quiet)
         pictures = bench.pictures(data, resize, skip_bad)
-        statistics = bench.statistics(pictures, features, "pictures")
-        if group.first:
-            bench.keep(out, statistics, pictures.side)
+        bench.keep_statistics(pictures, features, out, "pictures")
+        if not quiet:
             result(str(out))
-            if pictures.skipped and not quiet:
-                note(f"{len(pictures.skipped)} pictures could not be read and are left out")
+            for warning in guards.skipped(pictures.skipped):
+                note(f"warning: {warning}")
 
 
 def _check(out: "Path") -> None:

@@ -18,6 +18,7 @@ from varcli.data.images import Provenance
 from varcli.data.outputs import find_output
 from varcli.data.places import Output, picture_name
 from varcli.evaluation import guards
+from varcli.evaluation.gallery import Gallery
 from varcli.evaluation.measurement import Batch
 from varcli.evaluation.pictures import PictureList
 from varcli.evaluation.ranking import Classifier
@@ -50,6 +51,10 @@ class Subject(ABC):
     source: Mapping[str, Any] | None = None
     """Where they lie, as results say it."""
 
+    def __init__(self) -> None:
+        self.gallery = Gallery()
+        """Some of them, for a report."""
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -61,13 +66,19 @@ class Subject(ABC):
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
         """Yield the pictures of these ranks, in batches."""
 
+    def shown(self, ranks: Sequence[int]) -> Iterator[Batch]:
+        """Yield the pictures of these ranks, some of which stay in the gallery."""
+        return self.gallery.watched(self.make(ranks))
+
     @contextmanager
     def ready(self, resumed: bool) -> Iterator[None]:
         """Do what belongs around the measuring, which goes on where an earlier run was if `resumed`."""
         yield
 
-    def join(self, group: Group) -> None:  # noqa: B027 - most have nothing to tell
+    def join(self, group: Group) -> None:
         """Take in what other processes found out; to be called by all, the first one has it then."""
+        for found in group.gather(self.gallery.found):
+            self.gallery.found |= found
 
     def warnings(self) -> Iterator[str]:
         """Yield what makes their figures incomparable."""
@@ -101,6 +112,7 @@ class Samples(Subject):
             classifier: chooses them; None where there are as many candidates.
             save_images: place where they are kept too.
         """
+        super().__init__()
         self.sampler, self.classes, self.kept = sampler, classes, kept
         # In the order of their files' names, in which files of them would be measured.
         ordered = {
@@ -183,6 +195,7 @@ class Given(Subject):
     what = "pictures"
 
     def __init__(self, pictures: PictureList, paths: Sequence[str]) -> None:
+        super().__init__()
         self.pictures = pictures
         self.side, self.classes, self.rows = pictures.side, pictures.classes, pictures.rows
         self.source = {"paths": list(paths)}
@@ -197,6 +210,7 @@ class Given(Subject):
 
     def join(self, group: Group) -> None:
         """Take in which pictures other processes could not read."""
+        super().join(group)
         found = group.gather(self.pictures.skipped)
         self.pictures.skipped = sorted({name for names in found for name in names})
 

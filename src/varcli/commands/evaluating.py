@@ -1,14 +1,10 @@
 """What `var eval` does: pictures measured against a reference, and all that is to be known of it in one result."""
 
 import time
-from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from io import BytesIO
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from varcli import __version__
 from varcli.checkpoints.materials import find_inception
@@ -25,12 +21,9 @@ from varcli.evaluation.statistics import Plan, Statistics
 from varcli.processes import Group
 from varcli.sampling.devices import pick_device
 
-SHOWN, THUMBNAIL = 24, 128
-"""Pictures in a result's file, and the most pixels a side of them."""
 
-
-def evaluated(ask: Ask, group: Group) -> Result | None:
-    """Return what was measured; nothing in all processes but the first.
+def evaluated(ask: Ask, group: Group) -> tuple[Result | None, Callable[[], None]]:
+    """Return what was measured, nothing in all processes but the first, and what to call once it is told.
 
     Raises:
         VarError: the checkpoint, a reference, weights or pictures cannot be used, or a file not be written.
@@ -40,17 +33,19 @@ def evaluated(ask: Ask, group: Group) -> Result | None:
     bench = Bench(Inception(find_inception(ask.inception, progress=not quiet), device), group, quiet)
     subject, reference = opened(ask, bench, device)
     plan = Plan(count=len(subject), metrics=ask.metrics, classes=len(subject.classes))
-    metrics.check(plan, reference)
+    if group.first:
+        metrics.check(plan, reference)
+    if ask.out:
+        subject.gallery.open(len(subject))
     measurement, forget = bench.measure(subject, plan, "pictures", resumable=not ask.tokenizer)
-    subject.join(group)
     if not group.first:
-        return None
+        return None, forget
+    metrics.check_found(measurement.statistics, reference)
     outcome = Outcome(ask, subject, reference, bench.inception, measurement.statistics)
     found = outcome.result(measurement.seconds | {"total": time.monotonic() - begun})
     if ask.save_stats:
         bench.keep(ask.save_stats, measurement.statistics, subject.side)
-    forget()
-    return found
+    return found, forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +77,7 @@ class Outcome:
             per_class=self.per_class(),
             warnings=list(self.warnings(figures)),
             seconds=seconds,
-            pictures=self.shown() if self.ask.out else [],
+            pictures=self.subject.gallery.pictures(),
         )
 
     def figures(self) -> dict[str, Any]:
@@ -112,7 +107,8 @@ class Outcome:
         if not isinstance(self.subject, Samples) or entry is None or entry.fid is None:
             return None
         band, fid = entry.fid_band, figures.get("fid")
-        inside = band[0] <= round(fid, 2) <= band[1] if band and fid is not None else None
+        comparable = band is not None and fid is not None and not self.warnings(figures)
+        inside = band[0] <= round(fid, 2) <= band[1] if band and fid is not None and comparable else None
         return Published(fid=entry.fid, inception_score=entry.inception_score, band=band, inside=inside)
 
     def per_class(self) -> list[ClassSpread] | None:
@@ -133,22 +129,11 @@ class Outcome:
         found += self.subject.warnings()
         if self.reference:
             found += guards.other_size(self.subject.side, self.reference.pixels)
+            entry = registry().get(self.ask.checkpoint)
+            if isinstance(self.subject, Samples) and entry and entry.fid:
+                found += guards.other_reference(self.reference.name, entry.reference or "")
         return found
-
-    def shown(self) -> list[str]:
-        """Return some of the pictures, spread over all of them, as PNG in base64."""
-        count = len(self.subject)
-        ranks = range(SHOWN) if self.subject.unit > 1 else np.linspace(0, count - 1, min(SHOWN, count)).astype(int)
-        wanted = sorted({int(rank) for rank in ranks if rank < count})
-        return [_thumbnail(pixels) for _, batch, _ in self.subject.make(wanted) for pixels in batch]
 
 
 def _origin(reference: Reference) -> ReferenceOrigin:
     return ReferenceOrigin(name=reference.name, sha256=reference.sha256, n=reference.count, pixels=reference.pixels)
-
-
-def _thumbnail(pixels: Any) -> str:
-    image, content = Image.fromarray(pixels), BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    image.save(content, "PNG", optimize=True)
-    return b64encode(content.getvalue()).decode()

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from varcli import __version__
@@ -33,21 +33,24 @@ class Bench:
     def measure(
         self, subject: Subject, plan: Plan, label: str, resumable: bool = True
     ) -> tuple[Measurement, Callable[[], None]]:
-        """Return the measurement of all pictures, and what forgets the file it can be gone on from.
+        """Return the measurement of all pictures, and what to call once its figures are where they belong.
 
-        To be called by all processes; the first one has the figures.
+        The latter forgets the file from which a killed run goes on. To be called by all processes; the first one
+        has the figures.
 
         Raises:
             VarError: pictures cannot be had, or the file cannot be written.
         """
-        identity = fingerprint(version=__version__, extractor=self.inception.sha256, **subject.identity())
+        decided = asdict(plan) | subject.identity()
+        identity = fingerprint(version=__version__, extractor=self.inception.sha256, **decided)
         path = cache_folder() / "measurements" / f"{identity[:16]}.safetensors" if resumable else None
         measurement = Measurement(plan, identity, path, self.group)
         self._say_where(measurement, plan)
         resumed = bool(self.group.broadcast(measurement.statistics.count))
         with subject.ready(resumed), progress(label, plan.count, self.quiet) as advance:
             advance(measurement.statistics.count)
-            measurement.run(subject.make, self.inception, advance, subject.unit)
+            measurement.run(subject.shown, self.inception, advance, subject.unit)
+        subject.join(self.group)
         return measurement, lambda: path.unlink(missing_ok=True) if path and self.group.first else None
 
     def _say_where(self, measurement: Measurement, plan: Plan) -> None:
@@ -58,12 +61,14 @@ class Bench:
         if measurement.statistics.count:
             note(f"going on after {measurement.statistics.count} of {plan.count} pictures")
 
-    def statistics(self, pictures: PictureList, features: bool, label: str) -> Statistics:
-        """Return statistics of pictures for a reference, with their features if asked for."""
+    def keep_statistics(self, pictures: PictureList, features: bool, path: Path, label: str) -> None:
+        """Measure pictures and write their statistics as a reference, with their features if asked for."""
         plan = Plan(count=len(pictures), metrics=("fid", "kid") if features else ("fid",))
         measurement, forget = self.measure(Given(pictures, []), plan, label)
+        if self.group.first:
+            self.keep(path, measurement.statistics, pictures.side)
         forget()
-        return measurement.statistics
+        self.group.barrier()
 
     def pictures(self, paths: Sequence[str | Path], resize: int | None, skip_bad: bool) -> PictureList:
         """Return pictures that exist; what stdin lists is read by the first process, for all of them."""
@@ -73,8 +78,10 @@ class Bench:
 
     # --- references --------------------------------------------------------------------------------
 
-    def reference(self, name: str, features: bool, resize: int | None) -> Reference:
+    def reference(self, name: str, features: bool, resize: int | None) -> Reference | None:
         """Return what to measure against, its features too if asked for; what takes long is kept for next time.
+
+        To be called by all processes; the first one has it.
 
         Args:
             name: a reference known by name, a file of statistics, or a place of pictures.
@@ -84,32 +91,33 @@ class Bench:
         Raises:
             VarError: there is no such reference, or it cannot be used.
         """
-        path = find_reference(name, progress=not self.quiet)
-        if holds_pictures(path):
+        path = self.group.broadcast(find_reference(name, progress=not self.quiet) if self.group.first else None)
+        assert path is not None
+        if self.group.broadcast(holds_pictures(path) if self.group.first else False):
             known = references().get(name)
             pictures = open_pictures([path], resize=resize)
-            sha256 = known.sha256 if known else file_sha256(path) if path.is_file() else None
             found = self.reference_of(pictures, name, features)
-            return replace(found, sha256=sha256 or pictures.fingerprint(), path=None)
-        found = read_reference(path, name)
-        found.check_extractor(self.inception.sha256)
-        batch = found.pictures() if features and found.pool is None else None
-        if batch is None:
+            sha256 = known.sha256 if known else None
+            sha256 = sha256 or (file_sha256(path) if path.is_file() else pictures.fingerprint())
+            return found and replace(found, sha256=sha256, path=None)
+        found = read_reference(path, name) if self.group.first else None
+        if found:
+            found.check_extractor(self.inception.sha256)
+        if not self.group.broadcast(features and found is not None and found.pool is None and found.path is not None):
             return found
-        return replace(found, pool=self.reference_of(batch, name, features).pool)
+        batch = self.reference_of(open_pictures([path]), name, features)  # ADM's, of all statistics and some pictures
+        return found and batch and replace(found, pool=batch.pool)
 
-    def reference_of(self, pictures: PictureList, name: str, features: bool) -> Reference:
-        """Return pictures as a reference, measured once and then read from the cache."""
+    def reference_of(self, pictures: PictureList, name: str, features: bool) -> Reference | None:
+        """Return pictures as a reference, measured once and then read from the cache; as `reference` does."""
         features = features or len(pictures) <= FEW_TO_KEEP
-        identity = fingerprint(extractor=self.inception.sha256, pictures=pictures.fingerprint(), features=features)
+        decided = {"pictures": pictures.fingerprint(), "features": features}
+        identity = fingerprint(version=__version__, extractor=self.inception.sha256, **decided)
         path = cache_folder() / "references" / f"{identity[:16]}.npz"
         if not self.group.broadcast(path.is_file()):
-            statistics = self.statistics(pictures, features, "reference")
-            if self.group.first:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.keep(path, statistics, pictures.side)
-            self.group.barrier()
-        return read_reference(path, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.keep_statistics(pictures, features, path, "reference")
+        return read_reference(path, name) if self.group.first else None
 
     def keep(self, path: Path, statistics: Statistics, side: int) -> None:
         """Write statistics of pictures of a size as a reference file."""

@@ -3,6 +3,7 @@
 Shapes: P pictures, N features, S splits of the inception score, V classes of the network.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from varcli.errors import InputError
-from varcli.evaluation.statistics import QUARTERS, SEED, Plan, SplitSums, Statistics
+from varcli.evaluation.statistics import SEED, Plan, SplitSums, Statistics
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 """Of kernel distances, torch-fidelity's."""
@@ -73,13 +74,26 @@ def check(plan: Plan, reference: Target | None, subset_size: int = KID_SUBSET_SI
             )
 
 
+def check_found(statistics: Statistics, reference: Target | None) -> None:
+    """Find out whether the pictures that could be read are enough, where some could not.
+
+    Raises:
+        InputError: they are not.
+    """
+    if statistics.count == statistics.plan.count:
+        return
+    check(replace(statistics.plan, count=statistics.count), reference)
+    if "is" in statistics.plan.metrics and not statistics.splits().count_S.all():
+        raise InputError(f"pictures: {statistics.count} that could be read; more, for the inception score's splits")
+
+
 def figures(statistics: Statistics, reference: Target | None) -> dict[str, float]:
     """Return all figures of the statistics' plan by name, against a reference that `check` found fit."""
     wanted, found = statistics.plan.metrics, dict[str, float]()
     if "fid" in wanted:
         assert reference is not None
         found["fid"] = frechet_distance(statistics.moments(), reference)
-        if statistics.count >= 2 * QUARTERS:
+        if min(statistics.quarters) > 1:
             found["fid_infinity"] = frechet_infinity(statistics, reference)
             found["fid_bias"] = found["fid"] - found["fid_infinity"]
     if "is" in wanted:

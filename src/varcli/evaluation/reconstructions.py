@@ -19,9 +19,15 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 class Reconstructions:
     """Collects pictures with their reconstructions, batch by batch; each picture counts the same."""
 
-    def __init__(self, codebook_size: int, scales: int, distance: Distance | None = None) -> None:
-        """Begin with no picture; without a distance there will be no LPIPS."""
-        self.distance = distance
+    def __init__(
+        self,
+        codebook_size: int,
+        scales: int,
+        distance: Distance | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - it does not change
+    ) -> None:
+        """Begin with no picture; without a distance, which computes on a device, there will be no LPIPS."""
+        self.distance, self.device = distance, device
         self.count = 0
         self.sums = dict.fromkeys(("psnr", "ssim", *(("lpips",) if distance else ())), 0.0)
         self.used = np.zeros((scales, codebook_size), bool)
@@ -33,7 +39,8 @@ class Reconstructions:
         self.sums["psnr"] += psnr(before_BPP3, after_BPP3).sum()
         self.sums["ssim"] += ssim(before_BPP3, after_BPP3).sum().item()
         if self.distance:
-            distance = self.distance(_unit(after_BPP3) * 2 - 1, _unit(before_BPP3) * 2 - 1)
+            after_B3PP, before_B3PP = (_unit(pixels).to(self.device) * 2 - 1 for pixels in (after_BPP3, before_BPP3))
+            distance = self.distance(after_B3PP, before_B3PP)
             self.sums["lpips"] += distance.item() * len(before_BPP3)
         for scale, idx_Bl in enumerate(tokens):
             self.used[scale, idx_Bl.cpu().numpy()] = True
