@@ -38,6 +38,16 @@ def test_int8_is_close_and_each_token_has_its_own_scale(device, shape):
     assert ((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.02
 
 
+@torch.inference_mode()
+def test_sums_that_fp16_cannot_hold_are_scaled_in_float32():
+    """The way of CUDA, the only device that computes in int8 and fp16."""
+    linear, x = nn.Linear(4096, 8, bias=False), torch.full((1, 2, 4096), 0.01)
+    linear.weight.fill_(2.0)
+    found = Int8Linear(linear, torch.ones(8), torch.device("cuda"), torch.float16)(x.half())
+    assert found.dtype == torch.float16
+    assert torch.allclose(found.float(), torch.tensor(4096 * 0.02 + 1), rtol=0.01)
+
+
 @needs_vnni
 def test_models_in_int8_sample_and_know_their_precision():
     models = reference.load("mini")
