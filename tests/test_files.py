@@ -1,10 +1,15 @@
 """Files are there whole or not at all, on the disk, and a killed attempt's rest goes with the next one."""
 
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 
 import pytest
 
-from varcli.files import draft_name, replacing
+from varcli.files import replacing
 
 
 def write(path, content):
@@ -31,12 +36,77 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from varcli.files import replacing
+with replacing(Path(sys.argv[1])) as draft:
+    draft.write_text("elsewhere")
+    print("writing", flush=True)
+    sys.stdin.read(1)
+"""
+
+
+def elsewhere(path):
+    """Begin to write a file in another process, which finishes it when it is told to."""
+    words = [sys.executable, "-c", ELSEWHERE, str(path)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    return process
+
+
+def test_several_processes_may_write_one_name_at_once(tmp_path):
+    path = tmp_path / "x.txt"
+    other = elsewhere(path)
+    write(path, "here")
+    assert path.read_text() == "here"
+    other.communicate(b"!")
+    assert other.returncode == 0 and path.read_text() == "elsewhere"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_several_threads_may_write_one_name_at_once(tmp_path):
+    path, together = tmp_path / "x.txt", Barrier(4)
+
+    def once(content):
+        with replacing(path) as draft:
+            draft.write_text(content)
+            together.wait(20)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(once, "abcd"))
+    assert path.read_text() in set("abcd")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="which processes run cannot be asked there")
 def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
-    left = tmp_path / draft_name(tmp_path / "x.txt")
-    left.mkdir()
-    (left / "half").write_text("left by a killed process")
+    killed, at_work = elsewhere(tmp_path / "x.txt"), elsewhere(tmp_path / "y.txt")
+    killed.kill()
+    killed.communicate()
+    assert len(list(tmp_path.iterdir())) == 2
     write(tmp_path / "x.txt", "whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+    at_work.communicate(b"!")
+    assert at_work.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.txt", "y.txt"]
+
+
+def test_a_draft_of_another_machine_goes_when_it_is_old(tmp_path):
+    old, new = (tmp_path / f".varcli-{name * 16}-0f0f-1-1.tmp" for name in "ab")
+    for left in (old, new):
+        left.mkdir()
+        (left / "half").write_text("ha")
+    os.utime(old, (0, 0))
+    write(tmp_path / "x.txt", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "x.txt"]
+
+
+def test_a_full_folder_is_looked_through_once(tmp_path, monkeypatch):
+    looked, iterdir = [], Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: looked.append(self) or iterdir(self))
+    for name in "abc":
+        write(tmp_path / name, name)
+    assert looked == [tmp_path]
 
 
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

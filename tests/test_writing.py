@@ -138,6 +138,14 @@ def test_an_interrupted_run_keeps_what_was_made(tmp_path, monkeypatch, out):
     assert not [thread for thread in threading.enumerate() if thread.name == "writer"]
 
 
+def test_one_picture_asked_for_many_times_is_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_output("o", several=True) as output, Writer(output, lambda item, path: None, 4) as writer:
+        for _ in range(100):
+            writer.put(Item(made()), writer.prepare(Item(made()), picture()))
+    assert len(listing(tmp_path / "o")) == 1
+
+
 def test_an_interrupted_run_ends_though_nobody_takes_its_pictures(monkeypatch):
     """With a full queue behind a picture that is stuck, as in a pipe whose reader has stopped."""
     monkeypatch.setattr(writing, "_GRACE", 0.2)
