@@ -74,29 +74,39 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double the resolution: nearest neighbour, then a 3×3 convolution."""
 
+    kernels: list[tuple[int, int, Tensor]]
+    """For each row and column within a pixel the 2×2 kernel that gives it, once `split` was called."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.kernels = []
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the map at twice the rows and columns."""
-        if torch.is_grad_enabled() or x_BCHW.device.type != "cpu":
+        if not self.kernels:
             return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
-        return self.phases(x_BCHW)
-
-    def phases(self, x_BCHW: Tensor) -> Tensor:
-        """Return the same from four 2×2 convolutions, one for each place within a pixel: 4/9 of the work.
-
-        Of the three rows under the kernel two came from one row of x, so that their weights add up; columns alike.
-        """
         (batch, width, height, breadth), layout = x_BCHW.shape, torch.channels_last
         wide_BCHW = torch.empty((batch, width, 2 * height, 2 * breadth), dtype=x_BCHW.dtype, memory_format=layout)
-        weight_OIHW = self.conv.weight.float()
-        for row, column in product((0, 1), repeat=2):
-            small_OI22 = pair_sums(pair_sums(weight_OIHW, 2, row), 3, column).to(x_BCHW.dtype, memory_format=layout)
-            h_BCHW = F.conv2d(x_BCHW, small_OI22, self.conv.bias, padding=1)
+        for row, column, kernel_OI22 in self.kernels:
+            h_BCHW = F.conv2d(x_BCHW, kernel_OI22, self.conv.bias, padding=1)
             wide_BCHW[:, :, row::2, column::2] = h_BCHW[:, :, row : row + height, column : column + breadth]
         return wide_BCHW
+
+    @torch.no_grad()
+    def split(self) -> None:
+        """Go over to four 2×2 convolutions, one for each place within a pixel: the same with 4/9 of the work.
+
+        Of the three rows under the kernel two came from one row of x, so that their weights add up; columns alike.
+        For weights that stay as they are, on a CPU: a GPU is slower with four.
+        """
+        weight_OIHW = self.conv.weight
+        self.kernels = [
+            (row, column, pair_sums(pair_sums(weight_OIHW.float(), 2, row), 3, column).to(weight_OIHW.dtype))
+            for row, column in product((0, 1), repeat=2)
+        ]
+        layout = torch.channels_last
+        self.kernels = [(row, column, kernel.contiguous(memory_format=layout)) for row, column, kernel in self.kernels]
 
 
 def pair_sums(weight_OIHW: Tensor, dim: int, phase: int) -> Tensor:
