@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from provenance import listing, made, picture
 from varcli.data.images import png_bytes
@@ -281,6 +282,16 @@ def test_disk_full_at_the_very_end_keeps_what_is_done(here, monkeypatch):
     assert listing(here) == ["x.npz.part", "x.npz.part.jsonl", "y.npz"]
     assert put("x.npz", range(3), resume=True) == []
     assert (here / "x.npz").read_bytes() == (here / "y.npz").read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file can be removed there while it is held")
+def test_nobody_loses_the_lock_to_the_one_who_leaves(here, monkeypatch):
+    """Its file is gone before it is released: afterwards it may be the next one's."""
+    there, release = [], FileLock.release
+    monkeypatch.setattr(FileLock, "release", lambda lock: there.append(Path(lock.lock_file).exists()) or release(lock))
+    put("x.npz", range(2))
+    assert there == [False]
+    assert listing(here) == ["x.npz"]
 
 
 def test_two_writers_of_one_archive_are_refused(tmp_path):

@@ -5,6 +5,7 @@ was killed leaves the part; one with `resume` keeps what is whole of it and goes
 stays flat however many pictures there are.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -106,8 +107,10 @@ class Archive(Output):
         except Timeout:
             what = f"output: {self.archive} is being written by another process"
             raise RunError(f"{what}; wait for it, or use another name") from None
-        self._files.callback(Path(lock.lock_file).unlink, missing_ok=True)
         self._files.callback(lock.release)
+        if os.name != "nt":  # there the release removes the file
+            # Called first, for callbacks are called backwards: once released it may be another process's.
+            self._files.callback(Path(lock.lock_file).unlink, missing_ok=True)
 
     def _close_files(self) -> None:
         with suppress(OSError):  # what could not be written a moment ago cannot be written now
