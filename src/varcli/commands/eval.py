@@ -52,7 +52,8 @@ def evaluate(  # noqa: PLR0917 - options are given by name
 ) -> None:
     """Measure pictures: those that a checkpoint makes, 50 of each class as in the paper, or those at PATH.
 
-    Without --fid, --is, --kid or --prc: FID and inception score. Killed, the same command goes on where it was.
+    Without --fid, --is, --kid or --prc: FID and inception score. Killed, the same command goes on where it was (but for
+    --tokenizer).
     """
     given = dict(locals())
     ask = Ask.of(given)

@@ -38,7 +38,7 @@ Reference = Annotated[
         "-r",
         metavar="NAME|PATH",
         help="What to measure against: imagenet-256, imagenet-512 or tiny64, an .npz of statistics, or pictures.",
-        show_default="the checkpoint's",
+        show_default="the checkpoint's; for pictures that exist the one of their size",
     ),
 ]
 SaveStats = Annotated[

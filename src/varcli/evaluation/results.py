@@ -62,7 +62,7 @@ class Result:
     checkpoint: Mapping[str, Any] | None
     """Name, sha256 and settings, where pictures were made for this."""
     source: Mapping[str, Any] | None
-    """Paths and kind, where pictures were there."""
+    """Paths, where pictures were there."""
     n: int
     """Pictures measured."""
     classes: int | None

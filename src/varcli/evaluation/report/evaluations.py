@@ -34,7 +34,8 @@ class Evaluation:
     def ground(self) -> tuple[str, ...]:
         """What two results must have in common for their distances to be comparable: reference, extractor, size."""
         reference = (self.facts["reference"] or {}).get("sha256", "")
-        return reference, self.facts["extractor"]["sha256"], str(self.facts["protocol"].get("resize"))
+        sizes = [str(self.facts["protocol"].get(key)) for key in ("pixels", "resize")]
+        return reference, self.facts["extractor"]["sha256"], *sizes
 
 
 def parse(content: bytes, origin: str) -> list[Facts]:

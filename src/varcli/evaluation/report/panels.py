@@ -86,8 +86,9 @@ def by_count(measured: Sequence[Evaluation]) -> Chart | None:
     for each in measured:
         if each.metrics.get("fid") is not None and each.facts["n"]:
             made = each.facts["checkpoint"] or {}
-            settings = [str(made.get(key)) for key in ("cfg", "top_k", "top_p", "smooth", "draft", "dtype")]
-            series.setdefault((name(each.facts), *settings, *each.ground), []).append(each)
+            settings = [str(made.get(key)) for key in ("sha256", "cfg", "top_k", "top_p", "smooth", "draft", "dtype")]
+            chosen = [str(each.facts["protocol"].get(key)) for key in ("rejected", "classifier")]
+            series.setdefault((name(each.facts), *settings, *chosen, *each.ground), []).append(each)
     several = [found for found in series.values() if len({each.facts["n"] for each in found}) > 1]
     if not several:
         return None
