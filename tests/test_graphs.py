@@ -15,9 +15,10 @@ from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models import fused
 from varcli.models.attention import KeyValueCache
 from varcli.models.fused import FusedBlocks, ScaleCache
+from varcli.models.quantized import quantize
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import batches, plain, scale_model
+from varcli.sampling import batches, memory, plain, scale_model
 from varcli.sampling.batches import BatchSampler, padded_size
 from varcli.sampling.devices import place
 from varcli.sampling.graphs import Recorded, cuda_recorder
@@ -383,12 +384,12 @@ class Phases:
 
 
 @torch.inference_mode()
-def run(models, count, config):
+def run(models, count, config, kind="fused"):
     phases = Phases(Watch(), [])
     *_, last = generate(*models, [0] * count, range(count), config, runner=phases)
     pixels_BPP3 = phases.run("decoder", lambda: decode_on_device(models[0], last.f_hat))
     assert pixels_BPP3.dtype == torch.uint8 and pixels_BPP3.device == CUDA
-    assert isinstance(phases.held[0], ScaleModel) and isinstance(phases.held[0].cache, ScaleCache)
+    assert isinstance(phases.held[0], ScaleModel) and isinstance(phases.held[0].cache, ScaleCache) == (kind == "fused")
     return phases.watch, pixels_BPP3
 
 
@@ -408,17 +409,34 @@ def test_the_largest_released_model_runs_too(monkeypatch):
 
 
 @pytest.mark.parametrize(("depth", "count"), [(16, 256), (30, 64)])
-def test_memory_is_as_planned(monkeypatch, depth, count):
+@pytest.mark.parametrize("kind", ["fused", "plain", "int8"])
+def test_memory_is_as_planned(monkeypatch, depth, count, kind):
+    if kind == "plain":
+        for module in (scale_model, memory):
+            monkeypatch.setattr(module, "fusible", lambda transformer: False)
     models = released(depth, 3)
+    if kind == "int8":
+        quantize(models[1], torch.device("meta"), torch.bfloat16)
     with pretended(monkeypatch, *models):
-        watch, _ = run(models, count, SampleConfig())
+        watch, _ = run(models, count, SampleConfig(), kind)
         planned = batch_bytes(*models, SampleConfig(), count)
         assert 0.98 * watch.peak <= planned <= 1.15 * watch.peak
 
 
-def test_64_pictures_of_the_largest_256_pixel_model_take_at_most_26_gigabytes():
+def test_64_pictures_of_the_largest_256_pixel_model_take_at_most_26_gigabytes(monkeypatch):
     models = released(30)
-    assert batch_bytes(*models, SampleConfig(), 64) + model_bytes(*models) <= 26e9
+    with pretended(monkeypatch, *models):
+        assert batch_bytes(*models, SampleConfig(), 64) + model_bytes(*models) <= 26e9
+
+
+def test_batches_follow_from_the_gpu_not_from_what_others_leave_of_it(monkeypatch):
+    models, free = released(30), iter([80e9, 3e9, 10e9])
+    whole = {"whole": 80e9}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), whole["whole"]))
+    with pretended(monkeypatch, *models):
+        assert [memory.fitting_batch(*models, SampleConfig()) for _ in range(2)] == [256, 256]
+        whole["whole"] = 10e9
+        assert memory.fitting_batch(*models, SampleConfig()) == 8
 
 
 def test_operations_are_as_many_as_they_must_be(monkeypatch):

@@ -1,11 +1,15 @@
 """How much of a GPU's memory a batch takes, and so how large batches may be.
 
-Counted is what the loop allocates with `models.fused`; what libraries need for themselves comes on top.
+Counted is what the loop allocates; what libraries need for themselves comes on top.
 """
+
+from typing import Any
 
 import torch
 
 from varcli.config import SampleConfig
+from varcli.models.fused import fusible
+from varcli.models.quantized import Int8Linear
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.devices import block_weight
@@ -15,17 +19,21 @@ LARGEST_BATCH = 256
 """Beyond it nothing gets faster."""
 
 PLANNED = 0.85
-"""The part of free memory that batches may fill; the rest is for libraries and for what lies in pieces."""
+"""The part of the memory that models and batches may fill; the rest is for libraries and for what lies in pieces."""
 
 
 def fitting_batch(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig) -> int:
-    """Return how many pictures should fit into a GPU's free memory, a power of two; too many are halved later."""
+    """Return how many pictures should fit into a GPU's memory, a power of two; too many are halved later.
+
+    It is the whole memory, not what others leave free of it: in 16 bits the pictures depend on the size of their
+    batch, and are to be the same each time on the same machine.
+    """
     device = block_weight(transformer).device
     if device.type != "cuda":
         return 16
-    free, _ = torch.cuda.mem_get_info(device)
-    count = LARGEST_BATCH
-    while count > 1 and batch_bytes(tokenizer, transformer, config, count) > PLANNED * free:
+    _, whole = torch.cuda.mem_get_info(device)
+    room, count = PLANNED * whole - model_bytes(tokenizer, transformer), LARGEST_BATCH
+    while count > 1 and batch_bytes(tokenizer, transformer, config, count) > room:
         count //= 2
     return count
 
@@ -40,7 +48,8 @@ def batch_bytes(tokenizer: Tokenizer, transformer: Transformer, config: SampleCo
     """Return what a batch of pictures takes at most at one time, recorded, besides the models."""
     shape, size = transformer.config, block_weight(transformer).element_size()
     rows, last = 2 * count if config.cfg > 0 else count, shape.sides[-1] ** 2
-    kept_tokens = shape.depth * (shape.length - last) + shape.length
+    fused = fusible(transformer)
+    kept_tokens = shape.depth * (shape.length - last) + shape.length if fused else shape.depth * shape.length
     cache = 2 * rows * kept_tokens * shape.width * size
     modulations = rows * shape.depth * 6 * shape.width * (4 + size)
     logits = count * shape.length * shape.codebook_size * 4
@@ -49,11 +58,19 @@ def batch_bytes(tokenizer: Tokenizer, transformer: Transformer, config: SampleCo
         + modulations
         + logits
         + max(
-            rows * last * shape.width * (2 * 4 + 5 * size),  # residual stream, and the feed-forward's inside
+            rows * last * shape.width * _block_bytes(transformer),
             count * last * (config.top_k or shape.codebook_size) * 40,  # a draw
             min(count, DECODED_AT_ONCE) * _decoder_bytes(tokenizer),
         )
     )
+
+
+def _block_bytes(transformer: Transformer) -> int:
+    """Return what a block takes at most for one feature of one token, the residual stream included, in 16 bits."""
+    block: Any = transformer.blocks[0]
+    if isinstance(block.ffn.fc1, Int8Linear):
+        return 58  # four times the width in float32 again and again: magnitudes, quotients, products
+    return 2 * 4 + 5 * 2 if fusible(transformer) else 30
 
 
 def _decoder_bytes(tokenizer: Tokenizer) -> int:
