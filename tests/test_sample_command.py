@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -351,6 +352,27 @@ def test_the_best_go_on_too(sample, redness, capsys):
     sample(*asked, "--resume")
     assert "nothing left to do; 4 of 4 pictures were there" in capsys.readouterr().err
     assert Path("best.npz").read_bytes() == before
+
+
+def test_two_processes_judge_together(sample, redness):
+    asked = ["-c", "207,963,985", "-n", "1", "--best", "0.5", "--classifier", str(redness), "--dtype", "fp32"]
+    sample(*asked, "-o", "alone.npz")
+    command = [
+        sys.executable,
+        "-m",
+        "varcli",
+        "sample",
+        "--device",
+        "cpu",
+        *asked,
+        "-o",
+        "together.npz",
+        "--nproc",
+        "2",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command, check=True, timeout=300, env=environment)
+    assert Path("together.npz").read_bytes() == Path("alone.npz").read_bytes()
 
 
 @pytest.mark.parametrize("wanted", ["none", "random"])

@@ -5,6 +5,7 @@ Shapes: N pictures of H × W pixels.
 
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -127,8 +128,12 @@ def _labels(stored: zipfile.ZipFile, count: int) -> list[ClassEntry | None]:
 
 
 def _digests(pixels_NHW3: NDArray[np.uint8]) -> list[str]:
-    """Return for each picture what stands for its name."""
+    """Return for each picture what stands for its name; equal ones are counted."""
+    rows = pixels_NHW3.reshape(len(pixels_NHW3), -1)
+    seen: Counter[str] = Counter()
+    names = []
     with ThreadPoolExecutor() as pool:
-        return list(
-            pool.map(lambda row: blake2b(row, digest_size=16).hexdigest(), pixels_NHW3.reshape(len(pixels_NHW3), -1))
-        )
+        for digest in pool.map(lambda row: blake2b(row, digest_size=16).hexdigest(), rows):
+            names.append(f"{digest}-{seen[digest]}")
+            seen[digest] += 1
+    return names
