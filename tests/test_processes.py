@@ -60,10 +60,35 @@ def test_one_process_is_its_own_group():
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     group = Group(rank=5, count=8, local_rank=1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert group.device("auto") == "auto"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert group.device("auto") == group.device("cuda") == "cuda:1"
     assert group.device("cpu") == "cpu" and group.device("cuda:3") == "cuda:3"
+
+
+@pytest.mark.parametrize(("gpus", "own"), [(8, 5), (2, 1), (1, 0)])
+def test_processes_share_gpus_where_they_are_more(monkeypatch, gpus, own):
+    """Or where a launcher shows each its own alone; what torch takes for current is the one that is named."""
+    current = []
+    numbers = {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}
+    stubs = {
+        "torch.cuda.is_available": lambda: True,
+        "torch.cuda.device_count": lambda: gpus,
+        "torch.cuda.set_device": current.append,
+        "varcli.processes._end_with_launcher": lambda: None,
+        **{f"torch.distributed.{name}": lambda *_, **__: None for name in TALK},
+    }
+    for name, value in numbers.items():
+        monkeypatch.setenv(name, value)
+    for name, stub in stubs.items():
+        monkeypatch.setattr(name, stub)
+    with joined() as group:
+        assert group.device("auto") == f"cuda:{own}"
+    assert current == [f"cuda:{own}"]
+
+
+TALK = ("init_process_group", "gather_object", "destroy_process_group")
 
 
 def test_an_error_is_handed_up_only_to_a_launcher(tmp_path, monkeypatch):

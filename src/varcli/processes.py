@@ -142,12 +142,15 @@ class Group:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """Return the name of this process's device: of several GPUs, each process has its own."""
+        """Return the name of this process's device: of several GPUs, each process has its own.
+
+        They share them if they are more. A launcher may show each its own alone, as the only one there is.
+        """
         if self.count == 1 or name not in ("auto", "cuda"):
             return name
         import torch  # noqa: PLC0415
 
-        return f"cuda:{self.local_rank}" if torch.cuda.is_available() else name
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else name
 
     def share(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield this process's items: every `count`-th of them, beginning with the `rank`-th."""
@@ -208,7 +211,7 @@ def joined() -> Iterator[Group]:
     backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(group.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(group.device("cuda"))
     _end_with_launcher()
     with _others_expected():
         dist.init_process_group(backend, timeout=_PATIENCE)
