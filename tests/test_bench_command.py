@@ -38,10 +38,11 @@ def test_tables_in_a_pipe(bench):
     named = {row[0]: row[1:] for row in rows}
     assert named["precision"] == ["fp32", "fp32", "fp32"]
     assert named["pictures at a time"] == ["1", "1", "1"]
+    assert named["CUDA graphs"] == ["no", "no", "no"]
     assert all(float(cell) > 0 for cell in named["seconds a picture"])
     assert named["times varcli's"][0] == "1"
     assert {
-        "pictures a second",
+        "pictures a second, one batch alone",
         "latency p50, s",
         "latency p90, s",
         "latency p99, s",
@@ -81,6 +82,7 @@ def test_json_is_one_object(bench, model):
         "operations",
         "matmul_rate",
         "matmul_fraction",
+        "recorded",
         "stages",
     }
     assert (ours["sampler"], raster["sampler"], ours["precision"]) == ("varcli", "raster", "bf16")

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
-from varcli.benchmarking import machine, rounds, stopwatch
+from varcli.benchmarking import contestants, machine, rounds, stopwatch
 from varcli.benchmarking.contestants import Contestant, plain_twin, raster_scan, varcli
 from varcli.benchmarking.figures import figures, percentile
 from varcli.benchmarking.machine import matmul_rate, peak_bytes
@@ -25,6 +25,7 @@ from varcli.errors import RunError
 from varcli.models.attention import KeyValueCache
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
+from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import place
 
 CPU = torch.device("cpu")
@@ -213,8 +214,8 @@ def turns(*lengths):
 
 
 def test_figures_are_of_one_picture_and_medians(clock):
-    contestants = [runner("varcli", clock, [], 0, batch=4), runner("plain", clock, [], 0)]
-    first, second = figures(contestants, Contest([turns(2, 4, 12), turns(3, 30, 3)], [200, 50]))
+    both = [runner("varcli", clock, [], 0, batch=4), runner("plain", clock, [], 0)]
+    first, second = figures(both, Contest([turns(2, 4, 12), turns(3, 30, 3)], [200, 50]))
     assert (first.seconds_per_picture, first.pictures_per_second, first.times_varcli) == (1.0, 1.0, 1.0)
     assert (second.seconds_per_picture, second.times_varcli) == (3.0, 3.0)
     assert first.latency == {"p50": 4, "p90": pytest.approx(10.4), "p99": pytest.approx(11.84)}
@@ -250,6 +251,27 @@ def test_contestants_make_pictures_and_mark_every_phase():
         assert marks.count("transformer") == marks.count("drawing") == 2 * steps or contestant is raster
         assert set(contestant.operations) == {("decoder", ""), *(("transformer", step) for step in contestant.steps)}
     assert ours.batch == raster.batch == plain.batch == 1  # on a CPU pictures are made one by one
+
+
+def test_a_recording_that_fails_is_told_of(monkeypatch):
+    def refused(step):
+        raise RuntimeError("operation not permitted\n when stream is capturing")
+
+    class Recording(BatchSampler):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.recorder = lambda: refused
+
+    monkeypatch.setattr(contestants, "BatchSampler", Recording)
+    for made_by in (varcli, raster_scan):
+        told, models = [], made()
+        contestant = made_by(models, SampleConfig(), "bf16", 1, told.append)
+        assert contestant.recorded()
+        for seed in range(3):
+            contestant.make([seed], lambda phase: None)
+        assert not contestant.recorded()
+        (line,) = told
+        assert line.startswith("CUDA graphs: cannot be recorded here") and "permitted when stream" in line
 
 
 def test_varcli_and_plain_draw_the_same_pictures():

@@ -14,13 +14,18 @@ from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling import plain
-from varcli.sampling.batches import BatchSampler
+from varcli.sampling.batches import BatchSampler, not_recorded
 from varcli.sampling.graphs import Recorded
 from varcli.sampling.raster import scan
 from varcli.sampling.sampler import DIRECT, Pixels, decode
 
 Models = tuple[Tokenizer, Transformer]
 Mark = Callable[[str], None]
+Note = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +42,8 @@ class Contestant:
     """Floating-point operations a picture, by phase and step."""
     make: Callable[[Sequence[int], Mark], Sequence[Pixels]]
     """Makes one picture (P, P, 3) a seed, and marks the end of each "transformer", "drawing" and "decoder"."""
+    recorded: Callable[[], bool] = lambda: False
+    """Tells whether its steps are CUDA graphs, or are going to be after the first batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +54,9 @@ class Wanted:
     seed: int
 
 
-def varcli(models: Models, config: SampleConfig, precision: str, batch: int) -> Contestant:
+def varcli(models: Models, config: SampleConfig, precision: str, batch: int, note: Note = _silent) -> Contestant:
     """Return the sampler of `var sample`, for models made ready by `devices.place`."""
-    sampler = BatchSampler(*models, config, batch)
+    sampler = BatchSampler(*models, config, batch, note)
     together = sampler.batch_size
 
     def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
@@ -61,24 +68,37 @@ def varcli(models: Models, config: SampleConfig, precision: str, batch: int) -> 
             raise RunError(f"memory: {together} pictures at a time; --batch-size {sampler.batch_size} fits")
         return pixels
 
-    return Contestant(name="varcli", precision=precision, batch=together, make=make, **_scales(models, config))
+    return Contestant(
+        name="varcli",
+        precision=precision,
+        batch=together,
+        make=make,
+        recorded=lambda: sampler.recorder is not None,
+        **_scales(models, config),
+    )
 
 
-def raster_scan(models: Models, config: SampleConfig, precision: str, batch: int) -> Contestant:
+def raster_scan(models: Models, config: SampleConfig, precision: str, batch: int, note: Note = _silent) -> Contestant:
     """Return the raster-scan baseline, for the same models, its steps recorded where varcli's are."""
     sampler = BatchSampler(*models, config, batch)
-    runner = DIRECT if sampler.recorder is None else Recorded(sampler.recorder(), lambda error: None)
+    runner = None if sampler.recorder is None else Recorded(sampler.recorder(), lambda error: note(not_recorded(error)))
 
     def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
-        f_BCHW = scan(*models, _rows(models, seeds), seeds, config, mark=mark, runner=runner)
+        f_BCHW = scan(*models, _rows(models, seeds), seeds, config, mark=mark, runner=runner or DIRECT)
         pixels_BPP3 = decode(models[0], f_BCHW)
         mark("decoder")
         return list(pixels_BPP3)
 
     tokens = models[1].config.sides[-1] ** 2
     steps = {f"{tokens} tokens": [1] * tokens}
-    work = _work(models, config, steps)
-    return Contestant(name="raster", precision=precision, batch=sampler.batch_size, make=make, **work)
+    return Contestant(
+        name="raster",
+        precision=precision,
+        batch=sampler.batch_size,
+        make=make,
+        recorded=lambda: runner is not None and runner.recording,
+        **_work(models, config, steps),
+    )
 
 
 def plain_twin(models: Models, config: SampleConfig) -> Contestant:

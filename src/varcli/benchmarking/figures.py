@@ -43,6 +43,7 @@ class Figures:
     seconds_per_picture: float
     """Median over the rounds, from the first number to the last pixel; no PNG yet."""
     pictures_per_second: float
+    """Of batches with nothing else under way: the inverse of that. One after the other they overlap, and give more."""
     latency: Mapping[str, float]
     """Seconds until a batch is there: p50, p90 and p99 over the rounds."""
     times_varcli: float
@@ -53,6 +54,8 @@ class Figures:
     """Floating-point operations a second of plain matrix products in this precision, measured in every round."""
     matmul_fraction: float
     """Operations a second, as a fraction of that."""
+    recorded: bool
+    """Whether its steps were played as CUDA graphs."""
     stages: Sequence[Stage]
     """For one picture. Each time is a median of its own, so that they add up to the whole only about."""
 
@@ -83,6 +86,7 @@ def figures(contestants: Sequence["Contestant"], contest: "Contest") -> list[Fig
                 operations=operations,
                 matmul_rate=rate,
                 matmul_fraction=operations / seconds / rate,
+                recorded=contestant.recorded(),
                 stages=_stages(contestant, rounds, rate),
             )
         )

@@ -45,22 +45,27 @@ class Plan:
         return (1 + len(self.others)) * (warm_ups(self.device) + self.rounds)
 
 
-def measure(plan: Plan, advance: Callable[[], None]) -> Benchmark:
-    """Return what a picture costs; `advance` is called after each batch.
+def measure(plan: Plan, advance: Callable[[], None], note: Callable[[str], None] = lambda line: None) -> Benchmark:
+    """Return what a picture costs.
+
+    Args:
+        plan: what to measure.
+        advance: called after each batch.
+        note: told, in a line, what makes this slower than it might be.
 
     Raises:
         RunError: memory does not suffice.
     """
     models = plan.load()
     place(*models, plan.device, plan.precision)
-    contestants = [varcli(models, plan.config, plan.precision, plan.batch)]
+    contestants = [varcli(models, plan.config, plan.precision, plan.batch, note)]
     warm_up(contestants[0], plan.device, advance)
     most = peak_bytes(plan.device)
     for other in plan.others:
         if other == "plain":
             contestants.append(plain_twin(as_loaded(plan), plan.config))
         else:
-            contestants.append(raster_scan(models, plan.config, plan.precision, plan.batch))
+            contestants.append(raster_scan(models, plan.config, plan.precision, plan.batch, note))
         warm_up(contestants[-1], plan.device, advance)
     contest = take_turns(contestants, plan.device, plan.rounds, advance)
     return Benchmark(hardware=hardware(plan.device), peak_bytes=most, samplers=figures(contestants, contest))

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from varcli import __version__
+from varcli.benchmarking.figures import PHASES, Figures
+from varcli.benchmarking.panels import panels
 from varcli.checkpoints.registry import find
 from varcli.commands import options
 from varcli.commands.settings import settings
-from varcli.data.charts import digits
+from varcli.data.charts import digits, png
 from varcli.errors import UsageError
-from varcli.reporting import progress, result, table
+from varcli.reporting import notes, progress, result, table
 
 if TYPE_CHECKING:
     from varcli.benchmarking.contestants import Models
-    from varcli.benchmarking.figures import Figures
     from varcli.benchmarking.measurement import Benchmark
 
 Random = Annotated[
@@ -79,7 +80,7 @@ def bench(  # noqa: PLR0917 - options are given by name
         rounds=rounds,
     )
     with progress("batches", plan.batches, quiet) as advance:
-        found = measure(plan, advance)
+        found = measure(plan, advance, notes(quiet))
     if as_json:
         facts = {"checkpoint": checkpoint, "random": random, "settings": asdict(config), "rounds": rounds}
         result(
@@ -135,9 +136,10 @@ def _totals(found: "Benchmark") -> list[list[str]]:
         ["machine", found.hardware],
         ["precision", *(one.precision for one in each)],
         ["pictures at a time", *(str(one.batch_size) for one in each)],
+        ["CUDA graphs", *("yes" if one.recorded else "no" for one in each)],
         ["seconds a picture", *(digits(one.seconds_per_picture) for one in each)],
         ["times varcli's", *(digits(one.times_varcli) for one in each)],
-        ["pictures a second", *(digits(one.pictures_per_second) for one in each)],
+        ["pictures a second, one batch alone", *(digits(one.pictures_per_second) for one in each)],
         *([f"latency {name}, s", *(digits(one.latency[name]) for one in each)] for name in each[0].latency),
         ["GFLOP a picture", *(digits(one.operations / 1e9) for one in each)],
         ["matmul here, GFLOP/s", *(digits(one.matmul_rate / 1e9) for one in each)],
@@ -146,10 +148,8 @@ def _totals(found: "Benchmark") -> list[list[str]]:
     ]
 
 
-def _stages(samplers: Sequence["Figures"]) -> list[list[str]]:
+def _stages(samplers: Sequence[Figures]) -> list[list[str]]:
     """Return a row a stage: milliseconds of each sampler; operations, and their rate in the first that has it."""
-    from varcli.benchmarking.figures import PHASES  # noqa: PLC0415 - torch
-
     columns = [{stage.name: stage for stage in each.stages} for each in samplers]
     phases = {name: PHASES.index(stage.phase) for column in columns for name, stage in column.items()}
     rows = []
@@ -169,8 +169,6 @@ def _filled(row: list[str], columns: int) -> list[str]:
 
 def _draw(out: Path, title: str, found: "Benchmark") -> None:
     """Write the chart."""
-    from varcli.benchmarking.panels import panels  # noqa: PLC0415 - matplotlib, in the end
-    from varcli.data.charts import png  # noqa: PLC0415
     from varcli.data.images import write_atomically  # noqa: PLC0415 - Pillow
 
     write_atomically(out, png(*panels(title, found.samplers)))

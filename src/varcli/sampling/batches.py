@@ -129,7 +129,7 @@ class BatchSampler:
             self._forget_recordings()  # those of other sizes, as one that found no memory keeps nothing
             begun = self._attempt(group, size)
         if begun is None and size == 1 and self.recorder is not None:
-            self._stop_recording("memory")
+            self._stop_recording(RuntimeError("out of memory"))
             begun = self._attempt(group, size)
         if begun is not None:
             yield begun
@@ -171,17 +171,20 @@ class BatchSampler:
             return DIRECT
         self.record = self.record or self.recorder()
         if size not in self.runners:
-            self.runners[size] = Recorded(self.record, self._not_recorded)
+            self.runners[size] = Recorded(self.record, self._stop_recording)
         return self.runners[size]
 
-    def _not_recorded(self, error: RuntimeError) -> None:
-        self._stop_recording(" ".join(str(error).split()))
-
-    def _stop_recording(self, reason: str) -> None:
+    def _stop_recording(self, error: RuntimeError) -> None:
         """Run everything as it is from now on, and say so."""
         self.recorder = None
         self._forget_recordings()
-        self.note(f"CUDA graphs: cannot be recorded here, small batches will be slower ({reason})")
+        self.note(not_recorded(error))
+
+
+def not_recorded(error: RuntimeError) -> str:
+    """Return a line for people about a failed recording."""
+    reason = " ".join(str(error).split())
+    return f"CUDA graphs: cannot be recorded here, small batches will be slower ({reason})"
 
 
 def padded_size(count: int, largest: int) -> int:
