@@ -15,12 +15,14 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from sampling import CONFIG, Models, Wanted, random_d16
+from sampling import CONFIG
 from tables import print_rows
 from torch import Tensor
 
+from varcli.benchmarking.contestants import Models, Wanted
 from varcli.checkpoints.registry import find
 from varcli.checkpoints.store import load_model
+from varcli.checkpoints.untrained import untrained
 from varcli.config import DRAFTS, SampleConfig
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import pick_device, pick_dtype, place, synchronize
@@ -118,7 +120,7 @@ def main() -> None:
     given = parser.parse_args()
     device = pick_device(given.device)
     checkpoint = load_model(find(given.checkpoint)) if given.checkpoint else None
-    models = (checkpoint.tokenizer, checkpoint.transformer) if checkpoint else random_d16()
+    models = (checkpoint.tokenizer, checkpoint.transformer) if checkpoint else untrained("var-d16")
     place(*models, device, pick_dtype(given.dtype, device))
     rows = measure(models, given.pictures, given.rounds)
     print_rows([{"model": given.checkpoint or "d16 at 256 px"} | row for row in rows], as_json=given.json)

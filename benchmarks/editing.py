@@ -14,11 +14,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sampling import CONFIG, CPU, Models, Wanted, random_d16
+from sampling import CONFIG, CPU
 from tables import print_rows
 
+from varcli.benchmarking.contestants import Models, Wanted
 from varcli.checkpoints.registry import find
 from varcli.checkpoints.store import load_model
+from varcli.checkpoints.untrained import untrained
 from varcli.data.masks import box_mask
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import place
@@ -69,7 +71,7 @@ def main() -> None:
         checkpoint = load_model(find(given.checkpoint))
         models = (checkpoint.tokenizer, checkpoint.transformer)
     else:
-        models = random_d16()
+        models = untrained("var-d16")
     with torch.inference_mode():
         row = {"model": given.checkpoint or "d16 at 256 px"} | measure(models, given.rounds)
     print_rows([row], as_json=given.json)

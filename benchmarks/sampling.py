@@ -18,47 +18,25 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from tables import print_rows
 
+from varcli.benchmarking.contestants import Models, Wanted
 from varcli.benchmarking.machine import matmul_rate
 from varcli.benchmarking.operations import decoder_operations, transformer_operations
 from varcli.checkpoints.registry import find
-from varcli.checkpoints.store import load_model, without_initialization
-from varcli.config import PRESETS, TokenizerConfig, TransformerConfig
+from varcli.checkpoints.store import load_model
+from varcli.checkpoints.untrained import untrained
+from varcli.config import PRESETS
 from varcli.errors import UsageError
-from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import check_int8, pick_device, place
 from varcli.sampling.plain import sample as plain_sample
 from varcli.sampling.sampler import generate
-from varcli.scales import GRID_256
 
 CONFIG = PRESETS["metrics"]
 CPU = torch.device("cpu")
-Models = tuple[Tokenizer, Transformer]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A picture to be made."""
-
-    row: int
-    seed: int
-
-
-def random_d16() -> Models:
-    """Return models of the released d16's shape; random weights cost what trained ones cost."""
-    shape = TransformerConfig(depth=16, width=1024, sides=GRID_256, codebook_size=4096, codebook_width=32)
-    with without_initialization():
-        tokenizer, transformer = Tokenizer(TokenizerConfig()), Transformer(shape)
-    with torch.no_grad():
-        for parameter in [*tokenizer.parameters(), *transformer.parameters()]:
-            parameter.normal_(0, 0.02)
-    return tokenizer.eval(), transformer.eval()
 
 
 def variants(plain: Models, batches: Sequence[int]) -> dict[tuple[str, str, int], Callable[[int], object]]:
@@ -177,7 +155,7 @@ def main() -> None:
         checkpoint = load_model(find(given.checkpoint))
         models = (checkpoint.tokenizer, checkpoint.transformer)
     else:
-        models = random_d16()
+        models = untrained("var-d16")
     if given.differing:
         rows = differing(models, given.differing, pick_device(given.device))
     else:

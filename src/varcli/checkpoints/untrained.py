@@ -9,19 +9,25 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.scales import GRID_256, GRID_512
 
+Models = tuple[Tokenizer, Transformer]
+
 SHARED_DEPTH = 36
 """The depth at which the released models share one modulation among all blocks."""
 DEVIATION = 0.02
 """Of the random weights; small enough that nothing overflows in 16 bits."""
 
 
-def untrained(checkpoint: str) -> tuple[Tokenizer, Transformer]:
+def untrained(checkpoint: str) -> Models:
     """Return both models of a checkpoint in evaluation mode, with the same random weights every time.
 
     Raises:
         CheckpointError: no checkpoint has this name, or the file cannot be read.
     """
-    tokenizer_config, transformer_config = shapes(checkpoint)
+    return randomized(*shapes(checkpoint))
+
+
+def randomized(tokenizer_config: TokenizerConfig, transformer_config: TransformerConfig) -> Models:
+    """Return both models of any shape in evaluation mode, with the same random weights every time."""
     with without_initialization():
         tokenizer, transformer = Tokenizer(tokenizer_config), Transformer(transformer_config)
     source = torch.Generator().manual_seed(0)
