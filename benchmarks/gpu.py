@@ -10,14 +10,17 @@ recorded     what `var sample` does: fused blocks, CUDA graphs, pixels fetched w
 eager        the same without graphs
 plain blocks the same without fused blocks either: the readable loop, in batches
 plain twin   the specification: one picture at a time in float32, without a cache
+int8, draft … what `--quantize int8` and each `--draft` make of `recorded`
+raster       the same transformer token by token, recorded: the baseline of `var bench --vs raster`
 
 `latency` is from the request to the last pixel with nothing else under way, `pictures/s` is with batches one after
-the other, `MFU` their operations (see `varcli/benchmarking/operations.py`) over those of plain matrix products,
-`times plain` is over the plain twin at batch 1 and over plain blocks beyond.
+the other, `MFU` their operations (see `varcli/benchmarking/operations.py`) over those of plain matrix products, which
+are measured in every round, `times plain` is over the plain twin at batch 1 and over plain blocks beyond, `times
+recorded` over `recorded` of the same rounds. `peak` is of memory with the models and `recorded` alone on the GPU.
 """
 
 import argparse
-import copy
+import gc
 import json
 import platform
 import statistics
@@ -33,35 +36,24 @@ from unittest import mock
 import torch
 from tables import print_rows
 
+from varcli.benchmarking.contestants import Models, Wanted, raster_scan
 from varcli.benchmarking.machine import hardware, matmul_rate
 from varcli.benchmarking.operations import decoder_operations, transformer_operations
-from varcli.checkpoints.store import without_initialization
-from varcli.config import PRESETS, TokenizerConfig, TransformerConfig
+from varcli.checkpoints.untrained import randomized, shapes
+from varcli.config import DRAFTS, PRESETS, SampleConfig
 from varcli.data.images import Provenance
 from varcli.data.outputs import open_output
 from varcli.data.writing import Writer
-from varcli.errors import RunError
-from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
+from varcli.errors import RunError, UsageError
 from varcli.sampling import plain, sampler, scale_model
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import pick_device, pick_dtype, place, synchronize
-from varcli.scales import GRID_256
 
 CONFIG = PRESETS["metrics"]
-Models = tuple[Tokenizer, Transformer]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A picture to be made."""
-
-    row: int
-    seed: int
-    made: Provenance = Provenance(  # noqa: RUF009 - frozen
-        checkpoint="random", checkpoint_sha256="0" * 64, class_id=None, class_name="none", seed=0, cfg=1.5, top_k=900,
-        top_p=0.96, smooth=False, device="cuda", dtype="bf16", version="0",
-    )  # fmt: skip
+STREAM = 3
+"""Batches one after the other."""
+Make = Callable[[int, int], None]
+"""Makes so many pictures, from a seed on."""
 
 
 class TooLargeError(Exception):
@@ -78,28 +70,21 @@ class Run:
     seconds: float
     """For each way at each size of batch, and not less than three rounds."""
 
-    def models(self, depth: int) -> Models:
+    def models(self, depth: int, precision: str | None = None) -> Models:
         """Return models of a released shape, or of none for a quick run, with random weights, in place."""
-        tokenizer, transformer = random_models(depth, self.quick)
-        place(tokenizer, transformer, self.device, self.precision)
-        return tokenizer, transformer
+        models = random_models(depth, self.quick)
+        place(*models, self.device, precision or self.precision)
+        return models
 
 
 def random_models(depth: int, quick: bool) -> Models:
     """Return models of a released shape with random weights."""
-    shape = {"sides": (1, 2, 4) if quick else GRID_256, "codebook_size": 64 if quick else 4096}
-    sizes = {"base_width": 32, "multipliers": (1, 1)} if quick else {}
-    width = 64 if quick else 64 * depth
-    with without_initialization():
-        tokenizer = Tokenizer(TokenizerConfig(**shape, **sizes))
-        transformer = Transformer(
-            TransformerConfig(depth=2 if quick else depth, width=width, codebook_width=32, **shape)
-        )
-    source = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in [*tokenizer.parameters(), *transformer.parameters()]:
-            parameter.normal_(0, 0.02, generator=source)
-    return tokenizer.eval(), transformer.eval()
+    tokenizer, transformer = shapes(f"var-d{depth}")
+    if quick:
+        small = {"sides": (1, 2, 4), "codebook_size": 64}
+        tokenizer = replace(tokenizer, base_width=32, multipliers=(1, 1), **small)
+        transformer = replace(transformer, depth=2, width=64, **small)
+    return randomized(tokenizer, transformer)
 
 
 @contextmanager
@@ -114,30 +99,54 @@ def requests(models: Models, count: int, first: int) -> list[Wanted]:
     return [Wanted(seed % models[1].config.class_count, seed) for seed in range(first, first + count)]
 
 
-def ways(models: Models, twin: Models | None, batch: int) -> dict[str, Callable[[int, int], None]]:
-    """Return what makes so many pictures, from a seed on, in each way."""
-    recorded, eager, plain_ones = (BatchSampler(*models, CONFIG, batch) for _ in range(3))
-    eager.recorder = plain_ones.recorder = None
+def sampling(models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:
+    """Return what makes pictures as `var sample` does, with or without graphs."""
+    used = BatchSampler(*models, config, batch)
+    used.recorder = used.recorder if graphs else None
 
-    def through(used: BatchSampler) -> Callable[[int, int], None]:
-        def make(count: int, first: int) -> None:
-            for _ in used.pictures(requests(models, count, first)):
-                pass
-            if used.batch_size < batch and models[1].pos_start.is_cuda:
-                raise TooLargeError
+    def make(count: int, first: int) -> None:
+        for _ in used.pictures(requests(models, count, first)):
+            pass
+        if used.batch_size < batch and models[1].pos_start.is_cuda:
+            raise TooLargeError
 
-        return make
+    return make
 
-    def make_plainly(count: int, first: int) -> None:
+
+def sampling_plainly(models: Models, batch: int) -> Make:
+    """Return the same without fused blocks."""
+    eager = sampling(models, batch, graphs=False)
+
+    def make(count: int, first: int) -> None:
         with plain_blocks():
-            through(plain_ones)(count, first)
+            eager(count, first)
 
-    def make_by_twin(count: int, first: int) -> None:
-        for wanted in requests(models, count, first):
-            plain.sample(*twin, wanted.row, wanted.seed, CONFIG)[1].cpu()
+    return make
 
-    found = {"recorded": through(recorded), "eager": through(eager), "plain blocks": make_plainly}
-    return found | ({"plain twin": make_by_twin} if twin else {})
+
+def twin(run: Run, depth: int) -> Make:
+    """Return the plain twin, whose models are made when it is first needed."""
+    kept: list[Models] = []
+
+    def make(count: int, first: int) -> None:
+        if not kept:
+            tokenizer, transformer = random_models(depth, run.quick)
+            kept.append((tokenizer.to(run.device), transformer.to(run.device)))
+        for wanted in requests(kept[0], count, first):
+            plain.sample(*kept[0], wanted.row, wanted.seed, CONFIG)[1].cpu()
+
+    return make
+
+
+def raster(run: Run, models: Models, batch: int) -> Make:
+    """Return the baseline in raster order."""
+    contestant = raster_scan(models, CONFIG, run.precision, batch, lambda line: sys.stderr.write(f"raster: {line}\n"))
+
+    def make(count: int, first: int) -> None:
+        for seed in range(first, first + count, contestant.batch):
+            contestant.make(range(seed, seed + contestant.batch), lambda phase: None)
+
+    return make
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> float:
@@ -149,58 +158,121 @@ def timed(device: torch.device, work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(  # noqa: PLR0917
-    run: Run, name: str, models: Models, twin: Models | None, batch: int, rate: float
-) -> list[dict[str, object]]:
-    """Return a row a way to make pictures of a model in batches of one size; none if they do not fit."""
+def measure(run: Run, name: str, models: Models, batch: int, makers: dict[str, Make]) -> list[dict[str, object]]:
+    """Return a row a way to make pictures in batches of one size, "recorded" first; none if they do not fit."""
     try:
-        return measured(run, name, models, twin, batch, rate)
-    except (TooLargeError, RunError):
-        sys.stderr.write(f"{name}: {batch} pictures at a time do not fit into memory\n")
+        return rows(run, name, models, batch, measured(run, batch, makers))
+    except (TooLargeError, RunError, torch.OutOfMemoryError):
+        sys.stderr.write(f"{name}: {batch} pictures at a time do not fit into memory: {', '.join(makers)}\n")
         return []
 
 
-def measured(  # noqa: PLR0917
-    run: Run, name: str, models: Models, twin: Models | None, batch: int, rate: float
-) -> list[dict[str, object]]:
-    """Return the same, failing if they do not fit."""
-    makers, streams = ways(models, twin, batch), 3
-    latency: dict[str, list[float]] = {way: [] for way in makers}
-    throughput: dict[str, list[float]] = {way: [] for way in makers}
-    peak: dict[str, float] = {}
-    if run.device.type == "cuda":
+@dataclass(frozen=True)
+class Taken:
+    """What the rounds gave."""
+
+    latency: dict[str, list[float]]
+    """Seconds, of each way."""
+    throughput: dict[str, list[float]]
+    """Seconds a picture, of each way."""
+    rates: list[float]
+    """Of matrix products, one a round."""
+    peak: float | None
+    """Gigabytes of the first way, before any other was run."""
+
+
+def measured(run: Run, batch: int, makers: dict[str, Make]) -> Taken:
+    """Return what the ways took, taking turns; TooLargeError if they do not fit."""
+    taken = Taken({way: [] for way in makers}, {way: [] for way in makers}, [], warm_up(run, batch, makers))
+    until = time.perf_counter() + run.seconds * len(makers)
+    while time.perf_counter() < until or len(taken.rates) < 3:
+        for way, make in makers.items():
+            taken.latency[way].append(timed(run.device, lambda make=make: make(batch, 0)))
+            many = STREAM * batch
+            taken.throughput[way].append(timed(run.device, lambda make=make, many=many: make(many, 0)) / many)
+        taken.rates.append(matmul_rate(run.device, run.precision))
+    return taken
+
+
+def warm_up(run: Run, batch: int, makers: dict[str, Make]) -> float | None:
+    """Make the batches that nobody counts; return what memory the first way takes."""
+    on_gpu, peak = run.device.type == "cuda", None
+    gc.collect()  # samplers of before and their recordings refer to each other
+    if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(run.device)
     for make in makers.values():
         make(batch, 0), make(batch, 0), make(batch, 0)  # the second one records
-        if run.device.type == "cuda":
-            peak.setdefault("recorded", torch.cuda.max_memory_allocated(run.device) / 1e9)  # later ones come on top
-    until = time.perf_counter() + run.seconds * len(makers)
-    while time.perf_counter() < until or len(latency["recorded"]) < 3:
-        for way, make in makers.items():
-            latency[way].append(timed(run.device, lambda make=make: make(batch, 0)))
-            throughput[way].append(timed(run.device, lambda make=make: make(streams * batch, 0)) / (streams * batch))
-    counts = [side * side for side in models[1].config.sides]
-    operations = sum(transformer_operations(models[1].config, counts, guided=True)) + decoder_operations(
-        models[0].config
-    )
-    slowest = statistics.median(throughput["plain twin" if twin else "plain blocks"])
-    rows = []
-    for way in makers:
-        seconds = statistics.median(throughput[way])
-        rows.append(
+        if on_gpu and peak is None:
+            peak = torch.cuda.max_memory_allocated(run.device) / 1e9
+    return peak
+
+
+def rows(run: Run, name: str, models: Models, batch: int, taken: Taken) -> list[dict[str, object]]:
+    """Return what there is to say of each way."""
+    config = models[1].config
+    tokens = {"raster": [1] * config.sides[-1] ** 2}
+    medians = {way: statistics.median(seconds) for way, seconds in taken.throughput.items()}
+    slowest = medians.get("plain twin", medians.get("plain blocks"))
+    rate, found = statistics.median(taken.rates), []
+    for way, seconds in medians.items():
+        counts = tokens.get(way, [side * side for side in config.sides])
+        operations = sum(transformer_operations(config, counts, guided=True)) + decoder_operations(models[0].config)
+        found.append(
             {
                 "model": name,
                 "batch": batch,
                 "way": way,
-                "latency ms": round(1e3 * statistics.median(latency[way]), 2),
+                "latency ms": round(1e3 * statistics.median(taken.latency[way]), 2),
                 "pictures/s": round(1 / seconds, 2),
-                "times plain": round(slowest / seconds, 2),
+                "times plain": round(slowest / seconds, 2) if slowest else None,
+                "times recorded": round(medians["recorded"] / seconds, 2),
                 "MFU": round(operations / seconds / rate, 3),
-                "peak GB": round(peak[way], 2) if way in peak else None,
+                "matmul TFLOP/s": round(rate / 1e12, 2),
+                "peak GB": round(taken.peak, 2) if taken.peak and way == "recorded" else None,
             }
         )
-    return rows
+    return found
+
+
+def main_ways(run: Run, models: Models, batch: int, depth: int) -> dict[str, Make]:
+    """Return what `var sample` does, and from there to the specification, which is too slow for batches."""
+    found = {
+        "recorded": sampling(models, batch),
+        "eager": sampling(models, batch, graphs=False),
+        "plain blocks": sampling_plainly(models, batch),
+    }
+    return found | ({"plain twin": twin(run, depth)} if batch == 1 and depth == 16 else {})
+
+
+def variants(run: Run, models: Models, batch: int) -> list[dict[str, object]]:
+    """Return a row for int8, for each draft and for the raster baseline, each measured beside `recorded`."""
+    others: dict[str, Callable[[], Make]] = {"int8": lambda: sampling(run.models(16, "int8"), batch)}
+    for draft in DRAFTS:
+        others[f"draft {draft}"] = lambda draft=draft: sampling(models, batch, replace(CONFIG, draft=draft))
+    others["raster"] = lambda: raster(run, models, batch)
+    found: list[dict[str, object]] = []
+    for way, prepared in others.items():
+        try:
+            both = {"recorded": sampling(models, batch), way: prepared()}
+        except UsageError as error:
+            sys.stderr.write(f"{error}\n")
+            continue
+        found += measure(run, "d16", models, batch, both)[1:]
+    return found
+
+
+PROVENANCE = Provenance(
+    checkpoint="random", checkpoint_sha256="0" * 64, class_id=None, class_name="none", seed=0, cfg=1.5, top_k=900,
+    top_p=0.96, smooth=False, device="cuda", dtype="bf16", version="0",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class File:
+    """A picture on its way into a file."""
+
+    made: Provenance
 
 
 def whole_pipeline(run: Run, models: Models, batch: int) -> dict[str, object]:
@@ -219,7 +291,7 @@ def whole_pipeline(run: Run, models: Models, batch: int) -> dict[str, object]:
             Writer(output, lambda item, path: None, 2 * batch) as writer,
         ):
             for wanted, pixels in made.pictures(requests(models, count, 0)):
-                item = replace(wanted, made=replace(wanted.made, seed=wanted.seed))
+                item = File(replace(PROVENANCE, seed=wanted.seed))
                 writer.put(item, writer.prepare(item, pixels))
 
     bare(), to_files()
@@ -259,39 +331,40 @@ def decoder_choices(run: Run, models: Models, batch: int) -> dict[str, object]:
 
 def all_figures(run: Run) -> dict[str, object]:
     """Return everything."""
-    rate = matmul_rate(run.device, run.precision)
     sizes = (1, 2) if run.quick else (1, 8, 64, 128, 256)
+    largest = sizes[-1] if run.quick else 64
     speed: list[dict] = []
     models = run.models(16)
-    twin = copy.deepcopy(random_models(16, run.quick))
-    for part in twin:
-        part.to(run.device)
     for batch in sizes:
-        speed += measure(run, "d16", models, twin if batch == 1 else None, batch, rate)
-    largest = sizes[-1] if run.quick else 64
+        speed += measure(run, "d16", models, batch, main_ways(run, models, batch, 16))
+    for batch in (1, largest):
+        speed += variants(run, models, batch)
     rest = {
         "pipeline": whole_pipeline(run, models, largest),
         "batches": differing(models, largest),
         "decoder": decoder_choices(run, models, min(largest, 16)),
     }
-    del models, twin
-    speed += measure(run, "d30", run.models(30), None, largest, rate)
+    del models
+    models = run.models(30)
+    for batch in (1, largest):
+        speed += measure(run, "d30", models, batch, main_ways(run, models, batch, 30))
     machine = {"device": hardware(run.device), "python": platform.python_version(), "torch": torch.__version__}
     asked = {"dtype": run.precision, "quick": run.quick, "config": asdict(CONFIG)}
-    return machine | asked | {"matmul TFLOP/s": round(rate / 1e12, 2), "speed": speed} | rest
+    rate = statistics.median(row["matmul TFLOP/s"] for row in speed)
+    return machine | asked | {"matmul TFLOP/s": rate, "speed": speed} | rest
 
 
 def main() -> None:
     """Measure and print tables; write everything as JSON where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="where to measure")
-    parser.add_argument("--dtype", default="auto", help="bf16 or fp16")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), help="the GPU's own choice without it")
     parser.add_argument("--seconds", type=float, default=4, help="for each way at each size of batch")
     parser.add_argument("--quick", action="store_true", help="models of no size, once")
     parser.add_argument("--json", type=Path, help="a file for everything")
     given = parser.parse_args()
     device = pick_device(given.device)
-    precision = pick_dtype(given.dtype, device)
+    precision = given.dtype or (pick_dtype("auto", device) if device.type == "cuda" else "bf16")
     begin = time.perf_counter()
     found = all_figures(Run(device, precision, given.quick, 0 if given.quick else given.seconds))
     found["seconds"] = round(time.perf_counter() - begin, 1)
