@@ -12,7 +12,6 @@ l tokens, D width, C codebook channels, V codebook rows.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,12 +32,9 @@ class RasterModel:
 
     def __init__(self, transformer: Transformer, row_B: Tensor, config: SampleConfig) -> None:
         self.transformer = transformer
-        self.work = ScaleModel(transformer, row_B, config)
-        # A cache may leave out the last scale, which no other looks at; here each token looks at those before it.
-        sides = transformer.config.sides
-        roomy = replace(transformer.config, sides=(*sides, sides[-1] + 1))
-        given = self.work.cache.kv
-        self.work.cache = type(self.work.cache)(roomy, len(self.work.class_RD), given.device, given.dtype)
+        # The cache may leave out the last scale, which no other looks at; here each token looks at those before it.
+        side = transformer.config.sides[-1]
+        self.work = ScaleModel(transformer, row_B, config, sides=(1, side, side + 1))
 
     def logits(self, position: int, input_B1C: Tensor | None) -> Tensor:
         """Return the guided logits (B, 1, V) of a token, after those of all before it.

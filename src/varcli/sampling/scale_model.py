@@ -5,6 +5,7 @@ unconditional), l tokens of one scale, D width, C codebook channels, V codebook 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -31,8 +32,22 @@ class Blocks(Protocol):
 class ScaleModel:
     """What is computed once a batch, what is remembered between scales, and the logits of each."""
 
-    def __init__(self, transformer: Transformer, rows: Sequence[int] | Tensor, config: SampleConfig) -> None:
-        """Take rows of the class table; given as a tensor on the model's device nothing here waits for the host."""
+    def __init__(
+        self,
+        transformer: Transformer,
+        rows: Sequence[int] | Tensor,
+        config: SampleConfig,
+        sides: tuple[int, ...] | None = None,
+    ) -> None:
+        """Take what a batch is made with and of.
+
+        Args:
+            transformer: made ready by `devices.place`.
+            rows: of the class table; given as a tensor on the model's device nothing here waits for the host.
+            config: guidance.
+            sides: of the scales that there is room for in the cache, the last of which it may leave out; None means
+                the transformer's own.
+        """
         model, weight = transformer, block_weight(transformer)
         self.transformer, self.cfg, self.count = model, config.cfg, len(rows)
         row_R = torch.as_tensor(rows, device=weight.device)
@@ -49,7 +64,8 @@ class ScaleModel:
         final_R12D = model.head_nm.ada_lin(self.class_RD)
         self.final_scale, self.final_shift = final_R12D.unbind(2)
         cache = ScaleCache if fused else KeyValueCache
-        self.cache = cache(model.config, len(self.class_RD), weight.device, weight.dtype)
+        shape = replace(model.config, sides=sides or model.config.sides)
+        self.cache = cache(shape, len(self.class_RD), weight.device, weight.dtype)
 
     def logits(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """Return the guided logits (B, l, V) of a scale, in float32, after those of all scales before it."""
