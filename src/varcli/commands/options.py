@@ -102,7 +102,7 @@ Processes = Annotated[
         "--nproc",
         metavar="N",
         min=1,
-        help="Share the pictures among N processes; each has a GPU of its own where there are any.",
+        help="Share the pictures among N processes, which share the GPUs where there are some.",
     ),
 ]
 Resume = Annotated[bool, Option("--resume", help="Skip pictures that are there already.")]
