@@ -27,126 +27,24 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import torch
+from gpu_ways import CONFIG, Make, Run, TooLargeError, main_ways, other_ways, requests, sampling
 from tables import print_rows
 
-from varcli.benchmarking.contestants import Models, Wanted, raster_scan
+from varcli.benchmarking.contestants import Models, Wanted
 from varcli.benchmarking.machine import hardware, matmul_rate
 from varcli.benchmarking.operations import decoder_operations, transformer_operations
-from varcli.checkpoints.untrained import randomized, shapes
-from varcli.config import DRAFTS, PRESETS, SampleConfig
 from varcli.data.images import Provenance
 from varcli.data.outputs import open_output
 from varcli.data.writing import Writer
 from varcli.errors import RunError, UsageError
-from varcli.sampling import plain, sampler, scale_model
+from varcli.sampling import sampler
 from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import pick_device, pick_dtype, place, synchronize
-
-CONFIG = PRESETS["metrics"]
-STREAM = 3
-"""Batches one after the other."""
-Make = Callable[[int, int], None]
-"""Makes so many pictures, from a seed on."""
-
-
-class TooLargeError(Exception):
-    """A batch does not fit into this GPU's memory."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is measured, where, and for how long."""
-
-    device: torch.device
-    precision: str
-    quick: bool
-    seconds: float
-    """For each way at each size of batch, and not less than three rounds."""
-
-    def models(self, depth: int, precision: str | None = None) -> Models:
-        """Return models of a released shape, or of none for a quick run, with random weights, in place."""
-        models = random_models(depth, self.quick)
-        place(*models, self.device, precision or self.precision)
-        return models
-
-
-def random_models(depth: int, quick: bool) -> Models:
-    """Return models of a released shape with random weights."""
-    tokenizer, transformer = shapes(f"var-d{depth}")
-    if quick:
-        small = {"sides": (1, 2, 4), "codebook_size": 64}
-        tokenizer = replace(tokenizer, base_width=32, multipliers=(1, 1), **small)
-        transformer = replace(transformer, depth=2, width=64, **small)
-    return randomized(tokenizer, transformer)
-
-
-@contextmanager
-def plain_blocks() -> Iterator[None]:
-    """Sample without `models.fused`."""
-    with mock.patch.object(scale_model, "fusible", lambda transformer: False):
-        yield
-
-
-def requests(models: Models, count: int, first: int) -> list[Wanted]:
-    """Return so many pictures, the classes taking turns."""
-    return [Wanted(seed % models[1].config.class_count, seed) for seed in range(first, first + count)]
-
-
-def sampling(models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:
-    """Return what makes pictures as `var sample` does, with or without graphs."""
-    used = BatchSampler(*models, config, batch)
-    used.recorder = used.recorder if graphs else None
-
-    def make(count: int, first: int) -> None:
-        for _ in used.pictures(requests(models, count, first)):
-            pass
-        if used.batch_size < batch and models[1].pos_start.is_cuda:
-            raise TooLargeError
-
-    return make
-
-
-def sampling_plainly(models: Models, batch: int) -> Make:
-    """Return the same without fused blocks."""
-    eager = sampling(models, batch, graphs=False)
-
-    def make(count: int, first: int) -> None:
-        with plain_blocks():
-            eager(count, first)
-
-    return make
-
-
-def twin(run: Run, depth: int) -> Make:
-    """Return the plain twin, whose models are made when it is first needed."""
-    kept: list[Models] = []
-
-    def make(count: int, first: int) -> None:
-        if not kept:
-            tokenizer, transformer = random_models(depth, run.quick)
-            kept.append((tokenizer.to(run.device), transformer.to(run.device)))
-        for wanted in requests(kept[0], count, first):
-            plain.sample(*kept[0], wanted.row, wanted.seed, CONFIG)[1].cpu()
-
-    return make
-
-
-def raster(run: Run, models: Models, batch: int) -> Make:
-    """Return the baseline in raster order."""
-    contestant = raster_scan(models, CONFIG, run.precision, batch, lambda line: sys.stderr.write(f"raster: {line}\n"))
-
-    def make(count: int, first: int) -> None:
-        for seed in range(first, first + count, contestant.batch):
-            contestant.make(range(seed, seed + contestant.batch), lambda phase: None)
-
-    return make
+from varcli.sampling.devices import pick_device, pick_dtype, synchronize
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> float:
@@ -165,6 +63,10 @@ def measure(run: Run, name: str, models: Models, batch: int, makers: dict[str, M
     except (TooLargeError, RunError, torch.OutOfMemoryError):
         sys.stderr.write(f"{name}: {batch} pictures at a time do not fit into memory: {', '.join(makers)}\n")
         return []
+
+
+STREAM = 3
+"""Batches one after the other."""
 
 
 @dataclass(frozen=True)
@@ -235,24 +137,10 @@ def rows(run: Run, name: str, models: Models, batch: int, taken: Taken) -> list[
     return found
 
 
-def main_ways(run: Run, models: Models, batch: int, depth: int) -> dict[str, Make]:
-    """Return what `var sample` does, and from there to the specification, which is too slow for batches."""
-    found = {
-        "recorded": sampling(models, batch),
-        "eager": sampling(models, batch, graphs=False),
-        "plain blocks": sampling_plainly(models, batch),
-    }
-    return found | ({"plain twin": twin(run, depth)} if batch == 1 and depth == 16 else {})
-
-
 def variants(run: Run, models: Models, batch: int) -> list[dict[str, object]]:
     """Return a row for int8, for each draft and for the raster baseline, each measured beside `recorded`."""
-    others: dict[str, Callable[[], Make]] = {"int8": lambda: sampling(run.models(16, "int8"), batch)}
-    for draft in DRAFTS:
-        others[f"draft {draft}"] = lambda draft=draft: sampling(models, batch, replace(CONFIG, draft=draft))
-    others["raster"] = lambda: raster(run, models, batch)
     found: list[dict[str, object]] = []
-    for way, prepared in others.items():
+    for way, prepared in other_ways(run, models, batch).items():
         try:
             both = {"recorded": sampling(models, batch), way: prepared()}
         except UsageError as error:
