@@ -243,7 +243,7 @@ def test_paper_mode_is_the_originals(tmp_path, monkeypatch, original):
         keep = original.outputs[f"edit.{i}.keep_mask"].numpy()
         Image.fromarray(np.kron(keep, np.ones((16, 16))) == 0).save("mask.png")
         name = "none" if edit["label"] == len(table) else edit["label"]
-        settings = ["--class", name, "--cfg", edit["cfg"], "--top-k", 1, "--top-p", 0, "--device", "cpu", "-q"]
+        settings = ["--class", name, "--cfg", edit["cfg"], "--top-k", 1, "--top-p", 0, "--device", "cpu", "--dtype", "fp32", "-q"]
         command = ["inpaint", "in.png", "mask.png", "--paper", "-m", "m.safetensors", *settings, "-o", "out.png"]
         assert cli.run(list(map(str, command))) == 0
         expected = original.outputs[f"edit.{i}.image"][0].permute(1, 2, 0).numpy()
@@ -255,7 +255,7 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
     Image.fromarray(box_mask((4, 4, 12, 12), (24, 16))).save(tmp_path / "mask.png")
     content = b""
     for command in ("sample -c 207 -o -", "outpaint - --pad 4,0,4,0 -o -", "inpaint - mask.png -o -"):
-        words = [sys.executable, "-m", "varcli", *command.split(), "--device", "cpu"]
+        words = [sys.executable, "-m", "varcli", *command.split(), "--device", "cpu", "--dtype", "fp32"]
         done = subprocess.run(words, input=content, capture_output=True, check=True, cwd=tmp_path)
         content = done.stdout
         assert done.stderr == b""
