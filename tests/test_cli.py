@@ -62,6 +62,13 @@ def test_help_lists_the_commands(capsys):
         assert re.search(rf"\b{name}\b", out)
 
 
+def test_nothing_typed_shows_the_help_and_no_error(capsys):
+    assert cli.run([]) == 2
+    out, err = capsys.readouterr()
+    assert "Usage: var" in out
+    assert err == ""
+
+
 def test_help_of_every_command_has_help_for_every_option():
     for name in OPTIONS:
         assert command(name).help

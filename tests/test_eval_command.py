@@ -69,6 +69,7 @@ def measure(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("varcli.commands.evaluating.Inception", Projection)
     monkeypatch.setattr(metrics, "frechet_distance", mean_distance)
     monkeypatch.setattr(metrics, "frechet_infinity", lambda statistics, reference: 0.5)
+    monkeypatch.setattr(metrics, "ENOUGH_FOR_A_LINE", COUNT)
 
     def run(*arguments, code=0):
         assert cli.run(["eval", "--device", "cpu", "--dtype", "fp32", "--json", *map(str, arguments)]) == code
@@ -229,7 +230,7 @@ def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
 # --- going on --------------------------------------------------------------------------------------
 
 
-def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch):
+def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     reference = photographs(tmp_path / "photographs")
     wanted, _ = measure("--num", COUNT, "--reference", reference, "--seed", 0)
     monkeypatch.setattr(measurement, "ROUNDS", {"cpu": 8})
@@ -246,9 +247,10 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch):
     monkeypatch.setattr(Projection, "features", interrupted)
     assert cli.run(["eval", "--num", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
     assert sum(seen) == 24
+    assert "24 pictures are measured; the same command goes on from there" in capsys.readouterr().err
     monkeypatch.setattr(Projection, "features", whole)
     found, err = measure("--num", COUNT, "--reference", reference, "--seed", 0)
-    assert f"going on after 24 of {COUNT} pictures" in err
+    assert f"pictures: going on after 24 of {COUNT}" in err
     assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9)
     assert not list((tmp_path / "cache").rglob("measurements/*"))
 
@@ -280,7 +282,7 @@ def test_whether_the_paper_is_met_is_said_only_of_what_can_be_compared(measure, 
     known = dict(registry.registry()) | {str(model): entry}
     for place in ("evaluating", "eval_opening"):
         monkeypatch.setattr(f"varcli.commands.{place}.registry", lambda: known)
-    monkeypatch.setattr("varcli.evaluation.guards.FEW", 10)
+    monkeypatch.setattr("varcli.evaluation.guards.FEW", 10)  # so few are enough here
     photographs(tmp_path / "photographs")
     photographs(tmp_path / "others")
     found, _ = measure("--num", COUNT, "--reference", "photographs")

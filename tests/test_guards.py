@@ -26,6 +26,7 @@ PRESET = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "draft": ""}
         (guards.other_settings(PRESET | {"smooth": True}, PRESET), "smooth True instead of False"),
         (guards.other_settings(PRESET | {"draft": "cache"}, PRESET), "draft cache instead of"),
         (guards.other_precision("int8"), "int8: an approximation"),
+        (guards.small_reference(2000), "a reference of only 2000 pictures: that biases FID too"),
         (guards.rejection("resnet101"), "pictures chosen by resnet101: to be compared with"),
         (
             guards.other_reference("mine.npz", "imagenet-256"),
@@ -51,6 +52,8 @@ def test_a_trap_has_its_warning(warnings, wanted):
         guards.other_settings(PRESET, PRESET),
         guards.other_precision("bf16"),
         guards.other_reference("imagenet-256", "imagenet-256"),
+        guards.small_reference(10_000),
+        guards.small_reference(None),
         guards.skipped([]),
     ],
 )

@@ -179,7 +179,9 @@ def test_figures_are_those_the_plan_names(narrow, monkeypatch):
     monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 20)
     reference = reference_of(drawn(40, 1))
     assert list(metrics.figures(statistics_of(drawn(40, 0), ("prc",)), reference)) == ["precision", "recall"]
-    assert list(metrics.figures(statistics_of(drawn(40, 0)), reference)) == ["fid", "fid_infinity", "fid_bias"]
+    assert list(metrics.figures(statistics_of(drawn(40, 0)), reference)) == ["fid"]
+    enough = statistics_of(drawn(metrics.ENOUGH_FOR_A_LINE, 0))
+    assert list(metrics.figures(enough, reference)) == ["fid", "fid_infinity", "fid_bias"]
     assert list(metrics.figures(statistics_of(drawn(7, 0)), reference)) == ["fid"]
 
 

@@ -312,6 +312,12 @@ def test_mistakes_end_in_one_line_and_leave_nothing(model, monkeypatch, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pictures_nobody_asked_for_this_time_are_told_of(sample, capsys):
+    sample("-c", "207", "-n", 3, "-o", "several.npz")
+    sample("-c", "207", "-n", 1, "-o", "several.npz", "--resume")
+    assert "several.npz also holds 2 pictures of an earlier run that were not asked for now" in capsys.readouterr().err
+
+
 # --- rejection -------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except VarError as error:
         return _failed(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _failed(error.format_message(), UsageError.exit_code)
+        message = error.format_message()
+        return _failed(message, UsageError.exit_code) if message else UsageError.exit_code  # nothing typed: the help
     except ValueError as error:
         if not _from_config(error):
             raise

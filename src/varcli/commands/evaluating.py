@@ -68,7 +68,7 @@ class Outcome:
             checkpoint=self.subject.checkpoint,
             source=self.subject.source,
             n=self.statistics.count,
-            classes=len(self.subject.classes) or None,
+            classes=len({row for row in self.subject.rows if row >= 0}) or None,
             reference=None if self.reference is None else _origin(self.reference),
             extractor=Origin(name=self.inception.name, sha256=self.inception.sha256),
             protocol=self.protocol(),
@@ -129,6 +129,7 @@ class Outcome:
         found += self.subject.warnings()
         if self.reference:
             found += guards.other_size(self.subject.side, self.reference.pixels)
+            found += guards.small_reference(self.reference.count)
             entry = registry().get(self.ask.checkpoint)
             if isinstance(self.subject, Samples) and entry and entry.fid:
                 found += guards.other_reference(self.reference.name, entry.reference or "")

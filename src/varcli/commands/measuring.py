@@ -45,21 +45,26 @@ class Bench:
         identity = fingerprint(version=__version__, extractor=self.inception.sha256, **decided)
         path = cache_folder() / "measurements" / f"{identity[:16]}.safetensors" if resumable else None
         measurement = Measurement(plan, identity, path, self.group)
-        self._say_where(measurement, plan)
+        self._say_where(measurement, plan, label)
         resumed = bool(self.group.broadcast(measurement.statistics.count))
         with subject.ready(resumed), progress(label, plan.count, self.quiet) as advance:
             advance(measurement.statistics.count)
-            measurement.run(subject.shown, self.inception, advance, subject.unit)
+            try:
+                measurement.run(subject.shown, self.inception, advance, subject.unit)
+            except KeyboardInterrupt:
+                if path and not self.quiet:
+                    note(f"{measurement.statistics.count} pictures are measured; the same command goes on from there")
+                raise
         subject.join(self.group)
         return measurement, lambda: path.unlink(missing_ok=True) if path and self.group.first else None
 
-    def _say_where(self, measurement: Measurement, plan: Plan) -> None:
+    def _say_where(self, measurement: Measurement, plan: Plan, label: str) -> None:
         if self.quiet:
             return
         if measurement.notice:
             note(measurement.notice)
         if measurement.statistics.count:
-            note(f"going on after {measurement.statistics.count} of {plan.count} pictures")
+            note(f"{label}: going on after {measurement.statistics.count} of {plan.count}")
 
     def keep_statistics(self, pictures: PictureList, features: bool, path: Path, label: str) -> None:
         """Measure pictures and write their statistics as a reference, with their features if asked for."""
@@ -116,6 +121,8 @@ class Bench:
         path = cache_folder() / "references" / f"{identity[:16]}.npz"
         if not self.group.broadcast(path.is_file()):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.quiet:
+                note(f"measuring the reference {name} first, once: {len(pictures)} pictures")
             self.keep_statistics(pictures, features, path, "reference")
         return read_reference(path, name) if self.group.first else None
 

@@ -85,6 +85,8 @@ class Results:
             write_atomically(self.grid, png_bytes(contact_sheet(pixels, labels)))
         if self.asked > 0 and self.made == 0:
             say(f"nothing left to do; {self.asked} of {self.asked} pictures were there")
+        if unasked := self.output.unasked():
+            say(f"{self.output.archive} also holds {unasked} pictures of an earlier run that were not asked for now")
         archive = self.output.archive
         if archive and archive.exists() and not self.quiet and not self.as_json:
             result(str(archive))

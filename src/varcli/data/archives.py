@@ -57,6 +57,10 @@ class Archive(Output):
         self._done[settings] -= 1
         return True
 
+    def unasked(self) -> int:
+        """Return how many pictures an earlier run left here that `has` was not asked for."""
+        return self._done.total()
+
     def put(self, prepared: bytes, made: Provenance) -> None:
         """Append a picture.
 

@@ -55,6 +55,10 @@ class Output:
         """Return whether an earlier run left this picture here; asked once for each picture, before `add`."""
         return False
 
+    def unasked(self) -> int:
+        """Return how many pictures an earlier run left here that `has` was not asked for."""
+        return 0
+
     def add(self, pixels: "Picture", made: Provenance) -> Path | None:
         """Put a picture here; return its own file, None where it has none.
 

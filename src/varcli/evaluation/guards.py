@@ -51,6 +51,12 @@ def other_size(pixels: int, reference: int | None) -> Iterable[str]:
         yield f"pictures of {pixels} pixels a side against a reference of {reference}; FID compares resolutions too"
 
 
+def small_reference(count: int | None) -> Iterable[str]:
+    """Warn of a reference of few pictures, which biases FID as few measured ones do; None is unknown."""
+    if count is not None and count < FEW:
+        yield f"a reference of only {count} pictures: that biases FID too, and FID∞ does not take it out"
+
+
 def other_settings(given: Mapping[str, Any], preset: Mapping[str, Any]) -> Iterable[str]:
     """Warn of sampling settings that are not the preset for measuring."""
     changed = [f"{name} {given[name]} instead of {value}" for name, value in preset.items() if given[name] != value]

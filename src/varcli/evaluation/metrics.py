@@ -23,6 +23,9 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 PRC_NEIGHBORS = 3
 """The k of precision and recall, as ADM and the paper have it."""
 
+ENOUGH_FOR_A_LINE = 1000
+"""Pictures below which nothing is said of FID for any number of them: the line would be drawn through noise."""
+
 LARGE_TABLE = 10_000
 """Pictures from which on all distances are not held at once."""
 
@@ -93,7 +96,7 @@ def figures(statistics: Statistics, reference: Target | None) -> dict[str, float
     if "fid" in wanted:
         assert reference is not None
         found["fid"] = frechet_distance(statistics.moments(), reference)
-        if min(statistics.quarters) > 1:
+        if statistics.count >= ENOUGH_FOR_A_LINE:
             found["fid_infinity"] = frechet_infinity(statistics, reference)
             found["fid_bias"] = found["fid"] - found["fid_infinity"]
     if "is" in wanted:
