@@ -1,8 +1,13 @@
 """What several test files share."""
 
+import signal
+
 import pytest
 
 import reference
+
+# Who is started in a shell's background is deaf to Ctrl-C, and so are the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", params=["mini", "mini_shared"])

@@ -143,6 +143,11 @@ def test_columns_that_nothing_was_measured_for_are_left_out():
     assert Page(html(facts)).tables[0][0] == ["Result", "Pictures", "Reference", "IS"]
 
 
+def test_marks_are_explained_where_there_are_some():
+    assert "Ring: FID∞." in html(evaluation(metrics={"fid": 3.0, "fid_infinity": 2.0}))
+    assert "Ring: FID∞." not in html(evaluation(metrics={"inception_score": 100.0}))
+
+
 def test_warnings_come_first_and_are_counted_beside_the_figures():
     shown = Page(html(evaluation(warnings=["one thing", "another"]), evaluation("tiny64")))
     assert shown.text.index("one thing") < shown.text.index("another") < shown.text.index("FID")

@@ -90,6 +90,11 @@ class Bars:
         return any(bar.published is not None for bar in self.bars)
 
     @property
+    def has_limit(self) -> bool:
+        """Whether FID∞ is known of any of them."""
+        return any(bar.limit is not None for bar in self.bars)
+
+    @property
     def summary(self) -> str:
         """The chart in words."""
         return f"{self.title}: " + "; ".join(
