@@ -16,13 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from sampling import CONFIG
+from subjects import named_models
 from tables import print_rows
 from torch import Tensor
 
 from varcli.benchmarking.contestants import Models, Wanted
-from varcli.checkpoints.registry import find
-from varcli.checkpoints.store import load_model
-from varcli.checkpoints.untrained import untrained
 from varcli.config import DRAFTS, SampleConfig
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import pick_device, pick_dtype, place, synchronize
@@ -119,11 +117,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
     device = pick_device(given.device)
-    checkpoint = load_model(find(given.checkpoint)) if given.checkpoint else None
-    models = (checkpoint.tokenizer, checkpoint.transformer) if checkpoint else untrained("var-d16")
+    name, models = named_models(given.checkpoint)
     place(*models, device, pick_dtype(given.dtype, device))
     rows = measure(models, given.pictures, given.rounds)
-    print_rows([{"model": given.checkpoint or "d16 at 256 px"} | row for row in rows], as_json=given.json)
+    print_rows([{"model": name} | row for row in rows], as_json=given.json)
 
 
 if __name__ == "__main__":

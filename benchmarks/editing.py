@@ -15,12 +15,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from sampling import CONFIG, CPU
+from subjects import named_models
 from tables import print_rows
 
 from varcli.benchmarking.contestants import Models, Wanted
-from varcli.checkpoints.registry import find
-from varcli.checkpoints.store import load_model
-from varcli.checkpoints.untrained import untrained
 from varcli.data.masks import box_mask
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import place
@@ -67,13 +65,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
-    if given.checkpoint:
-        checkpoint = load_model(find(given.checkpoint))
-        models = (checkpoint.tokenizer, checkpoint.transformer)
-    else:
-        models = untrained("var-d16")
+    name, models = named_models(given.checkpoint)
     with torch.inference_mode():
-        row = {"model": given.checkpoint or "d16 at 256 px"} | measure(models, given.rounds)
+        row = {"model": name} | measure(models, given.rounds)
     print_rows([row], as_json=given.json)
 
 

@@ -11,12 +11,11 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from sampling import CONFIG, Models, random_d16
+from sampling import CONFIG
+from subjects import Models, named_models
 from tables import print_rows
 from torch import Tensor
 
-from varcli.checkpoints.registry import find
-from varcli.checkpoints.store import load_model
 from varcli.errors import UsageError
 from varcli.sampling.devices import check_int8, pick_device, place
 from varcli.sampling.sampler import ScaleModel, generate
@@ -73,13 +72,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="where to compute")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
-    if given.checkpoint:
-        checkpoint = load_model(find(given.checkpoint))
-        models = (checkpoint.tokenizer, checkpoint.transformer)
-    else:
-        models = random_d16()
+    name, models = named_models(given.checkpoint)
     rows = compare(models, given.pictures, pick_device(given.device))
-    print_rows([{"model": given.checkpoint or "d16 at 256 px"} | row for row in rows], as_json=given.json)
+    print_rows([{"model": name} | row for row in rows], as_json=given.json)
 
 
 if __name__ == "__main__":

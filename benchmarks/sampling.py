@@ -20,14 +20,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from subjects import named_models
 from tables import print_rows
 
 from varcli.benchmarking.contestants import Models, Wanted
 from varcli.benchmarking.machine import matmul_rate
 from varcli.benchmarking.operations import decoder_operations, transformer_operations
-from varcli.checkpoints.registry import find
-from varcli.checkpoints.store import load_model
-from varcli.checkpoints.untrained import untrained
 from varcli.config import PRESETS
 from varcli.errors import UsageError
 from varcli.sampling.batches import BatchSampler
@@ -151,16 +149,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="where to count them")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
-    if given.checkpoint:
-        checkpoint = load_model(find(given.checkpoint))
-        models = (checkpoint.tokenizer, checkpoint.transformer)
-    else:
-        models = untrained("var-d16")
+    name, models = named_models(given.checkpoint)
     if given.differing:
         rows = differing(models, given.differing, pick_device(given.device))
     else:
         rows = measure(models, [int(count) for count in given.batches.split(",")], given.rounds)
-    name = given.checkpoint or "d16 at 256 px"
     print_rows([{"model": name} | row for row in rows], as_json=given.json)
 
 
