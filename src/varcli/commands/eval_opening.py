@@ -16,6 +16,7 @@ from varcli.commands.series import Series, candidates
 from varcli.commands.settings import origin_of, settings
 from varcli.config import SampleConfig
 from varcli.errors import CheckpointError, InputError, UsageError
+from varcli.evaluation.guards import PAPER
 from varcli.evaluation.ranking import Classifier
 from varcli.evaluation.reconstructions import Reconstructions
 from varcli.evaluation.references import Reference
@@ -24,8 +25,6 @@ from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import pick_dtype, place
 from varcli.training.perceptual import PerceptualDistance
 
-PAPER = 50_000
-"""Pictures of every published figure."""
 SMALL = 2_000
 """Pictures where neither a paper nor a reference says how many."""
 

@@ -131,7 +131,7 @@ class Samples(Subject):
         self.checkpoint = {"name": made["checkpoint"], "sha256": made["checkpoint_sha256"]} | {
             name: made[name] for name in names
         }
-        self._first = {row: self.rows.index(row) for row in kept}
+        self._first = {row: rank for rank, row in reversed(list(enumerate(self.rows)))}
 
     def identity(self) -> dict[str, Any]:
         """Return all that decides the pictures."""

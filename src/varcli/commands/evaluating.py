@@ -61,6 +61,7 @@ class Outcome:
     def result(self, seconds: dict[str, float]) -> Result:
         """Return the result."""
         figures = self.figures()
+        warnings = self.warnings(figures)
         return Result(
             version=__version__,
             date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -73,9 +74,9 @@ class Outcome:
             extractor=Origin(name=self.inception.name, sha256=self.inception.sha256),
             protocol=self.protocol(),
             metrics=figures,
-            published=self.published(figures),
+            published=self.published(figures, comparable=not warnings),
             per_class=self.per_class(),
-            warnings=list(self.warnings(figures)),
+            warnings=warnings,
             seconds=seconds,
             pictures=self.subject.gallery.pictures(),
         )
@@ -101,14 +102,13 @@ class Outcome:
             asked |= {"rejected": self.ask.reject, "classifier": self.subject.classifier.name}
         return asked | {"pixels": self.subject.side, "resize": self.ask.resize}
 
-    def published(self, figures: dict[str, Any]) -> Published | None:
+    def published(self, figures: dict[str, Any], comparable: bool) -> Published | None:
         """Return what the paper says, and whether this agrees with what others found."""
         entry = registry().get(self.ask.checkpoint)
         if not isinstance(self.subject, Samples) or entry is None or entry.fid is None:
             return None
         band, fid = entry.fid_band, figures.get("fid")
-        comparable = band is not None and fid is not None and not self.warnings(figures)
-        inside = band[0] <= round(fid, 2) <= band[1] if band and fid is not None and comparable else None
+        inside = band[0] <= round(fid, 2) <= band[1] if comparable and band and fid is not None else None
         return Published(fid=entry.fid, inception_score=entry.inception_score, band=band, inside=inside)
 
     def per_class(self) -> list[ClassSpread] | None:

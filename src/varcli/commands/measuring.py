@@ -99,12 +99,9 @@ class Bench:
         path = self.group.broadcast(find_reference(name, progress=not self.quiet) if self.group.first else None)
         assert path is not None
         if self.group.broadcast(holds_pictures(path) if self.group.first else False):
-            known = references().get(name)
             pictures = open_pictures([path], resize=resize)
             found = self.reference_of(pictures, name, features)
-            sha256 = known.sha256 if known else None
-            sha256 = sha256 or (file_sha256(path) if path.is_file() else pictures.fingerprint())
-            return found and replace(found, sha256=sha256, path=None)
+            return found and replace(found, sha256=_sha256_of(name, path, pictures), path=None)
         found = read_reference(path, name) if self.group.first else None
         if found:
             found.check_extractor(self.inception.sha256)
@@ -130,3 +127,11 @@ class Bench:
         """Write statistics of pictures of a size as a reference file."""
         pool = statistics.pool.numpy() if statistics.plan.keeps_table else None
         save_reference(path, statistics.moments(), pixels=side, extractor=self.inception.sha256, pool=pool)
+
+
+def _sha256_of(name: str, path: Path, pictures: PictureList) -> str:
+    """Return what tells a reference of pictures from others: of its file, or of a folder what is in it."""
+    known = references().get(name)
+    if known and known.sha256:
+        return known.sha256
+    return file_sha256(path) if path.is_file() else pictures.fingerprint()
