@@ -53,8 +53,8 @@ def random_models(depth: int, quick: bool) -> Models:
 
 @contextmanager
 def plain_blocks() -> Iterator[None]:
-    """Sample without `models.fused`."""
-    with mock.patch.object(scale_model, "fusible", lambda transformer: False):
+    """Sample without `models.fused_gpu`."""
+    with mock.patch.object(scale_model, "for_gpu", lambda transformer: False):
         yield
 
 

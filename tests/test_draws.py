@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from varcli.sampling.draws import candidates, draw, generators, gumbels, mixture, uniforms
+from varcli.sampling.draws import best, candidates, draw, generators, gumbels, mixture, uniforms
 
 
 def survivors(logits_BlV, top_k, top_p):
@@ -21,6 +21,16 @@ def test_filters_match_original(original):
             assert torch.equal(survivors(logits, int(top_k), float(top_p)), theirs), name
             checked += 1
     assert checked == 5
+
+
+@pytest.mark.parametrize("count", [1, 20, 50])
+def test_the_best_come_first_and_of_equal_ones_the_first(count):
+    logits_BlV = torch.randn(2, 30, 50, generator=torch.Generator().manual_seed(0)).mul(3).round()
+    logits_BlV[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, 1e-40, -1e-40])
+    found, order = best(logits_BlV.transpose(1, 2).contiguous().transpose(1, 2), count)
+    expected = logits_BlV.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(found, expected.values[..., :count])
+    assert torch.equal(order, expected.indices[..., :count])
 
 
 def test_best_token_always_stays():

@@ -3,22 +3,24 @@
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from pretended_cuda import CUDA, Watch, pretended, tensors
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
-from varcli.models import fused
 from varcli.models.attention import KeyValueCache
-from varcli.models.fused import FusedBlocks, ScaleCache
+from varcli.models.fused import FusedBlocks
+from varcli.models.fused_gpu import GpuBlock, ScaleCache, for_gpu
 from varcli.models.quantized import quantize
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import batches, memory, plain, scale_model
+from varcli.sampling import batches, draws, memory, plain, scale_model
 from varcli.sampling.batches import BatchSampler, padded_size
 from varcli.sampling.devices import place
 from varcli.sampling.graphs import Recorded, cuda_recorder
@@ -61,7 +63,7 @@ def test_fused_blocks_compute_what_the_plain_ones_do(small, dtype):
     for layer in half.blocks.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.to(dtype)
-    blocks, source = FusedBlocks(half), torch.Generator().manual_seed(0)
+    blocks, source = FusedBlocks(half, GpuBlock), torch.Generator().manual_seed(0)
     class_BD = torch.randn(3, config.width, generator=source)
     ours, theirs = ScaleCache(config, 3, CPU, dtype), KeyValueCache(config, 3, CPU, torch.float32)
     rounded, errors = KeyValueCache(config, 3, CPU, dtype), []
@@ -80,9 +82,9 @@ def test_fused_blocks_compute_what_the_plain_ones_do(small, dtype):
 def test_the_cache_of_scales_forgets_only_what_no_scale_needs(small):
     config = small[1].config
     cache, last = ScaleCache(config, 2, CPU, torch.float32), config.sides[-1] ** 2
-    assert cache.kv.shape[4] == config.length - last
-    assert cache.until(0, 5).data_ptr() == cache.kv.data_ptr()
-    cache.kv.normal_()
+    assert cache.kv[0].shape[3] == config.length - last
+    assert cache.until(0, 5).data_ptr() == cache.kv[0].data_ptr()
+    cache.kv[1].normal_()
     cache.filled = config.length - last
     assert torch.equal(cache.until(1, config.length)[:, :, :, :-last], cache.kv[1])
 
@@ -115,7 +117,7 @@ class Tape(TorchDispatchMode):
 
 def taped(step):
     """Record a step; what it returns holds nothing of value before it is played, as on a GPU."""
-    with Tape() as tape:
+    with Tape() as tape, mock.patch.object(draws, "best", Tensor.topk):  # on a processor numpy finds them
         result = step()
     for _, args, kwargs, made in tape.operations:
         given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
@@ -133,7 +135,7 @@ def never(error):
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 def test_recorded_steps_draw_the_twins_tokens_batch_after_batch(small, config, kind, monkeypatch):
     """Nothing of a batch stays for the next: not its classes, not its numbers, not its cache."""
-    monkeypatch.setattr(scale_model, "fusible", lambda transformer: kind == "fused")
+    monkeypatch.setattr(scale_model, "for_gpu", lambda transformer: kind == "fused")
     runner = Recorded(taped, never)
     for turn, rows in enumerate(([0, 4, 2], [1, 1, 5], [3, 0, 2], [5, 4, 1])):
         seeds = [7 * turn, 1, 2]
@@ -413,7 +415,7 @@ def test_the_largest_released_model_runs_too(monkeypatch):
 def test_memory_is_as_planned(monkeypatch, depth, count, kind):
     if kind == "plain":
         for module in (scale_model, memory):
-            monkeypatch.setattr(module, "fusible", lambda transformer: False)
+            monkeypatch.setattr(module, "for_gpu", lambda transformer: False)
     models = released(depth, 3)
     if kind == "int8":
         quantize(models[1], torch.device("meta"), torch.bfloat16)
@@ -453,9 +455,9 @@ def test_operations_are_as_many_as_they_must_be(monkeypatch):
 
 
 def test_fused_blocks_stand_in_only_where_they_are_faster(small, monkeypatch):
-    assert not fused.fusible(small[1])
+    assert not for_gpu(small[1])
     tokenizer, transformer = released(16, 2)
     with pretended(monkeypatch, tokenizer, transformer):
-        assert fused.fusible(transformer)
+        assert for_gpu(transformer)
         transformer.blocks[1].attn.proj = torch.nn.Sequential(transformer.blocks[1].attn.proj)
-        assert not fused.fusible(transformer)
+        assert not for_gpu(transformer)

@@ -65,7 +65,7 @@ def test_fused_blocks_compute_the_same(models, monkeypatch):
     """As on a GPU, whose cache leaves out the last scale."""
     found = []
     for fused in (False, True):
-        monkeypatch.setattr(scale_model, "fusible", lambda transformer, fused=fused: fused)
+        monkeypatch.setattr(scale_model, "for_gpu", lambda transformer, fused=fused: fused)
         found.append(scan(*models, [1, 4], [2, 3], SampleConfig()))
     torch.testing.assert_close(*found)
 

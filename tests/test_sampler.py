@@ -120,8 +120,8 @@ def test_every_setting_changes_the_picture(small):
 
 def test_without_guidance_there_is_no_unconditional_pass(small):
     with torch.no_grad():
-        assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=0)).cache.kv.shape[2] == 2
-        assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=1)).cache.kv.shape[2] == 4
+        assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=0)).cache.kv[0].shape[1] == 2
+        assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=1)).cache.kv[0].shape[1] == 4
 
 
 def test_kept_tokens_survive(small):

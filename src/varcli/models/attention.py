@@ -16,17 +16,24 @@ from varcli.config import HEAD_WIDTH, TransformerConfig
 class KeyValueCache:
     """Keys and values of all blocks, allocated once for the whole sequence of a batch."""
 
+    kv: list[Tensor]
+    """Of each block the keys and the values, (2, B, h, L, c)."""
+
     def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.depth, 2, batch, config.heads, config.length, HEAD_WIDTH)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.kv = list(torch.empty(shape, device=device, dtype=dtype))
         self.filled = 0
 
-    def append(self, block: int, k_BhlC: Tensor, v_BhlC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one block's keys and values of a scale; return those of all scales so far."""
-        end = self.filled + k_BhlC.shape[2]
-        self.kv[block, 0, :, :, self.filled : end] = k_BhlC
-        self.kv[block, 1, :, :, self.filled : end] = v_BhlC
-        return self.kv[block, 0, :, :, :end], self.kv[block, 1, :, :, :end]
+    def until(self, block: int, end: int) -> Tensor:
+        """Return where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
+        return self.kv[block][:, :, :, :end]
+
+    def append(self, block: int, k_Bhlc: Tensor, v_Bhlc: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one block's keys and values of a scale; return those of all scales so far, (B, h, L, c) each."""
+        k_BhLc, v_BhLc = self.until(block, self.filled + k_Bhlc.shape[2])
+        k_BhLc[:, :, self.filled :] = k_Bhlc
+        v_BhLc[:, :, self.filled :] = v_Bhlc
+        return k_BhLc, v_BhLc
 
     def advance(self, count: int) -> None:
         """Note that every block has stored `count` more tokens."""
@@ -35,8 +42,14 @@ class KeyValueCache:
     def first_rows(self, count: int) -> "KeyValueCache":
         """Return the part of the first `count` rows of the batch."""
         part = copy(self)
-        part.kv = self.kv[:, :, :count]
+        part.kv = [kv_2BhLc[:, :count] for kv_2BhLc in self.kv]
         return part
+
+    def halve(self, start: int, end: int) -> None:
+        """Forget every other token from `start` to `end`; those that are left begin at `start`."""
+        for kv_2BhLc in self.kv:
+            left_2Bhlc = kv_2BhLc[:, :, :, start:end:2].clone()
+            kv_2BhLc[:, :, :, start : start + left_2Bhlc.shape[3]] = left_2Bhlc
 
 
 class SelfAttention(nn.Module):
@@ -80,13 +93,5 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(block, k, v)
         bias = None if bias_11LL is None else bias_11LL.to(v.dtype)
-        if v.dtype == torch.bfloat16 and v.device.type == "cpu" and bias is None:
-            h_Bhlc = attend(q, k, v)
-        else:
-            h_Bhlc = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        h_Bhlc = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.proj(h_Bhlc.transpose(1, 2).flatten(2))
-
-
-def attend(q_Bhlc: Tensor, k_BhLc: Tensor, v_BhLc: Tensor) -> Tensor:
-    """Return what each query gathers, (B, h, l, c), by plain products: on a CPU in bf16 faster than torch's own."""
-    return (q_Bhlc @ k_BhLc.mT).softmax(-1) @ v_BhLc

@@ -1,65 +1,43 @@
-"""The transformer's blocks for a GPU in 16 bits: the same arithmetic in as few passes over memory as torch knows.
+"""The transformer's blocks in 16 bits: the same arithmetic in as few passes over memory as torch knows.
 
-Between the products of matrices, which a GPU has finished soon, the plain blocks read and write the residual stream
-some thirty times. Here each of those passes does all it can, writes in the precision that is wanted next, and where
-that is a place in the cache, there. `models.transformer.Block` is the specification.
+Between the products of matrices the plain blocks read and write the residual stream some thirty times. What a pass
+costs, and what it can do at once, depends on where it runs: `models.fused_gpu` and `models.fused_cpu` have a block's
+branches for each. `models.transformer.Block` is the specification.
 
-Shapes: B rows of the batch, l tokens of this call, L tokens of all scales, D width, h heads of c = 64 channels.
+Shapes: B rows of the batch, l tokens of this call, D width.
 """
 
-import math
 from collections.abc import Iterable
-from copy import copy
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import Tensor
 
-from varcli.config import HEAD_WIDTH, TransformerConfig
+from varcli.models.attention import KeyValueCache
 from varcli.models.transformer import Block, Transformer
 
-HALF = (torch.bfloat16, torch.float16)
 
+class BlockBranches(Protocol):
+    """What a block adds to the residual stream, from and to the precision of its weights."""
 
-class ScaleCache:
-    """Keys and values of all scales but the last, of all blocks; the last scale's are needed in their own block alone.
+    dtype: torch.dtype
 
-    The last scale of the published grids has more than a third of all tokens.
-    """
+    def __init__(self, block: Block) -> None: ...
 
-    def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        before_last = config.length - config.sides[-1] ** 2
-        shape = (2, batch, config.heads, before_last, HEAD_WIDTH)
-        self.kv = torch.empty((config.depth, *shape), device=device, dtype=dtype)
-        self.whole_2BhLc = torch.empty((2, batch, config.heads, config.length, HEAD_WIDTH), device=device, dtype=dtype)
-        self.filled = 0
+    def attend(self, x_BlD: Tensor, number: int, cache: Any) -> Tensor:
+        """Return what each token gathers from its own scale and those before it, (B, l, D)."""
 
-    def until(self, block: int, end: int) -> Tensor:
-        """Return where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
-        if end <= self.kv.shape[4]:
-            return self.kv[block, :, :, :, :end]
-        self.whole_2BhLc[:, :, :, : self.filled] = self.kv[block, :, :, :, : self.filled]
-        return self.whole_2BhLc[:, :, :, :end]
-
-    def first_rows(self, count: int) -> "ScaleCache":
-        """Return the part of the first `count` rows of the batch."""
-        part = copy(self)
-        part.kv, part.whole_2BhLc = self.kv[:, :, :count], self.whole_2BhLc[:, :count]
-        return part
-
-    def advance(self, count: int) -> None:
-        """Note that every block has stored `count` more tokens."""
-        self.filled += count
+    def feed(self, x_BlD: Tensor) -> Tensor:
+        """Return the feed-forward branch, (B, l, D)."""
 
 
 class FusedBlocks:
     """All blocks of a transformer, to be called as the transformer itself is."""
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Transformer, kind: type[BlockBranches]) -> None:
         self.transformer = transformer
-        self.blocks = [FusedBlock(block) for block in cast("Iterable[Block]", transformer.blocks)]
+        self.blocks = [kind(block) for block in cast("Iterable[Block]", transformer.blocks)]
         self.dtype = self.blocks[0].dtype
 
     def modulations(self, class_BD: Tensor) -> list[Tensor]:
@@ -71,7 +49,7 @@ class FusedBlocks:
             ada_B16D[:, :, 2:4] += 1
         return found
 
-    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: ScaleCache) -> Tensor:
+    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: KeyValueCache) -> Tensor:
         """Return the residual stream of one scale after all blocks, in the memory of what was given."""
         for i, (block, ada_B16D) in enumerate(zip(self.blocks, modulations, strict=True)):
             gamma1, gamma2, factor1, factor2, shift1, shift2 = ada_B16D.unbind(2)
@@ -83,53 +61,7 @@ class FusedBlocks:
         return x_BlD
 
 
-class FusedBlock:
-    """One block's two branches, from and to the precision of its weights."""
-
-    def __init__(self, block: Block) -> None:
-        attn = block.attn
-        self.qkv, self.proj, self.fc1, self.fc2 = attn.mat_qkv, attn.proj, block.ffn.fc1, block.ffn.fc2
-        self.dtype, self.heads = attn.mat_qkv.weight.dtype, attn.heads
-        self.bias = torch.cat([attn.q_bias, attn.zero_k_bias, attn.v_bias]).to(self.dtype)
-        temperature_h1 = attn.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
-        self.factor_2h1 = torch.stack([temperature_h1, torch.ones_like(temperature_h1)])
-
-    def attend(self, x_BlD: Tensor, number: int, cache: ScaleCache) -> Tensor:
-        """Return what each token gathers from its own scale and those before it, (B, l, D)."""
-        start, end = cache.filled, cache.filled + x_BlD.shape[1]
-        qkv_Bl3hc = F.linear(x_BlD, self.qkv.weight, self.bias).unflatten(2, (3, self.heads, HEAD_WIDTH))
-        length_Bl2h1 = torch.linalg.vector_norm(qkv_Bl3hc[:, :, :2], dim=-1, keepdim=True, dtype=torch.float32)
-        unit_Bl2h1 = self.factor_2h1 / length_Bl2h1.clamp_min_(1e-12)
-        q_Blhc, k_Blhc, v_Blhc = qkv_Bl3hc.unbind(2)
-        k_Bhlc, v_Bhlc = cache.until(number, end)
-        q_Blhc.mul_(unit_Bl2h1[:, :, 0])
-        torch.mul(k_Blhc, unit_Bl2h1[:, :, 1], out=k_Bhlc[:, :, start:].transpose(1, 2))
-        v_Bhlc[:, :, start:] = v_Blhc.transpose(1, 2)
-        h_Bhlc = F.scaled_dot_product_attention(q_Blhc.transpose(1, 2), k_Bhlc, v_Bhlc, scale=1.0)
-        return self.proj(h_Bhlc.transpose(1, 2).flatten(2))
-
-    def feed(self, x_BlD: Tensor) -> Tensor:
-        """Return the feed-forward branch, (B, l, D)."""
-        return self.fc2(linear_gelu(x_BlD, self.fc1))
-
-
 def modulated(x_BlD: Tensor, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype) -> Tensor:
     """Return LN(x)·factor + shift in another precision."""
     x_BlD = F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=1e-6)
     return torch.addcmul(shift_B1D, x_BlD, factor_B1D, out=torch.empty_like(x_BlD, dtype=dtype))
-
-
-def linear_gelu(x_BlD: Tensor, layer: nn.Linear) -> Tensor:
-    """Return GELU (tanh form) of a linear map; on CUDA the product's own kernel applies it."""
-    if not x_BlD.is_cuda:  # elsewhere the fused operation is the other form of GELU
-        return F.gelu(layer(x_BlD), approximate="tanh")
-    x_ND = torch._addmm_activation(layer.bias, x_BlD.flatten(0, 1), layer.weight.T, use_gelu=True)
-    return x_ND.unflatten(0, x_BlD.shape[:2])
-
-
-def fusible(transformer: Transformer) -> bool:
-    """Return whether these blocks can stand in for a transformer's own: in 16 bits on CUDA, and nothing replaced."""
-    blocks = list(cast("Iterable[Block]", transformer.blocks))
-    layers = [layer for b in blocks for layer in (b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
-    plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in layers)
-    return plain and all(layer.weight.is_cuda and layer.weight.dtype in HALF for layer in layers)

@@ -53,13 +53,19 @@ def packing_works(dtype: torch.dtype) -> bool:
 def pack(transformer: Transformer) -> None:
     """Replace the linear maps that take the time by packed ones, where that works; each plain weight is let go."""
     model: Any = transformer  # its parts change their types
-    if isinstance(model.head, nn.Linear) and packing_works(model.head.weight.dtype):
+    if _packable(model.head):
         model.head = PackedLinear(model.head)
     for block in model.blocks:
-        if not isinstance(block.attn.proj, nn.Linear) or not packing_works(block.attn.proj.weight.dtype):
-            return
-        block.attn.mat_qkv = PackedLinear(block.attn.mat_qkv, block.attn.bias)
-        block.attn.proj = PackedLinear(block.attn.proj)
-        block.ffn.fc1 = PackedLinear(block.ffn.fc1, gelu=True)
-        block.ffn.fc2 = PackedLinear(block.ffn.fc2)
-        block.ffn.gelu = nn.Identity()
+        if not model.config.shared_adaln and _packable(block.ada_lin.linear):
+            block.ada_lin[1] = PackedLinear(block.ada_lin.linear)
+        if _packable(block.attn.proj):
+            block.attn.mat_qkv = PackedLinear(block.attn.mat_qkv, block.attn.bias)
+            block.attn.proj = PackedLinear(block.attn.proj)
+            block.ffn.fc1 = PackedLinear(block.ffn.fc1, gelu=True)
+            block.ffn.fc2 = PackedLinear(block.ffn.fc2)
+            block.ffn.gelu = nn.Identity()
+
+
+def _packable(layer: nn.Module) -> bool:
+    """Return whether a layer is a linear map that was not replaced yet, and can be."""
+    return isinstance(layer, nn.Linear) and packing_works(layer.weight.dtype)

@@ -95,7 +95,7 @@ class DraftModel(ScaleModel):
         start, end = self.starts[scale], self.starts[scale] + self._computed(scale)
         following, last = self.starts[scale + 1], scale + 1 == len(self.sides)
         if following < end and not last:
-            self.cache.kv[..., start:following, :] = self.cache.kv[..., start:end:2, :].clone()
+            self.cache.halve(start, end)
 
 
 def pivotal(input_BlC: Tensor, count: int) -> Tensor:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,13 +54,32 @@ def candidates(logits_BlV: Tensor, top_k: int, top_p: float) -> Candidates:
     1 - top_p; the best token always stays.
     """
     count = min(top_k, logits_BlV.shape[-1]) or logits_BlV.shape[-1]
-    logits_BlK, order_BlK = logits_BlV.topk(count, dim=-1)
+    logits_BlK, order_BlK = best(logits_BlV, count)
     if top_p > 0:
         rising_BlK = logits_BlK.flip(-1).softmax(-1).cumsum(-1)
         dropped_BlK = (rising_BlK <= 1 - top_p).flip(-1)
         dropped_BlK[..., 0] = False
         logits_BlK = logits_BlK.masked_fill(dropped_BlK, -torch.inf)
     return Candidates(logits_BlK, order_BlK)
+
+
+def best(logits_BlV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest float32 logits, best first, and their codebook rows, (B, l, K) each.
+
+    On a processor numpy's vectorized selection and sort of whole numbers are three times as fast as torch's of
+    floats with their places; so each logit and its place become one number of the same order.
+    """
+    if logits_BlV.device.type != "cpu":
+        return logits_BlV.topk(count, dim=-1)
+    bits_BlV = (logits_BlV + 0.0).view(torch.int32)  # -0 becomes 0
+    rising_BlV = bits_BlV ^ ((bits_BlV >> 31) & 0x7FFFFFFF)  # negative floats are stored with their magnitude
+    size = logits_BlV.shape[-1]
+    from_behind_V = torch.arange(size - 1, -1, -1)  # of equal logits the first is the better
+    key_BlV = ((rising_BlV.long() << 32) | from_behind_V).numpy()
+    key_BlV.partition(size - count, axis=-1)
+    key_BlK = np.sort(key_BlV[..., size - count :], axis=-1)
+    order_BlK = (size - 1) - (torch.from_numpy(key_BlK).flip(-1) & 0xFFFFFFFF)
+    return logits_BlV.gather(-1, order_BlK), order_BlK
 
 
 def draw(found: Candidates, u_Bl: Tensor) -> Tensor:

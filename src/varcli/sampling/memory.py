@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from varcli.config import SampleConfig
-from varcli.models.fused import fusible
+from varcli.models.fused_gpu import for_gpu
 from varcli.models.quantized import Int8Linear
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
@@ -48,7 +48,7 @@ def batch_bytes(tokenizer: Tokenizer, transformer: Transformer, config: SampleCo
     """Return what a batch of pictures takes at most at one time, recorded, besides the models."""
     shape, size = transformer.config, block_weight(transformer).element_size()
     rows, last = 2 * count if config.cfg > 0 else count, shape.sides[-1] ** 2
-    fused = fusible(transformer)
+    fused = for_gpu(transformer)
     kept_tokens = shape.depth * (shape.length - last) + shape.length if fused else shape.depth * shape.length
     cache = 2 * rows * kept_tokens * shape.width * size
     modulations = rows * shape.depth * 6 * shape.width * (4 + size)
@@ -70,7 +70,7 @@ def _block_bytes(transformer: Transformer) -> int:
     block: Any = transformer.blocks[0]
     if isinstance(block.ffn.fc1, Int8Linear):
         return 58  # four times the width in float32 again and again: magnitudes, quotients, products
-    return 2 * 4 + 5 * 2 if fusible(transformer) else 30
+    return 2 * 4 + 5 * 2 if for_gpu(transformer) else 30
 
 
 def _decoder_bytes(tokenizer: Tokenizer) -> int:

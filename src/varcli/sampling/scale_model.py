@@ -13,7 +13,9 @@ from torch import Tensor
 
 from varcli.config import SampleConfig
 from varcli.models.attention import KeyValueCache
-from varcli.models.fused import FusedBlocks, ScaleCache, fusible
+from varcli.models.fused import FusedBlocks
+from varcli.models.fused_cpu import CpuBlock, GrowingCache, for_cpu
+from varcli.models.fused_gpu import GpuBlock, ScaleCache, for_gpu
 from varcli.models.transformer import Transformer, normalize
 from varcli.sampling.devices import block_weight
 from varcli.scales import progress_ratio, spans
@@ -27,6 +29,15 @@ class Blocks(Protocol):
 
     def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
         """Return the residual stream of one scale after all blocks, having stored what later scales need."""
+
+
+def fastest(transformer: Transformer) -> tuple[Blocks, type[KeyValueCache]]:
+    """Return the fastest blocks for where a transformer is and its precision, and what they remember scales in."""
+    if for_gpu(transformer):
+        return FusedBlocks(transformer, GpuBlock), ScaleCache
+    if for_cpu(transformer):
+        return FusedBlocks(transformer, CpuBlock), GrowingCache
+    return transformer, KeyValueCache
 
 
 class ScaleModel:
@@ -54,16 +65,13 @@ class ScaleModel:
         if config.cfg > 0:
             row_R = torch.cat([row_R, torch.full_like(row_R, model.config.null_class)])
         self.class_RD = model.class_emb(row_R)
-        fused = fusible(model)
-        self.blocks: Blocks = FusedBlocks(model) if fused else model
-        self.low_precision = torch.autocast(
-            weight.device.type, weight.dtype, enabled=not fused and weight.dtype != torch.float32, cache_enabled=False
-        )
+        self.blocks, cache = fastest(model)
+        mixed = self.blocks is model and weight.dtype != torch.float32
+        self.low_precision = torch.autocast(weight.device.type, weight.dtype, enabled=mixed, cache_enabled=False)
         with self.low_precision:
             self.modulations = [ada.float() for ada in self.blocks.modulations(self.class_RD)]
         final_R12D = model.head_nm.ada_lin(self.class_RD)
         self.final_scale, self.final_shift = final_R12D.unbind(2)
-        cache = ScaleCache if fused else KeyValueCache
         shape = replace(model.config, sides=sides or model.config.sides)
         self.cache = cache(shape, len(self.class_RD), weight.device, weight.dtype)
 
