@@ -241,13 +241,21 @@ def test_after_a_failed_recording_the_stream_is_as_before_and_idle(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append((device, streams[0])))
 
+    given_back = []
+
+    def give_back(index, pool):
+        given_back.append((index, pool))
+        raise RuntimeError("nothing was allocated to this pool")  # where torch has done so itself
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", give_back, raising=False)
+
     def step():
         assert streams == ["capturing"]
         raise RuntimeError("operation not permitted")
 
     with pytest.raises(RuntimeError, match="not permitted"):  # what went wrong, not what followed from it
         cuda_recorder(CUDA)(step)
-    assert streams == ["own"] and waits == [(CUDA, "own")]
+    assert streams == ["own"] and waits == [(CUDA, "own")] and given_back == [(0, "pool")]
 
 
 # --- batches ---------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class Brightness(nn.Module):
 
 def scripted(path, module):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(module), str(path))
     return str(path)
 

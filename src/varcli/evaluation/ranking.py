@@ -71,7 +71,8 @@ def _torchscript(path: Path) -> tuple[nn.Module, str]:
     """Return the network in a file, and the sha256 of the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch means to retire TorchScript; users have the files
+            for kind in (DeprecationWarning, FutureWarning):  # torch means to retire TorchScript; users have the files
+                warnings.simplefilter("ignore", kind)
             network: nn.Module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"classifier: {path} is no TorchScript file; one that torch.jit.save wrote") from error

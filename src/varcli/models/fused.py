@@ -17,6 +17,9 @@ from torch import Tensor
 from varcli.models.attention import KeyValueCache
 from varcli.models.transformer import Block, Transformer
 
+Branch = tuple[Tensor, Tensor]
+"""What a block's attention or feed-forward part returned, (B, l, D), and the γ it is gated with, (B, 1, D)."""
+
 
 class BlockBranches(Protocol):
     """What a block adds to the residual stream, from and to the precision of its weights."""
@@ -24,6 +27,11 @@ class BlockBranches(Protocol):
     dtype: torch.dtype
 
     def __init__(self, block: Block) -> None: ...
+
+    def advance(
+        self, x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Do what `advanced` does."""
 
     def attend(self, x_BlD: Tensor, number: int, cache: Any) -> Tensor:
         """Return what each token gathers from its own scale and those before it, (B, l, D)."""
@@ -51,17 +59,22 @@ class FusedBlocks:
 
     def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: KeyValueCache) -> Tensor:
         """Return the residual stream of one scale after all blocks, in the memory of what was given."""
+        branch: Branch | None = None
         for i, (block, ada_B16D) in enumerate(zip(self.blocks, modulations, strict=True)):
             gamma1, gamma2, factor1, factor2, shift1, shift2 = ada_B16D.unbind(2)
-            h_BlD = block.attend(modulated(x_BlD, factor1, shift1, self.dtype), i, cache)
-            x_BlD.addcmul_(h_BlD, gamma1)
-            h_BlD = block.feed(modulated(x_BlD, factor2, shift2, self.dtype))
-            x_BlD.addcmul_(h_BlD, gamma2)
+            h_BlD = block.attend(block.advance(x_BlD, branch, factor1, shift1, self.dtype), i, cache)
+            branch = h_BlD, gamma1
+            h_BlD = block.feed(block.advance(x_BlD, branch, factor2, shift2, self.dtype))
+            branch = h_BlD, gamma2
+        if branch is not None:
+            x_BlD.addcmul_(*branch)
         cache.advance(x_BlD.shape[1])
         return x_BlD
 
 
-def modulated(x_BlD: Tensor, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return LN(x)·factor + shift in another precision."""
-    x_BlD = F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift_B1D, x_BlD, factor_B1D, out=torch.empty_like(x_BlD, dtype=dtype))
+def advanced(x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add a branch to the residual stream, in place; return LN(x)·factor + shift, (B, l, D), in another precision."""
+    if branch is not None:
+        x_BlD.addcmul_(*branch)
+    normal_BlD = F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift_B1D, normal_BlD, factor_B1D, out=torch.empty_like(x_BlD, dtype=dtype))

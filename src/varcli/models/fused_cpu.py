@@ -19,6 +19,7 @@ from torch import Tensor
 
 from varcli.config import HEAD_WIDTH, TransformerConfig
 from varcli.models.attention import KeyValueCache
+from varcli.models.fused import advanced
 from varcli.models.transformer import Block, Transformer
 
 STEEP = 64
@@ -43,6 +44,8 @@ class GrowingCache(KeyValueCache):
 
 class CpuBlock:
     """One block's two branches, from and to the precision of its weights."""
+
+    advance = staticmethod(advanced)
 
     def __init__(self, block: Block) -> None:
         attn = block.attn

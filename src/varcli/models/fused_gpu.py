@@ -8,6 +8,7 @@ Shapes: B rows of the batch, l tokens of this call, L tokens of all scales, D wi
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from varcli.config import HEAD_WIDTH, TransformerConfig
 from varcli.models.attention import KeyValueCache
+from varcli.models.fused import advanced
 from varcli.models.transformer import Block, Transformer
 
 HALF = (torch.bfloat16, torch.float16)
@@ -49,29 +51,39 @@ class ScaleCache(KeyValueCache):
         return part
 
 
+def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc: Tensor) -> Tensor:
+    """Put unit-length keys, and the values, where they belong; return queries as long as their temperature.
+
+    The queries, (B, h, l, c), take the place of those given.
+    """
+    length_Bl2h1 = torch.linalg.vector_norm(qkv_Bl3hc[:, :, :2], dim=-1, keepdim=True, dtype=torch.float32)
+    length_Bl2h1.clamp_min_(1e-12)
+    q_Blhc, k_Blhc, v_Blhc = qkv_Bl3hc.unbind(2)
+    torch.div(k_Blhc, length_Bl2h1[:, :, 1], out=k_Bhlc.transpose(1, 2))
+    v_Bhlc.copy_(v_Blhc.transpose(1, 2))
+    return q_Blhc.mul_(temperature_h1 / length_Bl2h1[:, :, 0]).transpose(1, 2)
+
+
 class GpuBlock:
     """One block's two branches, from and to the precision of its weights."""
+
+    advance = staticmethod(advanced)
+    normalize = staticmethod(normalized)
 
     def __init__(self, block: Block) -> None:
         attn = block.attn
         self.qkv, self.proj, self.fc1, self.fc2 = attn.mat_qkv, attn.proj, block.ffn.fc1, block.ffn.fc2
         self.dtype, self.heads = attn.mat_qkv.weight.dtype, attn.heads
         self.bias = attn.bias.to(self.dtype)
-        temperature_h1 = attn.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
-        self.factor_2h1 = torch.stack([temperature_h1, torch.ones_like(temperature_h1)])
+        self.temperature_h1 = attn.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
 
-    def attend(self, x_BlD: Tensor, number: int, cache: KeyValueCache) -> Tensor:
+    def attend(self, x_BlD: Tensor, number: int, cache: ScaleCache) -> Tensor:
         """Return what each token gathers from its own scale and those before it, (B, l, D)."""
         start, end = cache.filled, cache.filled + x_BlD.shape[1]
         qkv_Bl3hc = F.linear(x_BlD, self.qkv.weight, self.bias).unflatten(2, (3, self.heads, HEAD_WIDTH))
-        length_Bl2h1 = torch.linalg.vector_norm(qkv_Bl3hc[:, :, :2], dim=-1, keepdim=True, dtype=torch.float32)
-        unit_Bl2h1 = self.factor_2h1 / length_Bl2h1.clamp_min_(1e-12)
-        q_Blhc, k_Blhc, v_Blhc = qkv_Bl3hc.unbind(2)
-        k_Bhlc, v_Bhlc = cache.until(number, end)
-        q_Blhc.mul_(unit_Bl2h1[:, :, 0])
-        torch.mul(k_Blhc, unit_Bl2h1[:, :, 1], out=k_Bhlc[:, :, start:].transpose(1, 2))
-        v_Bhlc[:, :, start:] = v_Blhc.transpose(1, 2)
-        h_Bhlc = F.scaled_dot_product_attention(q_Blhc.transpose(1, 2), k_Bhlc, v_Bhlc, scale=1.0)
+        k_BhLc, v_BhLc = cache.until(number, end)
+        q_Bhlc = self.normalize(qkv_Bl3hc, self.temperature_h1, k_BhLc[:, :, start:], v_BhLc[:, :, start:])
+        h_Bhlc = F.scaled_dot_product_attention(q_Bhlc, k_BhLc, v_BhLc, scale=1.0)
         return self.proj(h_Bhlc.transpose(1, 2).flatten(2))
 
     def feed(self, x_BlD: Tensor) -> Tensor:
@@ -93,3 +105,32 @@ def for_gpu(transformer: Transformer) -> bool:
     layers = [layer for b in blocks for layer in (b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
     plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in layers)
     return plain and all(layer.weight.is_cuda and layer.weight.dtype in HALF for layer in layers)
+
+
+@cache
+def gpu_block(device: torch.device, dtype: torch.dtype) -> type[GpuBlock]:
+    """Return the block with Triton's kernels if they do there what they are to do, else the one without."""
+    try:
+        from varcli.models.kernels import KernelBlock  # noqa: PLC0415 - there is no Triton on every system
+
+        agree = _same(GpuBlock, KernelBlock, device, dtype)
+    except Exception:  # no compiler, no driver, a GPU too old: Triton has many ways to say it
+        return GpuBlock
+    return KernelBlock if agree else GpuBlock
+
+
+def _same(ours: type[GpuBlock], theirs: type[GpuBlock], device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether two kinds of blocks do the same between their products, with 3 heads and 2 × 5 tokens."""
+    found = []
+    for kind in (ours, theirs):
+        x_BlD = torch.linspace(-2, 3, 2 * 5 * 192, device=device).sin_().view(2, 5, 192)
+        ada_B14D = torch.linspace(0, 9, 2 * 4 * 192, device=device).cos_().view(2, 1, 4, 192)
+        gamma, factor, shift, _ = ada_B14D.unbind(2)
+        h_BlD = x_BlD.square().to(dtype)
+        before_BlD = kind.advance(x_BlD, None, factor, shift, dtype)
+        after_BlD = kind.advance(x_BlD, (h_BlD, gamma), shift, factor, dtype)
+        qkv_Bl3hc = torch.linspace(1, 50, 2 * 5 * 576, device=device).sin_().to(dtype).view(2, 5, 3, 3, HEAD_WIDTH)
+        kv_2BhLc = torch.zeros(2, 2, 3, 7, HEAD_WIDTH, device=device, dtype=dtype)
+        q_Bhlc = kind.normalize(qkv_Bl3hc, factor[0, 0, :3, None].exp(), *kv_2BhLc[:, :, :, 2:])
+        found.append([x_BlD, before_BlD.float(), after_BlD.float(), q_Bhlc.float(), kv_2BhLc.float()])
+    return all(torch.allclose(one, other, rtol=0.02, atol=0.02) for one, other in zip(*found, strict=True))

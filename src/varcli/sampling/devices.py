@@ -96,6 +96,8 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
         transformer.to(device).eval()
         for part in decoding:
             part.to(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            settle_cuda()
         if device.type == "cpu":
             pack(transformer)
             for part in tokenizer.decoder.modules():
@@ -108,6 +110,12 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
         raise RunError(
             f"memory: {device} cannot hold the model; a smaller one, --dtype bf16 or --device cpu"
         ) from error
+
+
+def settle_cuda() -> None:
+    """Decide what torch decides otherwise from one version to the next: pictures and speed depend on it."""
+    torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 shall be one
+    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention here, and plans each shape for long
 
 
 def check_int8(device: torch.device) -> None:

@@ -58,7 +58,7 @@ def candidates(logits_BlV: Tensor, top_k: int, top_p: float) -> Candidates:
     if top_p > 0:
         rising_BlK = logits_BlK.flip(-1).softmax(-1).cumsum(-1)
         dropped_BlK = (rising_BlK <= 1 - top_p).flip(-1)
-        dropped_BlK[..., 0] = False
+        dropped_BlK[..., :1].fill_(False)
         logits_BlK = logits_BlK.masked_fill(dropped_BlK, -torch.inf)
     return Candidates(logits_BlK, order_BlK)
 

@@ -8,6 +8,7 @@ next batch overwrites it.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -112,6 +113,10 @@ def cuda_recorder(device: torch.device) -> Record:
                 result = step()
         except RuntimeError as error:
             torch.cuda.synchronize(device)
+            # Before 2.12 torch leaves this out where a capture breaks off, and then fails at giving memory back.
+            with suppress(AttributeError, RuntimeError):
+                index = torch.cuda.current_device() if device.index is None else device.index
+                torch._C._cuda_endAllocateToPool(index, pool)
             if isinstance(error.__context__, RuntimeError):  # the step's; after it the capture could not be ended
                 raise error.__context__ from None
             raise

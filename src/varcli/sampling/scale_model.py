@@ -15,7 +15,7 @@ from varcli.config import SampleConfig
 from varcli.models.attention import KeyValueCache
 from varcli.models.fused import FusedBlocks
 from varcli.models.fused_cpu import CpuBlock, GrowingCache, for_cpu
-from varcli.models.fused_gpu import GpuBlock, ScaleCache, for_gpu
+from varcli.models.fused_gpu import ScaleCache, for_gpu, gpu_block
 from varcli.models.transformer import Transformer, normalize
 from varcli.sampling.devices import block_weight
 from varcli.scales import progress_ratio, spans
@@ -33,8 +33,9 @@ class Blocks(Protocol):
 
 def fastest(transformer: Transformer) -> tuple[Blocks, type[KeyValueCache]]:
     """Return the fastest blocks for where a transformer is and its precision, and what they remember scales in."""
+    weight = block_weight(transformer)
     if for_gpu(transformer):
-        return FusedBlocks(transformer, GpuBlock), ScaleCache
+        return FusedBlocks(transformer, gpu_block(weight.device, weight.dtype)), ScaleCache
     if for_cpu(transformer):
         return FusedBlocks(transformer, CpuBlock), GrowingCache
     return transformer, KeyValueCache
