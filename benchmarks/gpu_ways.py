@@ -1,12 +1,13 @@
 """The ways to make pictures that `gpu.py` measures, and the models they make them with."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest import mock
 
 import torch
+from gpu_book import Book
 
 from varcli.benchmarking.contestants import Models, Wanted, raster_scan
 from varcli.checkpoints.untrained import randomized, shapes
@@ -33,6 +34,8 @@ class Run:
     quick: bool
     seconds: float
     """For each way at each size of batch, and not less than three rounds."""
+    book: Book
+    """Where everything goes."""
 
     def models(self, depth: int, precision: str | None = None) -> Models:
         """Return models of a released shape, or of none for a quick run, with random weights, in place."""
@@ -45,9 +48,9 @@ def random_models(depth: int, quick: bool) -> Models:
     """Return models of a released shape with random weights."""
     tokenizer, transformer = shapes(f"var-d{depth}")
     if quick:
-        small = {"sides": (1, 2, 4), "codebook_size": 64}
-        tokenizer = replace(tokenizer, base_width=32, multipliers=(1, 1), **small)
-        transformer = replace(transformer, depth=2, width=64, **small)
+        sides, size = (1, 2, 4), 64
+        tokenizer = replace(tokenizer, base_width=32, multipliers=(1, 1), sides=sides, codebook_size=size)
+        transformer = replace(transformer, depth=2, width=64, sides=sides, codebook_size=size)
     return randomized(tokenizer, transformer)
 
 
@@ -63,28 +66,23 @@ def requests(models: Models, count: int, first: int) -> list[Wanted]:
     return [Wanted(seed % models[1].config.class_count, seed) for seed in range(first, first + count)]
 
 
-def told(line: str) -> None:
-    """Say what makes a way slower than it might be."""
-    sys.stderr.write(f"{line}\n")
-
-
-def sampling(models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:
+def sampling(run: Run, models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:
     """Return what makes pictures as `var sample` does, with or without graphs."""
-    used = BatchSampler(*models, config, batch, told)
+    used = BatchSampler(*models, config, batch, run.book.told)
     used.recorder = used.recorder if graphs else None
 
     def make(count: int, first: int) -> None:
         for _ in used.pictures(requests(models, count, first)):
             pass
         if used.batch_size < batch and models[1].pos_start.is_cuda:
-            raise TooLargeError
+            raise TooLargeError(f"memory holds {used.batch_size} pictures at a time")
 
     return make
 
 
-def sampling_plainly(models: Models, batch: int) -> Make:
+def sampling_plainly(run: Run, models: Models, batch: int) -> Make:
     """Return the same without fused blocks."""
-    eager = sampling(models, batch, graphs=False)
+    eager = sampling(run, models, batch, graphs=False)
 
     def make(count: int, first: int) -> None:
         with plain_blocks():
@@ -109,7 +107,7 @@ def twin(run: Run, depth: int) -> Make:
 
 def raster(run: Run, models: Models, batch: int) -> Make:
     """Return the baseline in raster order."""
-    contestant = raster_scan(models, CONFIG, run.precision, batch, told)
+    contestant = raster_scan(models, CONFIG, run.precision, batch, run.book.told)
 
     def make(count: int, first: int) -> None:
         for seed in range(first, first + count, contestant.batch):
@@ -121,17 +119,17 @@ def raster(run: Run, models: Models, batch: int) -> Make:
 def main_ways(run: Run, models: Models, batch: int, depth: int) -> dict[str, Make]:
     """Return what `var sample` does, and from there to the specification, which is too slow for batches."""
     found = {
-        "recorded": sampling(models, batch),
-        "eager": sampling(models, batch, graphs=False),
-        "plain blocks": sampling_plainly(models, batch),
+        "recorded": sampling(run, models, batch),
+        "eager": sampling(run, models, batch, graphs=False),
+        "plain blocks": sampling_plainly(run, models, batch),
     }
     return found | ({"plain twin": twin(run, depth)} if batch == 1 and depth == 16 else {})
 
 
 def other_ways(run: Run, models: Models, batch: int) -> dict[str, Callable[[], Make]]:
     """Return what prepares int8, each draft and the raster baseline, the first failing where there is no int8."""
-    found: dict[str, Callable[[], Make]] = {"int8": lambda: sampling(run.models(16, "int8"), batch)}
+    found: dict[str, Callable[[], Make]] = {"int8": lambda: sampling(run, run.models(16, "int8"), batch)}
     for draft in DRAFTS:
-        found[f"draft {draft}"] = lambda draft=draft: sampling(models, batch, replace(CONFIG, draft=draft))
+        found[f"draft {draft}"] = partial(sampling, run, models, batch, replace(CONFIG, draft=draft))
     found["raster"] = lambda: raster(run, models, batch)
     return found
