@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from varcli.models.fused_gpu import GpuBlock, gpu_block
+from varcli.models.layers import NormSilu, norm_kernel
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="this torch has no Triton")
 
@@ -30,16 +31,20 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from varcli.models import kernels
+    from varcli.models import block_kernels, norm_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     vectors = dict.fromkeys(("gamma", "factor", "shift"), "*fp32")
-    sizes = dict.fromkeys(("length", "vector_stride", "row_stride", "head_stride"), "i32")
-    types = {"x": "*fp32", "out": f"*{half}", "h": f"*{half}", **vectors, **sizes}
+    types = {"x": "*fp32", "out": f"*{half}", "h": f"*{half}", **vectors}
     types |= {"qkv": f"*{half}", "temperature": "*fp32", "keys": f"*{half}", "values": f"*{half}"}
+    sizes = dict.fromkeys(("length", "vector_stride", "row_stride", "head_stride", "positions", "parts"), "i32")
+    types |= sizes | {"weight": f"*{half}", "bias": f"*{half}", "sums": "*fp32", "factors": "*fp32"}
     for kernel, constants in (
-        (kernels._advance, {"width": 1920, "block": 2048, "adds": True}),
-        (kernels._normalize, {"heads": 30, "block": 32, "channels": 64}),
+        (block_kernels._advance, {"width": 1920, "block": 2048, "adds": True}),
+        (block_kernels._normalize, {"heads": 30, "block": 32, "channels": 64}),
+        (norm_kernels._channel_sums, {"part": 512, "width": 160, "block": 256, "at_once": 16}),
+        (norm_kernels._group_factors, {"width": 640, "size": 20, "block": 32, "parts_block": 128}),
+        (norm_kernels._silu, {"width": 160, "block": 256, "at_once": 16}),
     ):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types[name] for name in names}
@@ -50,9 +55,21 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
 
 
 def test_without_triton_or_a_gpu_the_operations_of_torch_are_used(monkeypatch):
-    gpu_block.cache_clear()
-    assert gpu_block(torch.device("cpu"), torch.bfloat16) is GpuBlock  # compiled, they run on a GPU alone
-    gpu_block.cache_clear()
-    monkeypatch.setitem(sys.modules, "varcli.models.kernels", None)
-    assert gpu_block(torch.device("cpu"), torch.bfloat16) is GpuBlock
-    gpu_block.cache_clear()
+    where = torch.device("cpu"), torch.bfloat16  # compiled, they run on a GPU alone
+    assert gpu_block.__wrapped__(*where) is GpuBlock and norm_kernel.__wrapped__(*where) is None
+    monkeypatch.setitem(sys.modules, "varcli.models.block_kernels", None)
+    monkeypatch.setitem(sys.modules, "varcli.models.norm_kernels", None)
+    assert gpu_block.__wrapped__(*where) is GpuBlock and norm_kernel.__wrapped__(*where) is None
+
+
+def test_the_decoder_takes_its_kernel_only_where_it_fits():
+    norm, told = NormSilu(32), []
+    norm.kernel = lambda itself, x_BCHW: told.append(itself is norm) or x_BCHW
+    x_BCHW = torch.randn(1, 32, 4, 4)
+    together = x_BCHW.to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x_BCHW, 32))
+    torch.testing.assert_close(norm(together), expected, atol=1e-5, rtol=1e-4)  # a gradient may be asked for
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x_BCHW), expected, atol=1e-5, rtol=1e-4)
+        assert not told
+        assert norm(together) is together and told == [True]

@@ -7,7 +7,7 @@ Module names are those inside the released checkpoint files, hence `down.0.block
 from torch import Tensor, nn
 
 from varcli.config import TokenizerConfig
-from varcli.models.layers import Downsample, ResidualBlock, SpatialAttention, Upsample, group_norm, silu
+from varcli.models.layers import Downsample, NormSilu, ResidualBlock, SpatialAttention, Upsample
 
 
 class Level(nn.Module):
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
             for i, (width_in, width) in enumerate(zip([config.base_width, *widths], widths, strict=False))
         )
         self.mid = Middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = NormSilu(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.codebook_width, 3, padding=1)
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
         h_BCHW = self.conv_in(image_B3HW)
         for level in self.down:
             h_BCHW = level(h_BCHW)
-        return self.conv_out(silu(self.norm_out(self.mid(h_BCHW))))
+        return self.conv_out(self.norm_out(self.mid(h_BCHW)))
 
 
 class Decoder(nn.Module):
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
             UpLevel(width_in, width, config.encoder_blocks + 1, lowest=i == last, highest=i == 0)
             for i, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = NormSilu(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, f_BCHW: Tensor) -> Tensor:
@@ -113,4 +113,4 @@ class Decoder(nn.Module):
         h_BCHW = self.mid(self.conv_in(f_BCHW))
         for level in reversed(self.up):
             h_BCHW = level(h_BCHW)
-        return self.conv_out(silu(self.norm_out(h_BCHW)))
+        return self.conv_out(self.norm_out(h_BCHW))

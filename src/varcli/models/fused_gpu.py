@@ -111,7 +111,7 @@ def for_gpu(transformer: Transformer) -> bool:
 def gpu_block(device: torch.device, dtype: torch.dtype) -> type[GpuBlock]:
     """Return the block with Triton's kernels if they do there what they are to do, else the one without."""
     try:
-        from varcli.models.kernels import KernelBlock  # noqa: PLC0415 - there is no Triton on every system
+        from varcli.models.block_kernels import KernelBlock  # noqa: PLC0415 - there is no Triton on every system
 
         agree = _same(GpuBlock, KernelBlock, device, dtype)
     except Exception:  # no compiler, no driver, a GPU too old: Triton has many ways to say it

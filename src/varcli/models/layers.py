@@ -4,6 +4,8 @@ Shapes: B pictures, C channels, H and W rows and columns, N = H·W positions.
 Module names are those inside the released checkpoint files.
 """
 
+from collections.abc import Callable
+from functools import cache
 from itertools import product
 
 import torch
@@ -11,14 +13,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def group_norm(width: int) -> nn.GroupNorm:
-    """Return the normalization used everywhere in the tokenizer: 32 groups, eps 1e-6."""
-    return nn.GroupNorm(32, width, eps=1e-6)
+class NormSilu(nn.GroupNorm):
+    """The normalization used everywhere in the tokenizer, in 32 groups, and SiLU: x·sigmoid(x)."""
+
+    kernel: Callable[[nn.GroupNorm, Tensor], Tensor] | None
+    """What does both in one go for maps in `channels_last`, where a device has it and no gradient is asked for."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(32, width, eps=1e-6)
+        self.kernel = None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return a map of the same shape."""
+        learning = torch.is_grad_enabled()
+        if self.kernel is not None and not learning and x_BCHW.is_contiguous(memory_format=torch.channels_last):
+            return self.kernel(self, x_BCHW)
+        # In place where no gradient will ask for what went in, for the sake of memory traffic.
+        return F.silu(super().forward(x_BCHW), inplace=not learning)
 
 
-def silu(x_BCHW: Tensor) -> Tensor:
-    """Return x·sigmoid(x); in place where no gradient will ask for x, for the sake of memory traffic."""
-    return F.silu(x_BCHW, inplace=not torch.is_grad_enabled())
+@cache
+def norm_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[nn.GroupNorm, Tensor], Tensor] | None:
+    """Return Triton's kernels for `NormSilu` if they do there what they are to do; else torch's operations serve."""
+    norm = NormSilu(96).to(device, dtype)
+    x_BCHW = torch.linspace(-3, 5, 2 * 96 * 19 * 13, device=device).sin_().view(2, 19, 13, 96).permute(0, 3, 1, 2)
+    try:
+        from varcli.models.norm_kernels import norm_silu  # noqa: PLC0415 - there is no Triton on every system
+
+        with torch.no_grad():
+            found, wanted = norm_silu(norm, x_BCHW.to(dtype)), norm(x_BCHW.to(dtype))
+            return norm_silu if torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02) else None
+    except Exception:  # no compiler, no driver, a GPU too old: Triton has many ways to say it
+        return None
 
 
 class ResidualBlock(nn.Module):
@@ -26,17 +52,17 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(width_in)
+        self.norm1 = NormSilu(width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.norm2 = group_norm(width_out)
+        self.norm2 = NormSilu(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         if width_in != width_out:
             self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the block's output, as many channels as its second convolution has."""
-        h_BCHW = self.conv1(silu(self.norm1(x_BCHW)))
-        h_BCHW = self.conv2(silu(self.norm2(h_BCHW)))
+        h_BCHW = self.conv1(self.norm1(x_BCHW))
+        h_BCHW = self.conv2(self.norm2(h_BCHW))
         if hasattr(self, "nin_shortcut"):
             x_BCHW = self.nin_shortcut(x_BCHW)
         return x_BCHW + h_BCHW if torch.is_grad_enabled() else h_BCHW.add_(x_BCHW)
@@ -47,7 +73,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = group_norm(width)
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj_out = nn.Conv2d(width, width, 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varcli.errors import RunError, UsageError
-from varcli.models.layers import Upsample
+from varcli.models.layers import NormSilu, Upsample, norm_kernel
 from varcli.models.packed import pack
 from varcli.models.quantized import Int8Linear, quantize
 from varcli.models.tokenizer import Tokenizer
@@ -98,6 +98,9 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
             part.to(memory_format=torch.channels_last)
         if device.type == "cuda":
             settle_cuda()
+            for part in tokenizer.decoder.modules():
+                if isinstance(part, NormSilu) and dtype != torch.float32:
+                    part.kernel = norm_kernel(device, dtype)
         if device.type == "cpu":
             pack(transformer)
             for part in tokenizer.decoder.modules():

@@ -87,7 +87,7 @@ def advanced(
     rows, length, width = x_BlD.shape
     out_BlD = torch.empty_like(x_BlD, dtype=dtype)
     h_BlD, gamma_B1D = branch or (out_BlD, factor_B1D)
-    with _device_of(x_BlD):
+    with device_of(x_BlD):
         _advance[(rows * length,)](
             x_BlD,
             out_BlD,
@@ -109,7 +109,7 @@ def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc
     """Do what `models.fused_gpu.normalized` does."""
     assert qkv_Bl3hc.is_contiguous(), "kernels count tokens one after the other"
     rows, length, _, heads, channels = qkv_Bl3hc.shape
-    with _device_of(qkv_Bl3hc):
+    with device_of(qkv_Bl3hc):
         _normalize[(rows * length,)](
             qkv_Bl3hc,
             temperature_h1,
@@ -133,6 +133,6 @@ class KernelBlock(GpuBlock):
     normalize = staticmethod(normalized)
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which a kernel starts where a tensor is; Triton takes the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
