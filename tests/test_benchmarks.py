@@ -123,6 +123,19 @@ def test_what_matters_most_comes_first(gpu, run):
     assert names[-2:] == ["d16, 1 at a time, raster", "d16, 64 at a time, raster"]
 
 
+def test_memory_on_a_gpu_is_that_of_recorded_without_what_cublas_kept(gpu, run, monkeypatch):
+    parts, called = importlib.import_module("gpu_parts"), []
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name: called.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1e9 * called.count("made"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: called.append("clear"), raising=False)
+    ways = {way: lambda count, first: called.append("made") for way in ("recorded", "eager")}
+    on_gpu = replace(run, device=torch.device("cuda"))
+    assert parts.warm_up(on_gpu, "part", 1, ways) == 3
+    assert called[:5] == ["synchronize", "clear", "empty_cache", "reset_peak_memory_stats", "made"]
+    assert parts.warm_up(on_gpu, "part", 1, {"recorded": failing(), "eager": ways["eager"]}) is None
+
+
 def test_targets_are_judged_by_what_was_recorded(gpu):
     recorded = {"model": "d16", "way": "recorded", "latency ms": 15.1, "pictures/s": 66.0, "times twin": 3.0}
     many = recorded | {"batch": 64, "pictures/s": 250.0, "times plain": None}
