@@ -6,8 +6,9 @@
 It measures models of released shapes with random weights, which cost what trained ones cost, on pictures of the
 paper's settings, pixels in the host's memory. The ways to make them take turns in every round; medians.
 
-recorded     what `var sample` does: fused blocks, CUDA graphs, pixels fetched while the next batch is made
-eager        the same without graphs
+recorded     what `var sample` does: fused blocks, Triton's kernels, CUDA graphs; pixels fetched while the next batch runs
+no Triton    the same with torch's operations instead of the kernels in varcli/models
+eager        without graphs
 plain blocks the same without fused blocks either: the readable loop, in batches
 plain twin   the specification: one picture at a time in float32, without a cache
 int8, draft … what `--quantize int8` and each `--draft` make of `recorded`

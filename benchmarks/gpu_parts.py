@@ -22,9 +22,11 @@ from varcli.data.images import Provenance
 from varcli.data.outputs import open_output
 from varcli.data.writing import Writer
 from varcli.errors import RunError
+from varcli.models.fused_gpu import GpuBlock, gpu_block
+from varcli.models.layers import norm_kernel
 from varcli.sampling import sampler
 from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import free_memory, synchronize
+from varcli.sampling.devices import DTYPES, free_memory, synchronize
 
 
 def tried(run: Run, part: str, work: Callable[[], object]) -> bool:
@@ -51,7 +53,12 @@ def machine(run: Run) -> Row:
         found["driver"] = told[0] if told else None
     memory = torch.cuda.get_device_properties(run.device).total_memory
     libraries = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
-    return found | libraries | {"memory GB": round(memory / 1e9, 1)}
+    dtype = DTYPES[run.precision]
+    kernels = {
+        "kernels of blocks": gpu_block(run.device, dtype) is not GpuBlock,
+        "kernels of norms": norm_kernel(run.device, dtype) is not None,
+    }
+    return found | libraries | kernels | {"memory GB": round(memory / 1e9, 1)}
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> float:

@@ -1,7 +1,7 @@
 """The ways to make pictures that `gpu.py` measures, and the models they make them with."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
@@ -12,6 +12,10 @@ from gpu_book import Book
 from varcli.benchmarking.contestants import Models, Wanted, raster_scan
 from varcli.checkpoints.untrained import randomized, shapes
 from varcli.config import DRAFTS, PRESETS, SampleConfig
+from varcli.models.attention import KeyValueCache
+from varcli.models.fused_gpu import GpuBlock
+from varcli.models.layers import NormSilu
+from varcli.models.tokenizer import Tokenizer
 from varcli.sampling import plain, scale_model
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import place
@@ -56,8 +60,19 @@ def random_models(depth: int, quick: bool) -> Models:
 
 @contextmanager
 def plain_blocks() -> Iterator[None]:
-    """Sample without `models.fused_gpu`."""
-    with mock.patch.object(scale_model, "for_gpu", lambda transformer: False):
+    """Sample with the transformer's own blocks."""
+    with mock.patch.object(scale_model, "fastest", lambda transformer: (transformer, KeyValueCache)):
+        yield
+
+
+@contextmanager
+def torch_operations(tokenizer: Tokenizer) -> Iterator[None]:
+    """Sample without Triton's kernels."""
+    norms = [part for part in tokenizer.decoder.modules() if isinstance(part, NormSilu)]
+    with ExitStack() as patches:
+        for norm in norms:
+            patches.enter_context(mock.patch.object(norm, "kernel", None))
+        patches.enter_context(mock.patch.object(scale_model, "gpu_block", lambda device, dtype: GpuBlock))
         yield
 
 
@@ -91,6 +106,17 @@ def sampling_plainly(run: Run, models: Models, batch: int) -> Make:
     return make
 
 
+def sampling_by_torch(run: Run, models: Models, batch: int) -> Make:
+    """Return what makes pictures with graphs of torch's operations alone."""
+    recorded = sampling(run, models, batch)
+
+    def make(count: int, first: int) -> None:
+        with torch_operations(models[0]):
+            recorded(count, first)
+
+    return make
+
+
 def twin(run: Run, depth: int) -> Make:
     """Return the plain twin, whose models are made when it is first needed."""
     kept: list[Models] = []
@@ -120,6 +146,7 @@ def main_ways(run: Run, models: Models, batch: int, depth: int) -> dict[str, Mak
     """Return what `var sample` does, and from there to the specification, which is too slow for batches."""
     found = {
         "recorded": sampling(run, models, batch),
+        "no Triton": sampling_by_torch(run, models, batch),
         "eager": sampling(run, models, batch, graphs=False),
         "plain blocks": sampling_plainly(run, models, batch),
     }

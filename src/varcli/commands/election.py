@@ -32,7 +32,10 @@ def surest(
     while part := list(islice(made, AT_ONCE)):
         pixels_BPP3 = np.stack([pixels for _, (_, pixels) in part])
         confidence_B = classifier.confidence(pixels_BPP3, [picture.row for _, (picture, _) in part])
-        judged = [(float(sure), -number, one) for sure, (number, one) in zip(confidence_B, part, strict=True)]
+        judged = [
+            (float(sure), -number, (picture, pixels.copy()))  # what it is a view of is a whole batch
+            for sure, (number, (picture, pixels)) in zip(confidence_B, part, strict=True)
+        ]
         best = nlargest(kept, best + judged, key=lambda found: found[:2])
     return [one for _, _, one in sorted(best, key=lambda found: -found[1])]
 

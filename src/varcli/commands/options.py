@@ -83,7 +83,7 @@ Quantize = Annotated[
     Literal["int8"] | None,
     Option(
         "--quantize",
-        help="Weights and activations in 8 bits: faster for models as large as d16, not for tiny64.",
+        help="Weights and activations in 8 bits: on CPUs faster for models as large as d16; less memory.",
         show_default="off",
     ),
 ]
