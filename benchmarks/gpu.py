@@ -6,7 +6,7 @@
 It measures models of released shapes with random weights, which cost what trained ones cost, on pictures of the
 paper's settings, pixels in the host's memory. The ways to make them take turns in every round; medians.
 
-recorded     what `var sample` does: fused blocks, Triton's kernels, CUDA graphs; pixels fetched while the next batch runs
+recorded     what `var sample` does: fused blocks, Triton's kernels, CUDA graphs; pixels fetched meanwhile
 no Triton    the same with torch's operations instead of the kernels in varcli/models
 eager        without graphs
 plain blocks the same without fused blocks either: the readable loop, in batches
