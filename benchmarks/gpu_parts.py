@@ -22,8 +22,8 @@ from varcli.data.images import Provenance
 from varcli.data.outputs import open_output
 from varcli.data.writing import Writer
 from varcli.errors import RunError
-from varcli.models.fused_gpu import GpuBlock, gpu_block
-from varcli.models.layers import norm_kernel
+from varcli.models.fused_gpu import GpuBlock
+from varcli.models.kernels import gpu_block, norm_kernel
 from varcli.sampling import sampler
 from varcli.sampling.batches import BatchSampler
 from varcli.sampling.devices import DTYPES, free_memory, synchronize

@@ -7,8 +7,9 @@ import torch
 from varcli.config import TransformerConfig
 from varcli.models.block_kernels import KernelBlock
 from varcli.models.fused import FusedBlocks
-from varcli.models.fused_gpu import GpuBlock, ScaleCache, gpu_block
-from varcli.models.layers import NormSilu, norm_kernel
+from varcli.models.fused_gpu import GpuBlock, ScaleCache
+from varcli.models.kernels import gpu_block, norm_kernel
+from varcli.models.layers import NormSilu
 from varcli.models.norm_kernels import norm_silu
 from varcli.models.transformer import Transformer
 

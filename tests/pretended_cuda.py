@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from varcli.models.fused_gpu import GpuBlock
+
 CUDA = torch.device("cuda", 0)
 
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
@@ -27,6 +29,8 @@ def pretended(monkeypatch, *models):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.Tensor.pin_memory", lambda self: self)
+    # On a machine with a GPU kernels would be started on memory that is not there.
+    monkeypatch.setattr("varcli.sampling.scale_model.gpu_block", lambda device, dtype: GpuBlock)
     with FakeTensorMode():
         for model in models:
             _move(model)

@@ -33,6 +33,16 @@ def test_the_best_come_first_and_of_equal_ones_the_first(count):
     assert torch.equal(order, expected.indices[..., :count])
 
 
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
+def test_a_broken_logit_is_not_passed_over(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    logits_BlV, infinite = torch.randn(1, 2, 50), torch.tensor(torch.inf)
+    logits_BlV[0, 0, 3], logits_BlV[0, 1, 4] = infinite - infinite, -(infinite - infinite)
+    found, order = best(logits_BlV, 5)
+    assert found[0, :, 0].isnan().all() and order[0, :, 0].tolist() == [3, 4]
+    assert torch.equal(found[0, :, 1:], logits_BlV.nan_to_num(-torch.inf).topk(4).values[0])
+
+
 def test_best_token_always_stays():
     logits = torch.tensor([[[5.0, 1.0, 0.0]]])
     assert survivors(logits, 0, 1e-9).tolist() == [[[True, False, False]]]

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from varcli.models.fused_gpu import GpuBlock, gpu_block
-from varcli.models.layers import NormSilu, norm_kernel
+import reference
+from varcli.models.fused_gpu import GpuBlock
+from varcli.models.kernels import gpu_block, norm_kernel
+from varcli.models.layers import NormSilu
+from varcli.sampling import devices
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="this torch has no Triton")
 
@@ -27,12 +30,14 @@ def test_interpreted_they_do_what_the_operations_of_torch_do():
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, monkeypatch):
-    from triton import compile as compile_kernel
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from varcli.models import block_kernels, norm_kernels
 
+    if capability == 100 and [int(part) for part in triton.__version__.split(".")[:2]] < [3, 3]:
+        pytest.skip("this Triton knows no such GPU")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     vectors = dict.fromkeys(("gamma", "factor", "shift"), "*fp32")
     types = {"x": "*fp32", "out": f"*{half}", "h": f"*{half}", **vectors}
@@ -43,13 +48,13 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
         (block_kernels._advance, {"width": 1920, "block": 2048, "adds": True}),
         (block_kernels._normalize, {"heads": 30, "block": 32, "channels": 64}),
         (norm_kernels._channel_sums, {"part": 512, "width": 160, "block": 256, "at_once": 16}),
-        (norm_kernels._group_factors, {"width": 640, "size": 20, "block": 32, "parts_block": 128}),
+        (norm_kernels._group_factors, {"width": 640, "size": 20, "block": 32, "parts_block": 512}),
         (norm_kernels._silu, {"width": 160, "block": 256, "at_once": 16}),
     ):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types[name] for name in names}
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
-        compiled = compile_kernel(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": True})
+        source = ASTSource(kernel, signature, constants)
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": True})
         assert compiled.asm["cubin"] and compiled.metadata.shared < 48 * 1024
         assert ".local" not in compiled.asm["ptx"]  # all fits into registers
 
@@ -60,6 +65,33 @@ def test_without_triton_or_a_gpu_the_operations_of_torch_are_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "varcli.models.block_kernels", None)
     monkeypatch.setitem(sys.modules, "varcli.models.norm_kernels", None)
     assert gpu_block.__wrapped__(*where) is GpuBlock and norm_kernel.__wrapped__(*where) is None
+
+
+def test_models_on_a_gpu_in_16_bits_are_given_the_kernel_and_lose_it_elsewhere(monkeypatch):
+    """The GPU is the meta device here, which says it is one."""
+
+    class Gpu:
+        type = "cuda"
+
+    models = reference.load("mini")
+    norms = [part for part in models.tokenizer.decoder.modules() if isinstance(part, NormSilu)]
+    settings = {"tf32": torch.backends.cudnn.allow_tf32, "cudnn": torch.backends.cuda.cudnn_sdp_enabled()}
+    monkeypatch.setattr(devices, "norm_kernel", lambda device, dtype: dtype)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *given, **named: self)
+    try:
+        for precision, kernel in (
+            ("bf16", ("cuda", torch.bfloat16)),
+            ("fp32", None),
+            ("fp16", ("cuda", torch.float16)),
+        ):
+            devices.place(models.tokenizer, models.transformer, Gpu(), precision)
+            assert {norm.kernel for norm in norms} == {kernel}
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cudnn.allow_tf32 = settings["tf32"]
+        torch.backends.cuda.enable_cudnn_sdp(settings["cudnn"])
+    devices.place(models.tokenizer, models.transformer, torch.device("cpu"), "fp32")
+    assert {norm.kernel for norm in norms} == {None}
 
 
 def test_the_decoder_takes_its_kernel_only_where_it_fits():

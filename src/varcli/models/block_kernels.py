@@ -1,12 +1,10 @@
 """What lies between the products of a block, as two Triton kernels: each reads and writes everything once.
 
 Torch's operations, three and six of them, are the specification: `models.fused.advanced` and
-`models.fused_gpu.normalized`. Triton comes with torch wherever CUDA does on Linux.
+`models.fused_gpu.normalized`.
 
 Shapes: B rows of the batch, l tokens of this call, L tokens of all scales so far, D width, h heads of c = 64 channels.
 """
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -14,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from varcli.models.fused_gpu import GpuBlock
+from varcli.models.norm_kernels import device_of
 
 
 @triton.jit(do_not_specialize=["length"])  # one for all scales
@@ -37,15 +36,15 @@ def _advance(
     vector = token // length * vector_stride + column
     place = token * width + column
     value = tl.load(x + place, mask=inside, other=0.0)
+    multiplied = tl.load(factor + vector, mask=inside, other=0.0)  # asked for before the sums have to be waited for
+    moved = tl.load(shift + vector, mask=inside, other=0.0)
     if adds:
         added = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
         value += added * tl.load(gamma + vector, mask=inside, other=0.0)
         tl.store(x + place, value, mask=inside)
     centred = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
     normal = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + 1e-6)
-    result = normal * tl.load(factor + vector, mask=inside, other=0.0)
-    result += tl.load(shift + vector, mask=inside, other=0.0)
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, (normal * multiplied + moved).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -82,11 +81,12 @@ def _normalize(
 def advanced(
     x_BlD: Tensor, branch: tuple[Tensor, Tensor] | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Do what `models.fused.advanced` does."""
+    """Return what `models.fused.advanced` does, (B, l, D), and change x as it does."""
     assert x_BlD.is_contiguous(), "kernels count tokens one after the other"
     rows, length, width = x_BlD.shape
     out_BlD = torch.empty_like(x_BlD, dtype=dtype)
-    h_BlD, gamma_B1D = branch or (out_BlD, factor_B1D)
+    h_BlD, gamma_B1D = branch or (out_BlD, factor_B1D)  # without a branch the kernel looks at neither
+    assert h_BlD.is_contiguous()
     with device_of(x_BlD):
         _advance[(rows * length,)](
             x_BlD,
@@ -106,9 +106,10 @@ def advanced(
 
 
 def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc: Tensor) -> Tensor:
-    """Do what `models.fused_gpu.normalized` does."""
+    """Return queries as `models.fused_gpu.normalized` does, (B, h, l, c), and put keys and values where it does."""
     assert qkv_Bl3hc.is_contiguous(), "kernels count tokens one after the other"
     rows, length, _, heads, channels = qkv_Bl3hc.shape
+    assert k_Bhlc.stride() == v_Bhlc.stride() and k_Bhlc.stride()[2:] == (channels, 1), "of one cache"
     with device_of(qkv_Bl3hc):
         _normalize[(rows * length,)](
             qkv_Bl3hc,
@@ -131,8 +132,3 @@ class KernelBlock(GpuBlock):
 
     advance = staticmethod(advanced)
     normalize = staticmethod(normalized)
-
-
-def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which a kernel starts where a tensor is; Triton takes the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -31,7 +31,7 @@ class BlockBranches(Protocol):
     def advance(
         self, x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Do what `advanced` does."""
+        """Return as `advanced` does what goes into the next product, having changed the residual stream in place."""
 
     def attend(self, x_BlD: Tensor, number: int, cache: Any) -> Tensor:
         """Return what each token gathers from its own scale and those before it, (B, l, D)."""

@@ -23,22 +23,23 @@ from varcli.models.fused import advanced
 from varcli.models.transformer import Block, Transformer
 
 STEEP = 64
-"""Temperatures up to this leave 2^score, and sums and weighted sums of it, far within what bf16 can hold: 2^±127."""
+"""Temperatures up to this leave 2^score within 2^±93, so that in bf16 (2^±127) there is room for sums over thousands
+of tokens, weighted with values up to millions."""
 
 
 class GrowingCache(KeyValueCache):
     """Keys and values of a block in one piece at every scale, as products want them; other layouts are copied first."""
 
     def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        nothing = torch.empty((2, batch, config.heads, 0, HEAD_WIDTH), device=device, dtype=dtype)
-        self.kv = [nothing] * config.depth
+        nothing_2Bh0c = torch.empty((2, batch, config.heads, 0, HEAD_WIDTH), device=device, dtype=dtype)
+        self.kv = [nothing_2Bh0c] * config.depth
         self.filled = 0
 
     def until(self, block: int, end: int) -> Tensor:
-        """Return where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
-        before = self.kv[block]
-        self.kv[block] = torch.empty((*before.shape[:3], end, HEAD_WIDTH), device=before.device, dtype=before.dtype)
-        self.kv[block][:, :, :, : self.filled] = before[:, :, :, : self.filled]
+        """Return new memory for a block's first `end` tokens with those there are: (2, B, h, end, c)."""
+        before_2BhLc = self.kv[block]
+        self.kv[block] = before_2BhLc.new_empty((*before_2BhLc.shape[:3], end, HEAD_WIDTH))
+        self.kv[block][:, :, :, : self.filled] = before_2BhLc[:, :, :, : self.filled]
         return self.kv[block]
 
 
@@ -56,6 +57,7 @@ class CpuBlock:
             self.qkv = partial(F.linear, weight=attn.mat_qkv.weight, bias=attn.bias.to(self.dtype))
         temperature_h1 = attn.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
         self.steep = bool(temperature_h1.max() > STEEP)
+        # Queries and keys are brought to their lengths in one pass: to the temperature, in base 2, and to 1.
         self.factor_2h1 = torch.stack([temperature_h1 * math.log2(math.e), torch.ones_like(temperature_h1)])
 
     def attend(self, x_BlD: Tensor, number: int, cache: KeyValueCache) -> Tensor:
@@ -75,7 +77,8 @@ def gather(q_Nlc: Tensor, k_NLc: Tensor, v_NLc: Tensor, *, steep: bool) -> Tenso
     """Return softmax(q·kᵀ·ln 2)·v, (N, l, c): attention with the logarithm's base in the queries.
 
     A softmax takes the largest score from all others lest the exponential overflow. Queries and keys of unit length
-    bound their scores by the temperature, so that this is left out unless one is `steep`.
+    bound their scores by the temperature, so that this is left out unless one is `steep`. Scores are rounded to bf16,
+    which torch's own attention does not do: at high temperatures that costs precision.
     """
     weight_NlL = q_Nlc @ k_NLc.mT
     if steep:

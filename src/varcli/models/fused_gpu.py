@@ -8,7 +8,6 @@ Shapes: B rows of the batch, l tokens of this call, L tokens of all scales, D wi
 
 import math
 from collections.abc import Iterable
-from functools import cache
 from typing import cast
 
 import torch
@@ -105,32 +104,3 @@ def for_gpu(transformer: Transformer) -> bool:
     layers = [layer for b in blocks for layer in (b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
     plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in layers)
     return plain and all(layer.weight.is_cuda and layer.weight.dtype in HALF for layer in layers)
-
-
-@cache
-def gpu_block(device: torch.device, dtype: torch.dtype) -> type[GpuBlock]:
-    """Return the block with Triton's kernels if they do there what they are to do, else the one without."""
-    try:
-        from varcli.models.block_kernels import KernelBlock  # noqa: PLC0415 - there is no Triton on every system
-
-        agree = _same(GpuBlock, KernelBlock, device, dtype)
-    except Exception:  # no compiler, no driver, a GPU too old: Triton has many ways to say it
-        return GpuBlock
-    return KernelBlock if agree else GpuBlock
-
-
-def _same(ours: type[GpuBlock], theirs: type[GpuBlock], device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether two kinds of blocks do the same between their products, with 3 heads and 2 × 5 tokens."""
-    found = []
-    for kind in (ours, theirs):
-        x_BlD = torch.linspace(-2, 3, 2 * 5 * 192, device=device).sin_().view(2, 5, 192)
-        ada_B14D = torch.linspace(0, 9, 2 * 4 * 192, device=device).cos_().view(2, 1, 4, 192)
-        gamma, factor, shift, _ = ada_B14D.unbind(2)
-        h_BlD = x_BlD.square().to(dtype)
-        before_BlD = kind.advance(x_BlD, None, factor, shift, dtype)
-        after_BlD = kind.advance(x_BlD, (h_BlD, gamma), shift, factor, dtype)
-        qkv_Bl3hc = torch.linspace(1, 50, 2 * 5 * 576, device=device).sin_().to(dtype).view(2, 5, 3, 3, HEAD_WIDTH)
-        kv_2BhLc = torch.zeros(2, 2, 3, 7, HEAD_WIDTH, device=device, dtype=dtype)
-        q_Bhlc = kind.normalize(qkv_Bl3hc, factor[0, 0, :3, None].exp(), *kv_2BhLc[:, :, :, 2:])
-        found.append([x_BlD, before_BlD.float(), after_BlD.float(), q_Bhlc.float(), kv_2BhLc.float()])
-    return all(torch.allclose(one, other, rtol=0.02, atol=0.02) for one, other in zip(*found, strict=True))

@@ -5,7 +5,6 @@ Module names are those inside the released checkpoint files.
 """
 
 from collections.abc import Callable
-from functools import cache
 from itertools import product
 
 import torch
@@ -30,21 +29,6 @@ class NormSilu(nn.GroupNorm):
             return self.kernel(self, x_BCHW)
         # In place where no gradient will ask for what went in, for the sake of memory traffic.
         return F.silu(super().forward(x_BCHW), inplace=not learning)
-
-
-@cache
-def norm_kernel(device: torch.device, dtype: torch.dtype) -> Callable[[nn.GroupNorm, Tensor], Tensor] | None:
-    """Return Triton's kernels for `NormSilu` if they do there what they are to do; else torch's operations serve."""
-    norm = NormSilu(96).to(device, dtype)
-    x_BCHW = torch.linspace(-3, 5, 2 * 96 * 19 * 13, device=device).sin_().view(2, 19, 13, 96).permute(0, 3, 1, 2)
-    try:
-        from varcli.models.norm_kernels import norm_silu  # noqa: PLC0415 - there is no Triton on every system
-
-        with torch.no_grad():
-            found, wanted = norm_silu(norm, x_BCHW.to(dtype)), norm(x_BCHW.to(dtype))
-            return norm_silu if torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02) else None
-    except Exception:  # no compiler, no driver, a GPU too old: Triton has many ways to say it
-        return None
 
 
 class ResidualBlock(nn.Module):

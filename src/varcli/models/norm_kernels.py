@@ -1,17 +1,24 @@
 """Group normalization and SiLU of the decoder in one go, as Triton kernels: x is read twice, the result written once.
 
-Torch's own operations are the specification. They read and write three times more, and before torch 2.15 (where this
-was written) they bring each map into another order and back.
+`models.layers.NormSilu` is the specification. Torch's operations read and write nearly twice as much, and before torch
+2.15 three times, since they bring each map into another order and back.
 
 Shapes: B pictures, C channels, H and W rows and columns.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from varcli.models.block_kernels import device_of
+PARTS = 512
+"""Into how many parts the positions of a picture are divided, at most, so that a single one keeps a GPU busy."""
+SMALLEST_PART = 64
+"""Positions; fewer are not worth a program."""
+AT_ONCE = 4096
+"""Values that a program holds at a time."""
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -83,23 +90,16 @@ def _silu(
     block: tl.constexpr,
     at_once: tl.constexpr,
 ) -> None:
-    """One program a picture and some positions: SiLU(x·factor + shift)."""
-    picture = tl.program_id(0).to(tl.int64)
+    """One program some positions and a picture: SiLU(x·factor + shift)."""
+    picture = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, block)[None, :]
-    position = tl.program_id(1) * at_once + tl.arange(0, at_once)[:, None]
+    position = tl.program_id(0) * at_once + tl.arange(0, at_once)[:, None]
     inside = (position < positions) & (channel < width)
     place = (picture * positions + position) * width + channel
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     value *= tl.load(factors + picture * 2 * width + channel, mask=channel < width, other=0.0)
     value += tl.load(factors + picture * 2 * width + width + channel, mask=channel < width, other=0.0)
     tl.store(out + place, (value * tl.sigmoid(value)).to(out.dtype.element_ty), mask=inside)
-
-
-PARTS = 128
-"""Into how many parts the positions of a picture are divided, at most, so that a single one keeps a GPU busy."""
-SMALLEST_PART = 64
-AT_ONCE = 4096
-"""Values that a program holds at a time."""
 
 
 def norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
@@ -125,10 +125,15 @@ def norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
             width,
             size,
             triton.next_power_of_2(size),
-            PARTS,
+            triton.next_power_of_2(parts),
             enable_fp_fusion=True,
         )
-        _silu[pictures, triton.cdiv(positions, at_once)](
+        _silu[triton.cdiv(positions, at_once), pictures](
             x_BCHW, out_BCHW, factors, positions, width, block, at_once, enable_fp_fusion=True
         )
     return out_BCHW
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which a kernel starts where a tensor is; Triton takes the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from varcli.errors import RunError, UsageError
-from varcli.models.layers import NormSilu, Upsample, norm_kernel
+from varcli.models.kernels import norm_kernel
+from varcli.models.layers import NormSilu, Upsample
 from varcli.models.packed import pack
 from varcli.models.quantized import Int8Linear, quantize
 from varcli.models.tokenizer import Tokenizer
@@ -79,6 +80,8 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
 
     With "int8" the linear maps take that, and everything else what "auto" takes here.
 
+    Once done, the models stay where they are: layouts of a processor can neither be changed nor copied.
+
     Raises:
         RunError: the device's memory cannot hold the models.
         UsageError: the device does not compute with int8.
@@ -96,16 +99,16 @@ def place(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, 
         transformer.to(device).eval()
         for part in decoding:
             part.to(memory_format=torch.channels_last)
+        fuse = device.type == "cuda" and dtype != torch.float32
+        for part in tokenizer.decoder.modules():
+            if isinstance(part, NormSilu):
+                part.kernel = norm_kernel(device, dtype) if fuse else None
+            elif isinstance(part, Upsample) and device.type == "cpu":
+                part.split()
         if device.type == "cuda":
             settle_cuda()
-            for part in tokenizer.decoder.modules():
-                if isinstance(part, NormSilu) and dtype != torch.float32:
-                    part.kernel = norm_kernel(device, dtype)
-        if device.type == "cpu":
+        elif device.type == "cpu":
             pack(transformer)
-            for part in tokenizer.decoder.modules():
-                if isinstance(part, Upsample):
-                    part.split()
             keep_freed_memory()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

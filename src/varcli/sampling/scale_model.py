@@ -15,7 +15,8 @@ from varcli.config import SampleConfig
 from varcli.models.attention import KeyValueCache
 from varcli.models.fused import FusedBlocks
 from varcli.models.fused_cpu import CpuBlock, GrowingCache, for_cpu
-from varcli.models.fused_gpu import ScaleCache, for_gpu, gpu_block
+from varcli.models.fused_gpu import ScaleCache, for_gpu
+from varcli.models.kernels import gpu_block
 from varcli.models.transformer import Transformer, normalize
 from varcli.sampling.devices import block_weight
 from varcli.scales import progress_ratio, spans
