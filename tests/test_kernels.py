@@ -79,11 +79,7 @@ def test_models_on_a_gpu_in_16_bits_are_given_the_kernel_and_lose_it_elsewhere(m
     monkeypatch.setattr(devices, "norm_kernel", lambda device, dtype: dtype)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *given, **named: self)
     try:
-        for precision, kernel in (
-            ("bf16", ("cuda", torch.bfloat16)),
-            ("fp32", None),
-            ("fp16", ("cuda", torch.float16)),
-        ):
+        for precision, kernel in {"bf16": torch.bfloat16, "fp32": None, "fp16": torch.float16}.items():
             devices.place(models.tokenizer, models.transformer, Gpu(), precision)
             assert {norm.kernel for norm in norms} == {kernel}
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.cudnn_sdp_enabled()
