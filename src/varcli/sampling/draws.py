@@ -67,12 +67,12 @@ def best(logits_BlV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest float32 logits, best first, and their codebook rows, (B, l, K) each; NaN comes before all.
 
     On x86 numpy's vectorized selection and sort of whole numbers are faster than torch's of floats with their places,
-    with AVX-512 three times. So each logit and its place become one number of the same order.
+    with AVX-512 three times. So each logit and its place become one number of the same order; not so NaN.
     """
-    if logits_BlV.device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    vectorized = logits_BlV.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if not vectorized or logits_BlV.sum().isnan():
         return logits_BlV.topk(count, dim=-1)
-    one_of_each_BlV = logits_BlV.masked_fill(logits_BlV.isnan(), torch.nan).add_(0.0)  # either sign of NaN, -0
-    bits_BlV = one_of_each_BlV.view(torch.int32)
+    bits_BlV = (logits_BlV + 0.0).view(torch.int32)  # -0 becomes 0
     rising_BlV = bits_BlV ^ ((bits_BlV >> 31) & 0x7FFFFFFF)  # negative floats are stored with their magnitude
     size = logits_BlV.shape[-1]
     from_behind_V = torch.arange(size - 1, -1, -1)  # of equal logits the first is the better
