@@ -110,6 +110,14 @@ def test_a_chart(bench, tmp_path):
     assert heights[1] > heights[0]
 
 
+def test_the_chart_is_there_before_the_tables(bench, tmp_path, monkeypatch):
+    """Whoever reads them may stop reading, which ends the command."""
+    found = []
+    monkeypatch.setattr("varcli.commands.bench.table", lambda *rows: found.append((tmp_path / "chart.png").exists()))
+    bench("--out", "chart.png")
+    assert found == [True, True]
+
+
 def test_random_weights_need_no_download(bench, model, monkeypatch):
     """In a released checkpoint's shape; here it is the small model's."""
     monkeypatch.setattr(untrained, "shapes", lambda checkpoint, shapes=untrained.shapes: shapes(str(model)))

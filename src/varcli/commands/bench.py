@@ -81,6 +81,8 @@ def bench(  # noqa: PLR0917 - options are given by name
     )
     with progress("batches", plan.batches, quiet) as advance:
         found = measure(plan, advance, notes(quiet))
+    if out:  # first: whoever reads what is printed may stop reading
+        _draw(out, f"{checkpoint}, {plan.precision}, on {found.hardware}", found)
     if as_json:
         facts = {"checkpoint": checkpoint, "random": random, "settings": asdict(config), "rounds": rounds}
         result(
@@ -88,8 +90,6 @@ def bench(  # noqa: PLR0917 - options are given by name
         )
     else:
         _report(found)
-    if out:
-        _draw(out, f"{checkpoint}, {plan.precision}, on {found.hardware}", found)
 
 
 def _others(vs: str | None) -> list[str]:
