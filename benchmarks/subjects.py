@@ -2,11 +2,7 @@
 
 from varcli.checkpoints.registry import find
 from varcli.checkpoints.store import load_model
-from varcli.checkpoints.untrained import untrained
-from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
-
-Models = tuple[Tokenizer, Transformer]
+from varcli.checkpoints.untrained import Models, untrained
 
 
 def named_models(checkpoint: str | None) -> tuple[str, Models]:
