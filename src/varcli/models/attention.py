@@ -72,6 +72,11 @@ class SelfAttention(nn.Module):
         """Return the bias of queries, keys and values, (3 D,)."""
         return torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
 
+    @property
+    def temperature_h1(self) -> Tensor:
+        """Return how long each head's queries are made, at most 100."""
+        return self.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
+
     def joint(self, x_BlD: Tensor) -> Tensor:
         """Return queries, keys and values side by side, (B, l, 3 D)."""
         if self.mat_qkv.bias is not None:  # the map was packed, and the bias with it
@@ -81,8 +86,7 @@ class SelfAttention(nn.Module):
     def project(self, x_BlD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return unit-length queries (times their temperature), unit-length keys, and values: (B, h, l, c) each."""
         q, k, v = self.joint(x_BlD).unflatten(2, (3, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
-        temperature = self.scale_mul_1H11.clamp(max=math.log(100.0)).exp()
-        return F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1), v
+        return F.normalize(q, dim=-1) * self.temperature_h1.unsqueeze(2), F.normalize(k, dim=-1), v
 
     def forward(
         self, x_BlD: Tensor, block: int, bias_11LL: Tensor | None = None, cache: KeyValueCache | None = None

@@ -55,7 +55,7 @@ class CpuBlock:
         self.qkv: Callable[[Tensor], Tensor] = attn.mat_qkv
         if attn.mat_qkv.bias is None:  # it was not packed, and its bias with it
             self.qkv = partial(F.linear, weight=attn.mat_qkv.weight, bias=attn.bias.to(self.dtype))
-        temperature_h1 = attn.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
+        temperature_h1 = attn.temperature_h1
         self.steep = bool(temperature_h1.max() > STEEP)
         # Queries and keys are brought to their lengths in one pass: to the temperature, in base 2, and to 1.
         self.factor_2h1 = torch.stack([temperature_h1 * math.log2(math.e), torch.ones_like(temperature_h1)])

@@ -6,7 +6,6 @@ in the precision that is wanted next, and where that is a place in the cache, th
 Shapes: B rows of the batch, l tokens of this call, L tokens of all scales, D width, h heads of c = 64 channels.
 """
 
-import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -74,7 +73,7 @@ class GpuBlock:
         self.qkv, self.proj, self.fc1, self.fc2 = attn.mat_qkv, attn.proj, block.ffn.fc1, block.ffn.fc2
         self.dtype, self.heads = attn.mat_qkv.weight.dtype, attn.heads
         self.bias = attn.bias.to(self.dtype)
-        self.temperature_h1 = attn.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
+        self.temperature_h1 = attn.temperature_h1
 
     def attend(self, x_BlD: Tensor, number: int, cache: ScaleCache) -> Tensor:
         """Return what each token gathers from its own scale and those before it, (B, l, D)."""
