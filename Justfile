@@ -28,4 +28,4 @@ test *arguments:
 fix:
     ruff check --fix
     ruff format
-    python tests/readme.py
+    python tests/support/readme.py

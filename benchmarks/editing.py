@@ -18,10 +18,10 @@ from sampling import CONFIG, CPU
 from subjects import named_models
 from tables import print_rows
 
-from varcli.benchmarking.contestants import Models, Wanted
-from varcli.data.masks import box_mask
-from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import place
+from varcli.acceleration.devices import prepare
+from varcli.benchmarking.samplers import Models, Wanted
+from varcli.images.masks import box_mask
+from varcli.sampling.batching import BatchSampler
 from varcli.sampling.editing import Editor
 from varcli.sampling.reconstruction import encode
 
@@ -30,15 +30,15 @@ PROMISED = 1.15
 
 def variants(models: Models) -> dict[str, Callable[[int], object]]:
     """Return what is measured, and what does it with a seed."""
-    place(*models, CPU, "fp32")
+    prepare(*models, CPU, "fp32")
     pixels = models[0].config.pixels
-    picture = np.random.RandomState(0).randint(0, 256, (pixels, pixels, 3)).astype(np.uint8)
+    image = np.random.RandomState(0).randint(0, 256, (pixels, pixels, 3)).astype(np.uint8)
     mask = box_mask((pixels // 4, pixels // 4, pixels // 2, 3 * pixels // 4), (pixels, pixels))
     sampler, editor = BatchSampler(*models, CONFIG), Editor(*models, CONFIG)
     return {
-        "sample": lambda seed: list(sampler.pictures([Wanted(0, seed)])),
-        "encode": lambda _: encode(models[0], picture),
-        "edit": lambda seed: editor.edit(picture, mask, pixels, 0, seed),
+        "sample": lambda seed: list(sampler.images([Wanted(0, seed)])),
+        "encode": lambda _: encode(models[0], image),
+        "edit": lambda seed: editor.edit(image, mask, pixels, 0, seed),
     }
 
 

@@ -1,11 +1,11 @@
-"""Pictures a second of feature extraction, and of sampling and measuring, against torch-fidelity's.
+"""Images a second of feature extraction, and of sampling and measuring, against torch-fidelity's.
 
     python benchmarks/evaluation.py [--inception FILE] [--count 64] [--rounds 3] [--device cpu] [--json]
     python benchmarks/evaluation.py --pipeline N [--checkpoint NAME|FILE] …
 
 The first compares features alone: ours, and torch-fidelity's extractor with the batches its command line
 takes. The second compares whole ways from a checkpoint to FID and inception score: `var eval`, which measures
-pictures as it makes them, and `var sample` to PNGs followed by torch-fidelity's command line on the folder.
+images as it makes them, and `var sample` to PNGs followed by torch-fidelity's command line on the folder.
 All are processes of their own, and both ways find the reference's statistics in their caches, where the round
 that warms up leaves them.
 
@@ -30,11 +30,11 @@ from torch_fidelity import FeatureExtractorInceptionV3
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import inception as random_inception
-from varcli.checkpoints.registry import find
+from support import extractors as random_inception
+from varcli.acceleration.devices import pick_device, synchronize
+from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.checkpoints.store import load_model
-from varcli.evaluation.inception import Inception
-from varcli.sampling.devices import pick_device, synchronize
+from varcli.evaluation.extractors import Inception
 
 THEIR_BATCH = 64
 """What torch-fidelity's command line takes."""
@@ -55,11 +55,11 @@ def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
 
 
 def rows(seconds: dict[str, list[float]], count: int, slow: str) -> list[Row]:
-    """Return a row for each that took turns: median pictures a second, and times the slow one's, round by round."""
+    """Return a row for each that took turns: median images a second, and times the slow one's, round by round."""
     return [
         {
             "what": name,
-            "pictures/s": round(count / statistics.median(taken), 2),
+            "images/s": round(count / statistics.median(taken), 2),
             f"times {slow}": round(
                 statistics.median(other / own for own, other in zip(taken, seconds[slow], strict=True)), 2
             ),
@@ -72,7 +72,7 @@ def rows(seconds: dict[str, list[float]], count: int, slow: str) -> list[Row]:
 
 
 def extraction(weights: Path, count: int, rounds: int, device: torch.device) -> list[Row]:
-    """Return pictures a second of both extractors, on pictures as large as tiny64's and as the released models'."""
+    """Return images a second of both extractors, on images as large as tiny64's and as the released models'."""
     ours = Inception(weights, device)
     asked = ["2048", "logits_unbiased"]
     theirs = FeatureExtractorInceptionV3("", asked, feature_extractor_weights_path=str(weights)).to(device)
@@ -98,11 +98,11 @@ def extraction(weights: Path, count: int, rounds: int, device: torch.device) -> 
 
 
 def pipeline(weights: Path, checkpoint: str, each: int, rounds: int, device: torch.device) -> list[Row]:
-    """Return pictures a second from a checkpoint to FID and inception score, `each` of every class, by both ways."""
-    count = each * load_model(find(checkpoint)).transformer.config.class_count
+    """Return images a second from a checkpoint to FID and inception score, `each` of every class, by both ways."""
+    count = each * load_model(resolve_checkpoint(checkpoint)).transformer.config.class_count
     with tempfile.TemporaryDirectory() as name:
-        folder, seeds = Path(name), iter(range(0, 1000 * each, each))  # no round finds pictures of an earlier one
-        reference = random_inception.write(folder / "reference", random_inception.pictures(count, side=64))
+        folder, seeds = Path(name), iter(range(0, 1000 * each, each))  # no round finds images of an earlier one
+        reference = random_inception.write(folder / "reference", random_inception.images(count, side=64))
         common = ("--checkpoint", checkpoint, "--preset", "metrics", "--device", device, "--quiet")
         where = ("--gpu", device.index or 0) if device.type == "cuda" else ("--cpu",)
         cache = ("--cache-root", folder / "theirs", "--input2-cache-name", "reference")
@@ -119,7 +119,7 @@ def pipeline(weights: Path, checkpoint: str, each: int, rounds: int, device: tor
             call("fidelity", *where, "--isc", "--fid", *inputs, *cache, cache=folder / "ours")
 
         seconds = in_turns({SLOW_WAY: theirs, "var eval": ours}, rounds)
-    return [{"pictures": count} | row for row in rows(seconds, count, SLOW_WAY)]
+    return [{"images": count} | row for row in rows(seconds, count, SLOW_WAY)]
 
 
 SLOW_WAY = "var sample, then fidelity"
@@ -136,11 +136,11 @@ def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights; random ones without")
-    parser.add_argument("--count", type=int, default=64, help="pictures of which features are extracted")
+    parser.add_argument("--count", type=int, default=64, help="images of which features are extracted")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
     parser.add_argument("--device", default="cpu", help="where")
-    parser.add_argument("--pipeline", type=int, metavar="N", help="the whole way instead, for N pictures of each class")
-    parser.add_argument("--checkpoint", default="tiny64", help="name or file of what makes the pictures")
+    parser.add_argument("--pipeline", type=int, metavar="N", help="the whole way instead, for N images of each class")
+    parser.add_argument("--checkpoint", default="tiny64", help="name or file of what makes the images")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
     device = pick_device(given.device)

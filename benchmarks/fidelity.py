@@ -1,6 +1,6 @@
 """What 16 and 8 bits cost: logits in each precision beside float32, on the same tokens.
 
-    python benchmarks/fidelity.py [--checkpoint NAME|FILE] [--pictures 4] [--device auto] [--json]
+    python benchmarks/fidelity.py [--checkpoint NAME|FILE] [--images 4] [--device auto] [--json]
 
 Tokens drawn in float32 are forced on all precisions, since free-running ones diverge after the first that
 is drawn differently. Without a checkpoint the d16's shape with random weights.
@@ -16,8 +16,8 @@ from subjects import Models, named_models
 from tables import print_rows
 from torch import Tensor
 
+from varcli.acceleration.devices import check_int8, pick_device, prepare
 from varcli.errors import UsageError
-from varcli.sampling.devices import check_int8, pick_device, place
 from varcli.sampling.sampler import ScaleModel, generate
 
 
@@ -39,17 +39,17 @@ def logits(models: Models, row: int, tokens: Sequence[Tensor]) -> Tensor:
     return torch.cat([model.logits(scale, each)[0].cpu() for scale, each in enumerate(inputs)])
 
 
-def compare(plain: Models, pictures: int, device: torch.device) -> list[dict[str, object]]:
+def compare(plain: Models, images: int, device: torch.device) -> list[dict[str, object]]:
     """Return one row a precision: how far its logits are from those in float32."""
     exact = copy.deepcopy(plain)
-    place(*exact, device, "fp32")
-    rows = [seed * 7 % plain[1].config.class_count for seed in range(pictures)]
+    prepare(*exact, device, "fp32")
+    rows = [seed * 7 % plain[1].config.class_count for seed in range(images)]
     tokens = [[r.tokens for r in generate(*exact, [row], [seed], CONFIG)] for seed, row in enumerate(rows)]
     high = torch.cat([logits(exact, row, maps) for row, maps in zip(rows, tokens, strict=True)])
     found: list[dict[str, object]] = []
     for precision in precisions(device):
         models = copy.deepcopy(plain)
-        place(*models, device, precision)
+        prepare(*models, device, precision)
         low = torch.cat([logits(models, row, maps) for row, maps in zip(rows, tokens, strict=True)])
         divergence = high.softmax(-1) * (high.log_softmax(-1) - low.log_softmax(-1))
         found.append(
@@ -68,12 +68,12 @@ def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
-    parser.add_argument("--pictures", type=int, default=4, help="of how many pictures the tokens are")
+    parser.add_argument("--images", type=int, default=4, help="of how many images the tokens are")
     parser.add_argument("--device", default="auto", help="where to compute")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
     name, models = named_models(given.checkpoint)
-    rows = compare(models, given.pictures, pick_device(given.device))
+    rows = compare(models, given.images, pick_device(given.device))
     print_rows([{"model": name} | row for row in rows], as_json=given.json)
 
 

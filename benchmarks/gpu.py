@@ -3,20 +3,20 @@
     python benchmarks/gpu.py [--dtype bf16] [--seconds 4] [--limit 560] [--json gpu.json]
     python benchmarks/gpu.py --device cpu --quick          # models of no size, to see that it works
 
-It measures models of released shapes with random weights, which cost what trained ones cost, on pictures of the
+It measures models of released shapes with random weights, which cost what trained ones cost, on images of the
 paper's settings, pixels in the host's memory. The ways to make them take turns in every round; medians.
 
 recorded     what `var sample` does: fused blocks, Triton's kernels, CUDA graphs; pixels fetched meanwhile
 no Triton    the same with torch's operations instead of the kernels in varcli/models
 eager        without graphs
 plain blocks the same without fused blocks either: the readable loop, in batches
-plain twin   the specification: one picture at a time in float32, without a cache
-int8, draft … what `--quantize int8` and each `--draft` make of `recorded`
+plain twin   the specification: one image at a time in float32, without a cache
+int8, approximate … what `--quantize int8` and each `--approximate` make of `recorded`
 raster       the same transformer token by token, recorded: the baseline of `var bench --vs raster`
 
-`latency` is from the request to the last pixel with nothing else under way, `pictures/s` is with batches one after
+`latency` is from the request to the last pixel with nothing else under way, `images/s` is with batches one after
 the other, `MFU` their operations (see `varcli/benchmarking/operations.py`) over those of plain matrix products, which
-are measured in every round. `times plain` and `times recorded` compare pictures/s with those of plain blocks and of
+are measured in every round. `times plain` and `times recorded` compare images/s with those of plain blocks and of
 `recorded` in the same rounds, `times twin` latencies with the plain twin's. `peak` is of memory with the models and
 `recorded` alone on the GPU.
 
@@ -38,8 +38,8 @@ from gpu_parts import beside_recorded, decoder_choices, differing, frozen, machi
 from gpu_ways import CONFIG, Run, main_ways
 from tables import print_rows
 
-from varcli.config import DRAFTS
-from varcli.sampling.devices import pick_device, pick_dtype
+from varcli.acceleration.devices import pick_device, pick_dtype
+from varcli.config import APPROXIMATIONS
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Target:
 
 TARGETS = (
     Target("d16", 1, "latency ms", 15, at_most=True),
-    Target("d16", 64, "pictures/s", 250),
-    Target("d30", 64, "pictures/s", 60),
+    Target("d16", 64, "images/s", 250),
+    Target("d30", 64, "images/s", 60),
     Target("d30", 64, "peak GB", 26, at_most=True),
     Target("d16", 1, "times twin", 3),
     Target("d16", 64, "times plain", 2),
@@ -97,7 +97,7 @@ def all_parts(run: Run) -> Parts:
         part = f"d{depth}, {batch} at a time"
         found[part] = partial(main, part, depth, batch)
     found["pipeline"] = lambda: book.keep({"pipeline": whole_pipeline(run, models(16), large)})
-    for way in ("int8", *(f"draft {name}" for name in DRAFTS)):
+    for way in ("int8", *(f"approximate {name}" for name in APPROXIMATIONS)):
         for batch in (1, large):
             part = f"d16, {batch} at a time, {way}"
             found[part] = partial(beside, part, way, batch)

@@ -52,7 +52,7 @@ class Book:
         self.write()
 
     def failed(self, part: str, error: Exception) -> None:
-        """Note down, in a line, what went wrong in a part, or in one way to make pictures, and where."""
+        """Note down, in a line, what went wrong in a part, or in one way to make images, and where."""
         frames = traceback.extract_tb(error.__traceback__)
         ours = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if "/torch/" not in frame.filename]
         outcome = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -73,8 +73,8 @@ class Book:
         if self.path is None:
             return
         parts = [{"part": part} | row for part, row in self.parts.items()]
-        with replacing(self.path) as draft:
-            draft.write_text(
+        with replacing(self.path) as temporary:
+            temporary.write_text(
                 json.dumps(self.found | {"parts": parts, "notes": self.notes}, indent=1, default=str) + "\n"
             )
 

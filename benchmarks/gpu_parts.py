@@ -1,4 +1,4 @@
-"""What `gpu.py` measures, part by part: an error in one of them, or in one way to make pictures, ends no other."""
+"""What `gpu.py` measures, part by part: an error in one of them, or in one way to make images, ends no other."""
 
 import gc
 import platform
@@ -15,18 +15,18 @@ import torch
 from gpu_book import Row
 from gpu_ways import CONFIG, Make, Run, other_ways, requests, sampling
 
-from varcli.benchmarking.contestants import Models, Wanted
-from varcli.benchmarking.machine import hardware, matmul_rate
-from varcli.benchmarking.operations import decoder_operations, transformer_operations
-from varcli.data.images import Provenance
-from varcli.data.outputs import open_output
-from varcli.data.writing import Writer
+from varcli.acceleration.cuda_blocks import GpuBlock
+from varcli.acceleration.devices import DTYPES, free_memory, synchronize
+from varcli.acceleration.triton_selection import gpu_block, norm_kernel
+from varcli.benchmarking.flops import decoder_operations, transformer_operations
+from varcli.benchmarking.samplers import Models, Wanted
+from varcli.benchmarking.timing import hardware, matmul_rate
 from varcli.errors import RunError
-from varcli.models.fused_gpu import GpuBlock
-from varcli.models.kernels import gpu_block, norm_kernel
+from varcli.images.provenance import Provenance
+from varcli.outputs.async_writer import AsyncWriter
+from varcli.outputs.open import open_sink
 from varcli.sampling import sampler
-from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import DTYPES, free_memory, synchronize
+from varcli.sampling.batching import BatchSampler
 
 
 def tried(run: Run, part: str, work: Callable[[], object]) -> bool:
@@ -71,14 +71,14 @@ def timed(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def measure(run: Run, part: str, name: str, models: Models, *, batch: int, makers: dict[str, Make]) -> list[Row]:
-    """Return a row for each way to make pictures in batches of one size that does not fail, "recorded" first.
+    """Return a row for each way to make images in batches of one size that does not fail, "recorded" first.
 
     Raises:
         RunError: all of them failed.
     """
     taken = measured(run, part, batch, makers)
     if not taken.latency:
-        raise RunError("no way to make pictures is left")
+        raise RunError("no way to make images is left")
     return rows(name, models, batch, taken)
 
 
@@ -93,7 +93,7 @@ class Taken:
     latency: dict[str, list[float]]
     """Seconds, of each way."""
     throughput: dict[str, list[float]]
-    """Seconds a picture, of each way."""
+    """Seconds an image, of each way."""
     rates: list[float]
     """Of matrix products, one a round."""
     peak: float | None
@@ -179,7 +179,7 @@ def rows(name: str, models: Models, batch: int, taken: Taken) -> list[Row]:
                 "batch": batch,
                 "way": way,
                 "latency ms": round(1e3 * latencies[way], 2),
-                "pictures/s": round(1 / seconds, 2),
+                "images/s": round(1 / seconds, 2),
                 "times twin": times(latencies.get("plain twin"), latencies[way]),
                 "times plain": times(medians.get("plain blocks"), seconds),
                 "times recorded": times(medians.get("recorded"), seconds),
@@ -197,7 +197,7 @@ def times(other: float | None, seconds: float) -> float | None:
 
 
 def beside_recorded(run: Run, part: str, models: Models, batch: int, way: str) -> list[Row]:
-    """Return the row of int8, of a draft or of the raster baseline, measured beside `recorded`."""
+    """Return the row of int8, of an approximation or of the raster baseline, measured beside `recorded`."""
     both = {"recorded": sampling(run, models, batch), way: other_ways(run, models, batch)[way]()}
     return [row for row in measure(run, part, "d16", models, batch=batch, makers=both) if row["way"] == way]
 
@@ -221,27 +221,27 @@ PROVENANCE = Provenance(
 
 @dataclass(frozen=True)
 class File:
-    """A picture on its way into a file."""
+    """An image on its way into a file."""
 
     made: Provenance
 
 
 def whole_pipeline(run: Run, models: Models, batch: int) -> Row:
-    """Return pictures a second when they are left in memory, and when they become PNG files as `var sample` does it."""
+    """Return images a second when they are left in memory, and when they become PNG files as `var sample` does it."""
     made = BatchSampler(*models, CONFIG, batch)
     count = 4 * batch
 
     def bare() -> None:
-        for _ in made.pictures(requests(models, count, 0)):
+        for _ in made.images(requests(models, count, 0)):
             pass
 
     def to_files() -> None:
         with (
             tempfile.TemporaryDirectory() as folder,
-            open_output(folder + "/", several=True) as output,
-            Writer[File](output, lambda item, path: None, 2 * batch) as writer,
+            open_sink(folder + "/", several=True) as output,
+            AsyncWriter[File](output, lambda item, path: None, 2 * batch) as writer,
         ):
-            for wanted, pixels in made.pictures(requests(models, count, 0)):
+            for wanted, pixels in made.images(requests(models, count, 0)):
                 item = File(replace(PROVENANCE, seed=wanted.seed))
                 writer.put(item, writer.prepare(item, pixels))
 
@@ -252,12 +252,12 @@ def whole_pipeline(run: Run, models: Models, batch: int) -> Row:
         taken["to memory"].append(timed(run.device, bare))
         taken["to PNG files"].append(timed(run.device, to_files))
     memory, files = (statistics.median(times) for times in taken.values())
-    speeds = {"to memory, pictures/s": round(count / memory, 2), "to PNG files, pictures/s": round(count / files, 2)}
+    speeds = {"to memory, images/s": round(count / memory, 2), "to PNG files, images/s": round(count / files, 2)}
     return {"batch": batch, **speeds, "kept up": round(memory / files, 3)}
 
 
 def differing(models: Models, together: int) -> Row:
-    """Return the share of tokens that come out differently when pictures are made together, not one by one."""
+    """Return the share of tokens that come out differently when images are made together, not one by one."""
 
     def tokens(wanted: Sequence[Wanted]) -> torch.Tensor:
         rows, seeds = [w.row for w in wanted], [w.seed for w in wanted]
@@ -270,7 +270,7 @@ def differing(models: Models, together: int) -> Row:
 
 
 def decoder_choices(run: Run, models: Models, batch: int) -> Row:
-    """Return milliseconds a picture in the decoder, with cuDNN's own choice of kernels and with tried ones."""
+    """Return milliseconds an image in the decoder, with cuDNN's own choice of kernels and with tried ones."""
     config = models[0].config
     f_hat_BCHW = torch.randn(batch, config.codebook_width, config.sides[-1], config.sides[-1], device=run.device)
     found: Row = {"batch": batch}

@@ -1,4 +1,4 @@
-"""The ways to make pictures that `gpu.py` measures, and the models they make them with."""
+"""The ways to make images that `gpu.py` measures, and the models they make them with."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,20 +9,20 @@ from unittest import mock
 import torch
 from gpu_book import Book
 
-from varcli.benchmarking.contestants import Models, Wanted, raster_scan
-from varcli.checkpoints.untrained import randomized, shapes
-from varcli.config import DRAFTS, PRESETS, SampleConfig
-from varcli.models.attention import KeyValueCache
-from varcli.models.fused_gpu import GpuBlock
-from varcli.models.layers import NormSilu
+from varcli.acceleration.cuda_blocks import GpuBlock
+from varcli.acceleration.devices import prepare
+from varcli.benchmarking.samplers import Models, Wanted, raster_scan
+from varcli.checkpoints.random_init import randomized, shapes
+from varcli.config import APPROXIMATIONS, PRESETS, SampleConfig
+from varcli.models.autoencoder import NormSilu
 from varcli.models.tokenizer import Tokenizer
-from varcli.sampling import plain, scale_model
-from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import place
+from varcli.models.transformer import KeyValueCache
+from varcli.sampling import naive, scale_model
+from varcli.sampling.batching import BatchSampler
 
 CONFIG = PRESETS["metrics"]
 Make = Callable[[int, int], None]
-"""Makes so many pictures, from a seed on."""
+"""Makes so many images, from a seed on."""
 
 
 class TooLargeError(Exception):
@@ -42,9 +42,9 @@ class Run:
     """Where everything goes."""
 
     def models(self, depth: int, precision: str | None = None) -> Models:
-        """Return models of a released shape, or of none for a quick run, with random weights, in place."""
+        """Return models of a released shape, or of none for a quick run, with random weights, prepared."""
         models = random_models(depth, self.quick)
-        place(*models, self.device, precision or self.precision)
+        prepare(*models, self.device, precision or self.precision)
         return models
 
 
@@ -77,20 +77,20 @@ def torch_operations(tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def requests(models: Models, count: int, first: int) -> list[Wanted]:
-    """Return so many pictures, the classes taking turns."""
+    """Return so many images, the classes taking turns."""
     return [Wanted(seed % models[1].config.class_count, seed) for seed in range(first, first + count)]
 
 
 def sampling(run: Run, models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:
-    """Return what makes pictures as `var sample` does, with or without graphs."""
+    """Return what makes images as `var sample` does, with or without graphs."""
     used = BatchSampler(*models, config, batch, run.book.told)
     used.recorder = used.recorder if graphs else None
 
     def make(count: int, first: int) -> None:
-        for _ in used.pictures(requests(models, count, first)):
+        for _ in used.images(requests(models, count, first)):
             pass
         if used.batch_size < batch and models[1].pos_start.is_cuda:
-            raise TooLargeError(f"memory holds {used.batch_size} pictures at a time")
+            raise TooLargeError(f"memory holds {used.batch_size} images at a time")
 
     return make
 
@@ -107,7 +107,7 @@ def sampling_plainly(run: Run, models: Models, batch: int) -> Make:
 
 
 def sampling_by_torch(run: Run, models: Models, batch: int) -> Make:
-    """Return what makes pictures with graphs of torch's operations alone."""
+    """Return what makes images with graphs of torch's operations alone."""
     recorded = sampling(run, models, batch)
 
     def make(count: int, first: int) -> None:
@@ -126,7 +126,7 @@ def twin(run: Run, depth: int) -> Make:
             tokenizer, transformer = random_models(depth, run.quick)
             kept.append((tokenizer.to(run.device), transformer.to(run.device)))
         for wanted in requests(kept[0], count, first):
-            plain.sample(*kept[0], wanted.row, wanted.seed, CONFIG)[1].cpu()
+            naive.sample(*kept[0], wanted.row, wanted.seed, CONFIG)[1].cpu()
 
     return make
 
@@ -154,9 +154,11 @@ def main_ways(run: Run, models: Models, batch: int, depth: int) -> dict[str, Mak
 
 
 def other_ways(run: Run, models: Models, batch: int) -> dict[str, Callable[[], Make]]:
-    """Return what prepares int8, each draft and the raster baseline, the first failing where there is no int8."""
+    """Return what prepares int8, each approximation and the raster baseline; int8 may be missing."""
     found: dict[str, Callable[[], Make]] = {"int8": lambda: sampling(run, run.models(16, "int8"), batch)}
-    for draft in DRAFTS:
-        found[f"draft {draft}"] = partial(sampling, run, models, batch, replace(CONFIG, draft=draft))
+    for approximate in APPROXIMATIONS:
+        found[f"approximate {approximate}"] = partial(
+            sampling, run, models, batch, replace(CONFIG, approximate=approximate)
+        )
     found["raster"] = lambda: raster(run, models, batch)
     return found

@@ -1,16 +1,16 @@
-"""Seconds a picture against the plain twin in `varcli.sampling.plain`.
+"""Seconds an image against the plain twin in `varcli.sampling.naive`.
 
     python benchmarks/sampling.py [--checkpoint NAME|FILE] [--rounds 3] [--batches 1,8] [--json]
     python benchmarks/sampling.py --differing 64 [--device cuda] [--checkpoint NAME|FILE] [--json]
 
 Measures the released d16's shape at 256 px with random weights or, given one, a checkpoint. The twin
 and all variants take turns in every round, so that a machine that is busy for a while is so for all of
-them. The twin knows no batches and no 16 bits. The floor says how long the picture's arithmetic alone would take at
+them. The twin knows no batches and no 16 bits. The floor says how long the image's arithmetic alone would take at
 the best rate this machine reached, at that time, in a product of two large matrices.
 
 With `--differing N` it measures something else: how many tokens come out differently in 16 bits when N
-pictures are made together rather than one by one. One token drawn differently changes those after it, so
-that pictures are counted too.
+images are made together rather than one by one. One token drawn differently changes those after it, so
+that images are counted too.
 """
 
 import argparse
@@ -23,14 +23,14 @@ import torch
 from subjects import named_models
 from tables import print_rows
 
-from varcli.benchmarking.contestants import Models, Wanted
-from varcli.benchmarking.machine import matmul_rate
-from varcli.benchmarking.operations import decoder_operations, transformer_operations
+from varcli.acceleration.devices import check_int8, pick_device, prepare
+from varcli.benchmarking.flops import decoder_operations, transformer_operations
+from varcli.benchmarking.samplers import Models, Wanted
+from varcli.benchmarking.timing import matmul_rate
 from varcli.config import PRESETS
 from varcli.errors import UsageError
-from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import check_int8, pick_device, place
-from varcli.sampling.plain import sample as plain_sample
+from varcli.sampling.batching import BatchSampler
+from varcli.sampling.naive import sample as plain_sample
 from varcli.sampling.sampler import generate
 
 CONFIG = PRESETS["metrics"]
@@ -38,17 +38,17 @@ CPU = torch.device("cpu")
 
 
 def variants(plain: Models, batches: Sequence[int]) -> dict[tuple[str, str, int], Callable[[int], object]]:
-    """Return what is measured: (sampler, precision, pictures at a time) and what makes those pictures."""
+    """Return what is measured: (sampler, precision, images at a time) and what makes those images."""
     made: dict[tuple[str, str, int], Callable[[int], object]] = {
         ("plain twin", "fp32", 1): lambda seed: plain_sample(*plain, 0, seed, CONFIG)
     }
     for precision in precisions():
         models = copy.deepcopy(plain)
-        place(*models, CPU, precision)
+        prepare(*models, CPU, precision)
         sampler = BatchSampler(*models, CONFIG)
         for count in batches:
             made["varcli", precision, count] = lambda seed, sampler=sampler, count=count: list(
-                sampler.pictures(Wanted(0, seed + i) for i in range(count))
+                sampler.images(Wanted(0, seed + i) for i in range(count))
             )
     return made
 
@@ -63,16 +63,16 @@ def precisions() -> list[str]:
 
 
 def operations(models: Models) -> int:
-    """Return the floating-point operations of a picture with guidance, those that the sampler avoids included."""
+    """Return the floating-point operations of an image with guidance, those that the sampler avoids included."""
     counts = [side * side for side in models[1].config.sides]
     transformer = transformer_operations(models[1].config, counts, guided=CONFIG.cfg > 0)
     return sum(transformer) + decoder_operations(models[0].config)
 
 
 def measure(models: Models, batches: Sequence[int], rounds: int) -> list[dict[str, object]]:
-    """Return one row a variant: medians over rounds of seconds a picture and of what they are compared with.
+    """Return one row a variant: medians over rounds of seconds an image and of what they are compared with.
 
-    The floor is how long a picture's operations take at the best rate of a product of matrices in that precision
+    The floor is how long an image's operations take at the best rate of a product of matrices in that precision
     (bf16 for int8), measured in the same round.
     """
     runs, work = variants(models, batches), operations(models)
@@ -97,7 +97,7 @@ def measure(models: Models, batches: Sequence[int], rounds: int) -> list[dict[st
                 "sampler": sampler,
                 "precision": precision,
                 "batch": batch,
-                "seconds a picture": round(statistics.median(taken), 3),
+                "seconds an image": round(statistics.median(taken), 3),
                 "times the twin": round(median_ratio(twin, taken), 2),
                 "floor, seconds": round(statistics.median(floor), 3),
                 "% of the floor": round(100 * median_ratio(floor, taken)),
@@ -112,11 +112,11 @@ def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:
 
 
 def differing(plain: Models, together: int, device: torch.device) -> list[dict[str, object]]:
-    """Return one row a precision: the shares of tokens and pictures that a batch of this many changes."""
+    """Return one row a precision: the shares of tokens and images that a batch of this many changes."""
     rows: list[dict[str, object]] = []
     for precision in ("bf16", "fp16"):
         models = copy.deepcopy(plain)
-        place(*models, device, precision)
+        prepare(*models, device, precision)
         at_once = tokens(models, range(together))
         alone = torch.cat([tokens(models, [seed]) for seed in range(together)])
         changed = at_once != alone
@@ -126,14 +126,14 @@ def differing(plain: Models, together: int, device: torch.device) -> list[dict[s
                 "precision": precision,
                 "together": together,
                 "tokens that differ": round(changed.float().mean().item(), 4),
-                "pictures that differ": round(changed.any(dim=1).float().mean().item(), 4),
+                "images that differ": round(changed.any(dim=1).float().mean().item(), 4),
             }
         )
     return rows
 
 
 def tokens(models: Models, seeds: Sequence[int]) -> torch.Tensor:
-    """Return the tokens (B, L) of one picture a seed, made together; the class changes with the seed."""
+    """Return the tokens (B, L) of one image a seed, made together; the class changes with the seed."""
     classes = models[1].config.class_count
     results = generate(*models, [seed % classes for seed in seeds], seeds, CONFIG)
     return torch.cat([result.tokens.cpu() for result in results], dim=1)
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    parser.add_argument("--batches", default="1,8", help="pictures asked for at a time")
+    parser.add_argument("--batches", default="1,8", help="images asked for at a time")
     parser.add_argument("--differing", type=int, metavar="N", help="count tokens that a batch of N changes instead")
     parser.add_argument("--device", default="auto", help="where to count them")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")

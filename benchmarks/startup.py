@@ -30,7 +30,7 @@ def measure(checkpoint: str, rounds: int) -> list[dict[str, object]]:
         commands = {
             'python -c "import torch"': [sys.executable, "-c", "import torch"],
             "var --help": [var, "--help"],
-            "var sample": [var, "sample", "-c", "random", "-m", checkpoint, "-o", f"{folder}/picture.png"],
+            "var sample": [var, "sample", "-c", "random", "-m", checkpoint, "-o", f"{folder}/image.png"],
         }
         taken: dict[str, list[float]] = {name: [] for name in commands}
         for turn in range(rounds + 1):

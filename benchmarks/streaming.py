@@ -1,11 +1,11 @@
-"""What it takes to put pictures down: how many a second each place takes, and how much memory a long run does.
+"""What it takes to put images down: how many a second each place takes, and how much memory a long run does.
 
-    python benchmarks/streaming.py [--pixels 256] [--pictures 200] [--rounds 5] [--json]
+    python benchmarks/streaming.py [--pixels 256] [--images 200] [--rounds 5] [--json]
     python benchmarks/streaming.py --memory 200,2000 [--checkpoint tiny64] [--json]
 
-The first table has pictures a second for ready-made pixels: one after the other (`Output.add`), and in threads
-(`Writer`) as `var sample` does it, taking turns; medians. A sampler that makes fewer a second never waits.
-With `--memory` whole runs of `var sample` take place, of so many pictures each; the peaks should be alike.
+The first table has images a second for ready-made pixels: one after the other (`Output.add`), and in threads
+(`AsyncWriter`) as `var sample` does it, taking turns; medians. A sampler that makes fewer a second never waits.
+With `--memory` whole runs of `var sample` take place, of so many images each; the peaks should be alike.
 """
 
 import argparse
@@ -22,25 +22,25 @@ import numpy as np
 from PIL import Image
 from tables import print_rows
 
-from varcli.data.images import Provenance
-from varcli.data.outputs import open_output
-from varcli.data.writing import Writer
+from varcli.images.provenance import Provenance
+from varcli.outputs.async_writer import AsyncWriter
+from varcli.outputs.open import open_sink
 
 if TYPE_CHECKING:
-    from varcli.data.images import Pixels
+    from varcli.images.provenance import Pixels
 
 PLACES = ("folder", "samples.npz", "samples.tar", "-")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to be put down."""
+    """One image to be put down."""
 
     made: Provenance
 
 
 def photograph(pixels: int) -> "Pixels":
-    """Return a picture that compresses about as well as a real one: smooth, with a little noise."""
+    """Return an image that compresses about as well as a real one: smooth, with a little noise."""
     source = np.random.default_rng(0)
     coarse = Image.fromarray(source.integers(0, 250, (pixels // 8, pixels // 8, 3), np.uint8))
     smooth = np.asarray(coarse.resize((pixels, pixels), Image.Resampling.BICUBIC))
@@ -48,7 +48,7 @@ def photograph(pixels: int) -> "Pixels":
 
 
 def items(count: int) -> list[Item]:
-    """Return so many pictures' provenances."""
+    """Return so many images' provenances."""
     common = {"checkpoint": "x", "checkpoint_sha256": "0" * 64, "class_id": 207, "class_name": "golden retriever"}
     settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "device": "cuda", "dtype": "bf16"}
     return [Item(Provenance(**common, **settings, seed=seed, version="0")) for seed in range(count)]
@@ -58,9 +58,9 @@ def seconds(place: str, wanted: list[Item], pixels: "Pixels", threads: bool) -> 
     """Return how long it takes to put the same pixels down for all items."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        with open_output(os.devnull if place == "-" else f"{folder}/{place}", several=True) as output:
+        with open_sink(os.devnull if place == "-" else f"{folder}/{place}", several=True) as output:
             if threads:
-                with Writer(output, lambda item, path: None, 64) as writer:
+                with AsyncWriter(output, lambda item, path: None, 64) as writer:
                     for item in wanted:
                         writer.put(item, writer.prepare(item, pixels))
             else:
@@ -69,21 +69,21 @@ def seconds(place: str, wanted: list[Item], pixels: "Pixels", threads: bool) -> 
         return time.perf_counter() - start
 
 
-def speed(pixels: int, pictures: int, rounds: int) -> list[dict[str, object]]:
+def speed(pixels: int, images: int, rounds: int) -> list[dict[str, object]]:
     """Return one row a place."""
-    picture, wanted = photograph(pixels), items(pictures)
+    image, wanted = photograph(pixels), items(images)
     rows: list[dict[str, object]] = []
     for place in PLACES:
         taken: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(rounds):
             for threads, times in taken.items():
-                times.append(seconds(place, wanted, picture, threads))
+                times.append(seconds(place, wanted, image, threads))
         one, many = (statistics.median(taken[threads]) for threads in (False, True))
         rows.append(
             {
                 "place": place,
-                "one after the other, pictures/s": round(pictures / one),
-                "in threads": round(pictures / many),
+                "one after the other, images/s": round(images / one),
+                "in threads": round(images / many),
                 "ratio": round(one / many, 2),
             }
         )
@@ -91,7 +91,7 @@ def speed(pixels: int, pictures: int, rounds: int) -> list[dict[str, object]]:
 
 
 def memory(counts: list[int], checkpoint: str) -> list[dict[str, object]]:
-    """Return one row a place: the peak of a whole run's memory for each number of pictures."""
+    """Return one row a place: the peak of a whole run's memory for each number of images."""
     rows = []
     for place in PLACES:
         row: dict[str, object] = {"place": place}
@@ -103,7 +103,7 @@ def memory(counts: list[int], checkpoint: str) -> list[dict[str, object]]:
                 )
                 _, status, used = os.wait4(process.pid, 0)
             assert status == 0
-            row[f"{count} pictures, peak MB"] = round(used.ru_maxrss / 1024)
+            row[f"{count} images, peak MB"] = round(used.ru_maxrss / 1024)
         rows.append(row)
     return rows
 
@@ -111,17 +111,17 @@ def memory(counts: list[int], checkpoint: str) -> list[dict[str, object]]:
 def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pixels", type=int, default=256, help="side of the pictures")
-    parser.add_argument("--pictures", type=int, default=200, help="how many a turn")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
+    parser.add_argument("--images", type=int, default=200, help="how many a turn")
     parser.add_argument("--rounds", type=int, default=5, help="how many turns")
-    parser.add_argument("--memory", metavar="N,N", help="measure the memory of runs of so many pictures instead")
+    parser.add_argument("--memory", metavar="N,N", help="measure the memory of runs of so many images instead")
     parser.add_argument("--checkpoint", default="tiny64", help="for --memory: name or file of what `var sample` uses")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
     if given.memory:
         rows = memory([int(number) for number in given.memory.split(",")], given.checkpoint)
     else:
-        rows = speed(given.pixels, given.pictures, given.rounds)
+        rows = speed(given.pixels, given.images, given.rounds)
     print_rows(rows, as_json=given.json)
 
 

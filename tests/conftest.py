@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-import reference
+from support import reference
 
 # Who is started in a shell's background is deaf to Ctrl-C, and so are the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

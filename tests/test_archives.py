@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from provenance import listing, made, picture
-from varcli.data.images import png_bytes
-from varcli.data.npz import _header
-from varcli.data.outputs import open_output
+from support.provenances import image, listing, made
 from varcli.errors import InputError, RunError
+from varcli.images.provenance import png_bytes
+from varcli.outputs.archives import _npy_header
+from varcli.outputs.open import open_sink
 
 KINDS = ["x.npz", "x.tar"]
 
@@ -31,25 +31,25 @@ def here(tmp_path, monkeypatch):
 
 
 def put(out, seeds, resume=False):
-    """Put pictures into an archive as the sampler does; return the seeds that were not there."""
-    with open_output(out, several=True, resume=resume) as output:
+    """Put images into an archive as the sampler does; return the seeds that were not there."""
+    with open_sink(out, several=True, resume=resume) as output:
         missing = [seed for seed in seeds if not output.has(made(seed))]
         for seed in missing:
-            assert output.add(picture(seed), made(seed)) is None
+            assert output.add(image(seed), made(seed)) is None
     return missing
 
 
 def interrupted(out, seeds, resume=False):
-    """Put pictures into an archive and be stopped before the end."""
-    with pytest.raises(KeyboardInterrupt), open_output(out, several=True, resume=resume) as output:
+    """Put images into an archive and be stopped before the end."""
+    with pytest.raises(KeyboardInterrupt), open_sink(out, several=True, resume=resume) as output:
         for seed in seeds:
-            output.add(picture(seed), made(seed))
+            output.add(image(seed), made(seed))
         raise KeyboardInterrupt
 
 
 @pytest.fixture(params=KINDS)
 def whole(request, here):
-    """An archive of six pictures: its name and bytes."""
+    """An archive of six images: its name and bytes."""
     put(request.param, range(6))
     content = (here / request.param).read_bytes()
     (here / request.param).unlink()
@@ -65,7 +65,7 @@ def test_npz_is_what_fid_toolkits_read(here):
     with np.load("x.npz") as stored:
         pixels = stored["arr_0"]
     assert pixels.dtype == np.uint8
-    assert np.array_equal(pixels, [picture(seed) for seed in range(5)])
+    assert np.array_equal(pixels, [image(seed) for seed in range(5)])
     with zipfile.ZipFile("x.npz") as stored:
         assert stored.testzip() is None
         lines = stored.read("provenance.jsonl").decode().splitlines()
@@ -75,7 +75,7 @@ def test_npz_is_what_fid_toolkits_read(here):
 @pytest.mark.parametrize("count", [0, 1, 50000, 10**12])
 @pytest.mark.parametrize("side", [8, 1024])
 def test_header_has_one_length_and_numpy_reads_it(count, side):
-    header = _header(count, (side, side, 3))
+    header = _npy_header(count, (side, side, 3))
     assert len(header) == 128
     file = io.BytesIO(header)
     assert np.lib.format.read_magic(file) == (1, 0)
@@ -84,21 +84,21 @@ def test_header_has_one_length_and_numpy_reads_it(count, side):
 
 
 def test_shard_is_what_webdataset_reads(here):
-    with open_output("x.tar", several=True) as output:
-        output.add(picture(0), made(0))
-        output.add(picture(1), made(1, class_id=None, class_name="none"))
+    with open_sink("x.tar", several=True) as output:
+        output.add(image(0), made(0))
+        output.add(image(1), made(1, class_id=None, class_name="none"))
     assert output.archive == Path("x.tar")
     assert listing(here) == ["x.tar"]
     with tarfile.open("x.tar") as tar:
         found = {member.name: tar.extractfile(member).read() for member in tar}
     assert list(found) == [f"00000{i}.{ending}" for i in (0, 1) for ending in ("png", "cls", "json")]
-    assert found["000000.png"] == png_bytes(picture(0), made(0))
+    assert found["000000.png"] == png_bytes(image(0), made(0))
     assert (found["000000.cls"], found["000001.cls"]) == (b"207", b"-1")
     assert json.loads(found["000001.json"])["class_id"] is None
 
 
 @pytest.mark.parametrize("out", KINDS)
-def test_equal_pictures_make_equal_archives(here, out):
+def test_equal_images_make_equal_archives(here, out):
     put(out, range(3))
     first = (here / out).read_bytes()
     put(out, range(3))
@@ -106,18 +106,18 @@ def test_equal_pictures_make_equal_archives(here, out):
 
 
 @pytest.mark.parametrize("out", KINDS)
-def test_no_picture_makes_no_archive(here, out):
+def test_no_image_makes_no_archive(here, out):
     put(out, [])
     assert listing(here) == []
-    with open_output(out, several=True) as output:
-        assert listing(here) != []  # tried before any picture is made
+    with open_sink(out, several=True) as output:
+        assert listing(here) != []  # tried before any image is made
     assert output.archive is not None
 
 
 @pytest.mark.parametrize("out", KINDS)
 def test_memory_stays_flat(here, out):
-    output = open_output(out, several=True)
-    output.add(picture(0, 64, 64), made(0))
+    output = open_sink(out, several=True)
+    output.add(image(0, 64, 64), made(0))
     tracemalloc.start()
     for seed in range(400):
         output.add(np.full((64, 64, 3), seed % 256, np.uint8), made(seed))
@@ -126,7 +126,7 @@ def test_memory_stays_flat(here, out):
     tracemalloc.stop()
     if out == "x.npz":
         assert (here / out).stat().st_size > 400 * 64 * 64 * 3
-    assert peak < 2.5 * 2**20  # chunks of 1 MiB, and not a byte a picture; the pictures are 5 MB
+    assert peak < 2.5 * 2**20  # chunks of 1 MiB, and not a byte an image; the images are 5 MB
 
 
 # --- resume ----------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_whole_archive_is_left_alone(whole, here):
     assert listing(here) == [out]
 
 
-def test_whole_archive_takes_more_pictures(whole, here):
+def test_whole_archive_takes_more_images(whole, here):
     out, content = whole
     put(out, range(3))
     assert put(out, range(6), resume=True) == [3, 4, 5]
@@ -202,39 +202,39 @@ def test_old_archive_stays_until_the_new_one_is_whole(here, out):
 
 
 @pytest.mark.parametrize("out", KINDS)
-def test_picture_asked_for_twice_is_there_twice(here, out):
+def test_image_asked_for_twice_is_there_twice(here, out):
     interrupted(out, [0])
     assert put(out, [0, 0, 1], resume=True) == [0, 1]
 
 
 @pytest.mark.parametrize("out", KINDS)
-def test_pictures_of_other_settings_are_not_mixed_in(here, out):
+def test_images_of_other_settings_are_not_mixed_in(here, out):
     interrupted(out, range(2))
     for finished in (False, True):
         with (
             pytest.raises(InputError, match="another checkpoint or other settings"),
-            open_output(out, several=True, resume=True) as output,
+            open_sink(out, several=True, resume=True) as output,
         ):
             output.has(made(0, cfg=4.0))
         if not finished:
             put(out, range(3), resume=True)
 
 
-def test_pictures_of_another_size_are_not_mixed_in(here):
-    with pytest.raises(InputError, match=r"\(8, 8, 3\)"), open_output("x.npz", several=True) as output:
-        output.add(picture(0), made(0))
-        output.add(picture(1, 9, 9), made(1))
+def test_images_of_another_size_are_not_mixed_in(here):
+    with pytest.raises(InputError, match=r"\(8, 8, 3\)"), open_sink("x.npz", several=True) as output:
+        output.add(image(0), made(0))
+        output.add(image(1, 9, 9), made(1))
 
 
 DYING = """
 import os, signal, sys
 sys.path[:0] = [{tests!r}]
-from provenance import made, picture
-from varcli.data.outputs import open_output
-with open_output(sys.argv[1], several=True, resume=True) as output:
+from support.provenances import made, image
+from varcli.outputs.open import open_sink
+with open_sink(sys.argv[1], several=True, resume=True) as output:
     for seed in range(6):
         if not output.has(made(seed)):
-            output.add(picture(seed), made(seed))
+            output.add(image(seed), made(seed))
         if seed == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -259,12 +259,12 @@ def test_full_disk_keeps_what_is_done(whole, here):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(RunError, match=r"x\.\w+\.part, --resume goes on from there$") as caught:
         try:
-            with open_output(out, several=True) as output:
+            with open_sink(out, several=True) as output:
                 for seed in range(6):
                     if seed == 3:
                         here_now = (here / f"{out}.part").stat().st_size
                         resource.setrlimit(resource.RLIMIT_FSIZE, (here_now + 100, limits[1]))
-                    output.add(picture(seed), made(seed))
+                    output.add(image(seed), made(seed))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value).startswith(f"output: {out} cannot be written; File too large; ")
@@ -295,6 +295,6 @@ def test_nobody_loses_the_lock_to_the_one_who_leaves(here, monkeypatch):
 
 
 def test_two_writers_of_one_archive_are_refused(tmp_path):
-    with open_output(str(tmp_path / "both.tar"), several=True), pytest.raises(RunError, match="by another process"):
-        open_output(str(tmp_path / "both.tar"), several=True)
+    with open_sink(str(tmp_path / "both.tar"), several=True), pytest.raises(RunError, match="by another process"):
+        open_sink(str(tmp_path / "both.tar"), several=True)
     assert list(tmp_path.iterdir()) == []

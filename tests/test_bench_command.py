@@ -6,10 +6,10 @@ import re
 import pytest
 from PIL import Image
 
-import small
+from support import small
 from varcli import cli
-from varcli.benchmarking import machine
-from varcli.checkpoints import untrained
+from varcli.benchmarking import timing
+from varcli.checkpoints import random_init
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def bench(model, monkeypatch, tmp_path, capfd):
     """Run `var bench` with the small model; return exit code, stdout and stderr."""
     monkeypatch.setenv("VAR_CHECKPOINT", str(model))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "CPU_SIZE", 64)
+    monkeypatch.setattr(timing, "CPU_SIZE", 64)
 
     def run(*arguments):
         code = cli.run(["bench", "--device", "cpu", "--rounds", "1", *arguments])
@@ -37,16 +37,16 @@ def test_tables_in_a_pipe(bench):
     assert (code, err) == (0, "")
     named = {row[0]: row[1:] for row in rows}
     assert named["precision"] == ["fp32", "fp32", "fp32"]
-    assert named["pictures at a time"] == ["1", "1", "1"]
+    assert named["images at a time"] == ["1", "1", "1"]
     assert named["CUDA graphs"] == ["no", "no", "no"]
-    assert all(float(cell) > 0 for cell in named["seconds a picture"])
+    assert all(float(cell) > 0 for cell in named["seconds an image"])
     assert named["times varcli's"][0] == "1"
     assert {
-        "pictures a second, one batch alone",
+        "images a second, one batch alone",
         "latency p50, s",
         "latency p90, s",
         "latency p99, s",
-        "GFLOP a picture",
+        "GFLOP an image",
     } <= named.keys()
     assert [row[0] for row in rows[-7:]] == [
         *(f"transformer {part}" for part in ("1 × 1", "2 × 2", "4 × 4", "16 tokens")),
@@ -68,15 +68,15 @@ def test_json_is_one_object(bench, model):
         False,
         1,
     )
-    assert (found["device"], found["settings"]["cfg"], found["settings"]["draft"]) == ("cpu", 1.5, "")
+    assert (found["device"], found["settings"]["cfg"], found["settings"]["approximate"]) == ("cpu", 1.5, "")
     assert found["hardware"] and found["version"]
     ours, raster = found["samplers"]
     assert set(ours) == {
         "sampler",
         "precision",
         "batch_size",
-        "seconds_per_picture",
-        "pictures_per_second",
+        "seconds_per_image",
+        "images_per_second",
         "latency",
         "times_varcli",
         "operations",
@@ -96,7 +96,7 @@ def test_json_is_one_object(bench, model):
         ("PNG", ""),
     ]
     # One round, so that medians add up as its own laps do.
-    assert sum(stage["seconds"] for stage in ours["stages"][:-1]) == pytest.approx(ours["seconds_per_picture"])
+    assert sum(stage["seconds"] for stage in ours["stages"][:-1]) == pytest.approx(ours["seconds_per_image"])
 
 
 def test_a_chart(bench, tmp_path):
@@ -106,7 +106,7 @@ def test_a_chart(bench, tmp_path):
         with Image.open(tmp_path / "chart.png") as image:
             assert (code, image.format, image.size[0]) == (0, "PNG", 960)
             heights.append(image.size[1])
-        assert "seconds a picture" in out
+        assert "seconds an image" in out
     assert heights[1] > heights[0]
 
 
@@ -120,15 +120,15 @@ def test_the_chart_is_there_before_the_tables(bench, tmp_path, monkeypatch):
 
 def test_random_weights_need_no_download(bench, model, monkeypatch):
     """In a released checkpoint's shape; here it is the small model's."""
-    monkeypatch.setattr(untrained, "shapes", lambda checkpoint, shapes=untrained.shapes: shapes(str(model)))
+    monkeypatch.setattr(random_init, "shapes", lambda checkpoint, shapes=random_init.shapes: shapes(str(model)))
     code, out, _ = bench("--random", "-m", "var-d16", "--json")
     found = json.loads(out)
     assert (code, found["checkpoint"], found["random"]) == (0, "var-d16", True)
 
 
-def test_drafts_are_in_the_settings(bench):
-    code, out, _ = bench("--json", "--draft", "guidance")
-    assert code == 0 and json.loads(out)["settings"]["draft"] == "guidance"
+def test_approximations_are_in_the_settings(bench):
+    code, out, _ = bench("--json", "--approximate", "guidance")
+    assert code == 0 and json.loads(out)["settings"]["approximate"] == "guidance"
 
 
 MISTAKES = [
@@ -136,7 +136,7 @@ MISTAKES = [
     (["--vs", ""], 2, r"vs: ; plain, raster, or plain,raster"),
     (["--rounds", "0"], 2, r"Invalid value for '--rounds': Input should be greater than or equal to 1"),
     (["--batch-size", "0"], 2, r"Invalid value for '--batch-size': Input should be greater than or equal to 1"),
-    (["--draft", "magic"], 2, r"draft: magic; some of guidance, tokens, cache, with commas between"),
+    (["--approximate", "magic"], 2, r"approximate: magic; some of guidance, tokens, cache, with commas between"),
     (["--quantize", "int8", "--dtype", "bf16"], 2, "quantize: int8 with --dtype bf16; one or the other"),
     (["--device", "gpu"], 2, r"device: gpu; auto, cpu, cuda, cuda:1 or mps"),
     (["-o", "chart.jpg"], 2, r"out: chart\.jpg; .*\.png.*"),

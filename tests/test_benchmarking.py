@@ -9,24 +9,20 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import reference
-from varcli.benchmarking import contestants, machine, rounds, stopwatch
-from varcli.benchmarking.contestants import Contestant, plain_twin, raster_scan, varcli
-from varcli.benchmarking.figures import figures, percentile
-from varcli.benchmarking.machine import matmul_rate, peak_bytes
-from varcli.benchmarking.measurement import Plan, measure
-from varcli.benchmarking.operations import decoder_operations, transformer_operations
+from support import reference
+from varcli.acceleration.devices import prepare
+from varcli.benchmarking import samplers, timing
+from varcli.benchmarking.flops import decoder_operations, transformer_operations
 from varcli.benchmarking.panels import panels
-from varcli.benchmarking.rounds import Contest, Lap, Round, run_once, take_turns
-from varcli.benchmarking.stopwatch import Stopwatch
+from varcli.benchmarking.results import BenchPlan, percentile, run_benchmark, sampler_timings
+from varcli.benchmarking.samplers import BenchSampler, naive_sampler, raster_scan, varcli
+from varcli.benchmarking.timing import Contest, Lap, Round, Stopwatch, matmul_rate, peak_bytes, run_once, take_turns
+from varcli.charts import png
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
-from varcli.data.charts import png
 from varcli.errors import RunError
-from varcli.models.attention import KeyValueCache
 from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
-from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import place
+from varcli.models.transformer import KeyValueCache, Transformer
+from varcli.sampling.batching import BatchSampler
 
 CPU = torch.device("cpu")
 SIDES = (1, 2, 4)
@@ -54,7 +50,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module in (stopwatch, rounds):
+    for module in (timing, timing):
         monkeypatch.setattr(module.time, "perf_counter", made)
     return made
 
@@ -70,7 +66,7 @@ def runner(name, clock, journal, seconds, batch=1):
         return [torch.zeros(8, 8, 3, dtype=torch.uint8).numpy() for _ in seeds]
 
     operations = {("transformer", "a"): 10, ("transformer", "b"): 30, ("decoder", ""): 60}
-    return Contestant(name=name, precision="fp32", batch=batch, steps=["a", "b"], operations=operations, make=make)
+    return BenchSampler(name=name, precision="fp32", batch=batch, steps=["a", "b"], operations=operations, make=make)
 
 
 # --- operations ------------------------------------------------------------------------------------
@@ -154,7 +150,7 @@ def test_a_gpu_is_not_waited_for_between_phases(monkeypatch):
 
 def test_contestants_take_turns_and_the_machine_is_measured_in_between(clock, monkeypatch):
     journal, rates = [], iter([5.0, 50.0, 7.0])
-    monkeypatch.setattr(rounds, "matmul_rate", lambda device, precision: journal.append("matmul") or next(rates))
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, precision: journal.append("matmul") or next(rates))
     steps = []
     contest = take_turns(
         [runner("one", clock, journal, 1.0, batch=2), runner("two", clock, journal, 3.0)],
@@ -198,13 +194,13 @@ def test_what_does_not_fit_into_memory_is_said(clock):
         raise RuntimeError("shapes cannot be multiplied")
 
     contestant = runner("raster", clock, [], 1.0, batch=64)
-    with pytest.raises(RunError, match=r"^memory: raster with 64 pictures at a time does not fit; fewer with"):
+    with pytest.raises(RunError, match=r"^memory: raster with 64 images at a time does not fit; fewer with"):
         run_once(replace(contestant, make=full), CPU, 0)
     with pytest.raises(RuntimeError, match="multiplied"):
         run_once(replace(contestant, make=broken), CPU, 0)
 
 
-# --- figures ---------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def turns(*lengths):
@@ -213,18 +209,18 @@ def turns(*lengths):
     return [Round([Lap(*name, length / 5) for name in names], length / 10) for length in lengths]
 
 
-def test_figures_are_of_one_picture_and_medians(clock):
+def test_figures_are_of_one_image_and_medians(clock):
     both = [runner("varcli", clock, [], 0, batch=4), runner("plain", clock, [], 0)]
-    first, second = figures(both, Contest([turns(2, 4, 12), turns(3, 30, 3)], [200, 50]))
-    assert (first.seconds_per_picture, first.pictures_per_second, first.times_varcli) == (1.0, 1.0, 1.0)
-    assert (second.seconds_per_picture, second.times_varcli) == (3.0, 3.0)
+    first, second = sampler_timings(both, Contest([turns(2, 4, 12), turns(3, 30, 3)], [200, 50]))
+    assert (first.seconds_per_image, first.images_per_second, first.times_varcli) == (1.0, 1.0, 1.0)
+    assert (second.seconds_per_image, second.times_varcli) == (3.0, 3.0)
     assert first.latency == {"p50": 4, "p90": pytest.approx(10.4), "p99": pytest.approx(11.84)}
     assert first.operations == 100 and first.matmul_fraction == pytest.approx(0.5)
     assert second.matmul_fraction == pytest.approx(100 / 3 / 50)
     named = {stage.name: stage for stage in first.stages}
     assert list(named) == ["transformer a", "transformer b", "drawing", "decoder", "PNG"]
     assert [stage.seconds for stage in first.stages] == pytest.approx([0.2, 0.2, 0.4, 0.2, 0.1])
-    assert sum(stage.seconds for stage in first.stages[:-1]) == pytest.approx(first.seconds_per_picture)
+    assert sum(stage.seconds for stage in first.stages[:-1]) == pytest.approx(first.seconds_per_image)
     assert named["transformer b"].matmul_fraction == pytest.approx(30 / 0.2 / 200)
     assert named["drawing"].operations is None and named["drawing"].matmul_fraction is None
 
@@ -237,20 +233,20 @@ def test_percentiles():
 # --- real ones -------------------------------------------------------------------------------------
 
 
-def test_contestants_make_pictures_and_mark_every_phase():
+def test_contestants_make_images_and_mark_every_phase():
     config, models = SampleConfig(), made()
-    plain = plain_twin(made(), config)
-    place(*models, CPU, "fp32")
+    plain = naive_sampler(made(), config)
+    prepare(*models, CPU, "fp32")
     ours, raster = varcli(models, config, "fp32", 3), raster_scan(models, config, "fp32", 3)
     for contestant, steps in ((ours, 3), (plain, 3), (raster, 16)):
         marks = []
-        pictures = contestant.make([5, 9], marks.append)
-        assert [picture.shape for picture in pictures] == [(16, 16, 3)] * 2
+        images = contestant.make([5, 9], marks.append)
+        assert [image.shape for image in images] == [(16, 16, 3)] * 2
         assert len(contestant.steps) == steps
         assert set(marks) == {"transformer", "drawing", "decoder"} and marks[-1] == "decoder"
         assert marks.count("transformer") == marks.count("drawing") == 2 * steps or contestant is raster
         assert set(contestant.operations) == {("decoder", ""), *(("transformer", step) for step in contestant.steps)}
-    assert ours.batch == raster.batch == plain.batch == 1  # on a CPU pictures are made one by one
+    assert ours.batch == raster.batch == plain.batch == 1  # on a CPU images are made one by one
 
 
 def test_a_recording_that_fails_is_told_of(monkeypatch):
@@ -262,7 +258,7 @@ def test_a_recording_that_fails_is_told_of(monkeypatch):
             super().__init__(*given)
             self.recorder = lambda: refused
 
-    monkeypatch.setattr(contestants, "BatchSampler", Recording)
+    monkeypatch.setattr(samplers, "BatchSampler", Recording)
     for made_by in (varcli, raster_scan):
         told, models = [], made()
         contestant = made_by(models, SampleConfig(), "bf16", 1, told.append)
@@ -274,10 +270,10 @@ def test_a_recording_that_fails_is_told_of(monkeypatch):
         assert line.startswith("CUDA graphs: cannot be recorded here") and "permitted when stream" in line
 
 
-def test_varcli_and_plain_draw_the_same_pictures():
+def test_varcli_and_plain_draw_the_same_images():
     config, models = SampleConfig(), made()
-    plain = plain_twin(made(), config).make([1, 2], lambda phase: None)
-    place(*models, CPU, "fp32")
+    plain = naive_sampler(made(), config).make([1, 2], lambda phase: None)
+    prepare(*models, CPU, "fp32")
     ours = varcli(models, config, "fp32", 1).make([1, 2], lambda phase: None)
     for one, other in zip(ours, plain, strict=True):
         assert abs(one.astype(int) - other.astype(int)).max() <= 1
@@ -285,12 +281,12 @@ def test_varcli_and_plain_draw_the_same_pictures():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_benchmark_from_beginning_to_end(precision, monkeypatch):
-    monkeypatch.setattr(machine, "CPU_SIZE", 64)
+    monkeypatch.setattr(timing, "CPU_SIZE", 64)
     steps = []
-    plan = Plan(
+    plan = BenchPlan(
         load=made, config=SampleConfig(), device=CPU, precision=precision, batch=2, others=["plain", "raster"], rounds=2
     )
-    found = measure(plan, lambda: steps.append(1))
+    found = run_benchmark(plan, lambda: steps.append(1))
     assert len(steps) == plan.batches == 9
     assert [(each.sampler, each.precision) for each in found.samplers] == [
         ("varcli", precision),
@@ -306,9 +302,9 @@ def test_a_benchmark_from_beginning_to_end(precision, monkeypatch):
 
 
 def test_the_machine_is_measured_in_every_precision(monkeypatch):
-    monkeypatch.setattr(machine, "CPU_SIZE", 32)
+    monkeypatch.setattr(timing, "CPU_SIZE", 32)
     assert all(matmul_rate(CPU, precision) > 0 for precision in ("fp32", "bf16", "fp16", "int8"))
-    monkeypatch.setattr(machine, "packing_works", lambda dtype: False)
+    monkeypatch.setattr(timing, "packing_works", lambda dtype: False)
     assert matmul_rate(CPU, "fp32") > 0
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
     assert peak_bytes(torch.device("cuda")) == 123

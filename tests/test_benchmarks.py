@@ -46,7 +46,7 @@ def outcomes(found):
 
 
 def failing(after=0):
-    """Return what fails to make pictures, having made them so many times."""
+    """Return what fails to make images, having made them so many times."""
     made = []
 
     def make(count, first):
@@ -82,7 +82,7 @@ def test_one_part_that_fails_ends_no_other(gpu, run, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "whole_pipeline", failing())  # which knows no third argument: an error of another kind
     found = done(gpu, run, "d16, 1 at a time", "pipeline", "batches")
     assert found["speed"] == [] and "pipeline" not in found and found["batches"]["together"] == 2
-    assert outcomes(found)["d16, 1 at a time"] == "failed: RunError: no way to make pictures is left"
+    assert outcomes(found)["d16, 1 at a time"] == "failed: RunError: no way to make images is left"
     assert outcomes(found)["pipeline"].startswith("failed: TypeError: ")
     assert outcomes(found)["batches"] == "done"
     assert "1 at a time: eager: failed: RuntimeError: CUDA error: misaligned address (" in capsys.readouterr().err
@@ -124,7 +124,13 @@ def test_the_limit_is_an_option(gpu, tmp_path, monkeypatch, capsys):
 def test_what_matters_most_comes_first(gpu, run):
     names = list(gpu.all_parts(replace(run, quick=False)))
     assert names[:3] == ["d16, 1 at a time", "d16, 64 at a time", "d30, 64 at a time"]
-    later = ["pipeline", "d16, 1 at a time, int8", "d16, 64 at a time, draft cache", "d16, 256 at a time", "batches"]
+    later = [
+        "pipeline",
+        "d16, 1 at a time, int8",
+        "d16, 64 at a time, approximate cache",
+        "d16, 256 at a time",
+        "batches",
+    ]
     assert sorted(later, key=names.index) == later
     assert names[-2:] == ["d16, 1 at a time, raster", "d16, 64 at a time, raster"]
 
@@ -143,9 +149,9 @@ def test_memory_on_a_gpu_is_that_of_recorded_without_what_cublas_kept(gpu, run, 
 
 
 def test_targets_are_judged_by_what_was_recorded(gpu):
-    recorded = {"model": "d16", "way": "recorded", "latency ms": 15.1, "pictures/s": 66.0, "times twin": 3.0}
-    many = recorded | {"batch": 64, "pictures/s": 250.0, "times plain": None}
-    other = {"model": "d30", "batch": 64, "way": "eager", "pictures/s": 99.0, "peak GB": None}
+    recorded = {"model": "d16", "way": "recorded", "latency ms": 15.1, "images/s": 66.0, "times twin": 3.0}
+    many = recorded | {"batch": 64, "images/s": 250.0, "times plain": None}
+    other = {"model": "d30", "batch": 64, "way": "eager", "images/s": 99.0, "peak GB": None}
     rows = [target.row([recorded | {"batch": 1}, many, other]) for target in gpu.TARGETS]
     assert [row["holds"] for row in rows] == [False, True, None, None, True, None]
     assert [row["found"] for row in rows] == [15.1, 250.0, *["not measured"] * 2, 3.0, "not measured"]

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from varcli.data.charts import COLOURS, Bars, Lines, digits, png, svg
+from varcli.charts import COLOURS, Bars, Lines, digits, png, svg
 
 BARS = Bars(
     title="Where the time goes",
@@ -17,7 +17,7 @@ BARS = Bars(
     parts={"transformer": [3, 6, 0], "drawing": [1, 2, 0], "decoder": [0, 0, 5]},
 )
 LINES = Lines(
-    title="Loss", x_unit="pictures", y_unit="nats", curves={"training": [(0, 9), (10, 5)], "validation": [(5, 7)]}
+    title="Loss", x_unit="images", y_unit="nats", curves={"training": [(0, 9), (10, 5)], "validation": [(5, 7)]}
 )
 
 
@@ -84,5 +84,5 @@ def test_what_has_no_numbers_is_drawn_too():
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, varcli.data.charts; assert 'matplotlib' not in sys.modules"
+    code = "import sys, varcli.charts; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

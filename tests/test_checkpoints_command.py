@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import reference
+from support import reference
 from varcli.checkpoints import registry as registering
 from varcli.checkpoints.conversion import class_table
-from varcli.checkpoints.files import file_sha256, load_tensors
 from varcli.checkpoints.registry import markdown_table, registry
+from varcli.checkpoints.safetensors_io import file_sha256, load_tensors
 from varcli.checkpoints.store import load_model, recorded_hashes, save_model, save_tokenizer
 from varcli.cli import run
 
@@ -78,13 +78,13 @@ def test_list_json(var, tmp_path):
     assert list(facts) == list(registry())
     assert (d16["pixels"], d16["parameters"], d16["fid"], d16["inception_score"]) == (256, 310_283_520, 3.30, 274.4)
     assert (d16["licence"], d16["here"], d16["path"]) == ("MIT", False, str(tmp_path / "cache" / "var-d16.safetensors"))
-    assert d16["presets"]["metrics"] == {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "draft": ""}
+    assert d16["presets"]["metrics"] == {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "approximate": ""}
     assert d16["files"]["vae_ch160v4096z32.pth"]["bytes"] == 436_075_834
     assert "sha256" in d16["files"]["var_d16.pth"]
 
 
 def test_list_and_show_mean_the_same_by_the_same_name(var, model_file, mini, tmp_path, monkeypatch):
-    """The hash of a file's bytes is one thing, the hash of what it holds, which pictures name, another."""
+    """The hash of a file's bytes is one thing, the hash of what it holds, which images name, another."""
     classes, written = mini.transformer.config.class_count, file_sha256(model_file)
     entry = replace(registry()["var-d16"], classes=classes, file_sha256=written)
     monkeypatch.setattr(registering, "registry", lambda: {"var-d16": entry})

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from varcli.data.classes import RANDOM, ClassEntry, ClassTable, imagenet, parse_classes, random_class
+from varcli.classes import RANDOM, ClassEntry, ClassTable, imagenet, parse_classes, random_class
 from varcli.errors import CheckpointError, InputError, UsageError
 
 FEW = ClassTable(tuple(imagenet().entries[i] for i in (1, 151, 207, 208, 235, 281, 283, 285, 517, 951)))
@@ -175,5 +175,5 @@ def test_damaged_json_is_a_bad_checkpoint(text):
 
 
 def test_classes_need_neither_torch_nor_numpy():
-    code = "import sys, varcli.data.classes as c; c.imagenet(); print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    code = "import sys, varcli.classes as c; c.imagenet(); print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"

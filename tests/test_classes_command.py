@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import small
+from support import small
 from varcli import cli
 
 

@@ -11,29 +11,30 @@ from pathlib import Path
 
 import pytest
 
-import small
+from support import small
 from varcli import __version__, cli
 from varcli.config import TransformerConfig
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 
 EDITING = (
-    "--class -c --count -n --seed --best-of --feather --composite --paper --checkpoint -m --cfg --top-k --top-p "
-    "--smooth --out -o --grid --scales --device --dtype --json --quiet -q "
+    "--class -c --count -n --seed --best-of --feather --composite --released-rule --checkpoint -m --cfg --top-k "
+    "--top-p --smooth --out -o --grid --growth --device --dtype --json --quiet -q "
 )
 OPTIONS = {
-    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --draft --out -o "
-    "--grid --scales --batch-size --device --dtype --quantize --best --classifier --nproc --resume --json --quiet -q",
+    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --approximate "
+    "--out -o --grid --growth --batch-size --device --dtype --quantize --best --classifier --nproc "
+    "--resume --json --quiet -q",
     "eval": "--fid --is --kid --prc --num -n --reference -r --tokenizer --checkpoint -m --seed --cfg --top-k --top-p "
-    "--smooth --preset --draft --reject --classifier --resize --skip-bad --inception --lpips-weights --save-stats "
-    "--save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
+    "--smooth --preset --approximate --reject --classifier --resize --skip-bad --inception --lpips-weights "
+    "--save-stats --save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
     "eval stats": "--out -o --features --resize --skip-bad --inception --device --nproc --quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
     "outpaint": EDITING + "--pad --to",
     "edit": EDITING + "--mask --alpha --box --fit-mask",
-    "reconstruct": "--out -o --checkpoint -m --grid --scales --device --json --quiet -q",
+    "reconstruct": "--out -o --checkpoint -m --grid --growth --device --json --quiet -q",
     "report": "--out -o",
-    "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --draft --out -o --json "
-    "--quiet -q",
+    "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "
+    "--json --quiet -q",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }
@@ -109,7 +110,7 @@ def test_version(capsys):
         (["sample", "-c", "1", "-o", "{foreign}/x.png"], 5, "output: {foreign}/x.png cannot be written; "),
         (["report", "{foreign}"], 3, "evaluation result: {foreign}; no JSON at line 1"),
         (["report", "{foreign}", "-o", "report.pdf"], 2, "out: report.pdf; a name ending in .html or .md"),
-        (["show", "{foreign}"], 3, "picture: {foreign}; a PNG written by var sample"),
+        (["show", "{foreign}"], 3, "image: {foreign}; a PNG written by var sample"),
         (["classes", "zeppelin"], 3, "class: zeppelin; no name has these words"),
     ],
     ids=lambda mistake: " ".join(mistake[0]),
@@ -207,7 +208,7 @@ def test_any_encoding_will_do(encoding, tmp_path):
     with var("show", "日本.png", stdout=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
         out, err = process.communicate()
         assert (process.returncode, out) == (3, "")
-        assert err.startswith("var: error: picture: \\u65e5\\u672c.png") and err.count("\n") == 1
+        assert err.startswith("var: error: image: \\u65e5\\u672c.png") and err.count("\n") == 1
     with var("sample", "--help", stdout=subprocess.PIPE, env=environment, encoding=encoding) as process:
         out, err = process.communicate()
         assert (process.returncode, err) == (0, "") and "--class" in out

@@ -6,15 +6,14 @@ import pickle
 import pytest
 import torch
 
-import reference
+from support import reference
 from varcli.checkpoints.conversion import Part, convert, tokenizer_config, transformer_config
 from varcli.checkpoints.store import load_model
-from varcli.config import TokenizerConfig, TransformerConfig
-from varcli.data.classes import imagenet
+from varcli.classes import imagenet
+from varcli.config import GRID_256, GRID_512, TokenizerConfig, TransformerConfig
 from varcli.errors import CheckpointError, InputError, UsageError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.scales import GRID_256, GRID_512
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from varcli.sampling import devices
-from varcli.sampling.devices import cpu_computes_bf16, pick_dtype, precision_reason
+from varcli.acceleration import devices
+from varcli.acceleration.devices import cpu_computes_bf16, pick_dtype, precision_reason
 
 CPU = torch.device("cpu")
 

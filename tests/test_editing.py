@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-import reference
+from support import reference
+from varcli.acceleration.devices import prepare
 from varcli.config import SampleConfig
-from varcli.data.masks import box_mask
-from varcli.data.seams import feathered
 from varcli.errors import RunError
-from varcli.models.quantizer import Quantizer
+from varcli.images.blending import feather_mask
+from varcli.images.masks import box_mask
+from varcli.models.tokenizer import Quantizer
 from varcli.models.transformer import Transformer
 from varcli.sampling import editing
-from varcli.sampling.devices import place
 from varcli.sampling.editing import EditConfig, Edited, Editor, best, keep_as_released, keep_by_coverage, log_likelihood
 from varcli.sampling.sampler import Keep, generate
 
@@ -24,7 +24,7 @@ NOISE = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
 @pytest.fixture(scope="module")
 def mini():
     found = reference.load("mini")
-    place(found.tokenizer, found.transformer, torch.device("cpu"), "fp32")
+    prepare(found.tokenizer, found.transformer, torch.device("cpu"), "fp32")
     return found
 
 
@@ -87,10 +87,10 @@ def test_kept_pixels_outside_the_feather_do_not_change(mini, feather):
     mask = hole(30, 5, 50, 64)
     edited = editor(mini, SampleConfig(), feather=feather).edit(NOISE, mask, 64, 3, 0)
     width = 8 if feather is None else feather
-    assert np.array_equal(edited.pixels[feathered(mask, width) == 0], NOISE[feathered(mask, width) == 0])
+    assert np.array_equal(edited.pixels[feather_mask(mask, width) == 0], NOISE[feather_mask(mask, width) == 0])
     assert (edited.pixels[mask] != NOISE[mask]).any()
     if width:
-        soft = (feathered(mask, width) > 0) & ~mask
+        soft = (feather_mask(mask, width) > 0) & ~mask
         assert (edited.pixels[soft] != NOISE[soft]).any()
 
 
@@ -109,7 +109,7 @@ def test_only_the_squares_go_through_the_model(mini):
 
 
 def test_steps_see_what_the_steps_before_made(mini):
-    """A panorama's later squares depend on the picture through the earlier ones."""
+    """A panorama's later squares depend on the image through the earlier ones."""
     mask = ~box_mask((0, 0, 64, 64), (192, 64))
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, :64] = NOISE
@@ -129,7 +129,7 @@ def test_seeds_and_classes_decide(mini):
     assert (make(NOISE, mask, 64, 4, 5).pixels != again).any()
 
 
-def test_the_picture_as_it_grows(mini):
+def test_the_image_as_it_grows(mini):
     edited = editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0, growing=True)
     assert len(edited.frames) == len(SIDES)
     assert np.array_equal(edited.frames[-1], edited.pixels)
@@ -161,7 +161,7 @@ def test_the_best_has_a_smooth_seam_and_likely_tokens():
 
 def test_editing_in_16_bits():
     half = reference.load("mini")
-    place(half.tokenizer, half.transformer, torch.device("cpu"), "bf16")
+    prepare(half.tokenizer, half.transformer, torch.device("cpu"), "bf16")
     edited = editor(half, SampleConfig()).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0, scored=True)
     assert edited.log_likelihood < 0 < edited.seam
 

@@ -1,4 +1,4 @@
-"""`var inpaint`, `outpaint` and `edit`: any picture, any mask, and what is kept is kept to the last bit."""
+"""`var inpaint`, `outpaint` and `edit`: any image, any mask, and what is kept is kept to the last bit."""
 
 import io
 import json
@@ -12,13 +12,13 @@ import png
 import pytest
 from PIL import Image
 
-import small
+from support import small
 from varcli import cli
 from varcli.checkpoints.store import save_model
-from varcli.data.classes import ClassEntry, ClassTable
-from varcli.data.images import EditProvenance, read_provenance
-from varcli.data.masks import box_mask
-from varcli.data.seams import feathered
+from varcli.classes import ClassEntry, ClassTable
+from varcli.images.blending import feather_mask
+from varcli.images.masks import box_mask
+from varcli.images.provenance import EditProvenance, read_provenance
 
 NOISE = np.random.RandomState(0).randint(0, 256, (40, 60, 4)).astype(np.uint8)
 BOX = (20, 10, 30, 22)
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def var(model, monkeypatch, tmp_path, capsys):
-    """Run `var` with the small model in a folder with a picture and a mask; return what it printed."""
+    """Run `var` with the small model in a folder with an image and a mask; return what it printed."""
     monkeypatch.setenv("VAR_CHECKPOINT", str(model))
     monkeypatch.chdir(tmp_path)
     Image.fromarray(NOISE[:, :, :3]).save("in.png", dpi=(150, 150))
@@ -56,7 +56,7 @@ def pixels(path):
 
 
 def kept(share=HALF_TOKEN, mask=MASK):
-    return feathered(mask, share) == 0
+    return feather_mask(mask, share) == 0
 
 
 def test_inpaint_keeps_what_is_not_near_the_hole(var, tmp_path):
@@ -106,7 +106,7 @@ def test_colours_of_16_bits_are_kept_whole(var, channels):
     if channels != 3:
         deep[:, :, -1] |= 0xFF00  # opaque enough for white not to hide what is new
     write_deep("deep.png", deep)
-    var("inpaint", "deep.png", "mask.png", "-o", "out.png", "--grid", "grid.png", "--scales", "grows.png")
+    var("inpaint", "deep.png", "mask.png", "-o", "out.png", "--grid", "grid.png", "--growth", "grows.png")
     out = deep_pixels("out.png")
     assert out.shape == deep.shape
     assert np.array_equal(out[kept()], deep[kept()])
@@ -117,7 +117,7 @@ def test_colours_of_16_bits_are_kept_whole(var, channels):
         assert np.array_equal(out[:, :, -1], deep[:, :, -1])
     assert read_provenance("out.png").seed == 0
     var("outpaint", "deep.png", "--pad", "4,0,8,2", "-o", "wide.png")
-    inside = feathered(~box_mask((4, 0, 64, 40), (72, 42)), 5)[:40, 4:64] == 0
+    inside = feather_mask(~box_mask((4, 0, 64, 40), (72, 42)), 5)[:40, 4:64] == 0
     assert np.array_equal(deep_pixels("wide.png")[:40, 4:64][inside], deep[inside])
 
 
@@ -136,7 +136,7 @@ def test_feather_and_compositing(var):
     assert changed.sum() > 0.98 * 24**2
 
 
-def test_alpha_of_the_picture_or_of_a_mask(var):
+def test_alpha_of_the_image_or_of_a_mask(var):
     layer = NOISE.copy()
     layer[:, :, 3] = np.where(MASK, 0, 255)
     Image.fromarray(layer).save("holes.png")
@@ -170,7 +170,7 @@ def test_outpaint_goes_on_beyond_the_edges(var, size, place, shape):
     assert out.shape == (*shape, 4)
     top, left = place
     new = ~box_mask((left, top, left + 60, top + 40), shape[::-1])
-    inner = feathered(new, 5)[top : top + 40, left : left + 60] == 0
+    inner = feather_mask(new, 5)[top : top + 40, left : left + 60] == 0
     assert inner.any()
     assert np.array_equal(out[top : top + 40, left : left + 60][inner], NOISE[inner])
     assert (out[new][:, 3] == 255).all() and out[new].std() > 5
@@ -226,11 +226,11 @@ def test_many_and_the_best(var):
     assert read_provenance("best.png").seed == said["seed"]
 
 
-def test_the_picture_as_it_grows(var):
-    var("inpaint", "in.png", "mask.png", "--scales", "grows.gif", "-o", "out.png", "-q")
+def test_the_image_as_it_grows(var):
+    var("inpaint", "in.png", "mask.png", "--growth", "grows.gif", "-o", "out.png", "-q")
     with Image.open("grows.gif") as growing:
         assert growing.n_frames == len(small.SIDES)
-    var("outpaint", "in.png", "--to", "100x40", "--scales", "grows.png", "-o", "wide.png")
+    var("outpaint", "in.png", "--to", "100x40", "--growth", "grows.png", "-o", "wide.png")
     assert pixels("grows.png").shape[1] > 200
 
 
@@ -244,7 +244,17 @@ def test_paper_mode_is_the_originals(tmp_path, monkeypatch, original):
         Image.fromarray(np.kron(keep, np.ones((16, 16))) == 0).save("mask.png")
         name = "none" if edit["label"] == len(table) else edit["label"]
         settings = ["--class", name, "--cfg", edit["cfg"], "--top-k", 1, "--top-p", 0, "--dtype", "fp32", "-q"]
-        command = ["inpaint", "in.png", "mask.png", "--paper", "-m", "m.safetensors", *settings, "-o", "out.png"]
+        command = [
+            "inpaint",
+            "in.png",
+            "mask.png",
+            "--released-rule",
+            "-m",
+            "m.safetensors",
+            *settings,
+            "-o",
+            "out.png",
+        ]
         assert cli.run([*map(str, command), "--device", "cpu"]) == 0
         expected = original.outputs[f"edit.{i}.image"][0].permute(1, 2, 0).numpy()
         assert np.abs(pixels("out.png") / 255 - expected).max() < 0.51 / 255
@@ -268,19 +278,19 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
     [
         (["inpaint", "in.png"], 2, "mask: exactly one of a mask file, --alpha and --box"),
         (["inpaint", "in.png", "mask.png", "--box", "0,0,5,5"], 2, "mask: exactly one"),
-        (["inpaint", "in.png", "--box", "0,0,60,40"], 2, "box: 0,0,60,40 is all of the picture"),
+        (["inpaint", "in.png", "--box", "0,0,60,40"], 2, "box: 0,0,60,40 is all of the image"),
         (["inpaint", "in.png", "--box", "0,0,5"], 2, "box: 0,0,5; left,top,right,bottom"),
-        (["inpaint", "-", "-"], 2, "mask: - like the picture"),
-        (["inpaint", "in.png", "small.png"], 3, "mask: small.png has 30 × 20 for a picture of 60 × 40"),
+        (["inpaint", "-", "-"], 2, "mask: - like the image"),
+        (["inpaint", "in.png", "small.png"], 3, "mask: small.png has 30 × 20 for an image of 60 × 40"),
         (["inpaint", "in.png", "black.png"], 3, "mask: black.png marks nothing"),
-        (["inpaint", "in.png", "white.png"], 3, "mask: white.png marks all of the picture"),
+        (["inpaint", "in.png", "white.png"], 3, "mask: white.png marks all of the image"),
         (["inpaint", "in.png", "mask.png", "--alpha"], 3, "mask: mask.png has no alpha channel"),
         (["inpaint", "in.png", "--box", "0,0,5,5", "--fit-mask"], 2, "fit-mask: without a mask file"),
-        (["inpaint", "none.png", "mask.png"], 3, "picture: none.png cannot be read; No such file"),
-        (["inpaint", "in.png", "none.png"], 3, "picture: none.png cannot be read; No such file"),
-        (["inpaint", "cut.png", "mask.png"], 3, "picture: cut.png cannot be read; "),
-        (["inpaint", "notes.txt", "mask.png"], 3, "picture: notes.txt; no picture"),
-        (["inpaint", "moving.gif", "mask.png"], 3, "picture: moving.gif has 2 frames"),
+        (["inpaint", "none.png", "mask.png"], 3, "image: none.png cannot be read; No such file"),
+        (["inpaint", "in.png", "none.png"], 3, "image: none.png cannot be read; No such file"),
+        (["inpaint", "cut.png", "mask.png"], 3, "image: cut.png cannot be read; "),
+        (["inpaint", "notes.txt", "mask.png"], 3, "image: notes.txt; no image"),
+        (["inpaint", "moving.gif", "mask.png"], 3, "image: moving.gif has 2 frames"),
         (["inpaint", "in.png", "mask.png", "-c", "zebra"], 3, "class not known: 340 zebra; the nearest of"),
         (["inpaint", "in.png", "mask.png", "-c", "1,207"], 2, "class: 1,207; exactly one, or none"),
         (["inpaint", "in.png", "mask.png", "-c", "-"], 2, "class: -; exactly one"),
@@ -288,16 +298,16 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
         (["inpaint", "in.png", "mask.png", "-o", "x.png", "-n", "2"], 2, "out: x.png for several"),
         (["inpaint", "in.png", "mask.png", "-o", "-", "--json"], 2, "json: with --out -"),
         (["inpaint", "in.png", "mask.png", "-o", "no/x.png"], 5, "output: no/x.png cannot be written"),
-        (["inpaint", "in.png", "mask.png", "--paper", "--feather", "3"], 2, "paper: with --feather"),
+        (["inpaint", "in.png", "mask.png", "--released-rule", "--feather", "3"], 2, "paper: with --feather"),
         (["inpaint", "in.png", "mask.png", "--no-composite", "--feather", "3"], 2, "feather: with --no-composite"),
-        (["inpaint", "in.png", "mask.png", "-n", "2", "--scales", "x.gif"], 2, "scales: 2 pictures; exactly one"),
+        (["inpaint", "in.png", "mask.png", "-n", "2", "--growth", "x.gif"], 2, "scales: 2 images; exactly one"),
         (["inpaint", "in.png", "mask.png", "--grid", "x.jpg"], 2, "grid: x.jpg; a name ending in .png"),
         (["inpaint", "in.png", "mask.png", "--top-p", "3"], 2, "top-p: 3.0; between"),
         (["inpaint", "in.png", "mask.png", "-m", "nothing"], 4, "checkpoint: nothing; "),
         (["outpaint", "in.png"], 2, "size: exactly one of --pad and --to"),
         (["outpaint", "in.png", "--pad", "1,1,1,1", "--to", "90x90"], 2, "size: exactly one"),
         (["outpaint", "in.png", "--pad", "0,0,0,0"], 2, "pad: 0,0,0,0; 0 or more"),
-        (["outpaint", "in.png", "--to", "50x90"], 2, "to: 50x90; more than the picture's 60x40"),
+        (["outpaint", "in.png", "--to", "50x90"], 2, "to: 50x90; more than the image's 60x40"),
         (["edit", "in.png", "--mask", "mask.png"], 2, "Missing option '--class' / '-c'."),
         (["edit", "in.png", "-c", "1"], 2, "mask: exactly one"),
     ],

@@ -1,4 +1,4 @@
-"""`var eval`: what it measures, what it says of it, and that nothing but the pictures decides the figures.
+"""`var eval`: what it measures, what it says of it, and that nothing but the images decides the figures.
 
 The network is a quick stand-in; tests of `evaluation` hold the true one to torch-fidelity.
 """
@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-import inception
-import small
+from support import extractors, small
 from varcli import cli
-from varcli.data.classes import imagenet
-from varcli.evaluation import measurement, metrics
-from varcli.evaluation.inception import Features
+from varcli.classes import imagenet
+from varcli.evaluation import feature_pass, metrics
+from varcli.evaluation.extractors import Features
 
 NAMES = {class_id: imagenet().by_id(class_id).name for class_id in small.CLASSES}
 EACH = 8
@@ -31,7 +30,7 @@ COUNT = EACH * len(small.CLASSES)
 
 
 class Projection:
-    """Features of pictures by a fixed random projection: another picture has other features."""
+    """Features of images by a fixed random projection: another image has other features."""
 
     name, device, sha256 = "projection", torch.device("cpu"), "0f" * 32
 
@@ -65,7 +64,7 @@ def measure(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("VAR_INCEPTION", str(tmp_path / "inception.pth"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("varcli.evaluation.inception.Inception", Projection)
+    monkeypatch.setattr("varcli.evaluation.extractors.Inception", Projection)
     monkeypatch.setattr("varcli.commands.evaluating.Inception", Projection)
     monkeypatch.setattr(metrics, "frechet_distance", mean_distance)
     monkeypatch.setattr(metrics, "frechet_infinity", lambda statistics, reference: 0.5)
@@ -80,12 +79,12 @@ def measure(model, monkeypatch, tmp_path, capsys):
 
 
 def sample(*arguments):
-    """Run `var sample` as pictures are made for measuring."""
+    """Run `var sample` as images are made for measuring."""
     assert cli.run(["sample", "--preset", "metrics", "--dtype", "fp32", "--quiet", *map(str, arguments)]) == 0
 
 
 def photographs(folder, count=COUNT, side=16, seed=5):
-    """Write pictures that no model made; return the folder."""
+    """Write images that no model made; return the folder."""
     folder.mkdir()
     for i, pixels in enumerate(np.random.RandomState(seed).randint(0, 256, (count, side, side, 3)).astype(np.uint8)):
         Image.fromarray(pixels).save(folder / f"{i:03}.png")
@@ -95,7 +94,7 @@ def photographs(folder, count=COUNT, side=16, seed=5):
 # --- what is measured ------------------------------------------------------------------------------
 
 
-def test_pictures_made_measure_as_the_same_pictures_in_files(measure, tmp_path):
+def test_images_made_measure_as_the_same_images_in_files(measure, tmp_path):
     reference = photographs(tmp_path / "photographs")
     made, _ = measure("--num", COUNT, "--reference", reference, "--fid", "--is", "--prc")
     sample("-c", "all", "-n", EACH, "-o", "made")
@@ -119,7 +118,7 @@ def test_by_default_fid_and_inception_score(measure, tmp_path):
     assert found["protocol"]["is_splits"] == 10
 
 
-def test_the_order_of_pictures_changes_nothing(measure, tmp_path, monkeypatch):
+def test_the_order_of_images_changes_nothing(measure, tmp_path, monkeypatch):
     folder = photographs(tmp_path / "photographs")
     names = sorted(map(str, folder.iterdir()))
     wanted, _ = measure(folder, "--is")
@@ -154,13 +153,13 @@ def test_a_tokenizer_is_measured_by_what_it_loses(measure, tmp_path):
     assert found["what"] == "tokenizer"
     assert found["metrics"].keys() >= {"rfid", "psnr", "ssim", "codebook_usage"}
     assert len(found["metrics"]["codebook_usage"]) == len(small.SIDES)
-    assert found["reference"]["name"] == "the same pictures"
+    assert found["reference"]["name"] == "the same images"
     assert found["metrics"]["rfid"] > 0
     assert "without LPIPS" in err
     assert cli.run(["reconstruct", *map(str, Path("photographs").iterdir()), "--json", "--device", "cpu"]) == 0
 
 
-def test_pictures_made_are_kept_where_asked(measure, tmp_path):
+def test_images_made_are_kept_where_asked(measure, tmp_path):
     measure("--num", COUNT, "--is", "--save-images", "made")
     sample("-c", "all", "-n", EACH, "-o", "wanted")
     found, wanted = ({path.name: path.read_bytes() for path in Path(place).iterdir()} for place in ("made", "wanted"))
@@ -168,10 +167,10 @@ def test_pictures_made_are_kept_where_asked(measure, tmp_path):
     assert found == wanted
 
 
-def test_a_file_for_reports_has_pictures(measure, tmp_path):
+def test_a_file_for_reports_has_images(measure, tmp_path):
     found, _ = measure("--num", COUNT, "--is", "--out", "result.json")
     kept = json.loads(Path("result.json").read_text())
-    assert len(kept.pop("pictures")) == 24
+    assert len(kept.pop("images")) == 24
     assert kept == found
     assert cli.run(["report", "result.json", "-o", "page.html"]) == 0
     assert "small" in Path("page.html").read_text()
@@ -189,7 +188,7 @@ class Nearness(nn.Module):
 
 
 def test_a_tokenizer_is_measured_by_lpips_where_its_weights_are(measure, tmp_path, monkeypatch):
-    monkeypatch.setattr("varcli.training.perceptual.PerceptualDistance", Nearness)
+    monkeypatch.setattr("varcli.models.lpips.LPIPS", Nearness)
     monkeypatch.setattr("varcli.commands.eval_opening.PerceptualDistance", Nearness)
     photographs(tmp_path / "photographs")
     found, err = measure("photographs", "--tokenizer")
@@ -201,7 +200,7 @@ def test_a_tokenizer_is_measured_by_lpips_where_its_weights_are(measure, tmp_pat
 
 
 class Redness(nn.Module):
-    """Is the surer of every class the redder a picture is."""
+    """Is the surer of every class the redder an image is."""
 
     def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
         red_B = image_B3PP[:, 0].mean((1, 2)) - image_B3PP[:, 1].mean((1, 2))
@@ -233,8 +232,8 @@ def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
 def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     reference = photographs(tmp_path / "photographs")
     wanted, _ = measure("--num", COUNT, "--reference", reference, "--seed", 0)
-    monkeypatch.setattr(measurement, "ROUNDS", {"cpu": 8})
-    monkeypatch.setattr(measurement, "SAVE_PICTURES", 8)
+    monkeypatch.setattr(feature_pass, "ROUNDS", {"cpu": 8})
+    monkeypatch.setattr(feature_pass, "SAVE_PICTURES", 8)
     seen = []
     whole = Projection.features
 
@@ -247,17 +246,17 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Projection, "features", interrupted)
     assert cli.run(["eval", "--num", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
     assert sum(seen) == 24
-    assert "24 pictures are measured; the same command goes on from there" in capsys.readouterr().err
+    assert "24 images are measured; the same command goes on from there" in capsys.readouterr().err
     monkeypatch.setattr(Projection, "features", whole)
     found, err = measure("--num", COUNT, "--reference", reference, "--seed", 0)
-    assert f"pictures: going on after 24 of {COUNT}" in err
+    assert f"images: going on after 24 of {COUNT}" in err
     assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9)
     assert not list((tmp_path / "cache").rglob("measurements/*"))
 
 
 def test_two_processes_find_what_one_finds(model, tmp_path):
     """For real: two processes that talk through gloo, and the true network with random weights."""
-    weights = inception.save(tmp_path / "inception.pth")
+    weights = extractors.save(tmp_path / "inception.pth")
     places = {"VAR_INCEPTION": str(weights), "XDG_CACHE_HOME": str(tmp_path / "cache"), "VAR_CHECKPOINT": str(model)}
     command = [sys.executable, "-m", "varcli", "eval", "--num", "15", "--is", "--prc", "--reference", "photographs"]
     photographs(tmp_path / "photographs", 6)
@@ -282,7 +281,7 @@ def test_whether_the_paper_is_met_is_said_only_of_what_can_be_compared(measure, 
     known = dict(registry.registry()) | {str(model): entry}
     for place in ("evaluating", "eval_opening"):
         monkeypatch.setattr(f"varcli.commands.{place}.registry", lambda: known)
-    monkeypatch.setattr("varcli.evaluation.guards.FEW", 10)  # so few are enough here
+    monkeypatch.setattr("varcli.evaluation.comparability.FEW", 10)  # so few are enough here
     photographs(tmp_path / "photographs")
     photographs(tmp_path / "others")
     found, _ = measure("--num", COUNT, "--reference", "photographs")
@@ -295,7 +294,7 @@ def test_whether_the_paper_is_met_is_said_only_of_what_can_be_compared(measure, 
 def test_what_is_incomparable_is_said_twice(measure, tmp_path):
     arguments = ("--num", COUNT - 1, "--cfg", 4, "--is")
     found, err = measure(*arguments)
-    for words in ("only 39 pictures", "classes are not balanced", "cfg 4.0 instead of 1.5"):
+    for words in ("only 39 images", "classes are not balanced", "cfg 4.0 instead of 1.5"):
         assert any(words in warning for warning in found["warnings"])
         assert f"var: warning: {next(w for w in found['warnings'] if words in w)}" in err
 
@@ -306,7 +305,7 @@ def test_jpeg_and_another_size_than_the_reference(measure, tmp_path):
     for path in sorted((tmp_path / "small").iterdir()):
         Image.open(path).resize((32, 32)).save(tmp_path / "large" / f"{path.stem}.jpg")
     found, _ = measure("large", "--fid", "--reference", "small")
-    assert any("40 of 40 pictures are JPEG" in warning for warning in found["warnings"])
+    assert any("40 of 40 images are JPEG" in warning for warning in found["warnings"])
     assert any("32 pixels a side against a reference of 16" in warning for warning in found["warnings"])
 
 
@@ -315,7 +314,7 @@ def test_block_of_text(measure, tmp_path, capsys):
     assert cli.run(["eval", "photographs", "-r", "photographs", "--device", "cpu"]) == 0
     lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert re.fullmatch(r"0\.00 \(FID∞ 0\.50, .*\)", lines["FID"])
-    assert lines["pictures"] == str(COUNT)
+    assert lines["images"] == str(COUNT)
     assert "0f0f0f0f0f0f" in lines["extractor"]
     assert lines["reference"].startswith("photographs, sha256 ")
 
@@ -326,17 +325,17 @@ def test_block_of_text(measure, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["photographs", "--num", "9"], 2, "num: with pictures that exist; it is for pictures to be made"),
-        (["photographs", "--cfg", "2"], 2, "cfg: with pictures that exist"),
-        (["photographs", "--cfg", "0"], 2, "cfg: with pictures that exist"),
+        (["photographs", "--num", "9"], 2, "num: with images that exist; it is for images to be made"),
+        (["photographs", "--cfg", "2"], 2, "cfg: with images that exist"),
+        (["photographs", "--cfg", "0"], 2, "cfg: with images that exist"),
         (["--is", "--save-stats", "s.npz"], 2, "save-stats: without --fid; statistics are what FID is of"),
         (["--save-images", "-"], 2, "save-images: -; a folder, .npz or .tar: the result goes to stdout"),
-        (["--save-images", "one.png"], 2, "one.png for several pictures; a folder, .npz or .tar"),
+        (["--save-images", "one.png"], 2, "one.png for several images; a folder, .npz or .tar"),
         (["--top-p", "2", "--fid"], 2, "top-p: 2.0; between 0 (off) and 1"),
-        (["--resize", "64"], 2, "resize: without pictures"),
+        (["--resize", "64"], 2, "resize: without images"),
         (["--reject", "1"], 2, "reject: 1; a fraction between 0 and 1"),
         (["--tokenizer", "--kid"], 2, "tokenizer: with --is, --kid or --prc"),
-        (["--tokenizer"], 2, "tokenizer: without pictures; name some it was not trained on"),
+        (["--tokenizer"], 2, "tokenizer: without images; name some it was not trained on"),
         (["--out", "result.txt"], 2, "out: result.txt; a name ending in .json"),
         (["--save-stats", "s.json"], 2, "save-stats: s.json; a name ending in .npz"),
         (["--save-images", "x.npz", "--nproc", "2"], 2, "save-images: x.npz with several processes; a folder"),
@@ -368,7 +367,7 @@ def test_mistakes(measure, tmp_path, arguments, code, message):
     assert message in errors[0]
 
 
-def test_a_reference_of_pictures_is_resized_as_the_others_are(measure, tmp_path):
+def test_a_reference_of_images_is_resized_as_the_others_are(measure, tmp_path):
     photographs(tmp_path / "odd", 12)
     Image.new("RGB", (20, 16)).save(tmp_path / "odd" / "wide.png")
     found, _ = measure("odd", "--fid", "--reference", "odd", "--resize", 8)
@@ -376,12 +375,12 @@ def test_a_reference_of_pictures_is_resized_as_the_others_are(measure, tmp_path)
     assert found["reference"]["pixels"] == found["protocol"]["resize"] == 8
 
 
-def test_bad_pictures_are_left_out_where_asked(measure, tmp_path):
+def test_bad_images_are_left_out_where_asked(measure, tmp_path):
     photographs(tmp_path / "broken", 12)
     (tmp_path / "broken" / "cut.png").write_bytes(b"\x89PNG")
     found, _ = measure("broken", "--is", "--skip-bad")
     assert found["n"] == 12
-    assert any("1 pictures could not be read and are left out: " in warning for warning in found["warnings"])
+    assert any("1 images could not be read and are left out: " in warning for warning in found["warnings"])
 
 
 def test_too_few_are_left_when_bad_ones_are_left_out(measure, tmp_path):
@@ -390,4 +389,4 @@ def test_too_few_are_left_when_bad_ones_are_left_out(measure, tmp_path):
         path.write_bytes(path.read_bytes()[:400])
     found, err = measure("broken", "--is", "--skip-bad", code=3)
     assert found is None
-    assert "var: error: pictures: 8; is takes 10 or more" in err
+    assert "var: error: images: 8; is takes 10 or more" in err

@@ -13,8 +13,8 @@ from varcli.files import replacing
 
 
 def write(path, content):
-    with replacing(path) as draft:
-        draft.write_text(content)
+    with replacing(path) as temporary:
+        temporary.write_text(content)
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
@@ -29,8 +29,8 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "x.txt"
     path.write_text("old")
-    with pytest.raises(error), replacing(path) as draft:
-        draft.write_text("ne")
+    with pytest.raises(error), replacing(path) as temporary:
+        temporary.write_text("ne")
         raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -40,8 +40,8 @@ ELSEWHERE = """
 import sys
 from pathlib import Path
 from varcli.files import replacing
-with replacing(Path(sys.argv[1])) as draft:
-    draft.write_text("elsewhere")
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("elsewhere")
     print("writing", flush=True)
     sys.stdin.read(1)
 """
@@ -69,8 +69,8 @@ def test_several_threads_may_write_one_name_at_once(tmp_path):
     path, together = tmp_path / "x.txt", Barrier(4)
 
     def once(content):
-        with replacing(path) as draft:
-            draft.write_text(content)
+        with replacing(path) as temporary:
+            temporary.write_text(content)
             together.wait(20)
 
     with ThreadPoolExecutor(4) as threads:
@@ -91,7 +91,7 @@ def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.txt", "y.txt"]
 
 
-def test_a_draft_of_another_machine_goes_when_it_is_old(tmp_path):
+def test_a_temporary_folder_of_another_machine_goes_when_it_is_old(tmp_path):
     old, new = (tmp_path / f".varcli-{name * 16}-0f0f-1-1.tmp" for name in "ab")
     for left in (old, new):
         left.mkdir()
@@ -120,8 +120,8 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_permissions_follow_the_umask(tmp_path):
     kept = os.umask(0o027)
     try:
-        with replacing(tmp_path / "x.txt") as draft:
-            draft.chmod(0o600)  # as safetensors makes its files
+        with replacing(tmp_path / "x.txt") as temporary:
+            temporary.chmod(0o600)  # as safetensors makes its files
     finally:
         os.umask(kept)
     assert (tmp_path / "x.txt").stat().st_mode & 0o777 == 0o640

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from varcli.config import DRAFTS
+from varcli.config import APPROXIMATIONS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -20,11 +20,15 @@ def test_everything_is_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "all.json").read_text())
     measured = {(row["model"], row["batch"], row["way"]) for row in found["speed"]}
-    beside = {("d16", batch, way) for batch in (1, 2) for way in ("raster", *(f"draft {name}" for name in DRAFTS))}
+    beside = {
+        ("d16", batch, way)
+        for batch in (1, 2)
+        for way in ("raster", *(f"approximate {name}" for name in APPROXIMATIONS))
+    }
     assert {("d16", 1, "plain twin"), ("d16", 2, "recorded"), ("d30", 1, "recorded"), ("d30", 2, "eager")} <= measured
     assert beside <= measured and len(measured) == len(found["speed"])
     assert (("d16", 1, "int8") in measured) == torch.cpu._is_vnni_supported()
-    assert all(row["pictures/s"] > 0 and row["latency ms"] > 0 and row["MFU"] >= 0 for row in found["speed"])
+    assert all(row["images/s"] > 0 and row["latency ms"] > 0 and row["MFU"] >= 0 for row in found["speed"])
     assert found["pipeline"]["kept up"] > 0 and found["decoder"]["own choice, ms"] > 0
     assert 0 <= found["batches"]["tokens that differ"] <= 1
     assert found["matmul TFLOP/s"] > 0 and found["seconds"] < 600

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import reference
-from varcli.models.fused_gpu import GpuBlock
-from varcli.models.kernels import gpu_block, norm_kernel
-from varcli.models.layers import NormSilu
-from varcli.sampling import devices
+from support import reference
+from varcli.acceleration import devices
+from varcli.acceleration.cuda_blocks import GpuBlock
+from varcli.acceleration.triton_selection import gpu_block, norm_kernel
+from varcli.models.autoencoder import NormSilu
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="this torch has no Triton")
 
 
 @needs_triton
 def test_interpreted_they_do_what_the_operations_of_torch_do():
-    script = Path(__file__).with_name("interpreted_kernels.py")
+    script = Path(__file__).parent / "support" / "interpreted_kernels.py"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -34,7 +34,7 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from varcli.models import block_kernels, norm_kernels
+    from varcli.acceleration import block_kernels, norm_kernels
 
     if capability == 100 and [int(part) for part in triton.__version__.split(".")[:2]] < [3, 3]:
         pytest.skip("this Triton knows no such GPU")
@@ -62,8 +62,8 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
 def test_without_triton_or_a_gpu_the_operations_of_torch_are_used(monkeypatch):
     where = torch.device("cpu"), torch.bfloat16  # compiled, they run on a GPU alone
     assert gpu_block.__wrapped__(*where) is GpuBlock and norm_kernel.__wrapped__(*where) is None
-    monkeypatch.setitem(sys.modules, "varcli.models.block_kernels", None)
-    monkeypatch.setitem(sys.modules, "varcli.models.norm_kernels", None)
+    monkeypatch.setitem(sys.modules, "varcli.acceleration.block_kernels", None)
+    monkeypatch.setitem(sys.modules, "varcli.acceleration.norm_kernels", None)
     assert gpu_block.__wrapped__(*where) is GpuBlock and norm_kernel.__wrapped__(*where) is None
 
 
@@ -80,13 +80,13 @@ def test_models_on_a_gpu_in_16_bits_are_given_the_kernel_and_lose_it_elsewhere(m
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *given, **named: self)
     try:
         for precision, kernel in {"bf16": torch.bfloat16, "fp32": None, "fp16": torch.float16}.items():
-            devices.place(models.tokenizer, models.transformer, Gpu(), precision)
+            devices.prepare(models.tokenizer, models.transformer, Gpu(), precision)
             assert {norm.kernel for norm in norms} == {kernel}
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cudnn.allow_tf32 = settings["tf32"]
         torch.backends.cuda.enable_cudnn_sdp(settings["cudnn"])
-    devices.place(models.tokenizer, models.transformer, torch.device("cpu"), "fp32")
+    devices.prepare(models.tokenizer, models.transformer, torch.device("cpu"), "fp32")
     assert {norm.kernel for norm in norms} == {None}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varcli.models.layers import Upsample
+from varcli.models.autoencoder import Upsample
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1)])

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from varcli.data.masks import (
+from varcli.errors import InputError, UsageError
+from varcli.images.editable import SourceImage
+from varcli.images.masks import (
     box_mask,
     check_mask,
     fitted_mask,
@@ -13,15 +15,13 @@ from varcli.data.masks import (
     parse_target,
     transparent_mask,
 )
-from varcli.data.photographs import Photograph
-from varcli.errors import InputError, UsageError
 
 SIZE = (100, 50)
 
 
 def given(pixels):
     levels = np.asarray(pixels)
-    return Photograph("mask.png", levels if levels.ndim == 3 else levels[:, :, None], "")
+    return SourceImage("mask.png", levels if levels.ndim == 3 else levels[:, :, None], "")
 
 
 def test_white_is_what_to_fill():
@@ -64,12 +64,12 @@ def test_boxes_and_margins():
         (parse_box, "5,0,5,9", "box: 5,0,5,9; left < right and top < bottom within 100 × 50 pixels"),
         (parse_box, "0,0,101,9", "box: 0,0,101,9; left < right"),
         (parse_box, "-1,0,9,9", "box: -1,0,9,9; left < right"),
-        (parse_box, "0,0,100%,50", "box: 0,0,100%,50 is all of the picture"),
+        (parse_box, "0,0,100%,50", "box: 0,0,100%,50 is all of the image"),
         (parse_margins, "0,0,0,0", "pad: 0,0,0,0; 0 or more on each side, and some of it"),
         (parse_margins, "-1,0,2,0", "pad: -1,0,2,0; 0 or more"),
         (parse_margins, "0,0,0,99999999", "pad: 0,0,0,99999999 makes 100 × 100000049 pixels; at most 89 million"),
         (parse_target, "200", "to: 200; width x height in pixels, such as 1024x256"),
-        (parse_target, "200x40", "to: 200x40; more than the picture's 100x50"),
+        (parse_target, "200x40", "to: 200x40; more than the image's 100x50"),
         (parse_target, "100x50", "to: 100x50; more than"),
         (parse_target, "99999x99999", "to: 99999x99999 makes 99999 × 99999 pixels; at most"),
     ],
@@ -83,7 +83,7 @@ def test_mistakes(parse, text, message):
 def test_masks_of_another_size():
     marks = box_mask((0, 0, 5, 5), (10, 10))
     assert fitted_mask(marks, (10, 10), "m.png", fit=False) is marks
-    with pytest.raises(InputError, match=r"^mask: m.png has 10 × 10 for a picture of 100 × 50; .*--fit-mask"):
+    with pytest.raises(InputError, match=r"^mask: m.png has 10 × 10 for an image of 100 × 50; .*--fit-mask"):
         fitted_mask(marks, SIZE, "m.png", fit=False)
     fitted = fitted_mask(marks, SIZE, "m.png", fit=True)
     assert (fitted ^ box_mask((0, 0, 50, 25), SIZE)).sum() < 12  # a rounded corner

@@ -6,11 +6,11 @@ import torch
 from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-import inception as random_inception
+from support import extractors as random_inception
 from varcli.errors import InputError
 from varcli.evaluation import metrics
-from varcli.evaluation.inception import Inception
-from varcli.evaluation.statistics import Plan, Statistics
+from varcli.evaluation.extractors import Inception
+from varcli.evaluation.statistics import EvalPlan, Statistics
 
 ALL = ("fid", "is", "kid", "prc")
 SUBSET = 10
@@ -22,9 +22,9 @@ SUBSET = 10
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two folders of PNGs, the pixels in them, and a file of weights."""
-    root = tmp_path_factory.mktemp("pictures")
-    darker = random_inception.pictures(17, seed=1, side=31) * 0.4
-    pixels = random_inception.pictures(23), darker.astype(np.uint8)
+    root = tmp_path_factory.mktemp("images")
+    darker = random_inception.images(17, seed=1, side=31) * 0.4
+    pixels = random_inception.images(23), darker.astype(np.uint8)
     for name, each in zip("ab", pixels, strict=True):
         random_inception.write(root / name, each)
     return root, pixels, random_inception.save(root / "weights.pth")
@@ -54,11 +54,11 @@ def theirs(folders):
 
 @pytest.fixture(scope="module")
 def ours(folders):
-    """Statistics of the first folder, its pictures taken in disorder, and the second one as a reference."""
+    """Statistics of the first folder, its images taken in disorder, and the second one as a reference."""
     _, pixels, weights = folders
     extractor = Inception(weights, torch.device("cpu"))
     first, second = (extractor.features(each) for each in pixels)
-    statistics = Statistics(Plan(count=23, metrics=ALL))
+    statistics = Statistics(EvalPlan(count=23, metrics=ALL))
     order = np.random.RandomState(5).permutation(23)
     for chunk in np.array_split(order, 4):
         statistics.add(chunk.tolist(), [-1] * len(chunk), first.pool_BN[chunk], first.logits_BV[chunk])
@@ -116,7 +116,7 @@ def drawn(count, seed, stretch=1.0):
 
 
 def statistics_of(pool_PN, names=("fid",)):
-    statistics = Statistics(Plan(count=len(pool_PN), metrics=names))
+    statistics = Statistics(EvalPlan(count=len(pool_PN), metrics=names))
     statistics.add(list(range(len(pool_PN))), [-1] * len(pool_PN), pool_PN, torch.zeros(len(pool_PN), 1))
     return statistics
 
@@ -136,13 +136,13 @@ def test_fid_infinity_is_nearer_the_truth_than_fid(narrow):
     assert abs(infinity) < 0.3 * fid  # both are of one distribution, at no distance
 
 
-def test_equal_pictures_are_at_no_distance(narrow):
+def test_equal_images_are_at_no_distance(narrow):
     pool = drawn(40, 0)
     assert metrics.frechet_distance(statistics_of(pool).moments(), reference_of(pool)) == pytest.approx(0, abs=1e-5)
     assert metrics.precision_recall(pool, pool) == (1, 1)
 
 
-def test_fewer_pictures_than_features_have_a_distance_too(narrow):
+def test_fewer_images_than_features_have_a_distance_too(narrow):
     given, reference = statistics_of(drawn(9, 0)), reference_of(drawn(5, 1))
     assert metrics.frechet_distance(given.moments(), reference) > 0
     assert np.isfinite(metrics.frechet_infinity(given, reference))
@@ -189,22 +189,22 @@ def test_figures_are_those_the_plan_names(narrow, monkeypatch):
     ("wanted", "count", "reference", "message"),
     [
         (("fid",), 50, None, "reference: none; fid is measured against one"),
-        (("kid",), 999, (5000, 5000), "pictures: 999; kid takes 1000 or more"),
-        (("kid",), 5000, (999, 999), "reference: some has 999 pictures; kid takes 1000 or more"),
+        (("kid",), 999, (5000, 5000), "images: 999; kid takes 1000 or more"),
+        (("kid",), 5000, (999, 999), "reference: some has 999 images; kid takes 1000 or more"),
         (("kid",), 5000, None, "reference: none; kid is measured against one"),
-        (("prc",), 3, (5000, 5000), "pictures: 3; prc takes 4 or more"),
-        (("prc",), 50, (3, 3), "reference: some has 3 pictures; prc takes 4 or more"),
-        (("prc",), 50, (5000, None), "reference: some has statistics alone; prc takes its pictures"),
+        (("prc",), 3, (5000, 5000), "images: 3; prc takes 4 or more"),
+        (("prc",), 50, (3, 3), "reference: some has 3 images; prc takes 4 or more"),
+        (("prc",), 50, (5000, None), "reference: some has statistics alone; prc takes its images"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before(wanted, count, reference, message):
     target = reference and SimpleNamespace(name="some", pool=reference[1] and torch.zeros(reference[1], 1))
     with pytest.raises(InputError) as refused:
-        metrics.check(Plan(count=count, metrics=wanted), target)
+        metrics.check(EvalPlan(count=count, metrics=wanted), target)
     assert str(refused.value) == message
 
 
 def test_what_can_be_measured_passes():
-    metrics.check(Plan(count=50), SimpleNamespace(name="some", pool=None))
-    metrics.check(Plan(count=50, metrics=("is",)), None)
-    metrics.check(Plan(count=1000, metrics=ALL), SimpleNamespace(name="some", pool=torch.zeros(1000, 1)))
+    metrics.check(EvalPlan(count=50), SimpleNamespace(name="some", pool=None))
+    metrics.check(EvalPlan(count=50, metrics=("is",)), None)
+    metrics.check(EvalPlan(count=1000, metrics=ALL), SimpleNamespace(name="some", pool=torch.zeros(1000, 1)))

@@ -6,13 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import reference
-from varcli.config import TokenizerConfig, TransformerConfig
-from varcli.models.layers import StochasticDepth
-from varcli.models.quantizer import nearest_tick, resizing
-from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
-from varcli.scales import GRID_256, GRID_512, sides_of_length
+from support import reference
+from varcli.config import GRID_256, GRID_512, TokenizerConfig, TransformerConfig, sides_of_length
+from varcli.models.tokenizer import Tokenizer, nearest_tick, resizing
+from varcli.models.transformer import StochasticDepth, Transformer
 
 
 def assert_close(ours, theirs):

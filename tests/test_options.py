@@ -2,7 +2,7 @@
 
 import pytest
 
-from varcli.commands.options import parse_drafts, parse_numbers
+from varcli.commands.options import parse_approximations, parse_numbers
 from varcli.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def test_what_is_no_list_of_numbers(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "drafts"),
+    ("text", "approximations"),
     [
         (None, None),
         ("", ""),
@@ -27,5 +27,5 @@ def test_what_is_no_list_of_numbers(text):
         ("cash,cache", "cache,cash"),  # for the configuration to refuse
     ],
 )
-def test_approximations_have_one_order(text, drafts):
-    assert parse_drafts(text) == drafts
+def test_approximations_have_one_order(text, approximations):
+    assert parse_approximations(text) == approximations

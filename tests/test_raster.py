@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-import reference
-from test_graphs import never, taped
+from support import reference
+from test_cuda_graphs import never, taped
+from varcli.acceleration.cuda_graphs import GraphRunner
+from varcli.acceleration.devices import prepare
+from varcli.benchmarking.raster import RasterModel, scan
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer, normalize
 from varcli.sampling import scale_model
-from varcli.sampling.devices import place
-from varcli.sampling.graphs import Recorded
-from varcli.sampling.raster import RasterModel, scan
 from varcli.sampling.sampler import decode
 
 SIDES = (1, 2, 4)
@@ -79,7 +79,7 @@ def test_guidance_mixes_the_two_rows_equally_everywhere(models):
     torch.testing.assert_close(guided, 4 * with_class - 3 * without, atol=1e-4, rtol=1e-4)
 
 
-def test_a_picture_is_its_seeds_and_classes_and_all_tokens_are_drawn(models):
+def test_a_image_is_its_seeds_and_classes_and_all_tokens_are_drawn(models):
     marks = []
     f_BCHW = scan(*models, [1, 2, 1], [0, 0, 1], SampleConfig(), mark=marks.append)
     assert f_BCHW.shape == (3, 8, 4, 4)
@@ -95,7 +95,7 @@ def test_a_picture_is_its_seeds_and_classes_and_all_tokens_are_drawn(models):
 def test_models_made_ready_for_sampling_compute_the_same(models, precision):
     rows = torch.tensor([1])
     exact = RasterModel(models[1], rows, SampleConfig(cfg=0)).logits(0, None)
-    place(*models, torch.device("cpu"), precision)
+    prepare(*models, torch.device("cpu"), precision)
     ready = RasterModel(models[1], rows, SampleConfig(cfg=0)).logits(0, None)
     assert (ready - exact).abs().mean() < (1e-5 if precision == "fp32" else 0.02) * exact.std()
     assert scan(*models, [1], [0], SampleConfig()).dtype == torch.float32
@@ -103,7 +103,7 @@ def test_models_made_ready_for_sampling_compute_the_same(models, precision):
 
 def test_recorded_steps_draw_the_same(models):
     """As on a GPU: the first batch as it is, the second recorded, the third played."""
-    runner = Recorded(taped, never)
+    runner = GraphRunner(taped, never)
     for seed in range(3):
         recorded = scan(*models, [1, 3], [seed, 7], SampleConfig(), runner=runner).clone()
         assert torch.equal(recorded, scan(*models, [1, 3], [seed, 7], SampleConfig()))

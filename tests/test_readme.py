@@ -10,8 +10,7 @@ import sys
 import pytest
 import typer
 
-import readme
-import small
+from support import readme, small
 from varcli import cli
 
 TEXT = readme.README.read_text(encoding="utf-8")
@@ -34,7 +33,7 @@ def test_begins_with_the_two_commands():
 
 @pytest.mark.parametrize("command", [part[1] for part in readme.PART.finditer(TEXT)])
 def test_shows_what_the_program_prints(command):
-    """Where this fails, `python tests/readme.py` mends it."""
+    """Where this fails, `python tests/support/readme.py` mends it."""
     (shown,) = [part[0] for part in readme.PART.finditer(TEXT) if part[1] == command]
     assert shown.splitlines() == readme.filled(f"<!-- begin: {command} -->\n<!-- end -->")[12:-12].splitlines()
 

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import small
+from support import small
 from varcli import cli
 from varcli.checkpoints.store import load_tokenizer, save_tokenizer
 from varcli.config import TokenizerConfig
-from varcli.data.images import read_provenance
+from varcli.images.provenance import read_provenance
 from varcli.sampling.reconstruction import bits_per_pixel, encode, growth, psnr, rebuilt
 
 NOISE = np.random.RandomState(0).randint(0, 256, (20, 30, 3)).astype(np.uint8)
@@ -66,7 +66,7 @@ def test_figures():
     assert bits_per_pixel(TokenizerConfig()) == pytest.approx(680 * 12 / 256**2)
 
 
-def test_reconstruct_tells_figures_and_shows_pictures(var, model):
+def test_reconstruct_tells_figures_and_shows_images(var, model):
     assert [line.split("\t")[0] for line in var("reconstruct", "a.png", "b.png").out.splitlines()] == ["a.png", "b.png"]
     said = [json.loads(line) for line in var("reconstruct", "a.png", "b.png", "--json", "-o", "out").out.splitlines()]
     assert [row["path"].replace("\\", "/") for row in said] == ["out/a-reconstruct-0.png", "out/b-reconstruct-1.png"]
@@ -76,7 +76,7 @@ def test_reconstruct_tells_figures_and_shows_pictures(var, model):
     assert np.array_equal(pixels(said[1]["path"]), rebuilt(tokenizer, encode(tokenizer, NOISE[:16, :16])))
     made = read_provenance(said[1]["path"])
     assert made.command[:2] == ("reconstruct", "b.png") and len(made.inputs) == 1
-    var("reconstruct", "a.png", "--scales", "grows.gif", "--grid", "grid.png")
+    var("reconstruct", "a.png", "--growth", "grows.gif", "--grid", "grid.png")
     with Image.open("grows.gif") as growing:
         assert growing.n_frames == len(small.SIDES)
     assert pixels("grid.png").shape[1] > 2 * 192
@@ -129,10 +129,10 @@ GOOD = {f"tokens.{k}": torch.zeros(1, side, side, dtype=torch.int32) for k, side
     ("change", "metadata", "code", "message"),
     [
         ({"tokens.0": torch.zeros(1, 1, 1)}, {}, 3, "scale 1 holds torch.float32; whole numbers"),
-        ({"tokens.1": torch.zeros(1, 3, 3, dtype=torch.int32)}, {}, 3, "scale 2 is 1 × 3 × 3; pictures × 2 × 2"),
+        ({"tokens.1": torch.zeros(1, 3, 3, dtype=torch.int32)}, {}, 3, "scale 2 is 1 × 3 × 3; images × 2 × 2"),
         ({"tokens.1": torch.full((1, 2, 2), 64)}, {}, 3, "scale 2 has numbers beyond the codebook; 0 to 63"),
         ({"tokens.1": torch.full((1, 2, 2), -1)}, {}, 3, "beyond the codebook"),
-        ({"tokens.1": torch.zeros(2, 2, 2, dtype=torch.int32)}, {}, 3, "as many pictures at each scale"),
+        ({"tokens.1": torch.zeros(2, 2, 2, dtype=torch.int32)}, {}, 3, "as many images at each scale"),
         ({"tokens.3": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "has 4 scales; this tokenizer has 3"),
         ({"tokens.5": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "of the first scales on"),
         ({"weight": torch.zeros(1)}, {}, 3, "holds weight; tensors tokens.0"),
@@ -152,10 +152,10 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
     [
         (["tokens", "decode", "none.safetensors"], 3, "tokens: none.safetensors cannot be read"),
         (["tokens", "decode", "a.png"], 3, "tokens: a.png cannot be read"),
-        (["tokens", "encode", "none.png", "-o", "t.safetensors"], 3, "picture: none.png cannot be read"),
+        (["tokens", "encode", "none.png", "-o", "t.safetensors"], 3, "image: none.png cannot be read"),
         (["tokens", "encode", "a.png", "-o", "no/t.safetensors"], 5, "no/t.safetensors cannot be written"),
-        (["reconstruct", "none.png"], 3, "picture: none.png cannot be read"),
-        (["reconstruct", "a.png", "b.png", "--scales", "x.gif"], 2, "scales: 2 pictures; exactly one"),
+        (["reconstruct", "none.png"], 3, "image: none.png cannot be read"),
+        (["reconstruct", "a.png", "b.png", "--growth", "x.gif"], 2, "scales: 2 images; exactly one"),
         (["reconstruct", "a.png", "-o", "-", "--json"], 2, "json: with --out -"),
         (["reconstruct", "a.png", "-o", "x.npz"], 2, "out: x.npz; a .png file"),
     ],

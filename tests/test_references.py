@@ -6,12 +6,12 @@ import zipfile
 import numpy as np
 import pytest
 
-from provenance import picture
+from support.provenances import image
 from varcli.errors import InputError, RunError
-from varcli.evaluation.pictures import open_pictures
-from varcli.evaluation.references import holds_pictures, read_reference, save_reference
+from varcli.evaluation.references import holds_images, read_reference, save_reference
 from varcli.evaluation.statistics import POOL, Moments
 from varcli.files import file_sha256
+from varcli.images.image_list import open_images
 
 RANDOM = np.random.RandomState(0)
 MEAN, COVARIANCE = RANDOM.rand(POOL), np.diag(RANDOM.rand(POOL))
@@ -34,7 +34,7 @@ def test_what_is_saved_is_read_again(saved):
     assert (reference.count, reference.pixels, reference.extractor) == (50, 64, "a" * 64)
     assert (reference.name, reference.sha256) == ("ours.npz", file_sha256(saved))
     assert read_reference(saved, "imagenet-256").name == "imagenet-256"
-    assert reference.pictures() is None
+    assert reference.images() is None
 
 
 def test_equal_statistics_make_equal_files(saved, tmp_path):
@@ -55,14 +55,14 @@ def test_without_features(tmp_path):
 
 
 def test_batches_as_adm_has_them(tmp_path):
-    pixels = np.stack([picture(seed) for seed in range(5)])
+    pixels = np.stack([image(seed) for seed in range(5)])
     arrays = {"mu": MEAN.astype(np.float32), "sigma": COVARIANCE, "mu_s": np.zeros(7), "sigma_s": np.eye(7)}
     np.savez(tmp_path / "adm.npz", pixels, **arrays)
     reference = read_reference(tmp_path / "adm.npz")
     assert reference.mean.dtype == np.float64
     assert (reference.count, reference.extractor, reference.pool) == (None, None, None)
-    pictures = reference.pictures()
-    assert (len(pictures), pictures.side) == (5, 8)
+    images = reference.images()
+    assert (len(images), images.side) == (5, 8)
     assert reference.pixels == 8
     reference.check_extractor("b" * 64)  # nothing is known against it
     np.savez(tmp_path / "wide.npz", np.zeros((5, 8, 6, 3), np.uint8), **arrays)
@@ -136,18 +136,18 @@ def test_it_is_written_whole_or_not_at_all(saved, monkeypatch):
         save_reference(saved.parent / "absent" / "x.npz", MOMENTS, pixels=64, extractor="a" * 64)
 
 
-def test_pictures_and_statistics_are_told_apart(saved, tmp_path):
-    pixels = np.stack([picture(seed) for seed in range(3)])
-    np.savez(tmp_path / "pictures.npz", pixels)
+def test_images_and_statistics_are_told_apart(saved, tmp_path):
+    pixels = np.stack([image(seed) for seed in range(3)])
+    np.savez(tmp_path / "images.npz", pixels)
     np.savez(tmp_path / "adm.npz", pixels, **GOOD)
     np.savez(tmp_path / "half.npz", pixels, mu=MEAN)
     (tmp_path / "bad.npz").write_bytes(b"no zip")
     with zipfile.ZipFile(tmp_path / "x.zip", "w"):
         pass
-    held = {name: holds_pictures(tmp_path / name) for name in ("ours.npz", "pictures.npz", "adm.npz", "half.npz")}
-    assert held == {"ours.npz": False, "pictures.npz": True, "adm.npz": False, "half.npz": False}
-    assert holds_pictures(tmp_path)
-    assert holds_pictures(tmp_path / "x.zip")
-    assert not holds_pictures(tmp_path / "bad.npz")
-    assert not holds_pictures(tmp_path / "absent.npz")
-    assert len(open_pictures([tmp_path / "pictures.npz"])) == 3
+    held = {name: holds_images(tmp_path / name) for name in ("ours.npz", "images.npz", "adm.npz", "half.npz")}
+    assert held == {"ours.npz": False, "images.npz": True, "adm.npz": False, "half.npz": False}
+    assert holds_images(tmp_path)
+    assert holds_images(tmp_path / "x.zip")
+    assert not holds_images(tmp_path / "bad.npz")
+    assert not holds_images(tmp_path / "absent.npz")
+    assert len(open_images([tmp_path / "images.npz"])) == 3

@@ -7,7 +7,14 @@ import sys
 import pytest
 
 from varcli.checkpoints import registry as registering
-from varcli.checkpoints.registry import count_in_words, find, find_local, markdown_table, presets, registry
+from varcli.checkpoints.registry import (
+    count_in_words,
+    local_checkpoint,
+    markdown_table,
+    presets,
+    registry,
+    resolve_checkpoint,
+)
 from varcli.config import PRESETS, SampleConfig
 from varcli.errors import CheckpointError
 
@@ -47,7 +54,7 @@ def test_every_entry_is_whole():
 
 
 def test_bundled_file_is_as_registered():
-    from varcli.checkpoints.files import file_sha256
+    from varcli.checkpoints.safetensors_io import file_sha256
     from varcli.checkpoints.store import load_model
     from varcli.checkpoints.verification import describe
 
@@ -71,10 +78,10 @@ def test_names_and_files_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(registering, "cache_folder", lambda: tmp_path)
     file = tmp_path / "var-d16.safetensors"
     with pytest.raises(CheckpointError, match="not here yet: var checkpoints download var-d16"):
-        find_local("var-d16")
+        local_checkpoint("var-d16")
     assert registry()["var-d16"].bytes is None
     file.write_bytes(b"converted")
-    assert find("var-d16") == find_local("var-d16") == find(str(file)) == file
+    assert resolve_checkpoint("var-d16") == local_checkpoint("var-d16") == resolve_checkpoint(str(file)) == file
     assert registry()["var-d16"].bytes == 9
 
 
@@ -88,19 +95,19 @@ def test_names_and_files_are_found(tmp_path, monkeypatch):
 )
 def test_neither_name_nor_file(given, line):
     with pytest.raises(CheckpointError, match=line):
-        find(given)
+        resolve_checkpoint(given)
 
 
 def test_pth_file_is_to_be_converted(tmp_path):
     (tmp_path / "var_d16.pth").touch()
     with pytest.raises(CheckpointError, match="convert it first: var checkpoints convert"):
-        find(str(tmp_path / "var_d16.pth"))
+        resolve_checkpoint(str(tmp_path / "var_d16.pth"))
 
 
 def test_bundled_file_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(registering, "__file__", str(tmp_path / "registry.py"))
     with pytest.raises(CheckpointError, match="tiny64; missing from this installation"):
-        find("tiny64")
+        resolve_checkpoint("tiny64")
 
 
 def test_markdown_table():

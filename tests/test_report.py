@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from evaluated import evaluation, tokenizer, write_run
+from support.evaluations import evaluation, tokenizer, write_run
 from varcli.errors import InputError
-from varcli.evaluation.report import charts, page, panels, settings
-from varcli.evaluation.report.evaluations import named, parse
-from varcli.evaluation.report.runs import read_runs
-from varcli.evaluation.report.tables import Published
 from varcli.evaluation.results import ReferenceOrigin
+from varcli.report import charts, page, panels, settings
+from varcli.report.evaluations import named, parse
+from varcli.report.runs import read_runs
+from varcli.report.tables import Published
 
 PAPER = {"var-d16": Published(0.84, 0.51)}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -80,7 +80,7 @@ def runs(tmp_path_factory):
 
 MANY = [
     evaluation(),
-    evaluation(n=5000, fid=6.5, warnings=["only 5000 pictures"]),
+    evaluation(n=5000, fid=6.5, warnings=["only 5000 images"]),
     evaluation("tiny64", reference=OTHER, published=None, fid=48.0),
     evaluation(NASTY, warnings=["<\\/style></script>", NASTY], published=None),
     tokenizer(),
@@ -140,7 +140,7 @@ def test_figures_stand_beside_the_papers():
 
 def test_columns_that_nothing_was_measured_for_are_left_out():
     facts = evaluation(metrics={"inception_score": 100.0}, published=None)
-    assert Page(html(facts)).tables[0][0] == ["Result", "Pictures", "Reference", "IS"]
+    assert Page(html(facts)).tables[0][0] == ["Result", "Images", "Reference", "IS"]
 
 
 def test_marks_are_explained_where_there_are_some():
@@ -179,8 +179,8 @@ def test_more_differences_than_results_lie_on_their_side():
 
 
 def test_what_one_has_and_another_lacks():
-    pictures = evaluation(checkpoint=None, source={"paths": ["made"]}, published=None)
-    for many in ([pictures, evaluation(), tokenizer()], [evaluation(), pictures]):
+    images = evaluation(checkpoint=None, source={"paths": ["made"]}, published=None)
+    for many in ([images, evaluation(), tokenizer()], [evaluation(), images]):
         shown = Page(html(*many))
         assert "made" in shown.text and "guidance (cfg)" in shown.text
 
@@ -189,7 +189,7 @@ def test_what_is_missing_is_as_if_it_were_null():
     facts = evaluation()
     needed = {key: facts[key] for key in ("kind", "format", "version", "date", "what", "n", "extractor", "protocol")}
     (least,) = parse(json.dumps(needed | {"metrics": {}}).encode(), "x")
-    assert Page(html(least)).row("pictures") == ["50 000"]
+    assert Page(html(least)).row("images") == ["50 000"]
 
 
 def test_no_figure_is_minus_nothing():
@@ -197,7 +197,7 @@ def test_no_figure_is_minus_nothing():
     assert shown.row("var-d16")[2:] == ["0.00", "−1.25"]
 
 
-def test_one_picture_has_no_spread():
+def test_one_image_has_no_spread():
     classes = [{"id": i, "name": f"c{i}", "n": i, "spread": 0.0 if i < 2 else 3.0} for i in range(3)]
     (each,) = named([evaluation() | {"per_class": classes}])
     assert panels.classes_by_spread(each) == [(3.0, "c2")]
@@ -256,7 +256,7 @@ def test_ticks_say_where_they_are():
 
 def test_steep_first_points_do_not_flatten_a_curve():
     points = [(float(i), 1000.0 if i == 1 else 5 + 1 / i) for i in range(1, 101)]
-    chart = charts.curves("loss", "pictures", [charts.Curve("training", points)], begin=0, skip=0.02)
+    chart = charts.curves("loss", "images", [charts.Curve("training", points)], begin=0, skip=0.02)
     assert chart.y.high < 10
     assert "1000" in chart.summary
     whole = charts.curves("spread", "classes", [charts.Curve("all", points)], begin=1)
@@ -291,7 +291,7 @@ def test_nothing_to_compare_with_makes_no_bars():
     assert panels.compared(named([evaluation(published=None)]), PAPER) == []
 
 
-def test_fid_against_the_number_of_pictures_lies_on_a_line_to_its_limit():
+def test_fid_against_the_number_of_images_lies_on_a_line_to_its_limit():
     many = [evaluation(n=n, fid=3 + 5000 / n) for n in (2000, 50_000, 10_000)]
     many[1]["metrics"]["fid_infinity"] = 3.0
     chart = panels.by_count(named(many))
@@ -352,8 +352,8 @@ def test_one_result_or_many_as_lines_or_not(encoding, separator):
         ({"published": {"inside": 1}}, "published.inside 1; true or false"),
         ({"protocol": {"deep": [[1]]}}, "protocol.deep [[1]]; a text"),
         ({"warnings": "none"}, 'warnings "none"; a list'),
-        ({"pictures": ["PHN2Zz4="]}, 'pictures[0] "PHN2Zz4="; a PNG in base64'),
-        ({"pictures": ["é"]}, "a PNG in base64"),
+        ({"images": ["PHN2Zz4="]}, 'images[0] "PHN2Zz4="; a PNG in base64'),
+        ({"images": ["é"]}, "a PNG in base64"),
         ({"per_class": [{"name": 3}]}, "per_class[0].name 3; a text"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluated import evaluation, tokenizer, write_run
+from support.evaluations import evaluation, tokenizer, write_run
 from varcli import cli
 
 

@@ -18,7 +18,7 @@ SAMPLES = Result(
         "top_k": 900,
         "top_p": 0.96,
         "smooth": False,
-        "draft": "",
+        "approximate": "",
         "device": "cpu",
         "dtype": "fp32",
         "seed": 7,
@@ -32,7 +32,7 @@ SAMPLES = Result(
     metrics={"fid": 9.5, "fid_infinity": 3.25, "fid_bias": 6.25, "inception_score": 250.0, "inception_score_std": 3.0},
     published=Published(fid=3.3, inception_score=274.4, band=(3.3, 3.6), inside=False),
     per_class=[ClassSpread(id=0, name="tench", n=2, spread=11.5)],
-    warnings=["only 2000 pictures"],
+    warnings=["only 2000 images"],
     seconds={"total": 1.0},
 )
 
@@ -49,13 +49,13 @@ def test_json_holds_everything_and_reads_back():
 
 def test_lines_say_figures_and_what_decides_them():
     lines = dict(SAMPLES.lines())
-    assert lines["FID"] == "9.50 (FID∞ 3.25, an estimate for any number of pictures)"
+    assert lines["FID"] == "9.50 (FID∞ 3.25, an estimate for any number of images)"
     assert lines["inception score"] == "250.00 ± 3.00"
-    assert lines["pictures"] == "2000, 1000 classes"
+    assert lines["images"] == "2000, 1000 classes"
     assert lines["checkpoint"] == "var-d16, sha256 5e5e5e5e5e5e"
     assert "cfg 1.5, top-k 900, top-p 0.96" in lines["settings"]
     assert "seed 7" in lines["settings"]
-    assert lines["reference"] == "imagenet-256, sha256 abababababab, 50000 pictures"
+    assert lines["reference"] == "imagenet-256, sha256 abababababab, 50000 images"
     assert lines["extractor"] == "inception-v3-compat, sha256 cdcdcdcdcdcd"
     assert lines["protocol"] == "is_splits 10"
     assert lines["published"] == "FID 3.30, IS 274.4; others measured 3.3 to 3.6: this is outside"

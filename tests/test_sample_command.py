@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-import small
+from support import small
 from varcli import cli
-from varcli.data import sheets
-from varcli.data.classes import imagenet
-from varcli.data.images import read_provenance
-from varcli.data.sheets import MOST_PICTURES
+from varcli.classes import imagenet
+from varcli.images import contact_sheet
+from varcli.images.contact_sheet import MAX_IMAGES
+from varcli.images.provenance import read_provenance
 
 TABLE = [imagenet().by_id(class_id) for class_id in small.CLASSES]
 
@@ -53,7 +53,7 @@ def pngs(folder):
     return {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
 
 
-def test_a_picture_a_class_in_the_current_folder(sample, capsys, tmp_path):
+def test_a_image_a_class_in_the_current_folder(sample, capsys, tmp_path):
     sample("-c", "golden retriever")
     out, err = capsys.readouterr()
     assert out == "207-golden_retriever-0.png\n"
@@ -97,7 +97,7 @@ def test_show_gives_the_command_that_makes_it_again(sample, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_neither_batch_nor_order_changes_a_picture(sample, dtype):
+def test_neither_batch_nor_order_changes_a_image(sample, dtype):
     sample("-c", "1,207", "-n", 3, "--out", "a", "--batch-size", 1, "--dtype", dtype)
     sample("-c", "207,1", "-n", 3, "--out", "b", "--batch-size", 64, "--dtype", dtype)
     for seed in (2, 1, 0):
@@ -106,7 +106,7 @@ def test_neither_batch_nor_order_changes_a_picture(sample, dtype):
     assert pngs("a") == pngs("b") == pngs("c")
 
 
-def test_another_process_makes_the_same_picture(sample, model):
+def test_another_process_makes_the_same_image(sample, model):
     arguments = ["sample", "-c", "963", "--seed", "3", "--device", "cpu", "--quiet", "-m", str(model), "-o"]
     made = subprocess.run([sys.executable, "-m", "varcli", *arguments, "-"], capture_output=True, check=True)
     assert made.stderr == b""
@@ -114,7 +114,7 @@ def test_another_process_makes_the_same_picture(sample, model):
     assert made.stdout == Path("here.png").read_bytes()
 
 
-def test_every_setting_changes_the_picture(sample):
+def test_every_setting_changes_the_image(sample):
     start = ["-c", 281, "--cfg", 2, "--top-k", 30, "--top-p", 0.9, "--quiet", "--out"]
     changes = {
         "start": [],
@@ -213,7 +213,7 @@ def test_nothing_left_to_do_is_said(sample, capsys):
         for quiet in ((), ("--quiet",)):
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--quiet")
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--resume", *quiet)
-            said = "" if quiet else "var: nothing left to do; 2 of 2 pictures were there\n"
+            said = "" if quiet else "var: nothing left to do; 2 of 2 images were there\n"
             assert capsys.readouterr() == (f"{out}\n" if Path(out).is_file() and not quiet else "", said)
 
 
@@ -233,12 +233,12 @@ def test_stdin_is_answered_line_by_line(sample, capsys, monkeypatch):
 
 
 def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, capsys, monkeypatch):
-    monkeypatch.setattr(sheets, "MOST_PICTURES", 2)
+    monkeypatch.setattr(contact_sheet, "MAX_IMAGES", 2)
     monkeypatch.setattr(sys, "stdin", iter(["1\n"] * 4))
     assert cli.run(["sample", "-c", "-", "--grid", "grid.png"]) == 2
     out, err = capsys.readouterr()
     assert out == "1-goldfish-0.png\n1-goldfish-1.png\n"
-    assert err.splitlines()[1:] == ["var: error: grid: 3 pictures; at most 2"]
+    assert err.splitlines()[1:] == ["var: error: grid: 3 images; at most 2"]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, cap
     [
         (["--grid", "g.jpg"], 2),
         (["--grid", "no/g.png"], 5),
-        (["--scales", "g.webp"], 2),
+        (["--growth", "g.webp"], 2),
         (["--out", "x.jpg"], 2),
         (["--out", "no/x.png"], 5),
         (["--out", "file/x.npz"], 5),
@@ -257,18 +257,18 @@ def test_places_are_checked_before_a_checkpoint_is_downloaded(sample, monkeypatc
     def download(*_, **__):
         raise AssertionError("several gigabytes")
 
-    monkeypatch.setattr("varcli.commands.sample.find", download)
+    monkeypatch.setattr("varcli.commands.sample.resolve_checkpoint", download)
     (tmp_path / "file").touch()
     assert cli.run(["sample", "-c", "1", *places]) == code
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_contact_sheet_and_growing_picture(sample, capsys):
+def test_contact_sheet_and_growing_image(sample, capsys):
     sample("-c", "1,207,281", "--out", "o", "--grid", "grid.png")
     assert len(capsys.readouterr().out.split()) == 3
     assert pixels("grid.png").shape[1] > 3 * 192
-    sample("-c", "1", "--scales", "strip.png", "--out", "one.png")
-    sample("-c", "1", "--scales", "strip.gif", "--out", "two.png")
+    sample("-c", "1", "--growth", "strip.png", "--out", "one.png")
+    sample("-c", "1", "--growth", "strip.gif", "--out", "two.png")
     with Image.open("strip.gif") as animation:
         assert animation.n_frames == len(small.SIDES)
     assert read_provenance(Path("strip.png")) == read_provenance(Path("one.png"))
@@ -281,21 +281,25 @@ def test_contact_sheet_and_growing_picture(sample, capsys):
         (["-c", "tench"], 3, "class not known: 0 tench; the nearest of the 5 this checkpoint knows are 1 goldfish"),
         (["-c", "0"], 3, "var-d16 knows all 1000: --checkpoint var-d16"),
         (["-c", "1", "-o", "-", "--json"], 2, "json: with --out -; stdout can carry"),
-        (["-c", "1", "--resume", "--grid", "g.png"], 2, "resume: with --grid or --scales; "),
+        (["-c", "1", "--resume", "--grid", "g.png"], 2, "resume: with --grid or --growth; "),
         (["-c", "1", "--grid", "g.jpg"], 2, "grid: g.jpg; a name ending in .png"),
         (["-c", "1", "--grid", "no/g.png"], 5, "there is no folder no"),
-        (["-c", "1", "--scales", "g.webp"], 2, "scales: g.webp; a name ending in .png or .gif"),
-        (["-c", "1,207", "--scales", "g.gif"], 2, "scales: 2 pictures; exactly one"),
-        (["-c", "-", "--scales", "g.gif"], 2, "scales: any number of pictures; exactly one"),
-        (["-c", "1", "-n", str(MOST_PICTURES + 1), "--grid", "g.png"], 2, f"grid: {MOST_PICTURES + 1} pictures; "),
-        (["-c", "1", "-n", "2", "-o", "x.png"], 2, "out: x.png for several pictures; "),
+        (["-c", "1", "--growth", "g.webp"], 2, "scales: g.webp; a name ending in .png or .gif"),
+        (["-c", "1,207", "--growth", "g.gif"], 2, "scales: 2 images; exactly one"),
+        (["-c", "-", "--growth", "g.gif"], 2, "scales: any number of images; exactly one"),
+        (["-c", "1", "-n", str(MAX_IMAGES + 1), "--grid", "g.png"], 2, f"grid: {MAX_IMAGES + 1} images; "),
+        (["-c", "1", "-n", "2", "-o", "x.png"], 2, "out: x.png for several images; "),
         (["-c", "1", "-o", "no/x.png"], 5, "there is no folder no"),
         (["-c", "1", "--cfg", "-1"], 2, "cfg: -1.0; 0 (no guidance) or more"),
         (["-c", "1", "--top-p", "1.5"], 2, "top-p: 1.5; between 0 (off) and 1"),
         (["-c", "1", "--quantize", "int8", "--dtype", "bf16"], 2, "quantize: int8 with --dtype bf16; one or the other"),
-        (["-c", "1", "--draft", "cash"], 2, "draft: cash; some of guidance, tokens, cache, with commas between"),
+        (
+            ["-c", "1", "--approximate", "cash"],
+            2,
+            "approximate: cash; some of guidance, tokens, cache, with commas between",
+        ),
         (["-c", "-", "--nproc", "2"], 2, "class: - with several processes; "),
-        (["-c", "1", "--scales", "g.gif", "--nproc", "2"], 2, "scales: with several processes; "),
+        (["-c", "1", "--growth", "g.gif", "--nproc", "2"], 2, "scales: with several processes; "),
         (["-c", "1", "--nproc", "0"], 2, "Invalid value for '--nproc'"),
         (["-c", "1", "--device", "cuda:99"], 2, "device: cuda:99; this machine has cpu"),
         (["-c", "1", "-m", "no.safetensors"], 4, "checkpoint: no.safetensors; no such file, and the names are tiny64"),
@@ -312,17 +316,17 @@ def test_mistakes_end_in_one_line_and_leave_nothing(model, monkeypatch, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pictures_nobody_asked_for_this_time_are_told_of(sample, capsys):
+def test_images_nobody_asked_for_this_time_are_told_of(sample, capsys):
     sample("-c", "207", "-n", 3, "-o", "several.npz")
     sample("-c", "207", "-n", 1, "-o", "several.npz", "--resume")
-    assert "several.npz also holds 2 pictures of an earlier run that were not asked for now" in capsys.readouterr().err
+    assert "several.npz also holds 2 images of an earlier run that were not asked for now" in capsys.readouterr().err
 
 
 # --- rejection -------------------------------------------------------------------------------------
 
 
 class Redness(nn.Module):
-    """Is the surer of every class but the first the redder a picture is."""
+    """Is the surer of every class but the first the redder an image is."""
 
     def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
         red_B = image_B3PP[:, 0].mean((1, 2)) - image_B3PP[:, 1].mean((1, 2))
@@ -356,7 +360,7 @@ def test_the_best_go_on_too(sample, redness, capsys):
     sample(*asked)
     before = Path("best.npz").read_bytes()
     sample(*asked, "--resume")
-    assert "nothing left to do; 4 of 4 pictures were there" in capsys.readouterr().err
+    assert "nothing left to do; 4 of 4 images were there" in capsys.readouterr().err
     assert Path("best.npz").read_bytes() == before
 
 

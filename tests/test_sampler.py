@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-import reference
+from support import reference
+from varcli.acceleration.devices import free_memory, pick_device, pick_dtype, prepare
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.errors import RunError, UsageError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import batches, plain
-from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import free_memory, pick_device, pick_dtype, place
+from varcli.sampling import batching, naive
+from varcli.sampling.batching import BatchSampler
 from varcli.sampling.sampler import Keep, ScaleModel, decode, generate
 
 GREEDY = SampleConfig(cfg=0, top_k=1, top_p=0)
@@ -37,7 +37,7 @@ def small():
     )
     reference.set_rule_weights(tokenizer)
     reference.set_rule_weights(transformer)
-    place(tokenizer, transformer, torch.device("cpu"), "fp32")
+    prepare(tokenizer, transformer, torch.device("cpu"), "fp32")
     return tokenizer, transformer
 
 
@@ -96,20 +96,20 @@ def test_equals_the_plain_twin(small, config):
     results = list(generate(*small, rows, seeds, config))
     images = decode(small[0], results[-1].f_hat)
     for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-        tokens, image = plain.sample(*small, row, seed, config)
+        tokens, image = naive.sample(*small, row, seed, config)
         for scale, expected in enumerate(tokens):
-            assert torch.equal(results[scale].tokens[i], expected), f"picture {i} scale {scale}"
+            assert torch.equal(results[scale].tokens[i], expected), f"image {i} scale {scale}"
         assert (torch.from_numpy(images[i]).int() - image.int()).abs().max() <= 1
 
 
 def test_equals_the_plain_twin_on_the_reference_models(original):
     for config in (SampleConfig(), SampleConfig(cfg=4, smooth=True)):
         results = list(generate(original.tokenizer, original.transformer, [3], [11], config))
-        tokens, _ = plain.sample(original.tokenizer, original.transformer, 3, 11, config)
+        tokens, _ = naive.sample(original.tokenizer, original.transformer, 3, 11, config)
         assert all(torch.equal(result.tokens[0], t) for result, t in zip(results, tokens, strict=True))
 
 
-def test_every_setting_changes_the_picture(small):
+def test_every_setting_changes_the_image(small):
     start = SampleConfig(cfg=2, top_k=50, top_p=0.8)
     first = tokens_of(small, [1], [0], start)[-1]
     for change in ({"cfg": 0}, {"cfg": 5}, {"top_k": 3}, {"top_p": 0.2}, {"smooth": True}):
@@ -132,22 +132,22 @@ def test_kept_tokens_survive(small):
         assert torch.equal(ours[:, mask[0]], given[:, mask[0]].expand(2, -1))
 
 
-def pictures(models, wanted, config, batch_size):
+def images(models, wanted, config, batch_size):
     sampler = BatchSampler(*models, config, batch_size)
-    return {(w.row, w.seed): pixels.tobytes() for w, pixels in sampler.pictures(wanted)}
+    return {(w.row, w.seed): pixels.tobytes() for w, pixels in sampler.images(wanted)}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_picture_does_not_depend_on_its_batch(dtype):
+def test_a_image_does_not_depend_on_its_batch(dtype):
     models = reference.load("mini")
-    place(models.tokenizer, models.transformer, torch.device("cpu"), dtype)
+    prepare(models.tokenizer, models.transformer, torch.device("cpu"), dtype)
     wanted = [Wanted(row, seed) for row in (0, 3, 10) for seed in (0, 1)]
     both = (models.tokenizer, models.transformer)
-    alone = pictures(both, wanted, SampleConfig(), 1)
+    alone = images(both, wanted, SampleConfig(), 1)
     assert len(set(alone.values())) == len(wanted)
-    assert pictures(both, wanted[::-1], SampleConfig(), 3) == alone
-    assert pictures(both, wanted[2:] + wanted[:2], SampleConfig(), 64) == alone
-    assert pictures(both, wanted[4:5], SampleConfig(), None) == {(10, 0): alone[10, 0]}
+    assert images(both, wanted[::-1], SampleConfig(), 3) == alone
+    assert images(both, wanted[2:] + wanted[:2], SampleConfig(), 64) == alone
+    assert images(both, wanted[4:5], SampleConfig(), None) == {(10, 0): alone[10, 0]}
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def test_16_bits_stay_close_on_forced_tokens(small):
     """Free-running tokens diverge after one draw goes the other way, so the logits are compared."""
     half = reference.load("mini")
     exact = reference.load("mini")
-    place(half.tokenizer, half.transformer, torch.device("cpu"), "bf16")
+    prepare(half.tokenizer, half.transformer, torch.device("cpu"), "bf16")
     ours = ScaleModel(half.transformer, [1], SampleConfig(cfg=1.5))
     theirs = ScaleModel(exact.transformer, [1], SampleConfig(cfg=1.5))
     tokens = [t[:1].long() for t in (exact.outputs[f"tokens.{k}"] for k in range(4))]
@@ -166,10 +166,10 @@ def test_16_bits_stay_close_on_forced_tokens(small):
         assert (low - high).abs().mean() < 0.02 * high.std()
 
 
-def test_growth_ends_in_the_picture(small):
+def test_growth_ends_in_the_image(small):
     sampler = BatchSampler(*small, SampleConfig())
     frames = list(sampler.growth(Wanted(1, 2)))
-    [(_, pixels)] = sampler.pictures([Wanted(1, 2)])
+    [(_, pixels)] = sampler.images([Wanted(1, 2)])
     assert len(frames) == 5
     assert (frames[-1] == pixels).all() and (frames[0] != pixels).any()
 
@@ -184,11 +184,11 @@ def test_batches_are_halved_when_memory_runs_out(small, monkeypatch):
         return generate(tokenizer, transformer, rows, seeds, config)
 
     freed = []
-    monkeypatch.setattr(batches, "independent", lambda transformer: False)
-    monkeypatch.setattr(batches, "generate", tight)
-    monkeypatch.setattr(batches, "free_memory", freed.append)
+    monkeypatch.setattr(batching, "independent", lambda transformer: False)
+    monkeypatch.setattr(batching, "generate", tight)
+    monkeypatch.setattr(batching, "free_memory", freed.append)
     wanted = [Wanted(1, seed) for seed in range(11)]
-    made = list(BatchSampler(*small, SampleConfig(), 8).pictures(wanted))
+    made = list(BatchSampler(*small, SampleConfig(), 8).images(wanted))
     assert [w for w, _ in made] == wanted
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2]
     assert freed == [torch.device("cpu")] * 3
@@ -206,28 +206,28 @@ def test_batches_are_halved_when_memory_runs_out(small, monkeypatch):
     ],
     ids=["CUDA", "MPS", "cuBLAS", "Linux", "Windows", "Python"],
 )
-def test_not_even_one_picture_fits(small, monkeypatch, error):
+def test_not_even_one_image_fits(small, monkeypatch, error):
     def none(*_, **__):
         raise error
 
-    monkeypatch.setattr(batches, "generate", none)
-    with pytest.raises(RunError, match=r"^memory: one picture does not fit; "):
-        list(BatchSampler(*small, SampleConfig()).pictures([Wanted(0, 0)]))
+    monkeypatch.setattr(batching, "generate", none)
+    with pytest.raises(RunError, match=r"^memory: one image does not fit; "):
+        list(BatchSampler(*small, SampleConfig()).images([Wanted(0, 0)]))
 
 
 def test_other_runtime_errors_are_bugs(small, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(batches, "generate", broken)
+    monkeypatch.setattr(batching, "generate", broken)
     with pytest.raises(RuntimeError, match="multiplied"):
-        list(BatchSampler(*small, SampleConfig()).pictures([Wanted(0, 0)]))
+        list(BatchSampler(*small, SampleConfig()).images([Wanted(0, 0)]))
 
 
 def test_requests_are_read_a_batch_at_a_time(small):
     read = []
     requests = (read.append(seed) or Wanted(0, seed) for seed in range(5))
-    answers = BatchSampler(*small, GREEDY).pictures(requests)
+    answers = BatchSampler(*small, GREEDY).images(requests)
     next(answers)
     assert read == [0]
 
@@ -250,7 +250,7 @@ def test_models_move_in_the_precision_they_compute_in(monkeypatch):
             return true(self, device)
 
         monkeypatch.setattr(kind, "to", to)
-    place(models.tokenizer, models.transformer, torch.device("cpu"), "bf16")
+    prepare(models.tokenizer, models.transformer, torch.device("cpu"), "bf16")
     assert moved == [torch.bfloat16, torch.bfloat16]
 
 
@@ -260,7 +260,7 @@ def test_a_model_too_large_for_the_device_is_one_line(small, monkeypatch):
 
     monkeypatch.setattr(Transformer, "to", full)
     with pytest.raises(RunError, match=r"^memory: cpu cannot hold the model; a smaller one, "):
-        place(*small, torch.device("cpu"), "fp32")
+        prepare(*small, torch.device("cpu"), "fp32")
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])

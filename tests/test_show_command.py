@@ -1,4 +1,4 @@
-"""`var show`: a picture says how it was made."""
+"""`var show`: an image says how it was made."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from varcli import cli
-from varcli.data.images import Provenance, command_line, png_bytes
+from varcli.images.provenance import Provenance, png_bytes, reproduction_command
 
 MADE = Provenance(
     checkpoint="tiny64",
@@ -26,14 +26,14 @@ MADE = Provenance(
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def image(tmp_path):
+    path = tmp_path / "image.png"
     path.write_bytes(png_bytes(np.zeros((4, 4, 3), np.uint8), MADE))
     return str(path)
 
 
-def test_says_how_it_was_made(picture, capsys):
-    assert cli.run(["show", picture]) == 0
+def test_says_how_it_was_made(image, capsys):
+    assert cli.run(["show", image]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert out.splitlines() == [
@@ -42,14 +42,14 @@ def test_says_how_it_was_made(picture, capsys):
         "seed       3",
         "settings   cfg 4, top-k 900, top-p 0.95, smooth",
         "computed   on cpu in fp32, by varcli 0.1.0",
-        f"again      {command_line(MADE)}",
+        f"again      {reproduction_command(MADE)}",
     ]
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "exact"), [("cuda", "bf16", False), ("cuda", "fp32", True), ("cpu", "bf16", True)]
 )
-def test_a_picture_of_16_bits_on_a_gpu_may_not_come_out_the_same(tmp_path, capsys, device, dtype, exact):
+def test_a_image_of_16_bits_on_a_gpu_may_not_come_out_the_same(tmp_path, capsys, device, dtype, exact):
     made = replace(MADE, device=device, dtype=dtype)
     (tmp_path / "x.png").write_bytes(png_bytes(np.zeros((4, 4, 3), np.uint8), made))
     assert cli.run(["show", str(tmp_path / "x.png")]) == 0
@@ -57,18 +57,18 @@ def test_a_picture_of_16_bits_on_a_gpu_may_not_come_out_the_same(tmp_path, capsy
     assert [line.split()[0] for line in lines[-2:]] == ["computed" if exact else "exact", "again"]
 
 
-def test_json(picture, capsys):
-    assert cli.run(["show", picture, "--json"]) == 0
+def test_json(image, capsys):
+    assert cli.run(["show", image, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown.pop("command") == command_line(MADE)
+    assert shown.pop("command") == reproduction_command(MADE)
     assert Provenance(**shown) == MADE
 
 
-def test_pictures_that_say_nothing(tmp_path, capsys):
+def test_images_that_say_nothing(tmp_path, capsys):
     plain, text = tmp_path / "plain.png", tmp_path / "text.png"
     plain.write_bytes(png_bytes(np.zeros((4, 4, 3), np.uint8), None))
-    text.write_text("not a picture")
+    text.write_text("not an image")
     for path in (plain, text, tmp_path / "missing.png", tmp_path):
         assert cli.run(["show", str(path)]) == 3
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith(f"var: error: picture: {path}") and err.count("\n") == 1
+        assert out == "" and err.startswith(f"var: error: image: {path}") and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Places of pictures that data sets for training do not lie in: tars, and files here and there."""
+"""Places of images that data sets for training do not lie in: tars, and files here and there."""
 
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -6,10 +6,10 @@ from io import BytesIO
 
 import pytest
 
-from provenance import made, picture
-from varcli.data.outputs import open_output
-from varcli.data.places import TAR_END, tar_member
-from varcli.data.sources import Files, Folder, Tar, Zip
+from support.provenances import image, made
+from varcli.images.sources import FileListSource, FolderSource, TarSource, ZipSource
+from varcli.outputs.open import open_sink
+from varcli.outputs.sinks import TAR_END, tar_member
 
 
 def tar(path, contents):
@@ -18,19 +18,19 @@ def tar(path, contents):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, BytesIO(content))
-    return Tar(path, path.name)
+    return TarSource(path, path.name)
 
 
 SAMPLES = {"a/0.png": b"first", "a/0.cls": b"207", "a/0.json": b"{}", "a/1.v2.jpg": b"second one", "note.txt": b"no"}
 
 
-def test_pictures_of_a_tar(tmp_path):
+def test_images_of_a_tar(tmp_path):
     source = tar(tmp_path / "x.tar", SAMPLES)
     assert list(source.members()) == [("a/0.png", 5), ("a/1.v2.jpg", 10)]
     assert source.read("a/1.v2.jpg") == b"second one"
 
 
-def test_files_beside_a_picture_in_a_tar(tmp_path):
+def test_files_beside_a_image_in_a_tar(tmp_path):
     source = tar(tmp_path / "x.tar", SAMPLES | {"a/1.cls": b"3", "2.png": b"", "2.cls": b"4"})
     list(source.members())
     assert source.beside("a/0.png", "cls") == b"207"
@@ -48,23 +48,23 @@ def test_long_names_and_links_in_a_tar(tmp_path):
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, name
         archive.addfile(link)
-    source = Tar(tmp_path / "x.tar", "x.tar")
+    source = TarSource(tmp_path / "x.tar", "x.tar")
     assert list(source.members()) == [(name, 3)]
     assert source.read(name) == b"abc"
 
 
 def test_shards_of_ours(tmp_path):
-    with open_output(str(tmp_path / "x.tar"), several=True) as shard:
+    with open_sink(str(tmp_path / "x.tar"), several=True) as shard:
         for seed in range(3):
-            shard.add(picture(seed), made(seed))
-    source = Tar(tmp_path / "x.tar", "x.tar")
+            shard.add(image(seed), made(seed))
+    source = TarSource(tmp_path / "x.tar", "x.tar")
     assert [name for name, _ in source.members()] == ["000000.png", "000001.png", "000002.png"]
     assert source.beside("000002.png", "cls") == b"207"
 
 
 def test_files_by_their_paths(tmp_path):
     (tmp_path / "x").write_bytes(b"content")
-    source = Files([str(tmp_path / "x"), str(tmp_path / "absent")])
+    source = FileListSource([str(tmp_path / "x"), str(tmp_path / "absent")])
     assert list(source.members()) == [(str(tmp_path / "x"), 7), (str(tmp_path / "absent"), 0)]
     assert source.read(str(tmp_path / "x")) == b"content"
     with pytest.raises(FileNotFoundError):
@@ -73,7 +73,7 @@ def test_files_by_their_paths(tmp_path):
 
 @pytest.fixture
 def sources(tmp_path):
-    """The same picture in each kind of place, and its name there."""
+    """The same image in each kind of place, and its name there."""
     import zipfile
 
     content = bytes(range(256)) * 300
@@ -82,10 +82,10 @@ def sources(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as stored:
         stored.writestr("x.png", content)
     (tmp_path / "x.tar").write_bytes(tar_member("x.png", content) + tar_member("y.png", b"other") + TAR_END)
-    places = [Folder(tmp_path / "f", "f"), Zip(tmp_path / "x.zip", "z"), Tar(tmp_path / "x.tar", "t")]
+    places = [FolderSource(tmp_path / "f", "f"), ZipSource(tmp_path / "x.zip", "z"), TarSource(tmp_path / "x.tar", "t")]
     for place in places:
         list(place.members())
-    return content, [*((place, "x.png") for place in places), (Files([]), str(tmp_path / "f" / "x.png"))]
+    return content, [*((place, "x.png") for place in places), (FileListSource([]), str(tmp_path / "f" / "x.png"))]
 
 
 @pytest.mark.parametrize("most", [-1, 0, 10, 10**6])

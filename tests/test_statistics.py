@@ -5,10 +5,10 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from varcli.errors import CheckpointError, InputError
 from varcli.evaluation.metrics import inception_score
-from varcli.evaluation.statistics import POOL, QUARTERS, SPLITS, Plan, Statistics, parts
+from varcli.evaluation.statistics import POOL, QUARTERS, SPLITS, EvalPlan, Statistics, parts
 
 COUNT, WIDTH, CLASSES = 73, 16, 20
-"""As many pictures as divide neither into splits nor into quarters."""
+"""As many images as divide neither into splits nor into quarters."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,16 +20,16 @@ def narrow(monkeypatch):
 
 @pytest.fixture
 def features():
-    """Features and class scores of pictures, and their classes."""
+    """Features and class scores of images, and their classes."""
     noise = torch.Generator().manual_seed(0)
     pool, logits = torch.randn(COUNT, WIDTH, generator=noise) + 2, torch.randn(COUNT, CLASSES, generator=noise) * 3
     return pool, logits, [rank % 4 - 1 for rank in range(COUNT)]
 
 
 def added(features, order, chunks=1, **plan):
-    """Return statistics to which pictures were added in an order, in so many chunks."""
+    """Return statistics to which images were added in an order, in so many chunks."""
     pool, logits, rows = features
-    statistics = Statistics(Plan(count=COUNT, **plan))
+    statistics = Statistics(EvalPlan(count=COUNT, **plan))
     for ranks in np.array_split(np.array(order), chunks):
         statistics.add(ranks.tolist(), [rows[rank] for rank in ranks], pool[ranks], logits[ranks])
     return statistics
@@ -48,7 +48,7 @@ def test_splits_are_torch_fidelitys(features):
     assert deviation == pytest.approx(expected["inception_score_std"], rel=1e-12)
 
 
-def test_splits_do_not_depend_on_the_order_pictures_come_in(features):
+def test_splits_do_not_depend_on_the_order_images_come_in(features):
     found = [inception_score(added(features, order, 5).splits()) for order in (range(COUNT), ORDER)]
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 
@@ -83,15 +83,15 @@ def test_quarters_are_disjoint_and_make_up_all(features):
 def test_a_classs_spread_is_its_distance_to_its_mean(features):
     pool, _, rows = features
     spreads = added(features, ORDER, 5, classes=4).spreads()
-    assert sorted(spreads) == [0, 1, 2]  # the row -1 counts nowhere, row 3 has no picture
+    assert sorted(spreads) == [0, 1, 2]  # the row -1 counts nowhere, row 3 has no image
     for row, (count, spread) in spreads.items():
         own = pool[[rank for rank in range(COUNT) if rows[rank] == row]].double()
         assert count == len(own)
         assert spread == pytest.approx((own - own.mean(0)).square().sum(1).mean().sqrt().item(), rel=1e-10)
 
 
-def test_a_classs_only_picture_has_no_spread(features):
-    statistics = Statistics(Plan(count=10, classes=1))
+def test_a_classs_only_image_has_no_spread(features):
+    statistics = Statistics(EvalPlan(count=10, classes=1))
     statistics.add([3], [0], features[0][:1], features[1][:1])
     assert statistics.spreads() == {0: (1, 0.0)}
 
@@ -129,18 +129,18 @@ def test_sums_go_on_from_what_was_kept(features):
     "other", [{"count": 74}, {"metrics": ("fid",)}, {"metrics": ("fid", "is", "kid")}, {"classes": 3}]
 )
 def test_sums_of_another_plan_do_not_fit(features, other):
-    plan = Plan(**{"count": COUNT} | other)
+    plan = EvalPlan(**{"count": COUNT} | other)
     assert not Statistics(plan).fits(added(features, ORDER).tensors())
 
 
 def test_what_is_not_asked_for_is_not_kept():
-    assert set(Statistics(Plan(count=SPLITS, metrics=("is",))).tensors()) == {
+    assert set(Statistics(EvalPlan(count=SPLITS, metrics=("is",))).tensors()) == {
         "present_P",
         "split_S",
         "chance_SV",
         "certainty_S",
     }
-    assert Statistics(Plan(count=50_000)).tensors()["quarter_QNN"].shape == (QUARTERS, WIDTH, WIDTH)
+    assert Statistics(EvalPlan(count=50_000)).tensors()["quarter_QNN"].shape == (QUARTERS, WIDTH, WIDTH)
     assert POOL == 2048
 
 
@@ -150,7 +150,7 @@ def test_what_is_not_asked_for_is_not_kept():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_refused_and_not_added(features, value):
     pool, logits, rows = features
-    statistics = Statistics(Plan(count=COUNT))
+    statistics = Statistics(EvalPlan(count=COUNT))
     for part in (pool, logits):
         part[5, 3] = value
         with pytest.raises(CheckpointError, match="features that are not finite"):
@@ -160,6 +160,6 @@ def test_features_that_are_not_finite_are_refused_and_not_added(features, value)
 
 
 @pytest.mark.parametrize(("metric", "count"), [("fid", 1), ("is", 9), ("fid", 0)])
-def test_fewer_pictures_than_a_metric_needs_are_refused(metric, count):
-    with pytest.raises(InputError, match=rf"pictures: {count}; {metric} takes \d+ or more"):
-        Plan(count=count, metrics=(metric,))
+def test_fewer_images_than_a_metric_needs_are_refused(metric, count):
+    with pytest.raises(InputError, match=rf"images: {count}; {metric} takes \d+ or more"):
+        EvalPlan(count=count, metrics=(metric,))

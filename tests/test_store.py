@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import reference
+from support import reference
 from varcli.checkpoints import store
 from varcli.checkpoints.conversion import class_table
-from varcli.checkpoints.files import load_header, load_tensors, save_tensors, tensors_sha256
+from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors, tensors_sha256
 from varcli.errors import CheckpointError, RunError
 
 
@@ -209,7 +209,7 @@ def test_permissions_follow_the_umask(tmp_path):
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     script = """
         import resource, sys, pathlib, torch
-        from varcli.checkpoints.files import save_tensors
+        from varcli.checkpoints.safetensors_io import save_tensors
         from varcli.errors import RunError
         path = pathlib.Path(sys.argv[1])
         save_tensors(path, {"a": torch.zeros(3)}, {})

@@ -10,7 +10,7 @@ import time
 import pytest
 from PIL import Image
 
-from pictures import write_folder
+from support.images import write_folder
 from varcli.cli import run
 
 SHAPE = ["--sides", "1,2,4", "--base-width", "32", "--multipliers", "1,1", "--encoder-blocks", "1"]
@@ -35,19 +35,19 @@ def transformer_command(data, tokenizer, out, *more):
     return ["train", "transformer", str(data), "--out", str(out), *shape, *PACE, *more]
 
 
-def test_from_pictures_to_pictures(data, tokenizer, tmp_path, capsys):
+def test_from_images_to_images(data, tokenizer, tmp_path, capsys):
     assert run(transformer_command(data, tokenizer, tmp_path / "run", "--json")) == 0
     printed = capsys.readouterr()
     figures = json.loads(printed.out)
-    assert figures["step"] == 5  # 18 pictures, 4 an update
+    assert figures["step"] == 5  # 18 images, 4 an update
     assert {"validation_loss", "validation_accuracy_last", "images_per_second"} <= figures.keys()
     assert "update 5/5" in printed.err
     with Image.open(tmp_path / "run" / "samples" / "0000005.png") as sheet:
         assert sheet.width > 300
-    picture = tmp_path / "dog.png"
-    sample = ["sample", "-m", figures["checkpoint"], "-c", "golden retriever", "-o", str(picture), "--device", "cpu"]
+    image = tmp_path / "dog.png"
+    sample = ["sample", "-m", figures["checkpoint"], "-c", "golden retriever", "-o", str(image), "--device", "cpu"]
     assert run(sample) == 0
-    with Image.open(picture) as made:
+    with Image.open(image) as made:
         assert made.size == (8, 8)
 
 
@@ -99,7 +99,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--holdout", "8"], 2, "holdout: 8"),
         (["--batch", "0"], 2, "batch: 0; at least 1"),
         (["--epochs", "inf"], 2, "epochs: inf; a finite number"),
-        (["--accumulate", "3"], 2, "accumulate: 3; it divides the batch of 4"),
+        (["--grad-accum", "3"], 2, "accumulate: 3; it divides the batch of 4"),
         (["--lpips", "1", "--lpips-weights", "nowhere"], 4, "LPIPS weights"),
         (["--device", "cuda:9"], 2, "device: cuda:9"),
     ],

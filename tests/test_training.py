@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from pictures import write_folder
-from varcli.checkpoints.files import load_tensors
+from support.images import write_folder
+from varcli.checkpoints.safetensors_io import load_tensors
 from varcli.checkpoints.store import load_model, load_tokenizer
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig, TransformerConfig, TransformerTrainingConfig
-from varcli.data.datasets import open_pictures
 from varcli.errors import InputError, RunError, UsageError
+from varcli.images.dataset import open_image_set
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.training import schedule, state
-from varcli.training.adversary import PatchDiscriminator, augment
-from varcli.training.batches import Crops, draws, loader
-from varcli.training.initialization import initialize_transformer
+from varcli.training import optim
+from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
+from varcli.training.discriminator import PatchDiscriminator, augment
 from varcli.training.loop import Run, only_run, train
-from varcli.training.token_cache import CacheSettings, open_cache
+from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage
 from varcli.training.transformer import TransformerStage
 
@@ -36,28 +35,26 @@ TRANSFORMER_TRAINING = TransformerTrainingConfig(batch=4, epochs=1, base_lr=0.06
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return open_pictures([write_folder(tmp_path_factory.mktemp("data"), {"blue": 10, "red": 10})])
+def images(tmp_path_factory):
+    return open_image_set([write_folder(tmp_path_factory.mktemp("data"), {"blue": 10, "red": 10})])
 
 
-def tokenizer_stage(pictures, **changes):
+def tokenizer_stage(images, **changes):
     training = dataclasses.replace(TOKENIZER_TRAINING, **changes)
-    return TokenizerStage(TOKENIZER, training, *pictures.split(2), CPU, half=False)
+    return TokenizerStage(TOKENIZER, training, *images.split(2), CPU, half=False)
 
 
-def tokens(folder, pictures, **changes):
+def tokens(folder, images, **changes):
     torch.manual_seed(0)
     tokenizer = Tokenizer(TOKENIZER).eval()
     settings = dataclasses.replace(CacheSettings(enlarge=1.125, crops=1, seed=0), **changes)
-    return tokenizer, open_cache(folder, tokenizer, pictures, settings, CPU)
+    return tokenizer, open_cache(folder, tokenizer, images, settings, CPU)
 
 
-def transformer_stage(folder, pictures, **changes):
-    tokenizer, cache = tokens(folder, pictures)
+def transformer_stage(folder, images, **changes):
+    tokenizer, cache = tokens(folder, images)
     training = dataclasses.replace(TRANSFORMER_TRAINING, **changes)
-    return TransformerStage(
-        TRANSFORMER, training, tokenizer, pictures.classes, CPU, half=False, tokens=cache, held=cache
-    )
+    return TransformerStage(TRANSFORMER, training, tokenizer, images.classes, CPU, half=False, tokens=cache, held=cache)
 
 
 def run(folder, steps=6, **changes):
@@ -84,11 +81,11 @@ def kill_at(stage, step):
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
-def test_killed_and_resumed_ends_bit_identical(kind, tmp_path, pictures, monkeypatch):
+def test_killed_and_resumed_ends_bit_identical(kind, tmp_path, images, monkeypatch):
     monkeypatch.setattr("varcli.training.tokenizer.REVIVE_EVERY", 2)
 
     def stage():
-        return tokenizer_stage(pictures) if kind == "tokenizer" else transformer_stage(tmp_path / "cache", pictures)
+        return tokenizer_stage(images) if kind == "tokenizer" else transformer_stage(tmp_path / "cache", images)
 
     train(stage(), run(tmp_path / "whole"))
     with pytest.raises(Killed):
@@ -105,11 +102,11 @@ def test_killed_and_resumed_ends_bit_identical(kind, tmp_path, pictures, monkeyp
     assert [line["step"] for line in lines] == [3, 6]
 
 
-def test_ctrl_c_saves_first(tmp_path, pictures):
+def test_ctrl_c_saves_first(tmp_path, images):
     import os
     import signal
 
-    stage = tokenizer_stage(pictures)
+    stage = tokenizer_stage(images)
     update = stage.update
 
     def interrupted(batch, number, steps):
@@ -123,14 +120,14 @@ def test_ctrl_c_saves_first(tmp_path, pictures):
     assert load_tensors(tmp_path / "state.safetensors")[1]["step"] == "2"
 
 
-def test_other_settings_are_refused(tmp_path, pictures):
-    train(tokenizer_stage(pictures), run(tmp_path, steps=3))
+def test_other_settings_are_refused(tmp_path, images):
+    train(tokenizer_stage(images), run(tmp_path, steps=3))
     with pytest.raises(UsageError, match=r"a 1 \(now 2\)"):
-        train(tokenizer_stage(pictures), run(tmp_path, identity={"a": 2}))
+        train(tokenizer_stage(images), run(tmp_path, identity={"a": 2}))
 
 
-def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, pictures):
-    stage = tokenizer_stage(pictures)
+def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, images):
+    stage = tokenizer_stage(images)
     update = stage.update
 
     def poisoned(batch, number, steps):
@@ -147,8 +144,8 @@ def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, pictures):
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
 
-def test_non_finite_gradient_changes_no_weight(pictures):
-    stage = tokenizer_stage(pictures)
+def test_non_finite_gradient_changes_no_weight(images):
+    stage = tokenizer_stage(images)
     stage.model.decoder.conv_out.bias.register_hook(lambda gradient: gradient * math.nan)
     before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items() if "ema" not in name}
     metrics = stage.update(next(stage.batches(range(1))), 1, 10)
@@ -156,13 +153,13 @@ def test_non_finite_gradient_changes_no_weight(pictures):
     assert all(torch.equal(before[name], stage.model.state_dict()[name]) for name in before)
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path, pictures):
+def test_two_runs_in_one_folder_are_refused(tmp_path, images):
     with only_run(tmp_path), pytest.raises(RunError, match="in use by another run"):
-        train(tokenizer_stage(pictures), run(tmp_path))
+        train(tokenizer_stage(images), run(tmp_path))
 
 
-def test_memory_that_does_not_suffice_is_one_line(tmp_path, pictures):
-    stage = tokenizer_stage(pictures)
+def test_memory_that_does_not_suffice_is_one_line(tmp_path, images):
+    stage = tokenizer_stage(images)
 
     def starving(batch, number, steps):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30 GiB.")
@@ -177,18 +174,18 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, pictures):
     [("base_lr", 0.01), ("final_lr", 0.9), ("weight_decay", 0.5), ("final_weight_decay", 0.5), ("gamma_init", 0.1),
      ("seed", 1), ("ema", 0.1)],
 )  # fmt: skip
-def test_every_transformer_option_changes_the_result(name, value, tmp_path, pictures):
+def test_every_transformer_option_changes_the_result(name, value, tmp_path, images):
     ends = []
     for changes in ({}, {name: value}):
-        stage = transformer_stage(tmp_path, pictures, **changes)
+        stage = transformer_stage(tmp_path, images, **changes)
         for step, batch in enumerate(stage.batches(range(4))):
             stage.update(batch, step, 4)
         ends.append(stage.average.model.blocks[0].ffn.fc1.weight)
     assert not torch.equal(*ends)
 
 
-def test_tokenizer_learns_and_its_file_loads(tmp_path, pictures):
-    stage = tokenizer_stage(pictures, gan=0.0, scale_drop=0.0, ema=0.5, base_lr=0.2)
+def test_tokenizer_learns_and_its_file_loads(tmp_path, images):
+    stage = tokenizer_stage(images, gan=0.0, scale_drop=0.0, ema=0.5, base_lr=0.2)
     before = stage.validate()["psnr"]
     train(stage, run(tmp_path, steps=60, log_every=20))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -198,8 +195,8 @@ def test_tokenizer_learns_and_its_file_loads(tmp_path, pictures):
     assert load_tokenizer(tmp_path / "tokenizer.safetensors").config == TOKENIZER
 
 
-def test_transformer_learns_classes_and_its_file_loads(tmp_path, pictures):
-    stage = transformer_stage(tmp_path, pictures, ema=0.5)
+def test_transformer_learns_classes_and_its_file_loads(tmp_path, images):
+    stage = transformer_stage(tmp_path, images, ema=0.5)
     first = stage.validate()
     assert first["loss"] == pytest.approx(math.log(32), abs=0.2)
     train(stage, run(tmp_path / "run", steps=40))
@@ -210,23 +207,23 @@ def test_transformer_learns_classes_and_its_file_loads(tmp_path, pictures):
     assert [entry.name for entry in checkpoint.classes.entries] == ["blue", "red"]
 
 
-def test_validation_drops_no_labels(tmp_path, pictures):
-    stage = transformer_stage(tmp_path, pictures)
+def test_validation_drops_no_labels(tmp_path, images):
+    stage = transformer_stage(tmp_path, images)
     with torch.no_grad():
         for parameter in stage.average.model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     assert stage.validate() == stage.validate()
 
 
-def test_labels_are_dropped_a_tenth_of_the_time(tmp_path, pictures):
+def test_labels_are_dropped_a_tenth_of_the_time(tmp_path, images):
     torch.manual_seed(1)
-    dropped = transformer_stage(tmp_path, pictures).model.drop_labels(torch.zeros(20_000, dtype=torch.int64))
+    dropped = transformer_stage(tmp_path, images).model.drop_labels(torch.zeros(20_000, dtype=torch.int64))
     assert float((dropped == 2).float().mean()) == pytest.approx(0.1, abs=0.01)
 
 
-def test_accumulation_changes_rounding_only(tmp_path, pictures):
-    at_once = tokenizer_stage(pictures, gan=0.0, scale_drop=0.0)
-    in_parts = tokenizer_stage(pictures, gan=0.0, scale_drop=0.0, accumulate=2)
+def test_accumulation_changes_rounding_only(tmp_path, images):
+    at_once = tokenizer_stage(images, gan=0.0, scale_drop=0.0)
+    in_parts = tokenizer_stage(images, gan=0.0, scale_drop=0.0, accumulate=2)
     batch = next(at_once.batches(range(1)))
     norms = [float(stage.update(batch, 1, 10)["gradient_norm"]) for stage in (at_once, in_parts)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -247,18 +244,18 @@ def test_accumulation_changes_rounding_only(tmp_path, pictures):
         ("final_lr", 0.9),
     ],
 )
-def test_every_tokenizer_option_changes_the_result(name, value, pictures):
+def test_every_tokenizer_option_changes_the_result(name, value, images):
     ends = []
     for changes in ({}, {name: value}):
-        stage = tokenizer_stage(pictures, **changes)
+        stage = tokenizer_stage(images, **changes)
         for step, batch in enumerate(stage.batches(range(4))):
             stage.update(batch, step, 4)
         ends.append(stage.model.decoder.conv_out.weight)
     assert not torch.equal(*ends)
 
 
-def test_dead_codes_are_revived(pictures):
-    stage = tokenizer_stage(pictures, gan=0.0)
+def test_dead_codes_are_revived(images):
+    stage = tokenizer_stage(images, gan=0.0)
     batch = next(stage.batches(range(1)))
     stage.update(batch, 0, 1000)
     weight = stage.model.quantize.embedding.weight
@@ -278,10 +275,10 @@ def test_order_is_a_permutation_each_epoch_and_resumes_anywhere():
     assert whole != list(draws(10, 4, range(5), seed=4))
 
 
-def test_one_unreadable_picture_is_replaced_and_many_stop_the_run(tmp_path, pictures):
+def test_one_unreadable_image_is_replaced_and_many_stop_the_run(tmp_path, images):
     folder = write_folder(tmp_path / "data", {"a": 2, "b": 2})
-    (folder / "a" / "a_0.png").write_bytes(b"no picture")
-    broken = open_pictures([folder])
+    (folder / "a" / "a_0.png").write_bytes(b"no image")
+    broken = open_image_set([folder])
     crops = Crops(broken, 8, 1.0, None)
     pixels, names = next(loader(crops, [[(0, 0), (1, 0)]], 0))
     assert torch.equal(pixels[0], pixels[1])
@@ -292,15 +289,15 @@ def test_one_unreadable_picture_is_replaced_and_many_stop_the_run(tmp_path, pict
         train(stage, run(tmp_path / "run"))
 
 
-def test_cache_holds_what_the_tokenizer_says_and_resumes(tmp_path, pictures, monkeypatch):
-    tokenizer, cache = tokens(tmp_path / "one", pictures)
-    crop = Crops(pictures, 8, 1.125, None).crop(3, 0)[None]
+def test_cache_holds_what_the_tokenizer_says_and_resumes(tmp_path, images, monkeypatch):
+    tokenizer, cache = tokens(tmp_path / "one", images)
+    crop = Crops(images, 8, 1.125, None).crop(3, 0)[None]
     expected = torch.cat(tokenizer.encode(crop / 127.5 - 1), 1)
     taken, rows = cache.batch([(3, 0)])
     assert torch.equal(taken, expected)
-    assert rows.tolist() == [pictures.rows[3]]
+    assert rows.tolist() == [images.rows[3]]
 
-    import varcli.training.token_cache as module
+    import varcli.training.data as module
 
     monkeypatch.setattr(module, "ENCODE_BATCH", 4)
     monkeypatch.setattr(module, "FLUSH_EVERY", 2)
@@ -314,17 +311,17 @@ def test_cache_holds_what_the_tokenizer_says_and_resumes(tmp_path, pictures, mon
 
     monkeypatch.setattr(module, "_encode", dying)
     with pytest.raises(Killed):
-        tokens(tmp_path / "two", pictures)
-    _, resumed = tokens(tmp_path / "two", pictures)
+        tokens(tmp_path / "two", images)
+    _, resumed = tokens(tmp_path / "two", images)
     assert len(calls) == 4 + 3  # two of five batches were on disk
     assert np.array_equal(resumed.tokens, cache.tokens)
-    _, again = tokens(tmp_path / "two", pictures)
+    _, again = tokens(tmp_path / "two", images)
     assert len(calls) == 7
     assert np.array_equal(again.tokens, cache.tokens)
 
 
-def test_cached_crops_differ_and_epochs_take_turns(tmp_path, pictures):
-    _, cache = tokens(tmp_path, pictures, crops=2, enlarge=2.0)
+def test_cached_crops_differ_and_epochs_take_turns(tmp_path, images):
+    _, cache = tokens(tmp_path, images, crops=2, enlarge=2.0)
     first, second, third = (cache.batch([(i, epoch) for i in range(20)])[0] for epoch in (0, 1, 2))
     assert torch.equal(first, third)
     assert not torch.equal(first, second)
@@ -332,7 +329,7 @@ def test_cached_crops_differ_and_epochs_take_turns(tmp_path, pictures):
 
 def test_average_follows_the_weights():
     model = torch.nn.Linear(1, 1, bias=False)
-    average = state.MovingAverage(model, 0.5)
+    average = optim.MovingAverage(model, 0.5)
     start = float(model.weight.detach())
     with torch.no_grad():
         model.weight.add_(1)
@@ -340,8 +337,8 @@ def test_average_follows_the_weights():
     assert float(average.model.weight) == pytest.approx(start + 0.5)
 
 
-def test_weight_decay_spares_what_the_recipe_spares(tmp_path, pictures):
-    stage = transformer_stage(tmp_path, pictures)
+def test_weight_decay_spares_what_the_recipe_spares(tmp_path, images):
+    stage = transformer_stage(tmp_path, images)
     names = {id(parameter): name for name, parameter in stage.model.named_parameters()}
     decayed = {names[id(p)] for p in stage.optimizer.param_groups[0]["params"]}
     assert "blocks.0.attn.mat_qkv.weight" in decayed
@@ -381,18 +378,18 @@ def test_initialization_with_shared_modulation_is_the_recipe():
 
 
 def test_schedules_have_the_recipe_shape():
-    rate = [schedule.linear_factor(step, 1000, 0.1) for step in range(1000)]
+    rate = [optim.linear_factor(step, 1000, 0.1) for step in range(1000)]
     assert rate[0] == pytest.approx(0.005)
     assert rate[10] == pytest.approx((0.005 + 1) / 2)
     assert rate[20] == rate[60] == 1
     assert rate[-1] == pytest.approx(0.1)
     middle = (509 - 20) / (999 - 20)
     assert rate[509] == pytest.approx(0.1 + 0.9 * (1 - middle) / 0.95)
-    cosine = [schedule.cosine_factor(step, 1000, 0.3) for step in range(1000)]
+    cosine = [optim.cosine_factor(step, 1000, 0.3) for step in range(1000)]
     assert max(cosine) == 1
     assert cosine[-1] == pytest.approx(0.3)
-    assert schedule.weight_decay(0, 100, 0.05, 0.08) == 0.05
-    assert schedule.weight_decay(99, 100, 0.05, 0.08) == pytest.approx(0.08)
+    assert optim.weight_decay(0, 100, 0.05, 0.08) == 0.05
+    assert optim.weight_decay(99, 100, 0.05, 0.08) == pytest.approx(0.08)
 
 
 def test_augmentation_is_differentiable_and_random():

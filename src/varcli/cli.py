@@ -16,21 +16,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from varcli import __version__, config, processes, reporting, scales
+from varcli import __version__, config, console, distributed
 from varcli.errors import UsageError, VarError
 
 COMMANDS = {
-    "sample": ("sample", "sample", "Make pictures of classes."),
-    "inpaint": ("inpaint", "inpaint", "Fill a hole in a picture."),
-    "outpaint": ("outpaint", "outpaint", "Go on beyond a picture's edges."),
-    "edit": ("edit", "edit", "Put something of a class into a part of a picture."),
-    "reconstruct": ("reconstruct", "reconstruct", "Take pictures through the tokenizer and back."),
-    "tokens": ("tokens", "tokens_app", "Pictures to token files and back."),
-    "eval": ("eval", "evaluate", "Measure pictures: FID, inception score, KID, precision and recall."),
-    "eval stats": ("eval_stats", "eval_stats", "Put down statistics of pictures, to measure others against."),
+    "sample": ("sample", "sample", "Make images of classes."),
+    "inpaint": ("inpaint", "inpaint", "Fill a hole in an image."),
+    "outpaint": ("outpaint", "outpaint", "Go on beyond an image's edges."),
+    "edit": ("edit", "edit", "Put something of a class into a part of an image."),
+    "reconstruct": ("reconstruct", "reconstruct", "Take images through the tokenizer and back."),
+    "tokens": ("tokens", "tokens_app", "Images to token files and back."),
+    "eval": ("eval", "evaluate", "Measure images: FID, inception score, KID, precision and recall."),
+    "eval stats": ("eval_stats", "eval_stats", "Put down statistics of images, to measure others against."),
     "report": ("report", "report", "Put evaluations and training runs on one page."),
-    "bench": ("bench", "bench", "Measure what a picture costs here, stage by stage."),
-    "show": ("show", "show", "Tell how a picture was made, and the command that makes it again."),
+    "bench": ("bench", "bench", "Measure what an image costs here, stage by stage."),
+    "show": ("show", "show", "Tell how an image was made, and the command that makes it again."),
     "classes": ("classes", "classes", "Search class names, and which of them a checkpoint knows."),
     "checkpoints": ("checkpoints", "checkpoints_app", "List, get, convert and check models."),
     "train": ("train", "train_app", "Train a tokenizer, then a transformer on its tokens."),
@@ -111,7 +111,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        reporting.result(f"var {__version__}")
+        console.result(f"var {__version__}")
         raise typer.Exit
 
 
@@ -121,12 +121,12 @@ def var(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make pictures with visual autoregressive modeling: next-scale prediction, coarse to fine."""
+    """Make images with visual autoregressive modeling: next-scale prediction, coarse to fine."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own if None); return the exit code."""
-    processes.remember(sys.argv[1:] if arguments is None else arguments)
+    distributed.remember_command_line(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(arguments, prog_name="var", standalone_mode=False) or 0
     except VarError as error:
@@ -138,24 +138,24 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if not _from_config(error):
             raise
         return _failed(str(error), UsageError.exit_code)
-    if code == INTERRUPTED and not processes.launched():
-        reporting.note("interrupted")
+    if code == INTERRUPTED and not distributed.launched():
+        console.note("interrupted")
     return int(code)
 
 
 def _failed(message: str, code: int) -> int:
-    if not processes.hand_up(message):
-        reporting.failure(message)
+    if not distributed.report_error(message):
+        console.failure(message)
     return code
 
 
 def _from_config(error: ValueError) -> bool:
     """Return whether a configuration refused a value a user gave, rather than a bug raising the error."""
     *_, last = traceback.extract_tb(error.__traceback__)
-    return Path(last.filename) in [Path(str(module.__file__)) for module in (config, scales)]
+    return Path(last.filename) in [Path(str(module.__file__)) for module in (config,)]
 
 
 def main() -> None:
     """Run `var`."""
-    reporting.prepare_streams()
+    console.prepare_streams()
     sys.exit(run())

@@ -7,10 +7,55 @@ raises ValueError with a line a user can act on.
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
-from varcli.scales import check_sides, sequence_length
+from varcli.errors import InputError
+
+GRID_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+GRID_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+GRID_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+
+
+def sequence_length(sides: Sequence[int]) -> int:
+    """Return L, the number of tokens of all scales together."""
+    return sum(side * side for side in sides)
+
+
+def spans(sides: Sequence[int]) -> list[slice]:
+    """Return for each scale the slice of the sequence its tokens take."""
+    found, start = [], 0
+    for side in sides:
+        found.append(slice(start, start + side * side))
+        start += side * side
+    return found
+
+
+def progress_ratio(scale: int, count: int) -> float:
+    """Return k/(K-1), how far scale k (0-based) lies between the first and the last; 0 if K = 1."""
+    return scale / max(count - 1, 1)
+
+
+def check_sides(sides: Sequence[int]) -> None:
+    """Raise ValueError unless sides begin at 1 and grow strictly."""
+    growing = all(a < b for a, b in pairwise(sides))
+    if not sides or sides[0] != 1 or not growing:
+        raise ValueError(f"sides: {','.join(map(str, sides))}; they begin with 1 and grow, e.g. 1,2,3,4,6,8")
+
+
+def sides_of_length(length: int) -> tuple[int, ...]:
+    """Return the published grid that has this many tokens.
+
+    Raises:
+        InputError: no published grid has this length, so the sides must be given.
+    """
+    for grid in (GRID_256, GRID_512, GRID_1024):
+        if sequence_length(grid) == length:
+            return grid
+    raise InputError(f"token count: {length} belongs to no published grid; give the sides with --sides 1,2,3,…")
+
 
 HEAD_WIDTH = 64
 """Channels of one attention head, the same at every depth."""
@@ -61,7 +106,7 @@ class TokenizerConfig:
 
     @property
     def pixels(self) -> int:
-        """Side of the picture in pixels."""
+        """Side of the image in pixels."""
         return self.downsampling * self.sides[-1]
 
 
@@ -110,13 +155,13 @@ class TransformerConfig:
         return self.class_count
 
 
-DRAFTS = ("guidance", "tokens", "cache")
+APPROXIMATIONS = ("guidance", "tokens", "cache")
 """Approximations of sampling: no guidance in the last scales, fewer tokens there, fewer keys and values kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
-    """Settings of one sampling run; with a seed and a class they determine a picture."""
+    """Settings of one sampling run; with a seed and a class they determine an image."""
 
     cfg: float = 1.5
     """Strength of classifier-free guidance at the last scale; it rises linearly from 0 at the first."""
@@ -126,21 +171,23 @@ class SampleConfig:
     """Draw from the best tokens that hold this probability; 0 is no limit."""
     smooth: bool = False
     """Mix codebook rows instead of drawing one: for looks, never for metrics."""
-    draft: str = ""
-    """Approximations that save time, names of `DRAFTS` with commas between; none by default."""
+    approximate: str = ""
+    """Approximations that save time, names of `APPROXIMATIONS` with commas between; none by default."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
-        unknown = set(self.drafts) - set(DRAFTS)
-        _require(not unknown, f"draft: {self.draft}; some of {', '.join(DRAFTS)}, with commas between")
+        unknown = set(self.approximations) - set(APPROXIMATIONS)
+        _require(
+            not unknown, f"approximate: {self.approximate}; some of {', '.join(APPROXIMATIONS)}, with commas between"
+        )
         _require(self.cfg >= 0, f"cfg: {self.cfg}; 0 (no guidance) or more")
         _require(self.top_k >= 0, f"top-k: {self.top_k}; 0 (off) or more")
         _require(0 <= self.top_p <= 1, f"top-p: {self.top_p}; between 0 (off) and 1")
 
     @property
-    def drafts(self) -> frozenset[str]:
+    def approximations(self) -> frozenset[str]:
         """Return the approximations one by one."""
-        return frozenset(name for name in self.draft.split(",") if name)
+        return frozenset(name for name in self.approximate.split(",") if name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,13 +195,13 @@ class TrainingConfig:
     """What both training stages ask. Everything here shapes the result, so a resumed run must agree."""
 
     epochs: float
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     batch: int = 768
-    """Pictures an update."""
+    """Images an update."""
     accumulate: int = 1
     """Parts a batch is computed in, to save memory."""
     base_lr: float = 1e-4
-    """Learning rate for 256 pictures an update; it grows in proportion to the batch."""
+    """Learning rate for 256 images an update; it grows in proportion to the batch."""
     final_lr: float
     """Learning rate at the end, as a fraction."""
     weight_decay: float
@@ -162,7 +209,7 @@ class TrainingConfig:
     ema: float = 0.9999
     """Decay of the weights' moving average, which is what the checkpoint holds."""
     enlarge: float = 1.125
-    """Shorter side before the random crop, as a multiple of the picture's side."""
+    """Shorter side before the random crop, as a multiple of the image's side."""
     seed: int = 0
     """Of the initial weights, the order, the crops and every draw in between."""
 
@@ -185,9 +232,9 @@ class TrainingConfig:
         """Peak learning rate at this batch size."""
         return self.base_lr * self.batch / 256
 
-    def steps(self, pictures: int) -> int:
-        """Return the updates of a run over that many pictures."""
-        return math.ceil(self.epochs * pictures / self.batch)
+    def steps(self, images: int) -> int:
+        """Return the updates of a run over that many images."""
+        return math.ceil(self.epochs * images / self.batch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +273,7 @@ class TransformerTrainingConfig(TrainingConfig):
     gamma_init: float = 1e-3
     """Factor of the initial weights behind the gates γ: deeper models start closer to the identity."""
     crops: int = 4
-    """Random crops a picture whose tokens are cached, epochs taking turns; 1 is the centre alone.
+    """Random crops an image whose tokens are cached, epochs taking turns; 1 is the centre alone.
 
     Differs: the released recipe draws a new crop every time, and computes tokens anew for it.
     """
@@ -256,7 +303,7 @@ PRESETS = {
     "metrics": SampleConfig(cfg=1.5, top_k=900, top_p=0.96),
     "looks": SampleConfig(cfg=4.0, top_k=900, top_p=0.95),
 }
-"""The paper's settings for FID, and those its authors use for pictures to look at."""
+"""The paper's settings for FID, and those its authors use for images to look at."""
 
 Config = TypeVar("Config")
 

@@ -2,7 +2,7 @@
 
     VarError                     never raised itself
     ├── UsageError        2      the command line asks for something impossible
-    ├── InputError        3      a picture, list or data set that cannot be used
+    ├── InputError        3      an image, list or data set that cannot be used
     ├── CheckpointError   4      a checkpoint that cannot be found, read or trusted
     └── RunError          5      a run that could not finish
 

@@ -1,16 +1,19 @@
-"""Files that are there whole or not at all, whatever happens while they are written. No torch here."""
+"""Files that appear whole or not at all, and whether they can be written. No torch here."""
 
 import os
 import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from threading import get_native_id
 from time import time
+
+from varcli.errors import RunError
 
 
 @contextmanager
@@ -26,18 +29,18 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     _clear(path.parent.absolute())
-    folder = path.with_name(draft_name(path))
+    folder = path.with_name(temporary_name(path))
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        draft = folder / path.name
-        draft.touch()
-        mode = draft.stat().st_mode  # safetensors makes files that only their owner can read
-        yield draft
-        draft.chmod(mode)
-        with draft.open("rb+") as file:
+        temporary = folder / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        draft.replace(path)
+        temporary.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -55,15 +58,15 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# --- drafts ----------------------------------------------------------------------------------------
+# --- temporary files ----------------------------------------------------------------------------------------
 
 
-def draft_name(path: Path) -> str:
+def temporary_name(path: Path) -> str:
     """Return the name of the folder in which this thread writes a file, short however long the file's name is."""
     return f".varcli-{_short(path.name, 16)}-{_short(platform.node(), 4)}-{os.getpid()}-{get_native_id()}.tmp"
 
 
-_DRAFT = re.compile(r"\.varcli-[0-9a-f]{16}-(?P<machine>[0-9a-f]{4})-(?P<process>\d+)-\d+\.tmp")
+_TEMPORARY = re.compile(r"\.varcli-[0-9a-f]{16}-(?P<machine>[0-9a-f]{4})-(?P<process>\d+)-\d+\.tmp")
 
 
 def _short(name: str, length: int) -> str:
@@ -72,16 +75,16 @@ def _short(name: str, length: int) -> str:
 
 @cache
 def _clear(folder: Path) -> None:
-    """Remove the drafts of processes that are no more; once, as there may be many files to look through."""
+    """Remove the temporary files of processes that are no more; once, as there may be many files to look through."""
     with suppress(OSError):  # what cannot be read is left as it is
-        for draft in folder.iterdir():
-            if _abandoned(draft):
-                shutil.rmtree(draft, ignore_errors=True)
+        for temporary in folder.iterdir():
+            if _abandoned(temporary):
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _abandoned(folder: Path) -> bool:
-    """Return whether this is a draft that nobody goes on with; of another machine's processes only its age tells."""
-    found = _DRAFT.fullmatch(folder.name)
+    """Return whether a temporary folder's process is gone; for another machine's, only its age tells."""
+    found = _TEMPORARY.fullmatch(folder.name)
     if not found:
         return False
     if found["machine"] == _short(platform.node(), 4) and not _runs(int(found["process"])):
@@ -104,3 +107,63 @@ def _runs(process: int) -> bool:
 
 _LONGEST = 24 * 3600
 """Seconds after which no file is still being written."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    A device or pipe, such as /dev/null, is written to as it is.
+
+    Raises:
+        RunError: it cannot be written: no such folder, no permission, no space.
+    """
+    in_place = kind_there(path) == "device"
+    try:
+        with nullcontext(path) if in_place else replacing(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """Find out whether a file can be written, without touching it.
+
+    Raises:
+        RunError: it cannot.
+    """
+    there = kind_there(path)
+    if there == "folder":
+        raise cannot_write(path, IsADirectoryError(0, "it is a folder"))
+    if there != "device":
+        check_folder(path.parent, path)
+
+
+def check_folder(folder: Path, wanted: Path | None = None) -> None:
+    """Find out whether files can be written in a folder; `wanted` is what to name if not, else the folder.
+
+    Raises:
+        RunError: they cannot.
+    """
+    trial = folder / f".varcli-{token_hex(4)}.tmp"
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise cannot_write(wanted or folder, error) from error
+
+
+def kind_there(path: Path) -> str:
+    """Return whether a folder, a file, a device (or pipe) or nothing is at a path."""
+    try:
+        if path.is_dir():
+            return "folder"
+        return "file" if path.is_file() else "device" if path.exists() else "nothing"
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError, advice: str = "") -> RunError:
+    """Return the error about an output that the system refuses."""
+    missing = isinstance(error, FileNotFoundError) and not path.parent.exists()
+    reason = f"there is no folder {path.parent}" if missing else error.strerror or str(error)
+    return RunError(f"output: {path} cannot be written; {reason}" + (f"; {advice}" if advice else ""))

@@ -1,1 +1,1 @@
-"""Benchmarking: what a picture costs here, stage by stage, beside other ways to make one."""
+"""Benchmarking: what an image costs here, stage by stage, beside other ways to make one."""

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varcli.checkpoints.files import reading, tensors_sha256
+from varcli.checkpoints.safetensors_io import reading, tensors_sha256
 from varcli.checkpoints.store import DERIVED, build, save_model
-from varcli.config import TokenizerConfig, TransformerConfig
-from varcli.data.classes import ClassEntry, ClassTable, imagenet
+from varcli.classes import ClassEntry, ClassTable, imagenet
+from varcli.config import TokenizerConfig, TransformerConfig, check_sides, sequence_length, sides_of_length
 from varcli.errors import CheckpointError, UsageError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.scales import check_sides, sequence_length, sides_of_length
 
 NESTED = {"tokenizer": "vae_local", "transformer": "var_wo_ddp"}
 """Names of the two state dicts inside a training checkpoint's `trainer`."""

@@ -40,7 +40,7 @@ class Entry:
 
     name: str
     pixels: int
-    """Side of its pictures."""
+    """Side of its images."""
     classes: int
     licence: str
     presets: Mapping[str, SampleConfig]
@@ -91,7 +91,7 @@ class Entry:
 
 def cache_folder() -> Path:
     """Return where converted checkpoints are kept, each system's own place for caches."""
-    import platformdirs  # noqa: PLC0415 (bundled checkpoints start without it)
+    import platformdirs
 
     return Path(platformdirs.user_cache_dir("varcli", appauthor=False))
 
@@ -125,7 +125,7 @@ def presets(checkpoint: str) -> Mapping[str, SampleConfig]:
     return registry()[checkpoint].presets if checkpoint in registry() else PRESETS
 
 
-def find(checkpoint: str, progress: bool = True) -> Path:
+def resolve_checkpoint(checkpoint: str, progress: bool = True) -> Path:
     """Return the file of a checkpoint given by name or path, downloading a released one at its first use.
 
     Args:
@@ -138,13 +138,13 @@ def find(checkpoint: str, progress: bool = True) -> Path:
     """
     entry = registry().get(checkpoint)
     if entry and not entry.bundled and not entry.path.exists():
-        from varcli.checkpoints.download import download  # noqa: PLC0415 (torch and the hub, only when needed)
+        from varcli.checkpoints.hub import download
 
         return download(entry, progress)
-    return find_local(checkpoint)
+    return local_checkpoint(checkpoint)
 
 
-def find_local(checkpoint: str) -> Path:
+def local_checkpoint(checkpoint: str) -> Path:
     """Return the file of a checkpoint given by name or path, if it is on this machine.
 
     Raises:

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from varcli.checkpoints.files import load_header, load_tensors, reason, save_tensors, tensors_sha256
+from varcli.checkpoints.safetensors_io import load_header, load_tensors, reason, save_tensors, tensors_sha256
+from varcli.classes import ClassTable
 from varcli.config import TokenizerConfig, TransformerConfig, from_json, to_json
-from varcli.data.classes import ClassTable
 from varcli.errors import CheckpointError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
@@ -27,7 +27,7 @@ FORMAT_VERSION = "1"
 DERIVED = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias")
 """Buffers that follow from the configuration: not stored, made anew."""
 HASHED = ("kind", "tokenizer_config", "transformer_config", "classes")
-"""Metadata that decides pictures, as the weights do."""
+"""Metadata that decides images, as the weights do."""
 
 Config = TypeVar("Config", TokenizerConfig, TransformerConfig)
 Module = TypeVar("Module", bound=nn.Module)

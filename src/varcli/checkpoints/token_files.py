@@ -1,7 +1,7 @@
-"""Token files: pictures as token maps in safetensors, for scripts to work on.
+"""Token files: images as token maps in safetensors, for scripts to work on.
 
-``tokens.0`` … ``tokens.K-1`` are int32 of shape (pictures, side, side), coarse to fine. The metadata tells
-the sides, the codebook's size, the tokenizer's hash and the pictures' names; a file that scripts made may
+``tokens.0`` … ``tokens.K-1`` are int32 of shape (images, side, side), coarse to fine. The metadata tells
+the sides, the codebook's size, the tokenizer's hash and the images' names; a file that scripts made may
 leave all of it out, and the last scales too.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varcli.checkpoints.files import load_tensors, save_tensors
+from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.config import TokenizerConfig
 from varcli.errors import CheckpointError, InputError
 
@@ -24,21 +24,21 @@ class TokenFile:
     """What a token file holds."""
 
     maps: list[Tensor]
-    """Of each scale, (pictures, l) int64."""
+    """Of each scale, (images, l) int64."""
     names: list[str]
-    """Of the pictures, in the same order."""
+    """Of the images, in the same order."""
 
 
 def save_tokens(
-    path: Path, pictures: Sequence[Sequence[Tensor]], names: Sequence[str], config: TokenizerConfig, sha256: str
+    path: Path, images: Sequence[Sequence[Tensor]], names: Sequence[str], config: TokenizerConfig, sha256: str
 ) -> None:
-    """Write token maps: for each picture one a scale, (1, l).
+    """Write token maps: for each image one a scale, (1, l).
 
     Raises:
         RunError: the file cannot be written.
     """
     tensors = {
-        f"tokens.{scale}": torch.cat([tokens[scale] for tokens in pictures]).to(torch.int32).unflatten(1, (side, side))
+        f"tokens.{scale}": torch.cat([tokens[scale] for tokens in images]).to(torch.int32).unflatten(1, (side, side))
         for scale, side in enumerate(config.sides)
     }
     metadata = {
@@ -73,18 +73,18 @@ def load_tokens(path: Path, config: TokenizerConfig, sha256: str) -> TokenFile:
         raise InputError(f"tokens: {path} has {len(tensors)} scales; this tokenizer has {len(config.sides)}")
     maps = [_checked(path, tensors[f"tokens.{k}"], k, config) for k in range(len(tensors))]
     if len({len(idx_Bl) for idx_Bl in maps}) != 1 or not len(maps[0]):
-        raise InputError(f"tokens: {path}; as many pictures at each scale, and at least one")
+        raise InputError(f"tokens: {path}; as many images at each scale, and at least one")
     return TokenFile(maps, _names(metadata.get("names"), len(maps[0])))
 
 
 def _checked(path: Path, tokens: Tensor, scale: int, config: TokenizerConfig) -> Tensor:
-    """Return one scale's map as (pictures, l) int64."""
+    """Return one scale's map as (images, l) int64."""
     side, count = config.sides[scale], config.codebook_size
     if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
         raise InputError(f"tokens: {path}, scale {scale + 1} holds {tokens.dtype}; whole numbers")
     if tuple(tokens.shape[1:]) not in ((side, side), (side * side,)):
         shape = " × ".join(map(str, tokens.shape))
-        raise InputError(f"tokens: {path}, scale {scale + 1} is {shape}; pictures × {side} × {side}")
+        raise InputError(f"tokens: {path}, scale {scale + 1} is {shape}; images × {side} × {side}")
     idx_Bl = tokens.to(torch.int64).flatten(1)
     if idx_Bl.numel() and not 0 <= int(idx_Bl.min()) <= int(idx_Bl.max()) < count:
         raise InputError(f"tokens: {path}, scale {scale + 1} has numbers beyond the codebook; 0 to {count - 1}")
@@ -92,7 +92,7 @@ def _checked(path: Path, tokens: Tensor, scale: int, config: TokenizerConfig) ->
 
 
 def _names(text: str | None, count: int) -> list[str]:
-    """Return the names that a file gives its pictures; numbers where it gives none, or other than it has pictures."""
+    """Return the names that a file gives its images; numbers where it gives none, or other than it has images."""
     try:
         names = json.loads(text or "")
     except ValueError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from varcli.checkpoints.files import file_sha256
+from varcli.checkpoints.safetensors_io import file_sha256
 from varcli.checkpoints.store import load_contents, load_model, load_tokenizer, read_metadata, recorded_hashes
 from varcli.errors import CheckpointError
 

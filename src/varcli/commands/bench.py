@@ -1,4 +1,4 @@
-"""`var bench`: what a picture costs on this machine."""
+"""`var bench`: what an image costs on this machine."""
 
 import json
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from varcli import __version__
-from varcli.benchmarking.figures import PHASES, Figures
 from varcli.benchmarking.panels import panels
-from varcli.checkpoints.registry import find
+from varcli.benchmarking.results import PHASES, SamplerTimings
+from varcli.charts import digits, png
+from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.commands import options
 from varcli.commands.settings import settings
-from varcli.data.charts import digits, png
+from varcli.console import notes, progress, result, table
 from varcli.errors import UsageError
-from varcli.reporting import notes, progress, result, table
 
 if TYPE_CHECKING:
-    from varcli.benchmarking.contestants import Models
-    from varcli.benchmarking.measurement import Benchmark
+    from varcli.benchmarking.results import Benchmark
+    from varcli.benchmarking.samplers import Models
 
 Random = Annotated[
     bool,
@@ -39,7 +39,7 @@ Versus = Annotated[
     ),
 ]
 Batch = Annotated[
-    int, Option("--batch-size", min=1, help="Pictures at a time on a GPU in 16 bits; elsewhere always one.")
+    int, Option("--batch-size", min=1, help="Images at a time on a GPU in 16 bits; elsewhere always one.")
 ]
 Rounds = Annotated[int, Option("--rounds", min=1, help="How often each is measured, after a warm-up.")]
 Chart = Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Also a chart of where the time goes, .png.")]
@@ -54,23 +54,23 @@ def bench(  # noqa: PLR0917 - options are given by name
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
-    draft: options.Draft = None,
+    approximate: options.Approximate = None,
     out: Chart = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure what a picture costs here: time, memory, operations, stage by stage, beside other ways to make one.
+    """Measure what an image costs here: time, memory, operations, stage by stage, beside other ways to make one.
 
     Settings are those for metrics, classes take turns. Times are until the pixels are there; PNGs come on top.
     """
-    from varcli.benchmarking.measurement import Plan, measure  # noqa: PLC0415 - torch
-    from varcli.sampling.devices import pick_device, pick_dtype  # noqa: PLC0415 - torch
+    from varcli.acceleration.devices import pick_device, pick_dtype
+    from varcli.benchmarking.results import BenchPlan, run_benchmark
 
     _check_chart(out)
     options.check_precision(dtype, quantize)
-    config = settings(checkpoint, "metrics", draft=options.parse_drafts(draft))
+    config = settings(checkpoint, "metrics", approximate=options.parse_approximations(approximate))
     where = pick_device(device)
-    plan = Plan(
+    plan = BenchPlan(
         load=lambda: _models(checkpoint, random, quiet),
         config=config,
         device=where,
@@ -80,7 +80,7 @@ def bench(  # noqa: PLR0917 - options are given by name
         rounds=rounds,
     )
     with progress("batches", plan.batches, quiet) as advance:
-        found = measure(plan, advance, notes(quiet))
+        found = run_benchmark(plan, advance, notes(quiet))
     if out:  # first: whoever reads what is printed may stop reading
         _draw(out, f"{checkpoint}, {plan.precision}, on {found.hardware}", found)
     if as_json:
@@ -102,19 +102,19 @@ def _others(vs: str | None) -> list[str]:
 
 def _models(checkpoint: str, random: bool, quiet: bool) -> "Models":
     """Return the checkpoint's models, on the CPU."""
-    from varcli.checkpoints.store import load_model  # noqa: PLC0415 - torch
-    from varcli.checkpoints.untrained import untrained  # noqa: PLC0415 - torch
+    from varcli.checkpoints.random_init import random_models
+    from varcli.checkpoints.store import load_model
 
     if random:
-        return untrained(checkpoint)
-    model = load_model(find(checkpoint, progress=not quiet))
+        return random_models(checkpoint)
+    model = load_model(resolve_checkpoint(checkpoint, progress=not quiet))
     return model.tokenizer, model.transformer
 
 
 def _check_chart(out: Path | None) -> None:
     """Find out whether the chart can be written, before anything is measured."""
     if out:
-        from varcli.data.outputs import check_file  # noqa: PLC0415 - Pillow
+        from varcli.outputs.open import check_file
 
         check_file("out", out, (".png",))
 
@@ -123,10 +123,10 @@ def _check_chart(out: Path | None) -> None:
 
 
 def _report(found: "Benchmark") -> None:
-    """Print a table of what a picture costs in all, and one of what its stages take; a column a sampler."""
+    """Print a table of what an image costs in all, and one of what its stages take; a column a sampler."""
     names = [each.sampler for each in found.samplers]
     table(("", *names), [_filled(row, 1 + len(names)) for row in _totals(found)])
-    table(("milliseconds a picture", *names, "GFLOP", "of matmul"), _stages(found.samplers))
+    table(("milliseconds an image", *names, "GFLOP", "of matmul"), _stages(found.samplers))
 
 
 def _totals(found: "Benchmark") -> list[list[str]]:
@@ -135,20 +135,20 @@ def _totals(found: "Benchmark") -> list[list[str]]:
     return [
         ["machine", found.hardware],
         ["precision", *(one.precision for one in each)],
-        ["pictures at a time", *(str(one.batch_size) for one in each)],
+        ["images at a time", *(str(one.batch_size) for one in each)],
         ["CUDA graphs", *("yes" if one.recorded else "no" for one in each)],
-        ["seconds a picture", *(digits(one.seconds_per_picture) for one in each)],
+        ["seconds an image", *(digits(one.seconds_per_image) for one in each)],
         ["times varcli's", *(digits(one.times_varcli) for one in each)],
-        ["pictures a second, one batch alone", *(digits(one.pictures_per_second) for one in each)],
+        ["images a second, one batch alone", *(digits(one.images_per_second) for one in each)],
         *([f"latency {name}, s", *(digits(one.latency[name]) for one in each)] for name in each[0].latency),
-        ["GFLOP a picture", *(digits(one.operations / 1e9) for one in each)],
+        ["GFLOP an image", *(digits(one.operations / 1e9) for one in each)],
         ["matmul here, GFLOP/s", *(digits(one.matmul_rate / 1e9) for one in each)],
         ["of matmul", *(f"{one.matmul_fraction:.1%}" for one in each)],
         ["peak memory, GB", memory],
     ]
 
 
-def _stages(samplers: Sequence[Figures]) -> list[list[str]]:
+def _stages(samplers: Sequence[SamplerTimings]) -> list[list[str]]:
     """Return a row a stage: milliseconds of each sampler; operations, and their rate in the first that has it."""
     columns = [{stage.name: stage for stage in each.stages} for each in samplers]
     phases = {name: PHASES.index(stage.phase) for column in columns for name, stage in column.items()}
@@ -169,6 +169,6 @@ def _filled(row: list[str], columns: int) -> list[str]:
 
 def _draw(out: Path, title: str, found: "Benchmark") -> None:
     """Write the chart."""
-    from varcli.data.images import write_atomically  # noqa: PLC0415 - Pillow
+    from varcli.files import write_atomically
 
     write_atomically(out, png(*panels(title, found.samplers)))

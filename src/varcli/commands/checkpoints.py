@@ -10,8 +10,8 @@ import typer
 
 from varcli.checkpoints import registry as known
 from varcli.commands import options
+from varcli.console import result, table
 from varcli.errors import CheckpointError
-from varcli.reporting import result, table
 
 checkpoints_app = typer.Typer(
     no_args_is_help=True,
@@ -56,9 +56,9 @@ def show(checkpoint: NameOrFile, as_json: options.Json = False) -> None:
     entry = known.registry().get(checkpoint)
     facts = registered_facts(entry) if entry else {}
     if not entry or entry.path.exists():
-        from varcli.checkpoints.verification import describe  # noqa: PLC0415 - torch, for files only
+        from varcli.checkpoints.verification import describe
 
-        facts |= describe(known.find_local(checkpoint))
+        facts |= describe(known.local_checkpoint(checkpoint))
     if as_json:
         result(json.dumps(facts))
         return
@@ -71,13 +71,13 @@ def download(name: Name) -> None:
     """Download a released checkpoint and convert it; print where it is. An interrupted download goes on."""
     if name not in known.registry():
         raise CheckpointError(f"checkpoint: {name}; the names are {', '.join(known.registry())}")
-    result(str(known.find(name)))
+    result(str(known.resolve_checkpoint(name)))
 
 
 @checkpoints_app.command()
 def convert(files: Released, out: Converted, sides: Sides = None) -> None:
     """Turn released .pth files into one file for `--checkpoint`; nothing in them is ever run."""
-    from varcli.checkpoints import conversion  # noqa: PLC0415 - torch
+    from varcli.checkpoints import conversion
 
     conversion.convert(files, out, None if sides is None else options.parse_numbers("sides", sides))
     result(str(out))
@@ -86,10 +86,10 @@ def convert(files: Released, out: Converted, sides: Sides = None) -> None:
 @checkpoints_app.command()
 def verify(checkpoint: NameOrFile) -> None:
     """Check that a checkpoint is whole: its hashes, that every value is finite, that the tokenizer belongs to it."""
-    from varcli.checkpoints import verification  # noqa: PLC0415 - torch
+    from varcli.checkpoints import verification
 
     entry = known.registry().get(checkpoint)
-    path = known.find_local(checkpoint)
+    path = known.local_checkpoint(checkpoint)
     hashes = verification.verify(path, entry.file_sha256 if entry else None)
     result(f"{checkpoint}: well, sha256 {hashes['sha256']}")
 

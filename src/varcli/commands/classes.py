@@ -2,11 +2,11 @@
 
 import json
 
-from varcli.checkpoints.registry import find_local, registry
+from varcli.checkpoints.registry import local_checkpoint, registry
+from varcli.classes import ClassTable, imagenet
 from varcli.commands import options
-from varcli.data.classes import ClassTable, imagenet
+from varcli.console import result, table
 from varcli.errors import CheckpointError, InputError
-from varcli.reporting import result, table
 
 
 def classes(
@@ -40,9 +40,9 @@ def _known(checkpoint: str) -> ClassTable:
     entry = registry().get(checkpoint)
     if entry and entry.classes == len(imagenet()):
         return imagenet()
-    from varcli.checkpoints.store import read_metadata  # noqa: PLC0415 - torch, for files only
+    from varcli.checkpoints.store import read_metadata
 
-    path = find_local(checkpoint)
+    path = local_checkpoint(checkpoint)
     metadata, _ = read_metadata(path)
     if "classes" not in metadata:
         raise CheckpointError(f"checkpoint: {path}; a tokenizer has no classes, a model is needed")

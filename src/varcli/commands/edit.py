@@ -1,4 +1,4 @@
-"""`var edit`: a picture and a class in, the picture with something of that class in it out."""
+"""`var edit`: an image and a class in, the image with something of that class in it out."""
 
 from varcli.commands import editing_options, options
 from varcli.commands.editing import Ask, check_together, run
@@ -31,7 +31,7 @@ def edit(  # noqa: PLR0917 - options are given by name
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Put something of a class into a part of a picture. Whatever is not near that part stays to the last bit."""
+    """Put something of a class into a part of an image. Whatever is not near that part stays to the last bit."""
     ask = Ask.of(locals())
     check_together(ask)
     words = ("edit", image, *(["--mask", mask] if mask else []))

@@ -1,4 +1,4 @@
-"""What `inpaint`, `outpaint` and `edit` share: from a picture and a mask to pictures in their places."""
+"""What `inpaint`, `outpaint` and `edit` share: from an image and a mask to images in their places."""
 
 import json
 from collections.abc import Sequence
@@ -6,18 +6,18 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from varcli.checkpoints.registry import find
+from varcli.checkpoints.registry import resolve_checkpoint
+from varcli.classes import RANDOM, ClassEntry, ClassTable, parse_classes, random_class
 from varcli.commands.editing_tasks import Task
 from varcli.commands.options import DEFAULT_PRESET
 from varcli.commands.settings import hint, origin_of, settings
 from varcli.config import SampleConfig
-from varcli.data.classes import RANDOM, ClassEntry, ClassTable, parse_classes, random_class
+from varcli.console import note, progress, result
 from varcli.errors import UsageError
-from varcli.reporting import note, progress, result
 
 if TYPE_CHECKING:
-    from varcli.data.images import EditProvenance, Pixels, Provenance
-    from varcli.data.places import Output
+    from varcli.images.provenance import EditProvenance, Pixels, Provenance
+    from varcli.outputs.sinks import Sink
     from varcli.sampling.editing import Edited
 
 
@@ -56,13 +56,13 @@ class Ask:
         return settings(self.checkpoint, DEFAULT_PRESET, **given)
 
     def seeds(self) -> range:
-        """Return the seed of each picture's first candidate; the candidates' count up from it."""
+        """Return the seed of each image's first candidate; the candidates' count up from it."""
         return range(self.seed, self.seed + self.count * self.best_of, self.best_of)
 
     def rule_words(self) -> tuple[str, ...]:
         """Return the options that say how an edit is put back."""
         feather = () if self.feather is None else ("--feather", str(self.feather))
-        return (*feather, *["--no-composite"] * (not self.composite), *["--paper"] * self.paper)
+        return (*feather, *["--no-composite"] * (not self.composite), *["--released-rule"] * self.paper)
 
 
 def check_together(ask: Ask) -> None:
@@ -72,10 +72,10 @@ def check_together(ask: Ask) -> None:
         UsageError: they do not.
         RunError: a file cannot be written.
     """
-    from varcli.data.outputs import check_file  # noqa: PLC0415 - Pillow
+    from varcli.outputs.open import check_file
 
     if ask.out == "-" and ask.as_json:
-        raise UsageError("json: with --out -; stdout can carry the pictures or the lines, not both")
+        raise UsageError("json: with --out -; stdout can carry the images or the lines, not both")
     if ask.out and ask.out.lower().endswith((".npz", ".tar")):
         raise UsageError(f"out: {ask.out}; a .png file, a folder, or - for standard output")
     if ask.paper and (ask.feather is not None or not ask.composite):
@@ -83,7 +83,7 @@ def check_together(ask: Ask) -> None:
     if ask.feather is not None and not ask.composite:
         raise UsageError("feather: with --no-composite; only what is put back has a seam")
     if ask.scales and ask.count != 1:
-        raise UsageError(f"scales: {ask.count} pictures; exactly one")
+        raise UsageError(f"scales: {ask.count} images; exactly one")
     for option, path, endings in (("grid", ask.grid, (".png",)), ("scales", ask.scales, (".png", ".gif"))):
         if path:
             check_file(option, path, endings)
@@ -91,23 +91,23 @@ def check_together(ask: Ask) -> None:
 
 def run(task: Task, ask: Ask) -> None:
     """Make the edits that are asked for, put them in their places and say which those are."""
-    from varcli.checkpoints.store import load_model  # noqa: PLC0415 - torch
-    from varcli.data.outputs import open_output  # noqa: PLC0415 - Pillow
-    from varcli.data.regions import count_regions, region_side  # noqa: PLC0415 - numpy
-    from varcli.sampling.devices import pick_device, pick_dtype, place  # noqa: PLC0415 - torch
-    from varcli.sampling.editing import EditConfig, Editor  # noqa: PLC0415 - torch
+    from varcli.acceleration.devices import pick_device, pick_dtype, prepare
+    from varcli.checkpoints.store import load_model
+    from varcli.images.tiling import count_tiles, tile_side
+    from varcli.outputs.open import open_sink
+    from varcli.sampling.editing import EditConfig, Editor
 
     config = ask.config()
     rule = EditConfig(feather=ask.feather, composite=ask.composite, paper=ask.paper)
     where = pick_device(ask.device)
     precision = pick_dtype(ask.dtype, where)
-    model = load_model(find(ask.checkpoint, progress=not ask.quiet))
+    model = load_model(resolve_checkpoint(ask.checkpoint, progress=not ask.quiet))
     origin = origin_of(ask.checkpoint, model.sha256, config, str(where), precision)
-    side = region_side(task.mask, model.tokenizer.config.pixels, max(task.mask.shape) if ask.paper else task.side)
+    side = tile_side(task.mask, model.tokenizer.config.pixels, max(task.mask.shape) if ask.paper else task.side)
     entries = [one_class(ask.class_name, model.classes, seed) for seed in ask.seeds()]
-    total = ask.count * ask.best_of * count_regions(task.mask, side)
-    with open_output(ask.out, several=ask.count > 1) as output, progress("squares", total, ask.quiet) as advance:
-        place(model.tokenizer, model.transformer, where, precision)
+    total = ask.count * ask.best_of * count_tiles(task.mask, side)
+    with open_sink(ask.out, several=ask.count > 1) as output, progress("squares", total, ask.quiet) as advance:
+        prepare(model.tokenizer, model.transformer, where, precision)
         editor = Editor(model.tokenizer, model.transformer, config, rule)
         results = Results(task, ask, output, origin)
         for entry, seed in zip(entries, ask.seeds(), strict=True):
@@ -146,15 +146,15 @@ class Results:
 
     task: Task
     ask: Ask
-    output: "Output"
+    output: "Sink"
     origin: "Provenance"
     shown: list["Pixels"] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
 
     def take(self, candidates: Sequence["Edited"], entry: ClassEntry | None) -> None:
         """Put the best of the candidates in its place and say which that is."""
-        from varcli.data.deep import in_8_bits  # noqa: PLC0415 - numpy
-        from varcli.sampling.editing import best  # noqa: PLC0415 - torch
+        from varcli.images.png16 import to_8_bits
+        from varcli.sampling.editing import best
 
         edited = best(candidates) if len(candidates) > 1 else candidates[0]
         made = self._provenance(edited.seed, entry)
@@ -169,38 +169,39 @@ class Results:
         elif path and not self.ask.quiet:
             result(str(path))
         if self.ask.grid:
-            self.shown.append(in_8_bits(edited.pixels))
+            self.shown.append(to_8_bits(edited.pixels))
             self.labels.append(f"{made.class_name}, seed {made.seed}")
 
     def finish(self) -> None:
         """Make the contact sheet: what was to be filled, and the results."""
         if not self.ask.grid:
             return
-        from varcli.data.images import png_bytes, write_atomically  # noqa: PLC0415 - Pillow
-        from varcli.data.masks import marked  # noqa: PLC0415 - numpy
-        from varcli.data.sheets import contact_sheet  # noqa: PLC0415 - numpy
+        from varcli.files import write_atomically
+        from varcli.images.contact_sheet import contact_sheet
+        from varcli.images.masks import marked
+        from varcli.images.provenance import png_bytes
 
         given = self.task.photograph.pixels()
         shown, labels = [marked(given, self.task.mask), *self.shown], ["to fill", *self.labels]
         write_atomically(self.ask.grid, png_bytes(contact_sheet(shown, labels)))
 
     def _provenance(self, seed: int, entry: ClassEntry | None) -> "EditProvenance":
-        from varcli.data.images import EditProvenance, setting_words  # noqa: PLC0415 - Pillow
+        from varcli.images.provenance import EditProvenance, setting_options
 
         made = replace(self.origin, seed=seed)
         if entry is not None:
             made = replace(made, class_id=entry.id, class_name=entry.name)
-        command = (*self.task.words, *self.ask.rule_words(), *setting_words(made))
+        command = (*self.task.words, *self.ask.rule_words(), *setting_options(made))
         return EditProvenance(**asdict(made), command=command, source=self.task.source, inputs=self.task.inputs)
 
     def _grow(self, path: Path, edited: "Edited", made: "EditProvenance") -> None:
-        """Write the picture growing: scale by scale, or square by square as a strip of several squares."""
-        from varcli.data.sheets import save_growing  # noqa: PLC0415 - numpy
+        """Write the image growing: scale by scale, or square by square as a strip of several squares."""
+        from varcli.images.contact_sheet import save_growth
 
         squares = len(edited.seams)
         step = len(edited.frames) // squares if squares > 1 and path.suffix.lower() == ".png" else 1
         frames = edited.frames[step - 1 :: step]
-        save_growing(path, frames, [f"step {i + 1}" for i in range(len(frames))], made)
+        save_growth(path, frames, [f"step {i + 1}" for i in range(len(frames))], made)
 
 
 def _scores(edited: "Edited", candidates: Sequence["Edited"]) -> dict[str, Any]:

@@ -1,33 +1,33 @@
-"""Options of the commands that start from a picture, each once. No torch here."""
+"""Options of the commands that start from an image, each once. No torch here."""
 
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
-Image = Annotated[str, Argument(metavar="IMG", help="A picture of any size and kind, or - for standard input.")]
-Images = Annotated[list[str], Argument(metavar="IMG...", help="Pictures of any size and kind; - is standard input.")]
+Image = Annotated[str, Argument(metavar="IMG", help="An image of any size and kind, or - for standard input.")]
+Images = Annotated[list[str], Argument(metavar="IMG...", help="Images of any size and kind; - is standard input.")]
 MaskFile = Annotated[
-    str | None, Argument(metavar="[MASK]", help="A grey picture, white where to fill, of the picture's size.")
+    str | None, Argument(metavar="[MASK]", help="A grey image, white where to fill, of the image's size.")
 ]
 MaskOption = Annotated[
     str | None,
-    Option("--mask", metavar="FILE", help="A grey picture, white where to change, of the picture's size."),
+    Option("--mask", metavar="FILE", help="A grey image, white where to change, of the image's size."),
 ]
 Alpha = Annotated[
-    bool, Option("--alpha", help="Fill where the mask, or without one the picture, is transparent, not where white.")
+    bool, Option("--alpha", help="Fill where the mask, or without one the image, is transparent, not where white.")
 ]
 Box = Annotated[
     str | None,
     Option("--box", metavar="L,T,R,B", help="Instead of a mask: a box in pixels (16,0,48,32) or percent (25%,0%,…)."),
 ]
-FitMask = Annotated[bool, Option("--fit-mask", help="Resize a mask of another size to the picture's.")]
+FitMask = Annotated[bool, Option("--fit-mask", help="Resize a mask of another size to the image's.")]
 Pad = Annotated[
     str | None,
-    Option("--pad", metavar="L,T,R,B", help="What to add on each side, in pixels or percent of the picture."),
+    Option("--pad", metavar="L,T,R,B", help="What to add on each side, in pixels or percent of the image."),
 ]
 To = Annotated[
-    str | None, Option("--to", metavar="WxH", help="Size to reach, such as 1024x256, the picture in the middle.")
+    str | None, Option("--to", metavar="WxH", help="Size to reach, such as 1024x256, the image in the middle.")
 ]
 ClassFor = Annotated[
     str,
@@ -56,10 +56,10 @@ Feather = Annotated[
 ]
 Composite = Annotated[
     bool,
-    Option("--composite/--no-composite", help="Take kept pixels from the picture, or all from the model's decoder."),
+    Option("--composite/--no-composite", help="Take kept pixels from the image, or all from the model's decoder."),
 ]
 Paper = Annotated[
-    bool, Option("--paper", help="Follow the released demonstration exactly: its keep rule, nothing put back.")
+    bool, Option("--released-rule", help="Follow the released demonstration exactly: its keep rule, nothing put back.")
 ]
 Out = Annotated[
     str | None,
@@ -81,7 +81,7 @@ RebuiltOut = Annotated[
     ),
 ]
 PairsGrid = Annotated[
-    Path | None, Option("--grid", metavar="FILE", help="Also a sheet of pictures beside their reconstructions, .png.")
+    Path | None, Option("--grid", metavar="FILE", help="Also a sheet of images beside their reconstructions, .png.")
 ]
 Grid = Annotated[
     Path | None, Option("--grid", metavar="FILE", help="Also a contact sheet: what to fill, and the results, .png.")

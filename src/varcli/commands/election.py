@@ -7,34 +7,34 @@ from itertools import chain, islice, zip_longest
 
 import numpy as np
 
-from varcli.commands.series import Picture
+from varcli.commands.series import SampleRequest
+from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
-from varcli.evaluation.ranking import Classifier
-from varcli.processes import Group
-from varcli.sampling.batches import BatchSampler
+from varcli.evaluation.classifier import Classifier
+from varcli.sampling.batching import BatchSampler
 from varcli.sampling.sampler import Pixels
 
 AT_ONCE = 32
-"""Pictures a classifier looks at."""
+"""Images a classifier looks at."""
 
-Made = tuple[Picture, Pixels]
+Made = tuple[SampleRequest, Pixels]
 
 
 def surest(
-    sampler: BatchSampler, classifier: Classifier, candidates: Iterable[Picture], kept: int
-) -> list[tuple[Picture, Pixels]]:
+    sampler: BatchSampler, classifier: Classifier, candidates: Iterable[SampleRequest], kept: int
+) -> list[tuple[SampleRequest, Pixels]]:
     """Return the `kept` of a class's candidates, in their order, whose class the classifier is surest of.
 
     Of equally sure ones the first stay. Only those that may stay are held in memory.
     """
     best: list[tuple[float, int, Made]] = []
-    made = enumerate(sampler.pictures(candidates))
+    made = enumerate(sampler.images(candidates))
     while part := list(islice(made, AT_ONCE)):
         pixels_BPP3 = np.stack([pixels for _, (_, pixels) in part])
-        confidence_B = classifier.confidence(pixels_BPP3, [picture.row for _, (picture, _) in part])
+        confidence_B = classifier.confidence(pixels_BPP3, [image.row for _, (image, _) in part])
         judged = [
-            (float(sure), -number, (picture, pixels.copy()))  # what it is a view of is a whole batch
-            for sure, (number, (picture, pixels)) in zip(confidence_B, part, strict=True)
+            (float(sure), -number, (image, pixels.copy()))  # what it is a view of is a whole batch
+            for sure, (number, (image, pixels)) in zip(confidence_B, part, strict=True)
         ]
         best = nlargest(kept, best + judged, key=lambda found: found[:2])
     return [one for _, _, one in sorted(best, key=lambda found: -found[1])]
@@ -42,26 +42,26 @@ def surest(
 
 @dataclass(frozen=True, slots=True)
 class Election:
-    """Chooses pictures class by class, and hands on those it has judged."""
+    """Chooses images class by class, and hands on those it has judged."""
 
     sampler: BatchSampler
     classifier: Classifier
     kept: int
     """How many of each class."""
-    group: Group
+    group: ProcessGroup
     """Processes that share the work."""
-    _pixels: dict[Picture, Pixels] = field(default_factory=dict)
+    _pixels: dict[SampleRequest, Pixels] = field(default_factory=dict)
 
-    def chosen(self, classes: Iterable[Iterable[Picture]]) -> Iterator[list[Picture]]:
+    def chosen(self, classes: Iterable[Iterable[SampleRequest]]) -> Iterator[list[SampleRequest]]:
         """Yield which of each class's candidates stay.
 
-        Several processes judge a class each, at once, and then make the chosen pictures once more, wherever they are
+        Several processes judge a class each, at once, and then make the chosen images once more, wherever they are
         wanted: so all of them are to call this, and to use up what it yields. One process goes class by class.
 
         Raises:
-            UsageError: candidates are not all of one class, or would not be the same pictures when made once more.
+            UsageError: candidates are not all of one class, or would not be the same images when made once more.
         """
-        if self.group.count == 1:
+        if self.group.world_size == 1:
             for candidates in classes:
                 self._pixels.clear()
                 self._pixels.update(self._surest(candidates))
@@ -69,20 +69,20 @@ class Election:
             return
         if self.sampler.batch_size > 1:
             raise UsageError("best: with several processes in 16 bits on a GPU; one process, or --dtype fp32")
-        mine = [[picture for picture, _ in self._surest(candidates)] for candidates in self.group.share(classes)]
+        mine = [[image for image, _ in self._surest(candidates)] for candidates in self.group.shard(classes)]
         shares = self.group.broadcast(self.group.gather(mine))
         yield from filter(None, chain.from_iterable(zip_longest(*shares)))
 
-    def pictures(self, wanted: Iterable[Picture]) -> Iterator[Made]:
-        """Yield chosen pictures, as they were judged where they are still at hand."""
-        for picture in wanted:
-            if picture in self._pixels:
-                yield picture, self._pixels.pop(picture)
+    def images(self, wanted: Iterable[SampleRequest]) -> Iterator[Made]:
+        """Yield chosen images, as they were judged where they are still at hand."""
+        for image in wanted:
+            if image in self._pixels:
+                yield image, self._pixels.pop(image)
             else:
-                yield from self.sampler.pictures([picture])
+                yield from self.sampler.images([image])
 
-    def _surest(self, candidates: Iterable[Picture]) -> list[Made]:
+    def _surest(self, candidates: Iterable[SampleRequest]) -> list[Made]:
         found = list(candidates)
-        if None in (ids := {picture.made.class_id for picture in found}) or len(ids) > 1:
+        if None in (ids := {image.made.class_id for image in found}) or len(ids) > 1:
             raise UsageError("best: with none or random; classes, of which a classifier can tell how well they are met")
         return surest(self.sampler, self.classifier, found, self.kept)

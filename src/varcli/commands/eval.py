@@ -9,15 +9,15 @@ from typer import Exit
 from varcli.commands import eval_options, options
 from varcli.commands.eval_ask import Ask, check
 from varcli.commands.eval_options import DEFAULT_CLASSIFIER
-from varcli.processes import joined, launched, relaunch
-from varcli.reporting import note, result, table
+from varcli.console import note, result, table
+from varcli.distributed import launch, launched, process_group
 
 if TYPE_CHECKING:
     from varcli.evaluation.results import Result
 
 
 def evaluate(  # noqa: PLR0917 - options are given by name
-    paths: eval_options.Pictures = None,
+    paths: eval_options.Images = None,
     fid: eval_options.Fid = False,
     inception_score: eval_options.InceptionScore = False,
     kid: eval_options.Kid = False,
@@ -32,7 +32,7 @@ def evaluate(  # noqa: PLR0917 - options are given by name
     top_p: options.TopP = None,
     smooth: options.Smooth = False,
     preset: options.Preset = "metrics",
-    draft: options.Draft = None,
+    approximate: options.Approximate = None,
     reject: eval_options.Reject = None,
     classifier: eval_options.Classifier = DEFAULT_CLASSIFIER,
     resize: eval_options.Resize = None,
@@ -50,7 +50,7 @@ def evaluate(  # noqa: PLR0917 - options are given by name
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure pictures: those that a checkpoint makes, 50 of each class as in the paper, or those at PATH.
+    """Measure images: those that a checkpoint makes, 50 of each class as in the paper, or those at PATH.
 
     Without --fid, --is, --kid or --prc: FID and inception score. Killed, the same command goes on where it was (but for
     --tokenizer).
@@ -59,10 +59,10 @@ def evaluate(  # noqa: PLR0917 - options are given by name
     ask = Ask.of(given)
     check(ask)
     if nproc > 1 and not launched():
-        raise Exit(relaunch(nproc))
-    from varcli.commands.evaluating import evaluated  # noqa: PLC0415 - torch
+        raise Exit(launch(nproc))
+    from varcli.commands.evaluating import evaluated
 
-    with joined() as group:
+    with process_group() as group:
         found, forget = evaluated(ask, group)
         if found:
             _tell(found, out, as_json=as_json, quiet=quiet)
@@ -72,7 +72,7 @@ def evaluate(  # noqa: PLR0917 - options are given by name
 def _tell(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:
     """Write the result where it is wanted, what makes it incomparable beside it."""
     if out:
-        from varcli.data.images import write_atomically  # noqa: PLC0415 - Pillow
+        from varcli.files import write_atomically
 
         write_atomically(out, (json.dumps(found.facts(), indent=1, sort_keys=True) + "\n").encode())
     if as_json:

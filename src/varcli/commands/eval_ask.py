@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from varcli.commands import options
+from varcli.distributed import launched
 from varcli.errors import UsageError
-from varcli.processes import launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Ask:
     top_p: float | None
     smooth: bool
     preset: str
-    draft: str | None
+    approximate: str | None
     reject: float | None
     classifier: str
     resize: int | None
@@ -59,7 +59,7 @@ class Ask:
 
     @property
     def made(self) -> bool:
-        """Whether pictures are made, and not there already."""
+        """Whether images are made, and not there already."""
         return not (self.paths or self.tokenizer)
 
 
@@ -75,12 +75,12 @@ def check(ask: Ask) -> None:
 
 def _check_together(ask: Ask) -> None:
     only_made = {"num": ask.num, "reject": ask.reject, "save-images": ask.save_images, "cfg": ask.cfg}
-    only_made |= {"top-k": ask.top_k, "top-p": ask.top_p, "smooth": ask.smooth, "draft": ask.draft}
+    only_made |= {"top-k": ask.top_k, "top-p": ask.top_p, "smooth": ask.smooth, "approximate": ask.approximate}
     for name, value in only_made.items():
         if value is not None and value is not False and not ask.made:
-            raise UsageError(f"{name}: with pictures that exist; it is for pictures to be made")
+            raise UsageError(f"{name}: with images that exist; it is for images to be made")
     if ask.resize and ask.made:
-        raise UsageError("resize: without pictures; those that are made have their size")
+        raise UsageError("resize: without images; those that are made have their size")
     if ask.tokenizer and (ask.inception_score or ask.kid or ask.prc):
         raise UsageError("tokenizer: with --is, --kid or --prc; it is measured by FID, PSNR, SSIM and LPIPS")
     if ask.save_stats and "fid" not in ask.metrics:
@@ -91,13 +91,13 @@ def _check_together(ask: Ask) -> None:
 
 
 def _check_places(ask: Ask) -> None:
-    from varcli.data.outputs import check_file, check_output, find_output  # noqa: PLC0415 - Pillow
-    from varcli.data.places import Stream  # noqa: PLC0415 - Pillow
+    from varcli.outputs.open import check_file, check_sink, find_sink
+    from varcli.outputs.sinks import StreamSink
 
     if ask.save_images:
-        check_output(ask.save_images)
-        place = find_output(ask.save_images, several=True)
-        if isinstance(place, Stream):
+        check_sink(ask.save_images)
+        place = find_sink(ask.save_images, several=True)
+        if isinstance(place, StreamSink):
             raise UsageError(f"save-images: {ask.save_images}; a folder, .npz or .tar: the result goes to stdout")
         if place.archive and (ask.nproc > 1 or launched()):
             raise UsageError(f"save-images: {ask.save_images} with several processes; a folder")

@@ -5,41 +5,40 @@ from pathlib import Path
 
 import torch
 
-from varcli.checkpoints.materials import references
-from varcli.checkpoints.registry import find, presets, registry
+from varcli.acceleration.devices import pick_dtype, prepare
+from varcli.checkpoints.registry import presets, registry, resolve_checkpoint
 from varcli.checkpoints.store import load_model, load_tokenizer, read_metadata
 from varcli.commands.eval_ask import Ask
 from varcli.commands.eval_subjects import Given, Rebuilt, Samples, Subject
 from varcli.commands.measuring import Bench
-from varcli.commands.options import parse_drafts
+from varcli.commands.options import parse_approximations
 from varcli.commands.series import Series, candidates
 from varcli.commands.settings import origin_of, settings
 from varcli.config import SampleConfig
+from varcli.console import note, notes
 from varcli.errors import CheckpointError, InputError, UsageError
-from varcli.evaluation.guards import PAPER
-from varcli.evaluation.ranking import Classifier
-from varcli.evaluation.reconstructions import Reconstructions
-from varcli.evaluation.references import Reference
-from varcli.reporting import note, notes
-from varcli.sampling.batches import BatchSampler
-from varcli.sampling.devices import pick_dtype, place
-from varcli.training.perceptual import PerceptualDistance
+from varcli.evaluation.classifier import Classifier
+from varcli.evaluation.comparability import PAPER
+from varcli.evaluation.reconstruction import Reconstructions
+from varcli.evaluation.references import Reference, references
+from varcli.models.lpips import LPIPS
+from varcli.sampling.batching import BatchSampler
 
 SMALL = 2_000
-"""Pictures where neither a paper nor a reference says how many."""
+"""Images where neither a paper nor a reference says how many."""
 
 
 def opened(ask: Ask, bench: Bench, device: torch.device) -> tuple[Subject, Reference | None]:
     """Return what is measured, and against what, where a metric asks for it; the latter to the first process.
 
     Raises:
-        VarError: the checkpoint, the pictures or the reference cannot be used.
+        VarError: the checkpoint, the images or the reference cannot be used.
     """
     if ask.tokenizer:
         rebuilt = _rebuilt(ask, bench, device)
         if ask.reference:
             return rebuilt, bench.reference(ask.reference, features=False, resize=ask.resize)
-        return rebuilt, bench.reference_of(rebuilt.pictures, "the same pictures", features=False)
+        return rebuilt, bench.reference_of(rebuilt.images, "the same images", features=False)
     if ask.made:
         config = _settings(ask)
         entry = registry().get(ask.checkpoint)
@@ -47,7 +46,7 @@ def opened(ask: Ask, bench: Bench, device: torch.device) -> tuple[Subject, Refer
         number = bench.group.broadcast(ask.num or _usual_number(ask.checkpoint, reference))
         return _samples(ask, bench, device, config, number), reference
     paths = ask.paths or []
-    given = Given(bench.pictures(paths, ask.resize, ask.skip_bad), paths)
+    given = Given(bench.images(paths, ask.resize, ask.skip_bad), paths)
     sides = {known.pixels: name for name, known in references().items()}
     return given, _reference(ask, bench, sides.get(given.side))
 
@@ -60,45 +59,45 @@ def _reference(ask: Ask, bench: Bench, usual: str | None) -> Reference | None:
     name = ask.reference or usual
     if name is None:
         raise UsageError(
-            f"reference: none is known for this; --reference with {', '.join(references())}, statistics or pictures"
+            f"reference: none is known for this; --reference with {', '.join(references())}, statistics or images"
         )
     return bench.reference(name, features=bool(against - {"fid"}), resize=ask.resize)
 
 
 def _settings(ask: Ask) -> SampleConfig:
     given = {"cfg": ask.cfg, "top_k": ask.top_k, "top_p": ask.top_p, "smooth": ask.smooth}
-    return settings(ask.checkpoint, ask.preset, **given, draft=parse_drafts(ask.draft))
+    return settings(ask.checkpoint, ask.preset, **given, approximate=parse_approximations(ask.approximate))
 
 
 def _rebuilt(ask: Ask, bench: Bench, device: torch.device) -> Rebuilt:
-    path = find(ask.checkpoint, progress=not bench.quiet)
+    path = resolve_checkpoint(ask.checkpoint, progress=not bench.quiet)
     tokenizer, (metadata, _) = load_tokenizer(path).to(device), read_metadata(path)
     paths: Sequence[str | Path] = ask.paths or _held_out(ask)
-    pictures = bench.pictures(paths, ask.resize, ask.skip_bad)
+    images = bench.images(paths, ask.resize, ask.skip_bad)
     config = tokenizer.config
-    if pictures.side != config.pixels:
+    if images.side != config.pixels:
         raise InputError(
-            f"pictures: {pictures.side} pixels a side, the tokenizer takes {config.pixels}; --resize {config.pixels}"
+            f"images: {images.side} pixels a side, the tokenizer takes {config.pixels}; --resize {config.pixels}"
         )
     distance = _distance(ask.lpips_weights, device, bench.quiet)
     losses = Reconstructions(config.codebook_size, len(config.sides), distance, device)
     made = {"name": ask.checkpoint, "sha256": metadata["tokenizer_sha256"], "device": str(device), "dtype": "fp32"}
-    return Rebuilt(pictures, [str(path) for path in paths], tokenizer, losses, made)
+    return Rebuilt(images, [str(path) for path in paths], tokenizer, losses, made)
 
 
 def _held_out(ask: Ask) -> list[Path]:
-    """Return where the pictures lie that a checkpoint's training never saw, for one that has them at hand."""
+    """Return where the images lie that a checkpoint's training never saw, for one that has them at hand."""
     entry = registry().get(ask.checkpoint)
     known = references().get(entry.reference or "") if entry else None
     if known is None or not known.bundled:
-        raise UsageError("tokenizer: without pictures; name some it was not trained on, such as ImageNet's validation")
+        raise UsageError("tokenizer: without images; name some it was not trained on, such as ImageNet's validation")
     return [known.path]
 
 
-def _distance(folder: Path | None, device: torch.device, quiet: bool) -> PerceptualDistance | None:
+def _distance(folder: Path | None, device: torch.device, quiet: bool) -> LPIPS | None:
     """Return LPIPS where its weights are there; an asked-for folder must have them."""
     try:
-        return PerceptualDistance(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
+        return LPIPS(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
     except CheckpointError as error:
         if folder:
             raise
@@ -109,15 +108,15 @@ def _distance(folder: Path | None, device: torch.device, quiet: bool) -> Percept
 
 def _samples(ask: Ask, bench: Bench, device: torch.device, config: SampleConfig, number: int) -> Samples:
     precision = ask.quantize or pick_dtype(ask.dtype, device)
-    model = load_model(find(ask.checkpoint, progress=not bench.quiet))
-    place(model.tokenizer, model.transformer, device, precision)
+    model = load_model(resolve_checkpoint(ask.checkpoint, progress=not bench.quiet))
+    prepare(model.tokenizer, model.transformer, device, precision)
     sampler = BatchSampler(model.tokenizer, model.transformer, config, ask.batch_size, notes(bench.quiet))
-    named = device.type if bench.group.count > 1 else str(device)
+    named = device.type if bench.group.world_size > 1 else str(device)
     origin = origin_of(ask.checkpoint, model.sha256, config, named, precision)
     kept = _balanced(number, len(model.classes))
     made = {row: candidates(count, 1 - ask.reject) if ask.reject else count for row, count in kept.items()}
     drawn = {
-        row: list(Series(model.classes, count, ask.seed, origin, note).pictures(model.classes.entries[row]))
+        row: list(Series(model.classes, count, ask.seed, origin, note).images(model.classes.entries[row]))
         for row, count in made.items()
     }
     classifier = Classifier(ask.classifier, model.classes, device) if ask.reject else None
@@ -133,7 +132,7 @@ def _samples(ask: Ask, bench: Bench, device: torch.device, config: SampleConfig,
 
 
 def _usual_number(checkpoint: str, reference: Reference | None) -> int:
-    """Return how many pictures to make where nobody says: the paper's, else as many as the reference has."""
+    """Return how many images to make where nobody says: the paper's, else as many as the reference has."""
     entry = registry().get(checkpoint)
     if entry and entry.fid:
         return PAPER
@@ -141,6 +140,6 @@ def _usual_number(checkpoint: str, reference: Reference | None) -> int:
 
 
 def _balanced(count: int, classes: int) -> dict[int, int]:
-    """Return how many pictures of each class make `count`: equally many, the first ones one more if need be."""
+    """Return how many images of each class make `count`: equally many, the first ones one more if need be."""
     each, more = divmod(count, classes)
     return {row: each + (row < more) for row in range(classes) if each or row < more}

@@ -8,15 +8,15 @@ from typer import Argument, Option
 DEFAULT_CLASSIFIER: Final = "resnet101"
 """torchvision's, the network VQGAN's rejection sampling used."""
 
-Pictures = Annotated[
+Images = Annotated[
     list[str] | None,
     Argument(
         metavar="PATH",
-        help="Pictures that exist: folders, zips, .npz (arr_0), WebDataset .tar, picture files, or - for paths on "
-        "stdin. Without any, pictures are made with the checkpoint.",
+        help="Images that exist: folders, zips, .npz (arr_0), WebDataset .tar, image files, or - for paths on "
+        "stdin. Without any, images are made with the checkpoint.",
     ),
 ]
-Data = Annotated[list[str], Argument(metavar="PATH", help="Folders, zips, .npz, .tar, picture files, or - .")]
+Data = Annotated[list[str], Argument(metavar="PATH", help="Folders, zips, .npz, .tar, image files, or - .")]
 Fid = Annotated[bool, Option("--fid", help="Fréchet inception distance.")]
 InceptionScore = Annotated[bool, Option("--is", help="Inception score.")]
 Kid = Annotated[bool, Option("--kid", help="Kernel inception distance.")]
@@ -27,7 +27,7 @@ Num = Annotated[
         "--num",
         "-n",
         min=2,
-        help="Pictures to make, the same number of each class.",
+        help="Images to make, the same number of each class.",
         show_default="50000, for a checkpoint without published figures as many as the reference has",
     ),
 ]
@@ -37,23 +37,23 @@ Reference = Annotated[
         "--reference",
         "-r",
         metavar="NAME|PATH",
-        help="What to measure against: imagenet-256, imagenet-512 or tiny64, an .npz of statistics, or pictures.",
-        show_default="the checkpoint's; for pictures that exist the one of their size",
+        help="What to measure against: imagenet-256, imagenet-512 or tiny64, an .npz of statistics, or images.",
+        show_default="the checkpoint's; for images that exist the one of their size",
     ),
 ]
 SaveStats = Annotated[
-    Path | None, Option("--save-stats", metavar="FILE", help="Also keep the pictures' statistics, an .npz.")
+    Path | None, Option("--save-stats", metavar="FILE", help="Also keep the images' statistics, an .npz.")
 ]
 SaveImages = Annotated[
-    str | None, Option("--save-images", metavar="PLACE", help="Also keep the pictures made: a folder, .npz or .tar.")
+    str | None, Option("--save-images", metavar="PLACE", help="Also keep the images made: a folder, .npz or .tar.")
 ]
 ResultFile = Annotated[
     Path | None,
-    Option("--out", "-o", metavar="FILE", help="Also write the result, .json, with some pictures, for `var report`."),
+    Option("--out", "-o", metavar="FILE", help="Also write the result, .json, with some images, for `var report`."),
 ]
 StatsFile = Annotated[Path, Option("--out", "-o", metavar="FILE", help="Where to write them, an .npz.")]
 Features = Annotated[
-    bool, Option("--features", help="Keep each picture's features too, which KID, precision and recall ask for.")
+    bool, Option("--features", help="Keep each image's features too, which KID, precision and recall ask for.")
 ]
 LpipsWeights = Annotated[
     Path | None,
@@ -63,7 +63,7 @@ LpipsWeights = Annotated[
 ]
 Tokenizer = Annotated[
     bool,
-    Option("--tokenizer", help="Measure the checkpoint's tokenizer instead, on pictures taken through it and back."),
+    Option("--tokenizer", help="Measure the checkpoint's tokenizer instead, on images taken through it and back."),
 ]
 Reject = Annotated[
     float | None,
@@ -83,9 +83,9 @@ Classifier = Annotated[
 ]
 Resize = Annotated[
     int | None,
-    Option("--resize", metavar="SIDE", min=1, help="Crop and resize pictures to this many pixels a side, as ADM does."),
+    Option("--resize", metavar="SIDE", min=1, help="Crop and resize images to this many pixels a side, as ADM does."),
 ]
-SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out pictures that cannot be read, instead of ending there.")]
+SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of ending there.")]
 InceptionFile = Annotated[
     Path | None,
     Option("--inception", envvar="VAR_INCEPTION", metavar="FILE", help="InceptionV3's weights, instead of a download."),

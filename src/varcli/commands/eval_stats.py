@@ -1,13 +1,13 @@
-"""`var eval stats`: statistics of pictures, to measure others against."""
+"""`var eval stats`: statistics of images, to measure others against."""
 
 from typing import TYPE_CHECKING
 
 from typer import Exit
 
 from varcli.commands import eval_options, options
+from varcli.console import note, result
+from varcli.distributed import launch, launched, process_group
 from varcli.errors import UsageError
-from varcli.processes import joined, launched, relaunch
-from varcli.reporting import note, result
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,30 +24,30 @@ def eval_stats(  # noqa: PLR0917 - options are given by name
     nproc: options.Processes = 1,
     quiet: options.Quiet = False,
 ) -> None:
-    """Put down what `var eval --reference` needs of pictures: mean and covariance of their Inception features."""
+    """Put down what `var eval --reference` needs of images: mean and covariance of their Inception features."""
     _check(out)
     if nproc > 1 and not launched():
-        raise Exit(relaunch(nproc))
-    from varcli.checkpoints.materials import find_inception  # noqa: PLC0415 - after --help
-    from varcli.commands.measuring import Bench  # noqa: PLC0415 - torch
-    from varcli.evaluation import guards  # noqa: PLC0415 - torch
-    from varcli.evaluation.inception import Inception  # noqa: PLC0415 - torch
-    from varcli.sampling.devices import pick_device  # noqa: PLC0415 - torch
+        raise Exit(launch(nproc))
+    from varcli.acceleration.devices import pick_device
+    from varcli.commands.measuring import Bench
+    from varcli.evaluation import comparability
+    from varcli.evaluation.extractors import Inception
+    from varcli.evaluation.references import find_inception
 
-    with joined() as group:
-        quiet = quiet or not group.first
+    with process_group() as group:
+        quiet = quiet or not group.is_main
         network = Inception(find_inception(inception, progress=not quiet), pick_device(group.device(device)))
         bench = Bench(network, group, quiet)
-        pictures = bench.pictures(data, resize, skip_bad)
-        bench.keep_statistics(pictures, features, out, "pictures")
+        images = bench.images(data, resize, skip_bad)
+        bench.keep_statistics(images, features, out, "images")
         if not quiet:
             result(str(out))
-            for warning in guards.skipped(pictures.skipped):
+            for warning in comparability.skipped(images.skipped):
                 note(f"warning: {warning}")
 
 
 def _check(out: "Path") -> None:
-    from varcli.data.images import check_writable  # noqa: PLC0415 - Pillow
+    from varcli.files import check_writable
 
     if out.suffix.lower() != ".npz":
         raise UsageError(f"out: {out}; a name ending in .npz")

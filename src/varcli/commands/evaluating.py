@@ -1,4 +1,4 @@
-"""What `var eval` does: pictures measured against a reference, and all that is to be known of it in one result."""
+"""What `var eval` does: images measured against a reference, and all that is to be known of it in one result."""
 
 import time
 from collections.abc import Callable
@@ -7,38 +7,37 @@ from datetime import datetime, timezone
 from typing import Any
 
 from varcli import __version__
-from varcli.checkpoints.materials import find_inception
+from varcli.acceleration.devices import pick_device
 from varcli.checkpoints.registry import registry
 from varcli.commands.eval_ask import Ask
 from varcli.commands.eval_opening import opened
 from varcli.commands.eval_subjects import Rebuilt, Samples, Subject
 from varcli.commands.measuring import Bench
-from varcli.evaluation import guards, metrics, statistics
-from varcli.evaluation.inception import Inception
-from varcli.evaluation.references import Reference
+from varcli.distributed import ProcessGroup
+from varcli.evaluation import comparability, metrics, statistics
+from varcli.evaluation.extractors import Inception
+from varcli.evaluation.references import Reference, find_inception
 from varcli.evaluation.results import ClassSpread, Origin, Published, ReferenceOrigin, Result
-from varcli.evaluation.statistics import Plan, Statistics
-from varcli.processes import Group
-from varcli.sampling.devices import pick_device
+from varcli.evaluation.statistics import EvalPlan, Statistics
 
 
-def evaluated(ask: Ask, group: Group) -> tuple[Result | None, Callable[[], None]]:
+def evaluated(ask: Ask, group: ProcessGroup) -> tuple[Result | None, Callable[[], None]]:
     """Return what was measured, nothing in all processes but the first, and what to call once it is told.
 
     Raises:
-        VarError: the checkpoint, a reference, weights or pictures cannot be used, or a file not be written.
+        VarError: the checkpoint, a reference, weights or images cannot be used, or a file not be written.
     """
-    begun, quiet = time.monotonic(), ask.quiet or not group.first
+    begun, quiet = time.monotonic(), ask.quiet or not group.is_main
     device = pick_device(group.device(ask.device))
     bench = Bench(Inception(find_inception(ask.inception, progress=not quiet), device), group, quiet)
     subject, reference = opened(ask, bench, device)
-    plan = Plan(count=len(subject), metrics=ask.metrics, classes=len(subject.classes))
-    if group.first:
+    plan = EvalPlan(count=len(subject), metrics=ask.metrics, classes=len(subject.classes))
+    if group.is_main:
         metrics.check(plan, reference)
     if ask.out:
         subject.gallery.open(len(subject))
-    measurement, forget = bench.measure(subject, plan, "pictures", resumable=not ask.tokenizer)
-    if not group.first:
+    measurement, forget = bench.measure(subject, plan, "images", resumable=not ask.tokenizer)
+    if not group.is_main:
         return None, forget
     metrics.check_found(measurement.statistics, reference)
     outcome = Outcome(ask, subject, reference, bench.inception, measurement.statistics)
@@ -78,7 +77,7 @@ class Outcome:
             per_class=self.per_class(),
             warnings=warnings,
             seconds=seconds,
-            pictures=self.subject.gallery.pictures(),
+            images=self.subject.gallery.images(),
         )
 
     def figures(self) -> dict[str, Any]:
@@ -90,7 +89,7 @@ class Outcome:
         return found
 
     def protocol(self) -> dict[str, Any]:
-        """Return what decides the figures beside pictures, reference and network."""
+        """Return what decides the figures beside images, reference and network."""
         asked: dict[str, Any] = {}
         if "is" in self.ask.metrics:
             asked |= {"is_splits": statistics.SPLITS, "is_shuffle_seed": statistics.SEED}
@@ -125,14 +124,14 @@ class Outcome:
     def warnings(self, figures: dict[str, Any]) -> list[str]:
         """Return what makes the figures incomparable with published ones."""
         bias = figures.get("fid_bias", figures.get("rfid_bias"))
-        found = list(guards.few_pictures(self.statistics.count, bias))
+        found = list(comparability.few_images(self.statistics.count, bias))
         found += self.subject.warnings()
         if self.reference:
-            found += guards.other_size(self.subject.side, self.reference.pixels)
-            found += guards.small_reference(self.reference.count)
+            found += comparability.other_size(self.subject.side, self.reference.pixels)
+            found += comparability.small_reference(self.reference.count)
             entry = registry().get(self.ask.checkpoint)
             if isinstance(self.subject, Samples) and entry and entry.fid:
-                found += guards.other_reference(self.reference.name, entry.reference or "")
+                found += comparability.other_reference(self.reference.name, entry.reference or "")
         return found
 
 

@@ -1,4 +1,4 @@
-"""`var inpaint`: a picture with a hole in, the picture without it out."""
+"""`var inpaint`: an image with a hole in, the image without it out."""
 
 from varcli.commands import editing_options, options
 from varcli.commands.editing import Ask, check_together, run
@@ -31,7 +31,7 @@ def inpaint(  # noqa: PLR0917 - options are given by name
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fill a hole in a picture so that it goes with the rest. Whatever is not near the hole stays to the last bit."""
+    """Fill a hole in an image so that it goes with the rest. Whatever is not near the hole stays to the last bit."""
     ask = Ask.of(locals())
     check_together(ask)
     words = ("inpaint", image, *([mask] if mask else []))

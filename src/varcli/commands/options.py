@@ -5,12 +5,12 @@ from typing import Annotated, Final, Literal
 
 from typer import Argument, Option
 
-from varcli.config import DRAFTS
+from varcli.config import APPROXIMATIONS
 from varcli.errors import UsageError
 
 DEFAULT_CHECKPOINT: Final = "tiny64"
 DEFAULT_PRESET: Final = "looks"
-"""Who types no settings wants pictures to look at; figures come from commands that say so."""
+"""Who types no settings wants images to look at; figures come from commands that say so."""
 
 Classes = Annotated[
     list[str],
@@ -22,8 +22,8 @@ Classes = Annotated[
         "random, or - for one a line on stdin. Repeatable.",
     ),
 ]
-Count = Annotated[int, Option("--count", "-n", min=1, help="Pictures a class.")]
-Seed = Annotated[int, Option("--seed", min=0, help="Seed of a class's first picture; the next ones count up from it.")]
+Count = Annotated[int, Option("--count", "-n", min=1, help="Images a class.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of a class's first image; the next ones count up from it.")]
 Checkpoint = Annotated[
     str,
     Option(
@@ -60,17 +60,17 @@ Out = Annotated[
         show_default="files in the current folder",
     ),
 ]
-Grid = Annotated[Path | None, Option("--grid", metavar="FILE", help="Also a contact sheet of all pictures, .png.")]
+Grid = Annotated[Path | None, Option("--grid", metavar="FILE", help="Also a contact sheet of all images, .png.")]
 Scales = Annotated[
     Path | None,
-    Option("--scales", metavar="FILE", help="Also the picture growing scale by scale: strip .png, animation .gif."),
+    Option("--growth", metavar="FILE", help="Also the image growing scale by scale: strip .png, animation .gif."),
 ]
 BatchSize = Annotated[
     int | None,
     Option(
         "--batch-size",
         min=1,
-        help="Pictures at a time on a GPU in 16 bits; elsewhere always one, so that batches change nothing.",
+        help="Images at a time on a GPU in 16 bits; elsewhere always one, so that batches change nothing.",
         show_default="as memory allows",
     ),
 ]
@@ -87,12 +87,12 @@ Quantize = Annotated[
         show_default="off",
     ),
 ]
-Draft = Annotated[
+Approximate = Annotated[
     str | None,
     Option(
-        "--draft",
+        "--approximate",
         metavar="NAMES",
-        help=f"Approximations that save time: {', '.join(DRAFTS)} (with commas between), or all.",
+        help=f"Approximations that save time: {', '.join(APPROXIMATIONS)} (with commas between), or all.",
         show_default="none",
     ),
 ]
@@ -102,13 +102,13 @@ Processes = Annotated[
         "--nproc",
         metavar="N",
         min=1,
-        help="Share the pictures among N processes, which share the GPUs where there are some.",
+        help="Share the images among N processes, which share the GPUs where there are some.",
     ),
 ]
-Resume = Annotated[bool, Option("--resume", help="Skip pictures that are there already.")]
+Resume = Annotated[bool, Option("--resume", help="Skip images that are there already.")]
 Json = Annotated[bool, Option("--json", help="Results as JSON, one object a line.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bar, no notes, no paths; errors only.")]
-PictureFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that `var sample` wrote.")]
+ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that `var sample` wrote.")]
 Words = Annotated[list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without them all classes.")]
 
 
@@ -124,14 +124,14 @@ def parse_numbers(what: str, text: str) -> tuple[int, ...]:
         raise UsageError(f"{what}: {text}; whole numbers with commas between, such as 1,2,3") from None
 
 
-def parse_drafts(text: str | None) -> str | None:
-    """Return approximations in the order of `DRAFTS`, each once; unknown ones are left to the configuration."""
+def parse_approximations(text: str | None) -> str | None:
+    """Return approximations in the order of `APPROXIMATIONS`, each once; unknown ones are left to the configuration."""
     if text is None:
         return None
     given = {name.strip() for name in text.split(",")}
     if given == {"all"}:
-        return ",".join(DRAFTS)
-    return ",".join([name for name in DRAFTS if name in given] + sorted(given - set(DRAFTS)))
+        return ",".join(APPROXIMATIONS)
+    return ",".join([name for name in APPROXIMATIONS if name in given] + sorted(given - set(APPROXIMATIONS)))
 
 
 def check_precision(dtype: str, quantize: str | None) -> None:

@@ -1,4 +1,4 @@
-"""`var outpaint`: a picture in, a larger one out."""
+"""`var outpaint`: an image in, a larger one out."""
 
 from varcli.commands import editing_options, options
 from varcli.commands.editing import Ask, check_together, run
@@ -29,7 +29,7 @@ def outpaint(  # noqa: PLR0917 - options are given by name
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Go on beyond a picture's edges, however far. Only what is near those edges changes in the picture itself."""
+    """Go on beyond an image's edges, however far. Only what is near those edges changes in the image itself."""
     ask = Ask.of(locals())
     check_together(ask)
     run(outpainting(image, pad=pad, to=to), ask)

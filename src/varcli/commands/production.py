@@ -1,4 +1,4 @@
-"""How the pictures of `var sample` get made and told of: batch by batch, by one process or shared by several."""
+"""How the images of `var sample` get made and told of: batch by batch, by one process or shared by several."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -8,41 +8,41 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from varcli.commands.series import Picture
+from varcli.commands.series import SampleRequest
+from varcli.console import result
+from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
-from varcli.processes import Group
-from varcli.reporting import result
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from varcli.data.images import Pixels, Provenance
-    from varcli.data.places import Output
-    from varcli.data.writing import Writer
+    from varcli.images.provenance import Pixels, Provenance
+    from varcli.outputs.async_writer import AsyncWriter
+    from varcli.outputs.sinks import Sink
 
 
-Sampled = Callable[[Iterable[Picture]], "Iterator[tuple[Picture, Pixels]]"]
-"""Makes pictures, in order."""
+Sampled = Callable[[Iterable[SampleRequest]], "Iterator[tuple[SampleRequest, Pixels]]"]
+"""Makes images, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A picture that was made, with its pixels where they are to be shown."""
+    """An image that was made, with its pixels where they are to be shown."""
 
-    picture: Picture
+    image: SampleRequest
     pixels: "Pixels | None"
 
     @property
     def made(self) -> "Provenance":
         """What its file says of it."""
-        return self.picture.made
+        return self.image.made
 
 
 @dataclass(slots=True)
 class Results:
-    """Where finished pictures go, and what is said of them."""
+    """Where finished images go, and what is said of them."""
 
-    output: "Output"
+    output: "Sink"
     grid: Path | None
     as_json: bool
     quiet: bool
@@ -51,19 +51,19 @@ class Results:
     made: int = 0
     shown: list[Finished] = field(default_factory=list)
 
-    def missing(self, wanted: Iterable[Picture]) -> Iterator[Picture]:
-        """Yield those pictures that an earlier run did not leave in the output."""
-        for picture in wanted:
+    def missing(self, wanted: Iterable[SampleRequest]) -> Iterator[SampleRequest]:
+        """Yield those images that an earlier run did not leave in the output."""
+        for image in wanted:
             self.asked += 1
             if self.grid:
                 check_sheet(self.asked)  # how many lines stdin has nobody knew
-            if self.output.has(picture.made):
+            if self.output.has(image.made):
                 self.advance()
             else:
-                yield picture
+                yield image
 
     def placed(self, finished: Finished, path: Path | None) -> None:
-        """Say where a picture is, which has its place now."""
+        """Say where an image is, which has its place now."""
         self.made += 1
         if self.as_json:
             where = path or self.output.archive
@@ -75,33 +75,34 @@ class Results:
         self.advance()
 
     def finish(self, say: Callable[[str], None]) -> None:
-        """Make the contact sheet, and name the file that holds all pictures where there is one."""
+        """Make the contact sheet, and name the file that holds all images where there is one."""
         if self.grid and self.shown:
-            from varcli.data.images import png_bytes, write_atomically  # noqa: PLC0415 - Pillow
-            from varcli.data.sheets import contact_sheet  # noqa: PLC0415 - numpy
+            from varcli.files import write_atomically
+            from varcli.images.contact_sheet import contact_sheet
+            from varcli.images.provenance import png_bytes
 
             labels = [f"{one.made.class_name}, seed {one.made.seed}" for one in self.shown]
             pixels = [one.pixels for one in self.shown if one.pixels is not None]
             write_atomically(self.grid, png_bytes(contact_sheet(pixels, labels)))
         if self.asked > 0 and self.made == 0:
-            say(f"nothing left to do; {self.asked} of {self.asked} pictures were there")
+            say(f"nothing left to do; {self.asked} of {self.asked} images were there")
         if unasked := self.output.unasked():
-            say(f"{self.output.archive} also holds {unasked} pictures of an earlier run that were not asked for now")
+            say(f"{self.output.archive} also holds {unasked} images of an earlier run that were not asked for now")
         archive = self.output.archive
         if archive and archive.exists() and not self.quiet and not self.as_json:
             result(str(archive))
 
 
 def check_sheet(count: int) -> None:
-    """Find out whether so many pictures can be shown on a sheet.
+    """Find out whether so many images can be shown on a sheet.
 
     Raises:
         UsageError: they cannot.
     """
-    from varcli.data.sheets import MOST_PICTURES  # noqa: PLC0415 - numpy
+    from varcli.images.contact_sheet import MAX_IMAGES
 
-    if count > MOST_PICTURES:
-        raise UsageError(f"grid: {count} pictures; at most {MOST_PICTURES}")
+    if count > MAX_IMAGES:
+        raise UsageError(f"grid: {count} images; at most {MAX_IMAGES}")
 
 
 # --- making them -----------------------------------------------------------------------------------
@@ -109,24 +110,24 @@ def check_sheet(count: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Production:
-    """Makes pictures and puts them into the open output, while the next ones are made."""
+    """Makes images and puts them into the open output, while the next ones are made."""
 
     sampled: Sampled
-    """Makes the pictures."""
+    """Makes the images."""
     results: Results
     """Where they go."""
-    group: Group
+    group: ProcessGroup
     """The processes that share them."""
     batch_size: int
     """How many are made at a time."""
 
-    def run(self, bursts: Iterable[Iterable[Picture]]) -> None:
-        """Make all pictures of some bursts; each burst is in its place before the next is begun."""
-        from varcli.data.writing import Writer  # noqa: PLC0415 - Pillow
+    def run(self, bursts: Iterable[Iterable[SampleRequest]]) -> None:
+        """Make all images of some bursts; each burst is in its place before the next is begun."""
+        from varcli.outputs.async_writer import AsyncWriter
 
         ahead = max(_AHEAD, 2 * self.batch_size)
-        with Writer(self.results.output, self.results.placed, ahead) as writer:
-            if self.group.count > 1:
+        with AsyncWriter(self.results.output, self.results.placed, ahead) as writer:
+            if self.group.world_size > 1:
                 self._share(chain.from_iterable(bursts), writer)
                 return
             for burst in bursts:
@@ -134,24 +135,26 @@ class Production:
                     writer.put(finished, prepared)
                 writer.wait()
 
-    def _made(self, wanted: Iterable[Picture], writer: "Writer[Finished]") -> Iterator[tuple[Finished, "Future[Any]"]]:
-        """Yield pictures as they are made, on their way to being encoded."""
-        for picture, pixels in self.sampled(wanted):
-            finished = Finished(picture, pixels if self.results.grid else None)
+    def _made(
+        self, wanted: Iterable[SampleRequest], writer: "AsyncWriter[Finished]"
+    ) -> Iterator[tuple[Finished, "Future[Any]"]]:
+        """Yield images as they are made, on their way to being encoded."""
+        for image, pixels in self.sampled(wanted):
+            finished = Finished(image, pixels if self.results.grid else None)
             yield finished, writer.prepare(finished, pixels)
 
-    def _share(self, wanted: Iterable[Picture], writer: "Writer[Finished]") -> None:
+    def _share(self, wanted: Iterable[SampleRequest], writer: "AsyncWriter[Finished]") -> None:
         """Make this process's share, and hand it over to the first process, a round at a time.
 
         That one puts all of them down in the order wanted, as if it had made them alone. What it takes was
         encoded while the next round was made.
         """
-        missing = self.results.missing(wanted) if self.group.first else ()
+        missing = self.results.missing(wanted) if self.group.is_main else ()
         todo = self.group.broadcast(list(missing))
         size = self.group.broadcast(max(_AHEAD, self.batch_size))
-        mine = self._made(self.group.share(todo), writer)
+        mine = self._made(self.group.shard(todo), writer)
         late: list[tuple[Finished, Future[Any]]] = []
-        for _ in range(ceil(len(todo) / (size * self.group.count)) + 1):
+        for _ in range(ceil(len(todo) / (size * self.group.world_size)) + 1):
             made = list(islice(mine, size))
             shares = self.group.gather([(finished, prepared.result()) for finished, prepared in late])
             for finished, prepared in filter(None, chain.from_iterable(zip_longest(*shares))):
@@ -160,4 +163,4 @@ class Production:
 
 
 _AHEAD = 8
-"""Pictures that may wait for their place, or are handed over at a time, where they are made one by one."""
+"""Images that may wait for their place, or are handed over at a time, where they are made one by one."""

@@ -1,4 +1,4 @@
-"""`var reconstruct`: pictures through the tokenizer and back, and what that costs."""
+"""`var reconstruct`: images through the tokenizer and back, and what that costs."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from varcli.commands import editing_options, options
 from varcli.commands.tokenizing import Loaded, fitted, load, stem
+from varcli.console import note, progress, result, table
 from varcli.errors import UsageError
-from varcli.reporting import note, progress, result, table
 
 if TYPE_CHECKING:
-    from varcli.data.images import Pixels
-    from varcli.data.photographs import Photograph
+    from varcli.images.editable import SourceImage
+    from varcli.images.provenance import Pixels
 
 
 def reconstruct(  # noqa: PLR0917 - options are given by name
@@ -26,27 +26,27 @@ def reconstruct(  # noqa: PLR0917 - options are given by name
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Take pictures through the tokenizer and back; tell the PSNR of each and the bits a pixel its tokens take.
+    """Take images through the tokenizer and back; tell the PSNR of each and the bits a pixel its tokens take.
 
-    A picture's largest square in the middle is taken, in the tokenizer's size, as for training.
+    An image's largest square in the middle is taken, in the tokenizer's size, as for training.
     """
-    from varcli.data.outputs import open_output  # noqa: PLC0415 - Pillow
-    from varcli.data.photographs import read_photograph  # noqa: PLC0415 - Pillow
+    from varcli.images.editable import read_source_image
+    from varcli.outputs.open import open_sink
 
     _check_together(len(images), out, grid, scales, as_json)
-    given = [read_photograph(image) for image in images]
+    given = [read_source_image(image) for image in images]
     loaded = load(checkpoint, device, quiet)
     pairs: list[tuple[Pixels, Pixels]] = []
     rows = []
-    place = nullcontext() if out is None else open_output(out, several=len(images) > 1)
-    with place as output, progress("pictures", len(images), quiet) as advance:
+    place = nullcontext() if out is None else open_sink(out, several=len(images) > 1)
+    with place as output, progress("images", len(images), quiet) as advance:
         for number, (image, photograph) in enumerate(zip(images, given, strict=True)):
             before, after, facts = _there_and_back(loaded, photograph, scales)
             path = None
             if output is not None:
                 made = loaded.made(("reconstruct", image), stem(image), number, (photograph.sha256,))
                 path = output.add(after, made)
-            rows.append({"picture": image, "path": path and str(path)} | facts)
+            rows.append({"image": image, "path": path and str(path)} | facts)
             pairs.append((before, after))
             advance()
     if grid:
@@ -55,11 +55,11 @@ def reconstruct(  # noqa: PLR0917 - options are given by name
 
 
 def _there_and_back(
-    loaded: Loaded, photograph: "Photograph", scales: Path | None
+    loaded: Loaded, photograph: "SourceImage", scales: Path | None
 ) -> tuple["Pixels", "Pixels", dict[str, float]]:
-    """Return a picture in the tokenizer's size, its reconstruction and figures."""
-    from varcli.data.sheets import save_growing  # noqa: PLC0415 - numpy
-    from varcli.sampling.reconstruction import bits_per_pixel, encode, growth, psnr, rebuilt  # noqa: PLC0415 - torch
+    """Return an image in the tokenizer's size, its reconstruction and figures."""
+    from varcli.images.contact_sheet import save_growth
+    from varcli.sampling.reconstruction import bits_per_pixel, encode, growth, psnr, rebuilt
 
     tokenizer = loaded.tokenizer
     before = fitted(photograph, tokenizer.config.pixels)
@@ -69,15 +69,15 @@ def _there_and_back(
         frames = list(growth(tokenizer, tokens))
         sides = tokenizer.config.sides
         labels = [f"{side} × {side}, {psnr(before, f):.1f} dB" for side, f in zip(sides, frames, strict=True)]
-        save_growing(scales, frames, labels)
+        save_growth(scales, frames, labels)
     return before, after, {"psnr": psnr(before, after), "bits_per_pixel": bits_per_pixel(tokenizer.config)}
 
 
 def _check_together(count: int, out: str | None, grid: Path | None, scales: Path | None, as_json: bool) -> None:
-    from varcli.data.outputs import check_file  # noqa: PLC0415 - Pillow
+    from varcli.outputs.open import check_file
 
     if out == "-" and as_json:
-        raise UsageError("json: with --out -; stdout can carry the pictures or the lines, not both")
+        raise UsageError("json: with --out -; stdout can carry the images or the lines, not both")
     if out and out.lower().endswith((".npz", ".tar")):
         raise UsageError(f"out: {out}; a .png file, a folder, or - for standard output")
     if grid:
@@ -85,28 +85,29 @@ def _check_together(count: int, out: str | None, grid: Path | None, scales: Path
     if scales:
         check_file("scales", scales, (".png", ".gif"))
         if count != 1:
-            raise UsageError(f"scales: {count} pictures; exactly one")
+            raise UsageError(f"scales: {count} images; exactly one")
 
 
 def _sheet(grid: Path, pairs: list[tuple["Pixels", "Pixels"]], rows: list[dict[str, Any]]) -> None:
-    """Write a contact sheet of each picture beside its reconstruction."""
-    from varcli.data.images import png_bytes, write_atomically  # noqa: PLC0415 - Pillow
-    from varcli.data.sheets import contact_sheet  # noqa: PLC0415 - numpy
+    """Write a contact sheet of each image beside its reconstruction."""
+    from varcli.files import write_atomically
+    from varcli.images.contact_sheet import contact_sheet
+    from varcli.images.provenance import png_bytes
 
-    labels = [label for row in rows for label in (stem(row["picture"]), f"{row['psnr']:.2f} dB")]
+    labels = [label for row in rows for label in (stem(row["image"]), f"{row['psnr']:.2f} dB")]
     write_atomically(grid, png_bytes(contact_sheet([pixels for pair in pairs for pixels in pair], labels)))
 
 
 def _report(rows: list[dict[str, Any]], *, as_json: bool, aside: bool) -> None:
-    """Tell the figures; on stderr where stdout carries pictures."""
+    """Tell the figures; on stderr where stdout carries images."""
     if as_json:
         for row in rows:
             finite = {name: None if value == math.inf else value for name, value in row.items()}
             result(json.dumps(finite, sort_keys=True))
         return
-    lines = [(row["picture"], f"{row['psnr']:.2f} dB", f"{row['bits_per_pixel']:.4f} bits/pixel") for row in rows]
+    lines = [(row["image"], f"{row['psnr']:.2f} dB", f"{row['bits_per_pixel']:.4f} bits/pixel") for row in rows]
     if aside:
         for line in lines:
             note(", ".join(line))
     else:
-        table(("picture", "PSNR", "tokens"), lines)
+        table(("image", "PSNR", "tokens"), lines)

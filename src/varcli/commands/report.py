@@ -5,8 +5,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from varcli.console import result
 from varcli.errors import UsageError
-from varcli.reporting import result
 
 Results = Annotated[
     list[str],
@@ -18,7 +18,7 @@ Results = Annotated[
 ]
 Out = Annotated[
     Path,
-    Option("--out", "-o", metavar="FILE", help="An .html page with charts and pictures, or an .md text of its tables."),
+    Option("--out", "-o", metavar="FILE", help="An .html page with charts and images, or an .md text of its tables."),
 ]
 PAGE, TEXT = (".html", ".htm"), (".md", ".markdown")
 
@@ -27,9 +27,9 @@ def report(results: Results, out: Out = Path("report.html")) -> None:
     """Put evaluations and training runs side by side, and beside the paper, on one page that needs nothing else."""
     if out.suffix.lower() not in PAGE + TEXT:
         raise UsageError(f"out: {out}; a name ending in .html or .md")
-    from varcli.checkpoints.registry import registry  # noqa: PLC0415 - after --help
-    from varcli.data.images import check_writable, write_atomically  # noqa: PLC0415 - Pillow
-    from varcli.evaluation.report import page, sources, tables  # noqa: PLC0415
+    from varcli.checkpoints.registry import registry
+    from varcli.files import check_writable, write_atomically
+    from varcli.report import page, sources, tables
 
     check_writable(out)
     evaluations, runs = sources.read(results)

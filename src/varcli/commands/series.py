@@ -1,4 +1,4 @@
-"""Which pictures are wanted: of which class, from which seed, one after the other. No torch here."""
+"""Which images are wanted: of which class, from which seed, one after the other. No torch here."""
 
 import sys
 from collections import Counter
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
+from varcli.classes import RANDOM, ClassEntry, ClassTable, parse_classes, random_class
 from varcli.commands.settings import hint
-from varcli.data.classes import RANDOM, ClassEntry, ClassTable, parse_classes, random_class
 
 if TYPE_CHECKING:
-    from varcli.data.images import Provenance
+    from varcli.images.provenance import Provenance
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture to be made: what the sampler is asked for, and what the file will say of it."""
+class SampleRequest:
+    """One image to be made: what the sampler is asked for, and what the file will say of it."""
 
     row: int
     seed: int
@@ -25,7 +25,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Hands out each class's pictures, `count` at a time; their seeds count up from `seed`."""
+    """Hands out each class's images, `count` at a time; their seeds count up from `seed`."""
 
     table: ClassTable
     count: int
@@ -36,35 +36,35 @@ class Series:
     """Takes notes for the user."""
     used: Counter[ClassEntry | None] = field(default_factory=Counter)
 
-    def classes(self, specs: Sequence[str]) -> tuple[Iterable[Iterable[Picture]], int | None]:
-        """Return the pictures of each class that was typed, and how many classes they are.
+    def classes(self, specs: Sequence[str]) -> tuple[Iterable[Iterable[SampleRequest]], int | None]:
+        """Return the images of each class that was typed, and how many classes they are.
 
         Those from stdin are read one by one as they are asked for, and their number is unknown (None).
         """
         entries = parse_classes(specs, self.table, sys.stdin, hint(), self._take)
         if from_stdin(specs):
-            return map(self.pictures, entries), None
+            return map(self.images, entries), None
         known = list(entries)
-        return map(self.pictures, known), len(known)
+        return map(self.images, known), len(known)
 
-    def pictures(self, wanted: ClassEntry | None) -> Iterator[Picture]:
-        """Yield the next pictures of a class, "no class" or one by chance."""
+    def images(self, wanted: ClassEntry | None) -> Iterator[SampleRequest]:
+        """Yield the next images of a class, "no class" or one by chance."""
         first = self.seed + self.used[wanted]
         self.used[wanted] += self.count
         for number in range(first, first + self.count):
             entry = random_class(self.table, number) if wanted is RANDOM else wanted
             if entry is None:
-                yield Picture(len(self.table), number, replace(self.origin, seed=number))
+                yield SampleRequest(len(self.table), number, replace(self.origin, seed=number))
             else:
                 made = replace(self.origin, class_id=entry.id, class_name=entry.name, seed=number)
-                yield Picture(self.table.row(entry.id), number, made)
+                yield SampleRequest(self.table.row(entry.id), number, made)
 
     def _take(self, word: str, entry: ClassEntry) -> None:
         self.say(f"class: {word}; taken for {entry}, the only one this checkpoint knows with such a name")
 
 
 def candidates(kept: int, fraction: float) -> int:
-    """Return of how many pictures `kept` are the best `fraction`, in (0, 1]."""
+    """Return of how many images `kept` are the best `fraction`, in (0, 1]."""
     return ceil(kept / fraction - 1e-9)  # 9 / 0.9 is a little more than 10
 
 

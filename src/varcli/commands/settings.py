@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from varcli import __version__
 from varcli.checkpoints.registry import presets, registry
+from varcli.classes import imagenet
 from varcli.config import SampleConfig
-from varcli.data.classes import imagenet
 
 if TYPE_CHECKING:
-    from varcli.data.images import Provenance
+    from varcli.images.provenance import Provenance
 
 
 def settings(checkpoint: str, preset: str, **given: Any) -> SampleConfig:
@@ -18,8 +18,8 @@ def settings(checkpoint: str, preset: str, **given: Any) -> SampleConfig:
 
 
 def origin_of(checkpoint: str, sha256: str, config: SampleConfig, device: str, dtype: str) -> "Provenance":
-    """Return what all pictures of a run have in common."""
-    from varcli.data.images import Provenance  # noqa: PLC0415 - Pillow
+    """Return what all images of a run have in common."""
+    from varcli.images.provenance import Provenance
 
     return Provenance(
         checkpoint=checkpoint,

@@ -1,22 +1,22 @@
-"""`var show`: how a picture was made, and how to make it again."""
+"""`var show`: how an image was made, and how to make it again."""
 
 import json
 from dataclasses import asdict
 
 from varcli.commands import options
-from varcli.reporting import result
+from varcli.console import result
 
 
-def show(file: options.PictureFile, as_json: options.Json = False) -> None:
-    """Print how a picture was made and the command that makes it again.
+def show(file: options.ImageFile, as_json: options.Json = False) -> None:
+    """Print how an image was made and the command that makes it again.
 
     On the same machine the copy is equal bit for bit, unless made in 16 bits on a GPU.
     """
-    from varcli.data.images import command_line, read_provenance  # noqa: PLC0415 - Pillow
+    from varcli.images.provenance import read_provenance, reproduction_command
 
     made = read_provenance(file)
     if as_json:
-        result(json.dumps(asdict(made) | {"command": command_line(made)}, sort_keys=True))
+        result(json.dumps(asdict(made) | {"command": reproduction_command(made)}, sort_keys=True))
         return
     number = "" if made.class_id is None else f"{made.class_id} "
     facts = {
@@ -28,6 +28,6 @@ def show(file: options.PictureFile, as_json: options.Json = False) -> None:
     }
     if made.batched:
         facts["exact"] = "no: in 16 bits on a GPU the size of a batch changes the rounding, and tokens with it"
-    facts["again"] = command_line(made)
+    facts["again"] = reproduction_command(made)
     for name, value in facts.items():
         result(f"{name:<11}{value}")

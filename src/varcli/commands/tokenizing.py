@@ -1,21 +1,21 @@
-"""What `reconstruct` and `tokens` share: a tokenizer from a checkpoint, and pictures in its size."""
+"""What `reconstruct` and `tokens` share: a tokenizer from a checkpoint, and images in its size."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varcli import __version__
-from varcli.checkpoints.registry import find
+from varcli.checkpoints.registry import resolve_checkpoint
 
 if TYPE_CHECKING:
-    from varcli.data.images import EditProvenance, Pixels
-    from varcli.data.photographs import Photograph
+    from varcli.images.editable import SourceImage
+    from varcli.images.provenance import EditProvenance, Pixels
     from varcli.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A tokenizer ready for work, and what pictures made with it say."""
+    """A tokenizer ready for work, and what images made with it say."""
 
     tokenizer: "Tokenizer"
     checkpoint: str
@@ -26,15 +26,15 @@ class Loaded:
     device: str
 
     def made(self, words: tuple[str, ...], source: str, number: int, inputs: tuple[str, ...]) -> "EditProvenance":
-        """Return the provenance of a picture, nothing of which is drawn.
+        """Return the provenance of an image, nothing of which is drawn.
 
         Args:
             words: the command with what it names.
             source: name of what it was made from, for the file.
-            number: which of the pictures it is.
+            number: which of the images it is.
             inputs: sha256 of the files.
         """
-        from varcli.data.images import EditProvenance  # noqa: PLC0415 - Pillow
+        from varcli.images.provenance import EditProvenance
 
         return EditProvenance(
             checkpoint=self.checkpoint,
@@ -57,25 +57,25 @@ class Loaded:
 
 def load(checkpoint: str, device: str, quiet: bool) -> Loaded:
     """Return the tokenizer of a checkpoint, on a device, in float32."""
-    from varcli.checkpoints.store import load_tokenizer, read_metadata  # noqa: PLC0415 - torch
-    from varcli.sampling.devices import pick_device  # noqa: PLC0415 - torch
+    from varcli.acceleration.devices import pick_device
+    from varcli.checkpoints.store import load_tokenizer, read_metadata
 
     where = pick_device(device)
-    path = find(checkpoint, progress=not quiet)
+    path = resolve_checkpoint(checkpoint, progress=not quiet)
     metadata, _ = read_metadata(path)
     tokenizer = load_tokenizer(path).to(where)
     return Loaded(tokenizer, checkpoint, metadata["sha256"], metadata["tokenizer_sha256"], str(where))
 
 
 def stem(name: str) -> str:
-    """Return what to call a picture's results: its file's name without folders and ending."""
-    return "picture" if name == "-" else Path(name).stem
+    """Return what to call an image's results: its file's name without folders and ending."""
+    return "image" if name == "-" else Path(name).stem
 
 
-def fitted(given: "Photograph", pixels: int) -> "Pixels":
-    """Return the largest square in the middle of a picture, in the tokenizer's size."""
-    from PIL import Image  # noqa: PLC0415 - Pillow
+def fitted(given: "SourceImage", pixels: int) -> "Pixels":
+    """Return the largest square in the middle of an image, in the tokenizer's size."""
+    from PIL import Image
 
-    from varcli.data.datasets import square_crop  # noqa: PLC0415 - numpy
+    from varcli.images.decode import square_crop
 
     return square_crop(Image.fromarray(given.pixels()), pixels)

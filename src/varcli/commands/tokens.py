@@ -1,4 +1,4 @@
-"""`var tokens`: between pictures and token files."""
+"""`var tokens`: between images and token files."""
 
 import sys
 import tempfile
@@ -9,14 +9,14 @@ import typer
 
 from varcli.commands import editing_options, options
 from varcli.commands.tokenizing import fitted, load, stem
+from varcli.console import progress, result
 from varcli.errors import UsageError
-from varcli.reporting import progress, result
 
 tokens_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Pictures to token files and back, for scripts that work on tokens.",
+    help="Images to token files and back, for scripts that work on tokens.",
 )
 
 TokensOut = Annotated[
@@ -33,23 +33,23 @@ def encode(
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Write the token maps of pictures: tokens.0, tokens.1 …, int32 of pictures × side × side, coarse to fine.
+    """Write the token maps of images: tokens.0, tokens.1 …, int32 of images × side × side, coarse to fine.
 
-    A picture's largest square in the middle is taken, in the tokenizer's size.
+    An image's largest square in the middle is taken, in the tokenizer's size.
     """
-    from varcli.checkpoints.token_files import save_tokens  # noqa: PLC0415 - torch
-    from varcli.data.images import check_writable  # noqa: PLC0415 - Pillow
-    from varcli.data.photographs import read_photograph  # noqa: PLC0415 - Pillow
-    from varcli.sampling import reconstruction  # noqa: PLC0415 - torch
+    from varcli.checkpoints.token_files import save_tokens
+    from varcli.files import check_writable
+    from varcli.images.editable import read_source_image
+    from varcli.sampling import reconstruction
 
     if out == "-" and sys.stdout.isatty():
         raise UsageError("out: - is a terminal; send tokens to a file or a pipe")
     if out != "-":
         check_writable(Path(out))
-    given = [read_photograph(image) for image in images]
+    given = [read_source_image(image) for image in images]
     loaded = load(checkpoint, device, quiet)
     config, found = loaded.tokenizer.config, []
-    with progress("pictures", len(images), quiet) as advance:
+    with progress("images", len(images), quiet) as advance:
         for photograph in given:
             found.append(reconstruction.encode(loaded.tokenizer, fitted(photograph, config.pixels)))
             advance()
@@ -70,11 +70,11 @@ def decode(
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Make pictures of a token file. Its last scales may be missing, and its metadata too."""
-    from varcli.checkpoints.files import file_sha256  # noqa: PLC0415 - torch
-    from varcli.checkpoints.token_files import load_tokens  # noqa: PLC0415 - torch
-    from varcli.data.outputs import open_output  # noqa: PLC0415 - Pillow
-    from varcli.sampling.reconstruction import rebuilt  # noqa: PLC0415 - torch
+    """Make images of a token file. Its last scales may be missing, and its metadata too."""
+    from varcli.checkpoints.safetensors_io import file_sha256
+    from varcli.checkpoints.token_files import load_tokens
+    from varcli.outputs.open import open_sink
+    from varcli.sampling.reconstruction import rebuilt
 
     loaded = load(checkpoint, device, quiet)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def decode(
         found = load_tokens(path, loaded.tokenizer.config, loaded.tokenizer_sha256)
         inputs = (file_sha256(path),)
         maps = [idx_Bl.clone().to(loaded.device) for idx_Bl in found.maps]
-    with open_output(out, several=len(found.names) > 1) as output:
+    with open_sink(out, several=len(found.names) > 1) as output:
         for number, name in enumerate(found.names):
             pixels = rebuilt(loaded.tokenizer, [idx_Bl[number : number + 1] for idx_Bl in maps])
             made = output.add(pixels, loaded.made(("tokens", "decode", file), name, number, inputs))

@@ -1,11 +1,11 @@
-"""`var train tokenizer`: pictures in, tokenizer.safetensors out."""
+"""`var train tokenizer`: images in, tokenizer.safetensors out."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from varcli import reporting
+from varcli import console
 from varcli.commands import training_options as shared
 from varcli.commands.options import Device, Json, Quiet, parse_numbers
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig
@@ -13,13 +13,13 @@ from varcli.config import TokenizerConfig, TokenizerTrainingConfig
 if TYPE_CHECKING:
     import torch
 
-    from varcli.training.perceptual import PerceptualDistance
+    from varcli.models.lpips import LPIPS
     from varcli.training.tokenizer import TokenizerStage
 
 SHAPE = TokenizerConfig()
 SIDES, MULTIPLIERS = (",".join(map(str, numbers)) for numbers in (SHAPE.sides, SHAPE.multipliers))
 SHOWN = 8
-"""Pictures in a preview."""
+"""Images in a preview."""
 
 
 def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
@@ -72,7 +72,7 @@ def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a tokenizer: pictures to token maps and back."""
+    """Train a tokenizer: images to token maps and back."""
     config = TokenizerConfig(
         sides=parse_numbers("sides", sides),
         codebook_size=codebook_size,
@@ -86,28 +86,28 @@ def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
         final_lr=final_lr, weight_decay=weight_decay, ema=ema, enlarge=enlarge, seed=seed, lpips=lpips, gan=gan,
         gan_start=gan_start, scale_drop=scale_drop,
     )  # fmt: skip
-    from varcli.data.datasets import open_pictures  # noqa: PLC0415
-    from varcli.sampling.devices import pick_device  # noqa: PLC0415
-    from varcli.training import plan, state  # noqa: PLC0415
-    from varcli.training.loop import Run  # noqa: PLC0415
-    from varcli.training.tokenizer import TokenizerStage  # noqa: PLC0415
+    from varcli.acceleration.devices import pick_device
+    from varcli.images.dataset import open_image_set
+    from varcli.training import estimate, optim
+    from varcli.training.loop import Run
+    from varcli.training.tokenizer import TokenizerStage
 
     place = pick_device(device)
-    state.make_deterministic(place)
+    optim.make_deterministic(place)
     half = shared.trains_in_bf16(dtype, place, on_cpu=False)
-    pictures, held = open_pictures(data).split(holdout)
+    images, held = open_image_set(data).split(holdout)
     stage = TokenizerStage(
-        config, training, pictures, held, place, half=half, workers=shared.worker_count(workers),
-        warn=reporting.note,
+        config, training, images, held, place, half=half, workers=shared.worker_count(workers),
+        warn=console.note,
     )  # fmt: skip
     if dry_run:
-        shared.show_plan(plan.measure(stage, training, len(pictures)), training, as_json)
+        shared.show_plan(estimate.estimate(stage, training, len(images)), training, as_json)
         return
     stage.perceptual = _perceptual(lpips_weights, place) if training.lpips > 0 else None
-    steps = training.steps(len(pictures))
+    steps = training.steps(len(images))
     run = Run(
         folder=out, steps=steps, batch=training.batch,
-        identity=state.identity(pictures.fingerprint(), place, half, model=config, training=training),
+        identity=optim.identity(images.fingerprint(), place, half, model=config, training=training),
         validate_every=validate_every, save_every=save_every,
         preview=lambda folder, step: _preview(stage, folder, step),
         report=shared.reporter(out, steps, quiet, tensorboard),
@@ -115,20 +115,20 @@ def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
     shared.finish(stage, run, out / "tokenizer.safetensors", as_json)
 
 
-def _perceptual(folder: Path | None, device: "torch.device") -> "PerceptualDistance":
-    import torch  # noqa: PLC0415
+def _perceptual(folder: Path | None, device: "torch.device") -> "LPIPS":
+    import torch
 
-    from varcli.training.perceptual import PerceptualDistance  # noqa: PLC0415
+    from varcli.models.lpips import LPIPS
 
-    return PerceptualDistance(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
+    return LPIPS(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
 
 
 def _preview(stage: "TokenizerStage", folder: Path, step: int) -> None:
-    """Write pictures, each above what the averaged tokenizer makes of it."""
-    from varcli.sampling.sampler import decode, to_pixels  # noqa: PLC0415
+    """Write images, each above what the averaged tokenizer makes of it."""
+    from varcli.sampling.sampler import decode, to_pixels
 
     pixels = stage.examples(SHOWN)
     model = stage.average.model
     made = decode(model, model.quantize.f_hats(model.encode(pixels))[-1])
-    labels = ["picture"] * len(pixels) + ["reconstruction"] * len(made)
+    labels = ["image"] * len(pixels) + ["reconstruction"] * len(made)
     shared.write_sheet(folder, step, [*to_pixels(pixels), *made], labels, len(pixels))

@@ -1,22 +1,22 @@
-"""`var train transformer`: pictures and a tokenizer in, model.safetensors out."""
+"""`var train transformer`: images and a tokenizer in, model.safetensors out."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from varcli import reporting
+from varcli import console
 from varcli.commands import training_options as shared
 from varcli.commands.options import Device, Json, Quiet
 from varcli.config import PRESETS, TransformerConfig, transformer_recipe
 
 if TYPE_CHECKING:
-    from varcli.data.datasets import PictureSet
-    from varcli.training.token_cache import TokenCache
+    from varcli.images.dataset import ImageSet
+    from varcli.training.data import TokenCache
     from varcli.training.transformer import TransformerStage
 
 SHOWN = 10
-"""Classes in a preview, two pictures of each."""
+"""Classes in a preview, two images of each."""
 
 
 def transformer(  # noqa: PLR0917 (a command's options are its arguments)
@@ -41,7 +41,7 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
     ema: shared.Ema = None,
     enlarge: shared.Enlarge = None,
     crops: Annotated[
-        int | None, Option(help="Cached crops a picture: 1 is the centre, more are random.", show_default=shared.RECIPE)
+        int | None, Option(help="Cached crops an image: 1 is the centre, more are random.", show_default=shared.RECIPE)
     ] = None,
     seed: shared.Seed = None,
     holdout: shared.Holdout = 0,
@@ -62,35 +62,37 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
         final_lr=final_lr, weight_decay=weight_decay, final_weight_decay=final_weight_decay, gamma_init=gamma_init,
         ema=ema, enlarge=enlarge, crops=crops, seed=seed,
     )  # fmt: skip
-    from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256  # noqa: PLC0415
-    from varcli.data.datasets import open_pictures  # noqa: PLC0415
-    from varcli.sampling.devices import DTYPES, pick_device  # noqa: PLC0415
-    from varcli.training import plan, state  # noqa: PLC0415
-    from varcli.training.loop import Run  # noqa: PLC0415
-    from varcli.training.transformer import TransformerStage  # noqa: PLC0415
+    from varcli.acceleration.devices import DTYPES, pick_device
+    from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256
+    from varcli.images.dataset import open_image_set
+    from varcli.training import estimate, optim
+    from varcli.training.loop import Run
+    from varcli.training.transformer import TransformerStage
 
     place = pick_device(device)
-    state.make_deterministic(place)
+    optim.make_deterministic(place)
     half = shared.trains_in_bf16(dtype, place, on_cpu=True)
-    pictures, held = open_pictures(data).split(holdout)
+    images, held = open_image_set(data).split(holdout)
     maps = load_tokenizer(tokenizer).to(place)
     config = TransformerConfig(
         depth=depth, width=64 * depth if width is None else width, sides=maps.config.sides,
         codebook_size=maps.config.codebook_size, codebook_width=maps.config.codebook_width,
-        class_count=len(pictures.classes), shared_adaln=shared_adaln,
+        class_count=len(images.classes), shared_adaln=shared_adaln,
     )  # fmt: skip
-    stage = TransformerStage(config, training, maps, pictures.classes, place, half=half, store=DTYPES[store])
+    stage = TransformerStage(config, training, maps, images.classes, place, half=half, store=DTYPES[store])
     if dry_run:
-        shared.show_plan(plan.measure(stage, training, len(pictures), plan.expected_losses(depth)), training, as_json)
+        shared.show_plan(
+            estimate.estimate(stage, training, len(images), estimate.expected_losses(depth)), training, as_json
+        )
         return
     ahead = shared.worker_count(workers)
     stage.held = _tokens(stage, held, 1, out, ahead, quiet)
-    stage.tokens = _tokens(stage, pictures, training.crops, out, ahead, quiet)
-    steps = training.steps(len(pictures))
+    stage.tokens = _tokens(stage, images, training.crops, out, ahead, quiet)
+    steps = training.steps(len(images))
     run = Run(
         folder=out, steps=steps, batch=training.batch,
-        identity=state.identity(
-            pictures.fingerprint(), place, half, model=config, training=training, tokenizer=tokenizer_sha256(maps)
+        identity=optim.identity(
+            images.fingerprint(), place, half, model=config, training=training, tokenizer=tokenizer_sha256(maps)
         ),
         validate_every=validate_every, save_every=save_every,
         preview=lambda folder, step: _preview(stage, folder, step),
@@ -100,33 +102,33 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
 
 
 def _tokens(  # noqa: PLR0917 (each a thing of its own)
-    stage: "TransformerStage", pictures: "PictureSet", crops: int, folder: Path, workers: int, quiet: bool
+    stage: "TransformerStage", images: "ImageSet", crops: int, folder: Path, workers: int, quiet: bool
 ) -> "TokenCache | None":
-    """Return the token maps of pictures, from the run's folder or computed now; None of none."""
-    from varcli.training.token_cache import CacheSettings, open_cache  # noqa: PLC0415
+    """Return the token maps of images, from the run's folder or computed now; None of none."""
+    from varcli.training.data import CacheSettings, open_cache
 
-    if not len(pictures):
+    if not len(images):
         return None
     training = stage.training
     settings = CacheSettings(enlarge=training.enlarge, crops=crops, seed=training.seed)
-    with reporting.progress("token maps", crops * len(pictures), quiet) as advance:
+    with console.progress("token maps", crops * len(images), quiet) as advance:
         return open_cache(
-            folder, stage.tokenizer, pictures, settings, stage.device, workers=workers, warn=reporting.note,
+            folder, stage.tokenizer, images, settings, stage.device, workers=workers, warn=console.note,
             progress=advance,
         )  # fmt: skip
 
 
 def _preview(stage: "TransformerStage", folder: Path, step: int) -> None:
-    """Write pictures of classes spread over the table, drawn with the averaged weights."""
-    from varcli.sampling.sampler import decode, generate  # noqa: PLC0415
+    """Write images of classes spread over the table, drawn with the averaged weights."""
+    from varcli.sampling.sampler import decode, generate
 
     entries = stage.classes.entries
     shown = min(SHOWN, len(entries))
     rows = [i * len(entries) // shown for i in range(shown)]
-    pictures, labels = [], []
+    images, labels = [], []
     for seed in (0, 1):
         for row in rows:
             *_, last = generate(stage.tokenizer, stage.average.model, [row], [seed], PRESETS["looks"])
-            pictures.append(decode(stage.tokenizer, last.f_hat)[0])
+            images.append(decode(stage.tokenizer, last.f_hat)[0])
             labels.append(entries[row].name)
-    shared.write_sheet(folder, step, pictures, labels, shown)
+    shared.write_sheet(folder, step, images, labels, shown)

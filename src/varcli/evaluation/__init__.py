@@ -1,1 +1,1 @@
-"""Measuring pictures: features, statistics, figures. Knows no model of ours."""
+"""Measuring images: features, statistics, figures. Knows no model of ours."""

@@ -1,6 +1,6 @@
 """Figures from statistics, by torch-fidelity's own functions wherever they take what we have.
 
-Shapes: P pictures, N features, S splits of the inception score, V classes of the network.
+Shapes: P images, N features, S splits of the inception score, V classes of the network.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from varcli.errors import InputError
-from varcli.evaluation.statistics import SEED, Plan, SplitSums, Statistics
+from varcli.evaluation.statistics import SEED, EvalPlan, SplitSums, Statistics
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 """Of kernel distances, torch-fidelity's."""
@@ -24,10 +24,10 @@ PRC_NEIGHBORS = 3
 """The k of precision and recall, as ADM and the paper have it."""
 
 ENOUGH_FOR_A_LINE = 1000
-"""Pictures below which nothing is said of FID for any number of them: the line would be drawn through noise."""
+"""Images below which nothing is said of FID for any number of them: the line would be drawn through noise."""
 
 LARGE_TABLE = 10_000
-"""Pictures from which on all distances are not held at once."""
+"""Images from which on all distances are not held at once."""
 
 
 class Gaussian(Protocol):
@@ -43,7 +43,7 @@ class Gaussian(Protocol):
 
 
 class Target(Gaussian, Protocol):
-    """What pictures are measured against."""
+    """What images are measured against."""
 
     @property
     def name(self) -> str:
@@ -51,14 +51,14 @@ class Target(Gaussian, Protocol):
 
     @property
     def pool(self) -> Tensor | NDArray[np.float32] | None:
-        """Features of its pictures (P, N), for KID, precision and recall."""
+        """Features of its images (P, N), for KID, precision and recall."""
 
 
-def check(plan: Plan, reference: Target | None, subset_size: int = KID_SUBSET_SIZE) -> None:
+def check(plan: EvalPlan, reference: Target | None, subset_size: int = KID_SUBSET_SIZE) -> None:
     """Find out, before long work, whether a plan's figures can be had against a reference.
 
     Raises:
-        InputError: there is no reference where one is needed, it has no pictures, or pictures are too few.
+        InputError: there is no reference where one is needed, it has no images, or images are too few.
     """
     for metric, least in (("fid", 0), ("kid", subset_size), ("prc", PRC_NEIGHBORS + 1)):
         if metric not in plan.metrics:
@@ -66,19 +66,19 @@ def check(plan: Plan, reference: Target | None, subset_size: int = KID_SUBSET_SI
         if reference is None:
             raise InputError(f"reference: none; {metric} is measured against one")
         if plan.count < least:
-            raise InputError(f"pictures: {plan.count}; {metric} takes {least} or more")
+            raise InputError(f"images: {plan.count}; {metric} takes {least} or more")
         if not least:
             continue
         if reference.pool is None:
-            raise InputError(f"reference: {reference.name} has statistics alone; {metric} takes its pictures")
+            raise InputError(f"reference: {reference.name} has statistics alone; {metric} takes its images")
         if len(reference.pool) < least:
             raise InputError(
-                f"reference: {reference.name} has {len(reference.pool)} pictures; {metric} takes {least} or more"
+                f"reference: {reference.name} has {len(reference.pool)} images; {metric} takes {least} or more"
             )
 
 
 def check_found(statistics: Statistics, reference: Target | None) -> None:
-    """Find out whether the pictures that could be read are enough, where some could not.
+    """Find out whether the images that could be read are enough, where some could not.
 
     Raises:
         InputError: they are not.
@@ -87,7 +87,7 @@ def check_found(statistics: Statistics, reference: Target | None) -> None:
         return
     check(replace(statistics.plan, count=statistics.count), reference)
     if "is" in statistics.plan.metrics and not statistics.splits().count_S.all():
-        raise InputError(f"pictures: {statistics.count} that could be read; more, for the inception score's splits")
+        raise InputError(f"images: {statistics.count} that could be read; more, for the inception score's splits")
 
 
 def figures(statistics: Statistics, reference: Target | None) -> dict[str, float]:
@@ -128,10 +128,10 @@ def frechet_distance(given: Gaussian, reference: Gaussian) -> float:
 
 
 def frechet_infinity(statistics: Statistics, reference: Gaussian) -> float:
-    """Return FID as it would be of infinitely many pictures.
+    """Return FID as it would be of infinitely many images.
 
-    A line through FID against 1/n, by least squares, at a quarter, a half and all of the pictures: its value
-    at 0. With fewer pictures than features that is far too low.
+    A line through FID against 1/n, by least squares, at a quarter, a half and all of the images: its value
+    at 0. With fewer images than features that is far too low.
 
     Source: Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score and where to find them",
     section 4.
@@ -170,7 +170,7 @@ def _distance_by_root(given: Gaussian, mean_N: NDArray[np.float64], root_NN: NDA
 
 def _finite(distance: float) -> float:
     if not np.isfinite(distance):
-        raise InputError(f"reference: a Fréchet distance of {distance}; statistics of pictures")
+        raise InputError(f"reference: a Fréchet distance of {distance}; statistics of images")
     return distance
 
 
@@ -199,7 +199,7 @@ def kernel_distance(pool_PN: Tensor, reference_PN: Tensor, subset_size: int = KI
 
 
 def precision_recall(pool_PN: Tensor, reference_PN: Tensor) -> tuple[float, float]:
-    """Return the share of pictures among the reference's neighbours, and of the reference among theirs.
+    """Return the share of images among the reference's neighbours, and of the reference among theirs.
 
     Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric", section 3; on Inception's
     features, as ADM measures them, and not on VGG16's.

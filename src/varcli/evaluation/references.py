@@ -1,21 +1,105 @@
-"""What pictures are measured against: mean and covariance of features, in a file or of pictures at hand."""
+"""What images are measured against: mean and covariance of features, in a file or of images at hand."""
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from varcli.data.images import cannot_write
-from varcli.errors import InputError
-from varcli.evaluation.arrays import PIXELS, square_side
-from varcli.evaluation.pictures import PictureList, open_pictures
+from varcli.checkpoints.registry import cache_folder, listed
+from varcli.errors import CheckpointError, InputError
 from varcli.evaluation.statistics import POOL, Moments
-from varcli.files import file_sha256, replacing
+from varcli.files import cannot_write, file_sha256, replacing
+from varcli.images.arrays import PIXELS, square_side
+from varcli.images.image_list import ImageList, open_images
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asset:
+    """A file that measuring takes: a reference, or the weights of the network that sees for us."""
+
+    name: str
+    note: str = ""
+    """What it is, in words."""
+    pixels: int | None = None
+    """Side of its images, for a reference."""
+    bundled: str | None = None
+    """File inside the package, for one that ships with it."""
+    address: str | None = None
+    """Where to download it, for one that does not."""
+    bytes: int | None = None
+    """Size; None where it is not known before the first download."""
+    sha256: str | None = None
+    """Of its bytes; None where it is not known before the first download."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies once it is there."""
+        if self.bundled:
+            return Path(__file__).parents[1] / "evaluation" / self.bundled
+        return cache_folder() / str(self.address).rpartition("/")[2]
+
+
+@lru_cache(maxsize=1)
+def references() -> Mapping[str, Asset]:
+    """Return all references known by name, in the order of `checkpoints.toml`."""
+    return {name: Asset(name=name, **facts) for name, facts in listed()["references"].items()}
+
+
+def inception_weights() -> Asset:
+    """Return what is known of the weights that features are computed with."""
+    return Asset(name="inception", **listed()["weights"]["inception"])
+
+
+def find_reference(reference: str, progress: bool = True) -> Path:
+    """Return the path of a reference given by name or path, downloading a known one at its first use.
+
+    Raises:
+        InputError: there is no such name or path.
+        CheckpointError: it cannot be downloaded.
+        RunError: what was downloaded cannot be stored.
+    """
+    if reference in references():
+        return _fetched(references()[reference], "--reference FILE", progress)
+    if not Path(reference).exists():
+        raise InputError(f"reference: {reference}; no such file, and the names are {', '.join(references())}")
+    return Path(reference)
+
+
+def find_inception(given: Path | None = None, progress: bool = True) -> Path:
+    """Return the file of the weights that features are computed with: the one given, else the known one.
+
+    Raises:
+        CheckpointError: the given one is not there, or the known one cannot be downloaded.
+        RunError: what was downloaded cannot be stored.
+    """
+    if given is None:
+        return _fetched(inception_weights(), "--inception FILE or VAR_INCEPTION=FILE", progress)
+    if not given.is_file():
+        raise CheckpointError(f"inception weights: {given}; no such file; {inception_weights().address} is the one")
+    return given
+
+
+def _fetched(material: Asset, option: str, progress: bool) -> Path:
+    if material.bundled and not material.path.exists():
+        raise CheckpointError(f"{material.path.name}; missing from this installation, install varcli again")
+    if material.address is None:
+        return material.path
+    from varcli.downloads import fetch
+
+    return fetch(
+        material.address,
+        material.path,
+        size=material.bytes,
+        sha256=material.sha256,
+        advice=f"get it on another machine and give it by {option}, or put it at {material.path}",
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,19 +115,19 @@ class Reference:
     covariance: NDArray[np.float64]
     """Of the features, (N, N)."""
     count: int | None = None
-    """Pictures it is made of, None where it does not say."""
+    """Images it is made of, None where it does not say."""
     pixels: int | None = None
     """Their side, likewise."""
     extractor: str | None = None
     """sha256 of the weights its features were computed with, likewise."""
     pool: NDArray[np.float32] | None = None
-    """Features of its pictures (P, N), for KID, precision and recall; None where they were not kept."""
+    """Features of its images (P, N), for KID, precision and recall; None where they were not kept."""
     path: Path | None = None
-    """Its file, where pictures are in it too: ADM's batches have statistics of all and pictures of some."""
+    """Its file, where images are in it too: ADM's batches have statistics of all and images of some."""
 
-    def pictures(self) -> PictureList | None:
-        """Return the pictures in its file, None where it has none."""
-        return open_pictures([self.path]) if self.path else None
+    def images(self) -> ImageList | None:
+        """Return the images in its file, None where it has none."""
+        return open_images([self.path]) if self.path else None
 
     def check_extractor(self, sha256: str) -> None:
         """Find out whether features of a network with these weights may be compared with it.
@@ -61,8 +145,8 @@ class Reference:
 _ADVICE = "make statistics with: var eval stats DATA -o FILE"
 
 
-def holds_pictures(path: Path) -> bool:
-    """Return whether a path leads to pictures, which `open_pictures` takes, and not to statistics."""
+def holds_images(path: Path) -> bool:
+    """Return whether a path leads to images, which `open_images` takes, and not to statistics."""
     if path.suffix.lower() != ".npz":
         return path.is_dir() or path.suffix.lower() in (".zip", ".tar")
     if not zipfile.is_zipfile(path):
@@ -106,7 +190,7 @@ def save_reference(
     Args:
         path: the file.
         moments: number, mean and covariance of the features.
-        pixels: side of the pictures.
+        pixels: side of the images.
         extractor: sha256 of the network's weights.
         pool: the features themselves, for KID, precision and recall.
 
@@ -116,7 +200,7 @@ def save_reference(
     arrays = {"mu": moments.mean, "sigma": moments.covariance, "n": moments.count, "pixels": pixels}
     arrays |= {"extractor": extractor} | ({} if pool is None else {"pool": pool})
     try:
-        with replacing(path) as draft, draft.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numbers and text become arrays
     except OSError as error:
         raise cannot_write(path, error) from error

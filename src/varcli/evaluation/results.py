@@ -1,8 +1,16 @@
-"""What an evaluation found, with all that decides it: as JSON, and as lines to read."""
+"""Some of the images that are measured, to be looked at in a report."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from varcli.evaluation.extractors import Pixels
+from varcli.evaluation.feature_pass import Batch
 
 KIND, FORMAT = "varcli-eval", 1
 """What tells a result's JSON from other files, and its version."""
@@ -18,10 +26,10 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceOrigin(Origin):
-    """What the pictures are measured against."""
+    """What the images are measured against."""
 
     n: int | None
-    """Pictures it is made of, None where it does not say."""
+    """Images it is made of, None where it does not say."""
     pixels: int | None
     """Their side, None where it does not say."""
 
@@ -40,7 +48,7 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassSpread:
-    """How much a class's pictures differ from each other."""
+    """How much a class's images differ from each other."""
 
     id: int
     name: str
@@ -58,13 +66,13 @@ class Result:
     date: str
     """UTC, ISO 8601."""
     what: str
-    """"samples", "pictures" or "tokenizer"."""
+    """"samples", "images" or "tokenizer"."""
     checkpoint: Mapping[str, Any] | None
-    """Name, sha256 and settings, where pictures were made for this."""
+    """Name, sha256 and settings, where images were made for this."""
     source: Mapping[str, Any] | None
-    """Paths, where pictures were there."""
+    """Paths, where images were there."""
     n: int
-    """Pictures measured."""
+    """Images measured."""
     classes: int | None
     """Of how many classes, None where nothing says."""
     reference: ReferenceOrigin | None
@@ -75,8 +83,8 @@ class Result:
     per_class: Sequence[ClassSpread] | None
     warnings: Sequence[str]
     seconds: Mapping[str, float]
-    pictures: Sequence[str] = field(default=())
-    """Some of the pictures, PNG in base64, for a report."""
+    images: Sequence[str] = field(default=())
+    """Some of the images, PNG in base64, for a report."""
 
     def facts(self) -> dict[str, Any]:
         """Return the result as JSON knows values."""
@@ -92,14 +100,14 @@ class Result:
             settings = [f"{name} {value}" for name in _SHOWN if (value := self.checkpoint.get(name)) not in (None, "")]
             yield "settings", ", ".join(settings).replace("_", "-")
         if self.reference:
-            yield "reference", _named(self.reference) + (f", {self.reference.n} pictures" if self.reference.n else "")
+            yield "reference", _named(self.reference) + (f", {self.reference.n} images" if self.reference.n else "")
         yield "extractor", _named(self.extractor)
         yield "protocol", ", ".join(f"{name} {value}" for name, value in self.protocol.items() if value is not None)
         if self.published:
             yield "published", _published(self.published)
 
 
-_SHOWN = ("cfg", "top_k", "top_p", "smooth", "draft", "seed", "device", "dtype")
+_SHOWN = ("cfg", "top_k", "top_p", "smooth", "approximate", "seed", "device", "dtype")
 """Settings of a checkpoint worth a place in the block."""
 
 
@@ -120,7 +128,7 @@ def _figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if f"{name}_std" in metrics:
             text += f" ± {metrics[f'{name}_std']:.{digits}f}"
         if f"{name}_infinity" in metrics:
-            text += f" (FID∞ {metrics[f'{name}_infinity']:.{digits}f}, an estimate for any number of pictures)"
+            text += f" (FID∞ {metrics[f'{name}_infinity']:.{digits}f}, an estimate for any number of images)"
         yield title, text
 
 
@@ -148,3 +156,38 @@ def _published(published: Published) -> str:
     if published.inside is not None:
         text += ": this is inside" if published.inside else ": this is outside"
     return text
+
+
+SHOWN, THUMBNAIL = 24, 128
+"""How many, and the most pixels a side of them."""
+
+
+class Gallery:
+    """Keeps small copies of images spread evenly over all that go by, once it is open."""
+
+    def __init__(self) -> None:
+        self.wanted: set[int] = set()
+        self.found: dict[int, str] = {}
+
+    def open(self, count: int) -> None:
+        """Wait for some of `count` images; those that an earlier run measured will not come."""
+        self.wanted = set(np.linspace(0, count - 1, min(SHOWN, count)).astype(int).tolist())
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches as they are, having looked at them."""
+        for ranks, pixels_BPP3, rows in batches:
+            for rank, pixels in zip(ranks, pixels_BPP3, strict=True):
+                if rank in self.wanted:
+                    self.found[rank] = _thumbnail(pixels)
+            yield ranks, pixels_BPP3, rows
+
+    def images(self) -> list[str]:
+        """Return the copies as PNG in base64, in the order of the images."""
+        return [self.found[rank] for rank in sorted(self.found)]
+
+
+def _thumbnail(pixels_PP3: Pixels) -> str:
+    image, content = Image.fromarray(pixels_PP3), BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    image.save(content, "PNG", optimize=True)
+    return b64encode(content.getvalue()).decode()

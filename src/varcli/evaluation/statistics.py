@@ -1,10 +1,10 @@
-"""Sums over pictures from which the figures follow, streamed in float64: no table of all features is needed.
+"""Sums over images from which the figures follow, streamed in float64: no table of all features is needed.
 
-A picture is known by its rank, its place in the order of the pictures' names. Which split of the inception
+An image is known by its rank, its place in the order of the images' names. Which split of the inception
 score and which quarter it belongs to follows from that alone, so that no figure depends on the order in which
-pictures come.
+images come.
 
-Shapes: B pictures of a batch, P pictures of the plan, N features of the network's last pooling, V its classes,
+Shapes: B images of a batch, P images of the plan, N features of the network's last pooling, V its classes,
 S splits of the inception score, Q quarters, C classes of the checkpoint.
 """
 
@@ -28,25 +28,25 @@ SPLITS = 10
 """Of the inception score."""
 
 QUARTERS = 4
-"""Random parts of the pictures: how FID depends on the number of pictures is seen from one to all of them."""
+"""Random parts of the images: how FID depends on the number of images is seen from one to all of them."""
 
 SEED = 2020
 """Of the shuffle before splitting, torch-fidelity's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What is to be measured, known before the first picture."""
+class EvalPlan:
+    """What is to be measured, known before the first image."""
 
     count: int
-    """Pictures in all; their ranks are 0 to count - 1."""
+    """Images in all; their ranks are 0 to count - 1."""
     metrics: tuple[str, ...] = ("fid", "is")
     """Some of METRICS."""
     classes: int = 0
     """Rows of the class table whose spread is wanted, 0 for none."""
 
     def __post_init__(self) -> None:
-        """Refuse fewer pictures than a metric needs.
+        """Refuse fewer images than a metric needs.
 
         Raises:
             InputError: there are fewer.
@@ -54,7 +54,7 @@ class Plan:
         assert set(self.metrics) <= set(METRICS)
         for metric, least in (("fid", 2), ("is", SPLITS)):
             if metric in self.metrics and self.count < least:
-                raise InputError(f"pictures: {self.count}; {metric} takes {least} or more")
+                raise InputError(f"images: {self.count}; {metric} takes {least} or more")
 
     @property
     def keeps_table(self) -> bool:
@@ -67,7 +67,7 @@ class Moments:
     """Mean and covariance of features: one side of a Fréchet distance."""
 
     count: int
-    """Pictures they are of."""
+    """Images they are of."""
     mean: NDArray[np.float64]
     """(N,)."""
     covariance: NDArray[np.float64]
@@ -79,11 +79,11 @@ class SplitSums:
     """What the inception score needs of each split."""
 
     count_S: Tensor
-    """Pictures."""
+    """Images."""
     chance_SV: Tensor
-    """Sum of the pictures' class probabilities p."""
+    """Sum of the images' class probabilities p."""
     certainty_S: Tensor
-    """Sum of the pictures' Σ p log p."""
+    """Sum of the images' Σ p log p."""
 
 
 def parts(count: int, number: int) -> Tensor:
@@ -99,9 +99,9 @@ def parts(count: int, number: int) -> Tensor:
 
 
 class Statistics:
-    """The sums of the pictures added so far."""
+    """The sums of the images added so far."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: EvalPlan) -> None:
         self.plan = plan
         self._split = parts(plan.count, SPLITS)
         self._quarter = parts(plan.count, QUARTERS)
@@ -114,20 +114,20 @@ class Statistics:
 
     @property
     def count(self) -> int:
-        """How many pictures have been added."""
+        """How many images have been added."""
         return int(self.present.sum())
 
     def add(self, ranks: Sequence[int], rows: Sequence[int], pool_BN: Tensor, logits_BV: Tensor) -> None:
-        """Take pictures in; some hundred at once cost least.
+        """Take images in; some hundred at once cost least.
 
         Args:
-            ranks: of the pictures, none of which was added before.
+            ranks: of the images, none of which was added before.
             rows: of the class table, -1 where no class is known.
             pool_BN: their features, on the CPU.
             logits_BV: their class scores without bias, on the CPU.
 
         Raises:
-            CheckpointError: the features are not finite, which pictures cannot cause.
+            CheckpointError: the features are not finite, which images cannot cause.
         """
         if not (pool_BN.isfinite().all() and logits_BV.isfinite().all()):
             raise CheckpointError("inception weights: features that are not finite; weights that are not damaged")
@@ -163,11 +163,11 @@ class Statistics:
 
     @property
     def quarters(self) -> list[int]:
-        """How many pictures each quarter has."""
+        """How many images each quarter has."""
         return [int(count) for count in self._sums["quarter_Q"]]
 
     def moments(self, quarters: Sequence[int] = range(QUARTERS)) -> Moments:
-        """Return mean and covariance of the pictures in some quarters, of all by default; there must be two."""
+        """Return mean and covariance of the images in some quarters, of all by default; there must be two."""
         chosen = list(quarters)
         count = int(self._sums["quarter_Q"][chosen].sum())
         mean_N = self._sums["quarter_QN"][chosen].sum(0) / count
@@ -181,11 +181,11 @@ class Statistics:
 
     @property
     def pool(self) -> Tensor:
-        """The features of all pictures in order of rank, float32 (P, N); only where the plan keeps them."""
+        """The features of all images in order of rank, float32 (P, N); only where the plan keeps them."""
         return self._sums["pool_PN"][self.present]
 
     def spreads(self) -> dict[int, tuple[int, float]]:
-        """Return for each row of the class table that has pictures their number and spread.
+        """Return for each row of the class table that has images their number and spread.
 
         The spread is the root of the mean squared distance of features to their class's mean.
         """
@@ -208,7 +208,7 @@ class Statistics:
         self._sums = {name: sums.clone() for name, sums in tensors.items()}
 
 
-def _sums(plan: Plan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _sums(plan: EvalPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return name, shape and type of the sums a plan needs."""
     shapes: dict[str, tuple[int, ...]] = {}
     if "fid" in plan.metrics:

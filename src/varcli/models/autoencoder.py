@@ -1,13 +1,130 @@
-"""Encoder and decoder of the tokenizer, the convolutional pair of VQGAN.
+"""Encoder and decoder of the tokenizer, the convolutional pair of VQGAN (Esser et al. 2021).
 
-Shapes: B pictures, 3 or C channels, H and W rows and columns.
+Shapes: B images, 3 or C channels, H and W rows and columns, N = H·W positions.
 Module names are those inside the released checkpoint files, hence `down.0.block.1`.
 """
 
+from collections.abc import Callable
+from itertools import product
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varcli.config import TokenizerConfig
-from varcli.models.layers import Downsample, NormSilu, ResidualBlock, SpatialAttention, Upsample
+
+
+class NormSilu(nn.GroupNorm):
+    """The normalization used everywhere in the tokenizer, in 32 groups, and SiLU: x·sigmoid(x)."""
+
+    kernel: Callable[[nn.GroupNorm, Tensor], Tensor] | None
+    """What does both in one go for maps in `channels_last`, where a device has it and no gradient is asked for."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(32, width, eps=1e-6)
+        self.kernel = None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return a map of the same shape."""
+        learning = torch.is_grad_enabled()
+        if self.kernel is not None and not learning and x_BCHW.is_contiguous(memory_format=torch.channels_last):
+            return self.kernel(self, x_BCHW)
+        # In place where no gradient will ask for what went in, for the sake of memory traffic.
+        return F.silu(super().forward(x_BCHW), inplace=not learning)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))), with a 1×1 shortcut where the width changes."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm1 = NormSilu(width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = NormSilu(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        if width_in != width_out:
+            self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the block's output, as many channels as its second convolution has."""
+        h_BCHW = self.conv1(self.norm1(x_BCHW))
+        h_BCHW = self.conv2(self.norm2(h_BCHW))
+        if hasattr(self, "nin_shortcut"):
+            x_BCHW = self.nin_shortcut(x_BCHW)
+        return x_BCHW + h_BCHW if torch.is_grad_enabled() else h_BCHW.add_(x_BCHW)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions, with a residual connection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return x plus what each position gathered from all others."""
+        qkv_BCN = self.qkv(self.norm(x_BCHW)).flatten(2)
+        q_BNC, k_BNC, v_BNC = qkv_BCN.transpose(1, 2).chunk(3, dim=-1)
+        h_BNC = F.scaled_dot_product_attention(q_BNC.unsqueeze(1), k_BNC.unsqueeze(1), v_BNC.unsqueeze(1)).squeeze(1)
+        return x_BCHW + self.proj_out(h_BNC.transpose(1, 2).reshape(x_BCHW.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution: one row and column of zeros at the end, then a 3×3 convolution of stride 2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map at half the rows and columns."""
+        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a 3×3 convolution."""
+
+    kernels: list[tuple[int, int, Tensor]]
+    """For each row and column within a pixel the 2×2 kernel that gives it, once `split` was called."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.kernels = []
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map at twice the rows and columns."""
+        if not self.kernels:
+            return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+        (batch, width, height, breadth), layout = x_BCHW.shape, torch.channels_last
+        wide_BCHW = torch.empty((batch, width, 2 * height, 2 * breadth), dtype=x_BCHW.dtype, memory_format=layout)
+        for row, column, kernel_OI22 in self.kernels:
+            h_BCHW = F.conv2d(x_BCHW, kernel_OI22, self.conv.bias, padding=1)
+            wide_BCHW[:, :, row::2, column::2] = h_BCHW[:, :, row : row + height, column : column + breadth]
+        return wide_BCHW
+
+    @torch.no_grad()
+    def split(self) -> None:
+        """Go over to four 2×2 convolutions, one for each place within a pixel: the same with 4/9 of the work.
+
+        Of the three rows under the kernel two came from one row of x, so that their weights add up; columns alike.
+        For weights that stay as they are, on a CPU: a GPU is slower with four.
+        """
+        weight_OIHW = self.conv.weight
+        self.kernels = [
+            (row, column, pair_sums(pair_sums(weight_OIHW.float(), 2, row), 3, column).to(weight_OIHW.dtype))
+            for row, column in product((0, 1), repeat=2)
+        ]
+        layout = torch.channels_last
+        self.kernels = [(row, column, kernel.contiguous(memory_format=layout)) for row, column, kernel in self.kernels]
+
+
+def pair_sums(weight_OIHW: Tensor, dim: int, phase: int) -> Tensor:
+    """Return the weights with, of three along a dimension, the last two added up (phase 0) or the first two (1)."""
+    first, middle, last = weight_OIHW.split(1, dim)
+    return torch.cat([first, middle + last] if phase == 0 else [first + middle, last], dim)
 
 
 class Level(nn.Module):

@@ -1,4 +1,4 @@
-"""Zero-shot editing: the scale loop with the tokens that a picture keeps (paper, section 5.3).
+"""Zero-shot editing: the scale loop with the tokens that an image keeps (paper, section 5.3).
 
 Shapes: P pixels a side of the model, H = W = s_K, s the side and l = s² the tokens of one scale.
 Masks are True where to fill, and keep masks True where a token stays.
@@ -14,29 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varcli.acceleration.devices import block_weight, out_of_memory
 from varcli.config import SampleConfig
-from varcli.data.deep import Levels, as_deep_as, in_8_bits, step
-from varcli.data.masks import Mask
-from varcli.data.regions import enlarged, regions, shrunk, shrunk_mask
-from varcli.data.seams import feathered, filled_in, leveled
 from varcli.errors import RunError
+from varcli.images.blending import feather_mask, match_levels, pull_push_fill
+from varcli.images.masks import Mask
+from varcli.images.png16 import Levels, as_deep_as, step, to_8_bits
+from varcli.images.tiling import enlarged, shrunk, shrunk_mask, tiles
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling.devices import block_weight, out_of_memory
 from varcli.sampling.reconstruction import encode
 from varcli.sampling.sampler import Keep, Pixels, ScaleResult, decode, generate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditConfig:
-    """How an edit is cut out, and put back; with a picture, a mask and a SampleConfig it determines the result."""
+    """How an edit is cut out, and put back; with an image, a mask and a SampleConfig it determines the result."""
 
     feather: int | None = None
-    """Width in the picture's pixels over which the new fades into the kept; None is half a token."""
+    """Width in the image's pixels over which the new fades into the kept; None is half a token."""
     composite: bool = True
-    """Whether kept pixels come from the picture; otherwise from the tokenizer's idea of them."""
+    """Whether kept pixels come from the image; otherwise from the tokenizer's idea of them."""
     paper: bool = False
-    """Follow the released rule: the picture's tokens as they are, nothing grown, nothing put back."""
+    """Follow the released rule: the image's tokens as they are, nothing grown, nothing put back."""
 
 
 @dataclass(slots=True)
@@ -51,16 +51,16 @@ class Edited:
     log_likelihoods: list[float] = field(default_factory=list)
     """Of each region's new tokens under the model, mean of the natural logarithms; empty if not asked for."""
     frames: list[Pixels] = field(default_factory=list)
-    """The picture as it grew; empty if not asked for."""
+    """The image as it grew; empty if not asked for."""
 
     @property
     def seam(self) -> float:
-        """Mean of the regions' seams."""
+        """Mean of the tiles' seams."""
         return fmean(self.seams)
 
     @property
     def log_likelihood(self) -> float:
-        """Mean of the regions' log-likelihoods."""
+        """Mean of the tiles' log-likelihoods."""
         return fmean(self.log_likelihoods)
 
 
@@ -86,7 +86,7 @@ def keep_by_coverage(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
     Then a token stays if the grown hole takes no more than half of it; from half the last grid's side on,
     only if it has not a single pixel of the hole. The coarsest scales, up to a quarter of that side, stay as
     a whole: they carry on the colours around the hole. They go by the rule of the others where the hole is
-    most of the picture.
+    most of the image.
 
     Differs: the released rule (`keep_as_released`) neither grows the hole nor ever lets the first scale change.
     """
@@ -132,7 +132,7 @@ def _enough_memory() -> Iterator[None]:
 
 
 class Editor:
-    """Fills masks of pictures with one pair of models and one set of settings."""
+    """Fills masks of images with one pair of models and one set of settings."""
 
     def __init__(
         self, tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, rule: EditConfig | None = None
@@ -154,16 +154,16 @@ class Editor:
         growing: bool = False,
         advance: Callable[[], None] = lambda: None,
     ) -> Edited:
-        """Return a picture whose masked pixels are new.
+        """Return an image whose masked pixels are new.
 
         Args:
             pixels: (height, width, 3), of 8 or 16 bits.
             mask: (height, width).
-            side: of the squares that go through the model one after another, in the picture's pixels.
+            side: of the squares that go through the model one after another, in the image's pixels.
             row: row of the class table, `config.null_class` for none.
             seed: of the draws; each square has draws of its own.
             scored: also tell the likelihood, which takes one more pass of the model.
-            growing: also give the picture after each scale.
+            growing: also give the image after each scale.
             advance: called after each square.
 
         Raises:
@@ -171,7 +171,7 @@ class Editor:
         """
         edited, unknown = Edited(pixels.copy(), seed), mask.copy()
         last = len(self.tokenizer.config.sides) - 1
-        for number, region in enumerate(regions(mask, side)):
+        for number, region in enumerate(tiles(mask, side)):
             given, hole = edited.pixels[region.slices].copy(), unknown[region.slices].copy()
             keep, tokens = self.keep(given, hole), []
             for result in self._scales(row, seed + (number << 32), keep):
@@ -179,7 +179,7 @@ class Editor:
                 if growing or result.scale == last:
                     made = self._matched(given, decode(self.tokenizer, result.f_hat)[0], hole)
                     edited.pixels[region.slices] = self._composite(given, made, hole)
-                    edited.frames += [in_8_bits(edited.pixels.copy())] if growing else []
+                    edited.frames += [to_8_bits(edited.pixels.copy())] if growing else []
             edited.seams.append(seam(given, made, hole, self._feather(region.side)))
             if scored:
                 edited.log_likelihoods.append(log_likelihood(self.transformer, self.tokenizer, tokens, keep, row))
@@ -189,14 +189,14 @@ class Editor:
 
     @torch.inference_mode()
     def keep(self, given: Levels, hole: Mask) -> Keep:
-        """Return which tokens of a square picture stay; they know nothing of what is in the hole.
+        """Return which tokens of a square image stay; they know nothing of what is in the hole.
 
-        Differs: the released rule tokenizes the picture with what is in the hole, which then shows
+        Differs: the released rule tokenizes the image with what is in the hole, which then shows
         through in the tokens around it.
         """
         pixels, device = self.tokenizer.config.pixels, block_weight(self.transformer).device
         values = given.astype(np.float32) / np.float32(step(given))
-        square = shrunk(values if self.rule.paper else filled_in(values, ~hole), pixels)
+        square = shrunk(values if self.rule.paper else pull_push_fill(values, ~hole), pixels)
         hole_PP = torch.from_numpy(shrunk_mask(hole, pixels).copy()).to(device)
         rule = keep_as_released if self.rule.paper else keep_by_coverage
         return Keep(encode(self.tokenizer, square), rule(hole_PP, self.tokenizer.config.sides))
@@ -215,7 +215,7 @@ class Editor:
     def _matched(self, given: Levels, decoded: Pixels, hole: Mask) -> Levels:
         """Return what was made, as large as what was given and, if it is to be put in there, on its level."""
         made = as_deep_as(enlarged(decoded, len(given)), given)
-        return leveled(given, made, hole, self.tokenizer.config.sides[-1]) if self._composites else made
+        return match_levels(given, made, hole, self.tokenizer.config.sides[-1]) if self._composites else made
 
     @property
     def _composites(self) -> bool:
@@ -224,13 +224,13 @@ class Editor:
     def _composite(self, given: Levels, made: Levels, hole: Mask) -> Levels:
         if not self._composites:
             return made
-        share = feathered(hole, self._feather(len(hole)))[:, :, None]
+        share = feather_mask(hole, self._feather(len(hole)))[:, :, None]
         return (given * (1 - share) + made * share).round().astype(given.dtype)
 
 
 def seam(given: Levels, made: Levels, hole: Mask, feather: int) -> float:
     """Return how far old and new differ just outside a hole, where one fades into the other: mean of 255 levels."""
-    ring = (feathered(hole, max(feather, 1)) > 0) & ~hole
+    ring = (feather_mask(hole, max(feather, 1)) > 0) & ~hole
     if not ring.any():
         return 0.0
     return float(np.abs(given[ring].astype(np.float32) - made[ring]).mean()) / step(given)

@@ -1,6 +1,6 @@
-"""The tokenizer there and back: pictures to token maps, token maps to pictures, and what was lost.
+"""The tokenizer there and back: images to token maps, token maps to images, and what was lost.
 
-Shapes: B pictures, P pixels a side, l tokens of one scale. Token maps are (1, l) int64, one a scale.
+Shapes: B images, P pixels a side, l tokens of one scale. Token maps are (1, l) int64, one a scale.
 """
 
 import math
@@ -11,15 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from varcli.config import TokenizerConfig
+from varcli.config import TokenizerConfig, sequence_length
 from varcli.models.tokenizer import Tokenizer
 from varcli.sampling.sampler import Pixels, decode
-from varcli.scales import sequence_length
 
 
 @torch.inference_mode()
 def encode(tokenizer: Tokenizer, pixels_PP3: Pixels | NDArray[np.float32]) -> list[Tensor]:
-    """Return the token maps of a picture of the tokenizer's size, levels from 0 to 255."""
+    """Return the token maps of an image of the tokenizer's size, levels from 0 to 255."""
     device = tokenizer.quant_conv.weight.device
     image_3PP = torch.from_numpy(pixels_PP3.copy()).permute(2, 0, 1).to(device) / 127.5 - 1
     return tokenizer.encode(image_3PP[None])
@@ -27,20 +26,20 @@ def encode(tokenizer: Tokenizer, pixels_PP3: Pixels | NDArray[np.float32]) -> li
 
 @torch.inference_mode()
 def growth(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Iterator[Pixels]:
-    """Yield the picture (P, P, 3) of the first scale alone, of the first two, and so on to that of all given."""
+    """Yield the image (P, P, 3) of the first scale alone, of the first two, and so on to that of all given."""
     for f_hat_1CHW in tokenizer.quantize.f_hats(tokens):
         yield decode(tokenizer, f_hat_1CHW)[0]
 
 
 @torch.inference_mode()
 def rebuilt(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Pixels:
-    """Return the picture (P, P, 3) of token maps; the last ones may be missing."""
+    """Return the image (P, P, 3) of token maps; the last ones may be missing."""
     return decode(tokenizer, tokenizer.quantize.f_hats(tokens)[-1])[0]
 
 
 @torch.inference_mode()
 def there_and_back(tokenizer: Tokenizer, before_BPP3: Pixels) -> tuple[Pixels, list[Tensor]]:
-    """Return what the tokenizer makes of pictures of its size, and the token maps (B, l) between."""
+    """Return what the tokenizer makes of images of its size, and the token maps (B, l) between."""
     device = tokenizer.quant_conv.weight.device
     image_B3PP = torch.from_numpy(before_BPP3).permute(0, 3, 1, 2).to(device) / 127.5 - 1
     quantized = tokenizer.quantize.quantize(tokenizer.features(image_B3PP))
@@ -48,11 +47,11 @@ def there_and_back(tokenizer: Tokenizer, before_BPP3: Pixels) -> tuple[Pixels, l
 
 
 def psnr(pixels: Pixels, other: Pixels) -> float:
-    """Return the peak signal-to-noise ratio of two pictures in dB; infinite if they are equal."""
+    """Return the peak signal-to-noise ratio of two images in dB; infinite if they are equal."""
     error = float(np.square(pixels.astype(np.float64) - other).mean())
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def bits_per_pixel(config: TokenizerConfig) -> float:
-    """Return what a picture's tokens take if each is written as the number of a codebook row, log2 V bits."""
+    """Return what an image's tokens take if each is written as the number of a codebook row, log2 V bits."""
     return sequence_length(config.sides) * math.log2(config.codebook_size) / config.pixels**2

@@ -1,6 +1,6 @@
 """The next-scale loop, once: class and seed to token maps, and feature maps to pixels.
 
-Shapes: B pictures, s the side and l = s² the tokens of one scale, L tokens of all scales, C codebook
+Shapes: B images, s the side and l = s² the tokens of one scale, L tokens of all scales, C codebook
 channels, V codebook rows, K candidates of a draw, H = W = s_K, P pixels a side.
 """
 
@@ -13,18 +13,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from varcli.config import SampleConfig
-from varcli.models.quantizer import Quantizer
-from varcli.models.tokenizer import Tokenizer
+from varcli.acceleration.cuda_graphs import EagerRunner, Runner
+from varcli.acceleration.devices import block_weight
+from varcli.config import SampleConfig, progress_ratio, spans
+from varcli.models.tokenizer import Quantizer, Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling.devices import block_weight
-from varcli.sampling.drafts import DraftModel
-from varcli.sampling.draws import Candidates, candidates, draw, generators, gumbels, mixture, uniforms
-from varcli.sampling.graphs import Direct, Runner
+from varcli.sampling.approximations import ApproximateScaleModel
 from varcli.sampling.scale_model import ScaleModel
-from varcli.scales import progress_ratio, spans
+from varcli.sampling.token_sampling import (
+    Candidates,
+    candidates,
+    generators,
+    gumbel_softmax,
+    gumbels,
+    sample_tokens,
+    uniforms,
+)
 
-DIRECT = Direct()
+EAGER = EagerRunner()
 
 Pixels = npt.NDArray[np.uint8]
 """uint8, (B, P, P, 3)."""
@@ -32,10 +38,10 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Tokens of a given picture that stay where they are while the rest is drawn."""
+    """Tokens of a given image that stay where they are while the rest is drawn."""
 
     tokens: list[Tensor]
-    """The given picture's token maps, (B, l) or (1, l)."""
+    """The given image's token maps, (B, l) or (1, l)."""
     masks: list[Tensor]
     """True where its token stays, (B, l) or (1, l)."""
 
@@ -60,7 +66,7 @@ class Drawing:
     config: SampleConfig
     keep: Keep | None
     sources: list[torch.Generator]
-    """Each picture's own."""
+    """Each image's own."""
     u_BL: Tensor | None
     """Their numbers in [0, 1), one a token; none in a smooth run, which asks the sources for more."""
 
@@ -75,13 +81,13 @@ class Drawing:
         return idx_Bl, f_hat_BCHW, self.quantizer.next_input(f_hat_BCHW, scale + 1) if more else None
 
     def _drawn(self, found: Candidates, scale: int, u_BL: Tensor) -> tuple[Tensor, Tensor]:
-        idx_Bl = draw(found, u_BL[:, spans(self.quantizer.sides)[scale]])
+        idx_Bl = sample_tokens(found, u_BL[:, spans(self.quantizer.sides)[scale]])
         return idx_Bl, self.quantizer.embed(idx_Bl)
 
     def _mixed(self, found: Candidates, scale: int) -> tuple[Tensor, Tensor]:
         _, length, count = found.order.shape
         ratio = progress_ratio(scale, len(self.quantizer.sides))
-        weight_BlK = mixture(found, gumbels(self.sources, length, count), ratio)
+        weight_BlK = gumbel_softmax(found, gumbels(self.sources, length, count), ratio)
         rows_VC = self.quantizer.embedding.weight
         weight_BlV = weight_BlK.new_zeros(*weight_BlK.shape[:2], len(rows_VC)).scatter_(-1, found.order, weight_BlK)
         side = self.quantizer.sides[scale]
@@ -105,17 +111,17 @@ def generate(
     *,
     keep: Keep | None = None,
     mark: Callable[[str], None] = lambda phase: None,
-    runner: Runner = DIRECT,
+    runner: Runner = EAGER,
 ) -> Iterator[ScaleResult]:
-    """Yield each scale of a batch of pictures as soon as it is drawn, coarse to fine.
+    """Yield each scale of a batch of images as soon as it is drawn, coarse to fine.
 
     Args:
         tokenizer: in evaluation mode, on the transformer's device.
         transformer: in evaluation mode; its blocks compute in the precision of their weights.
-        rows: row of the class table a picture, `config.null_class` for none.
-        seeds: one seed a picture; with its row and the settings it determines the picture.
-        config: guidance, filters and how to draw.
-        keep: tokens of a given picture that stay, for editing.
+        rows: row of the class table an image, `config.null_class` for none.
+        seeds: one seed an image; with its row and the settings it determines the image.
+        config: guidance, filters and how to sample tokens.
+        keep: tokens of a given image that stay, for editing.
         mark: called with "transformer" and "drawing" after these phases of each scale, for a stopwatch.
         runner: how to run the steps. Recorded ones leave their results where the next batch's will be.
 
@@ -125,7 +131,7 @@ def generate(
     row_B = runner.admit("rows", torch.tensor(rows), device)
     numbers_BL = None if config.smooth else uniforms(sources, transformer.config.length)
     u_BL = None if numbers_BL is None else runner.admit("numbers", numbers_BL, device)
-    kind = DraftModel if config.drafts else ScaleModel
+    kind = ApproximateScaleModel if config.approximations else ScaleModel
     model = runner.run("class", lambda: kind(transformer, row_B, config))
     drawing = Drawing(tokenizer.quantize, config, keep, sources, u_BL)
     f_hat_BCHW, input_BlC = None, None
@@ -146,7 +152,7 @@ def decode(tokenizer: Tokenizer, f_hat_BCHW: Tensor) -> Pixels:
 
 
 DECODED_AT_ONCE = 16
-"""Pictures; more of them take gigabytes in the decoder's last layers and are not faster."""
+"""Images; more of them take gigabytes in the decoder's last layers and are not faster."""
 
 
 @torch.inference_mode()
@@ -158,11 +164,11 @@ def decode_on_device(tokenizer: Tokenizer, f_hat_BCHW: Tensor) -> Tensor:
 
 
 def in_8_bits(image_B3PP: Tensor) -> Tensor:
-    """Return pictures in [-1, 1] as uint8, (B, P, P, 3)."""
+    """Return images in [-1, 1] as uint8, (B, P, P, 3)."""
     return ((image_B3PP + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def to_pixels(image_B3PP: Tensor) -> Pixels:
-    """Return pictures in [-1, 1] as uint8 on the host."""
+    """Return images in [-1, 1] as uint8 on the host."""
     pixels: Pixels = in_8_bits(image_B3PP).cpu().numpy()
     return pixels

@@ -1,6 +1,6 @@
-"""The transformer at work on one batch of pictures, scale after scale.
+"""The transformer at work on one batch of images, scale after scale.
 
-Shapes: B pictures, R rows of the transformer's batch (B, or 2B when guided: conditional above
+Shapes: B images, R rows of the transformer's batch (B, or 2B when guided: conditional above
 unconditional), l tokens of one scale, D width, C codebook channels, V codebook rows.
 """
 
@@ -11,15 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from varcli.config import SampleConfig
-from varcli.models.attention import KeyValueCache
-from varcli.models.fused import FusedBlocks
-from varcli.models.fused_cpu import CpuBlock, GrowingCache, for_cpu
-from varcli.models.fused_gpu import ScaleCache, for_gpu
-from varcli.models.kernels import gpu_block
-from varcli.models.transformer import Transformer, normalize
-from varcli.sampling.devices import block_weight
-from varcli.scales import progress_ratio, spans
+from varcli.acceleration.cpu_blocks import CpuBlock, GrowingCache, for_cpu
+from varcli.acceleration.cuda_blocks import ScaleCache, for_gpu
+from varcli.acceleration.devices import block_weight
+from varcli.acceleration.fused_blocks import FusedBlocks
+from varcli.acceleration.triton_selection import gpu_block
+from varcli.config import SampleConfig, progress_ratio, spans
+from varcli.models.transformer import KeyValueCache, Transformer, normalize
 
 
 class Blocks(Protocol):

@@ -5,7 +5,7 @@ A run lives in a folder:
     state.safetensors    everything needed to go on (removed by nobody; only replaced atomically)
     metrics.jsonl        one line of figures every so often
     *.safetensors        the checkpoint others use, written by the stage
-    samples/             pictures to look at
+    samples/             images to look at
 """
 
 import json
@@ -22,12 +22,12 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from varcli.checkpoints.files import load_tensors, save_tensors
-from varcli.data.images import cannot_write
+from varcli.acceleration.devices import out_of_memory
+from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.errors import RunError, UsageError
-from varcli.sampling.devices import out_of_memory
-from varcli.training.journal import Figures, Journal
-from varcli.training.state import Tensors
+from varcli.files import cannot_write
+from varcli.training.metrics_log import Metrics, MetricsLog
+from varcli.training.optim import Tensors
 
 
 class Stage(Protocol):
@@ -39,8 +39,8 @@ class Stage(Protocol):
     def update(self, batch: Any, step: int, steps: int) -> dict[str, Tensor]:
         """Make one update and return figures, the loss among them; leave the weights alone if it is not finite."""
 
-    def validate(self) -> Figures:
-        """Return figures of the averaged weights on held-out pictures."""
+    def validate(self) -> Metrics:
+        """Return figures of the averaged weights on held-out images."""
 
     def tensors(self) -> Tensors:
         """Return the whole state."""
@@ -48,7 +48,7 @@ class Stage(Protocol):
     def load_tensors(self, tensors: Tensors) -> None:
         """Set the state that `tensors` returned."""
 
-    def save(self, folder: Path, figures: Figures, step: int) -> None:
+    def save(self, folder: Path, figures: Metrics, step: int) -> None:
         """Write the checkpoint that others use."""
 
 
@@ -65,8 +65,8 @@ class Run:
     validate_every: int = 1000
     save_every: int = 500
     preview: Callable[[Path, int], None] = field(default=lambda folder, step: None)
-    """Draws pictures of the averaged weights into a folder."""
-    report: Callable[[int, Figures], None] = field(default=lambda step, figures: None)
+    """Draws images of the averaged weights into a folder."""
+    report: Callable[[int, Metrics], None] = field(default=lambda step, figures: None)
     """Shows figures as they come."""
 
     @property
@@ -120,7 +120,7 @@ def save_state(stage: Stage, run: Run, step: int) -> None:
     save_tensors(run.state_file, stage.tensors(), metadata)
 
 
-def train(stage: Stage, run: Run) -> Figures:
+def train(stage: Stage, run: Run) -> Metrics:
     """Train from the beginning, or from where the folder's run stopped, to the end; return the last figures.
 
     Ctrl-C and SIGTERM end the run after the update under way, its state saved.
@@ -135,9 +135,9 @@ def train(stage: Stage, run: Run) -> Figures:
         return continue_run(stage, run, resume(stage, run))
 
 
-def continue_run(stage: Stage, run: Run, start: int) -> Figures:
+def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
     """Make the updates from `start` on; return the last figures. A finished run gets its checkpoint anew."""
-    journal = Journal(run.folder, start, run.batch)
+    journal = MetricsLog(run.folder, start, run.batch)
     remaining = range(start, run.steps)
     if not remaining:
         conclude(stage, run, start)
@@ -189,7 +189,7 @@ def memory_explained(batch: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        advice = "a larger --accumulate computes it in parts"
+        advice = "a larger --grad-accum computes it in parts"
         raise RunError(f"memory: a batch of {batch} does not fit; {advice}") from error
 
 
@@ -205,13 +205,13 @@ def make_folder(folder: Path) -> None:
         raise cannot_write(folder, error) from error
 
 
-def conclude(stage: Stage, run: Run, step: int) -> Figures:
-    """Validate, write the checkpoint and draw pictures; return the figures."""
+def conclude(stage: Stage, run: Run, step: int) -> Metrics:
+    """Validate, write the checkpoint and draw images; return the figures."""
     figures = stage.validate()
     stage.save(run.folder, figures, step)
-    pictures = run.folder / "samples"
-    make_folder(pictures)
-    run.preview(pictures, step)
+    images = run.folder / "samples"
+    make_folder(images)
+    run.preview(images, step)
     return figures
 
 

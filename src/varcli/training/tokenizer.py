@@ -2,7 +2,7 @@
 
 ‖im - im̂‖² + the quantizer's loss + λ_P · perceptual + λ_G · adversarial (paper, equation 5).
 
-Shapes: B pictures of P × P pixels, C codebook channels, V codebook rows, S scales, l tokens a scale.
+Shapes: B images of P × P pixels, C codebook channels, V codebook rows, S scales, l tokens a scale.
 """
 
 import itertools
@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from varcli.checkpoints.store import save_tokenizer
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig
-from varcli.data.datasets import PictureSet
-from varcli.models.quantizer import Quantized, quantization_loss
-from varcli.models.tokenizer import Tokenizer
-from varcli.training import state
-from varcli.training.adversary import PatchDiscriminator, adaptive_weight, augment, discriminator_loss
-from varcli.training.batches import Batch, Crops, Unreadable, draws, loader, to_unit
-from varcli.training.journal import Figures
+from varcli.images.dataset import ImageSet
+from varcli.models.tokenizer import Quantized, Tokenizer, quantization_loss
+from varcli.training import optim
+from varcli.training.data import Batch, Crops, Unreadable, draws, loader, to_unit
+from varcli.training.discriminator import PatchDiscriminator, adaptive_weight, augment, discriminator_loss
 from varcli.training.loop import autocast
-from varcli.training.schedule import cosine_factor
+from varcli.training.metrics_log import Metrics
+from varcli.training.optim import cosine_factor
 
 BETAS = (0.5, 0.9)
 HIT_DECAY = 0.99
@@ -46,8 +45,8 @@ class TokenizerStage:
         self,
         config: TokenizerConfig,
         training: TokenizerTrainingConfig,
-        pictures: PictureSet,
-        held: PictureSet,
+        images: ImageSet,
+        held: ImageSet,
         device: torch.device,
         *,
         half: bool,
@@ -55,33 +54,33 @@ class TokenizerStage:
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config, self.training, self.device, self.half = config, training, device, half
-        self.pictures, self.held, self.workers = pictures, held, workers
+        self.images, self.held, self.workers = images, held, workers
         self.perceptual: Perceptual | None = None
-        self.unreadable = Unreadable(len(pictures), warn)
+        self.unreadable = Unreadable(len(images), warn)
         torch.manual_seed(training.seed)
         self.model = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
-        self.average = state.MovingAverage(self.model, training.ema)
-        self.optimizer = state.adamw(self.model, BETAS, exempt=("quantize.embedding",))
+        self.average = optim.MovingAverage(self.model, training.ema)
+        self.optimizer = optim.adamw(self.model, BETAS, exempt=("quantize.embedding",))
         self.adversary = PatchDiscriminator().to(device).to(memory_format=torch.channels_last)
-        self.adversary_optimizer = state.adamw(self.adversary, BETAS)
+        self.adversary_optimizer = optim.adamw(self.adversary, BETAS)
 
     def batches(self, steps: range) -> Iterator[Batch]:
-        """Yield pictures as (B, 3, P, P) uint8, with the names of unreadable ones."""
+        """Yield images as (B, 3, P, P) uint8, with the names of unreadable ones."""
         training = self.training
-        crops = Crops(self.pictures, self.config.pixels, training.enlarge, training.seed)
-        chosen = draws(len(self.pictures), training.batch, steps, training.seed)
+        crops = Crops(self.images, self.config.pixels, training.enlarge, training.seed)
+        chosen = draws(len(self.images), training.batch, steps, training.seed)
         yield from loader(crops, chosen, self.workers)
 
     def update(self, batch: Batch, step: int, steps: int) -> dict[str, Tensor]:
         """Make one update of the tokenizer and, once it has begun, of its adversary."""
         pixels, unreadable = batch
         self.unreadable.add(itertools.chain(*unreadable))
-        state.seed_step(self.training.seed, step)
+        optim.seed_step(self.training.seed, step)
         if step == 0:
             self.begin_codebook(pixels.chunk(self.training.accumulate)[0])
         factor = cosine_factor(step, steps, self.training.final_lr)
         for optimizer in (self.optimizer, self.adversary_optimizer):
-            state.set_rates(optimizer, self.training.lr * factor, self.training.weight_decay)
+            optim.set_rates(optimizer, self.training.lr * factor, self.training.weight_decay)
         adversarial = self.training.gan > 0 and step >= self.training.gan_start * steps
         scales = self.draw_scales(step)
         totals: dict[str, Tensor] = {}
@@ -97,7 +96,7 @@ class TokenizerStage:
         return metrics
 
     def trial_loss(self, count: int) -> Tensor:
-        """Return the reconstruction loss of `count` random pictures, with its gradient."""
+        """Return the reconstruction loss of `count` random images, with its gradient."""
         pixels = torch.randint(256, (count, 3, self.config.pixels, self.config.pixels), dtype=torch.uint8)
         image = to_unit(pixels, self.device)
         made, quantized, f_BCHW = self.reconstruct(image, None)
@@ -163,7 +162,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def begin_codebook(self, pixels: Tensor) -> None:
-        """Draw the first codebook from the features of the first pictures, so that no row starts dead."""
+        """Draw the first codebook from the features of the first images, so that no row starts dead."""
         features = self.model.features(to_unit(pixels, self.device))
         rows = features.permute(0, 2, 3, 1).flatten(0, 2)
         weight = self.model.quantize.embedding.weight
@@ -193,16 +192,16 @@ class TokenizerStage:
             self.optimizer.state[weight][key][dead] = 0
 
     def examples(self, count: int) -> Tensor:
-        """Return pictures in [-1, 1] to show, spread over the held-out ones, or the training ones if there are none."""
-        pictures = self.held if len(self.held) else self.pictures
-        count = min(count, len(pictures))
-        crops = Crops(pictures, self.config.pixels, self.training.enlarge, None)
-        chosen = [(i * len(pictures) // count, 0) for i in range(count)]
+        """Return images in [-1, 1] to show, spread over the held-out ones, or the training ones if there are none."""
+        images = self.held if len(self.held) else self.images
+        count = min(count, len(images))
+        crops = Crops(images, self.config.pixels, self.training.enlarge, None)
+        chosen = [(i * len(images) // count, 0) for i in range(count)]
         return to_unit(torch.stack([crops[draw][0] for draw in chosen]), self.device)
 
     @torch.no_grad()
-    def validate(self) -> Figures:
-        """Return PSNR in dB, and the part of the codebook in use at each scale, on the held-out pictures."""
+    def validate(self) -> Metrics:
+        """Return PSNR in dB, and the part of the codebook in use at each scale, on the held-out images."""
         model = self.average.model
         used_SV = torch.zeros_like(model.quantize.ema_vocab_hit_SV, dtype=torch.bool)
         psnr: list[Tensor] = []
@@ -217,27 +216,27 @@ class TokenizerStage:
         usage = used_SV.float().mean(1).tolist() if psnr else []
         return figures | {f"codebook_usage_{k + 1}": value for k, value in enumerate(usage)}
 
-    def tensors(self) -> state.Tensors:
+    def tensors(self) -> optim.Tensors:
         """Return the whole state."""
         parts: dict[str, nn.Module] = {"model": self.model, "average": self.average.model, "adversary": self.adversary}
-        found: state.Tensors = {}
+        found: optim.Tensors = {}
         for prefix, module in parts.items():
-            found |= state.with_prefix(prefix, module.state_dict())
-        found |= state.with_prefix("optimizer", state.optimizer_tensors(self.optimizer, self.model))
-        moments = state.optimizer_tensors(self.adversary_optimizer, self.adversary)
-        return found | state.with_prefix("adversary_optimizer", moments)
+            found |= optim.with_prefix(prefix, module.state_dict())
+        found |= optim.with_prefix("optimizer", optim.optimizer_tensors(self.optimizer, self.model))
+        moments = optim.optimizer_tensors(self.adversary_optimizer, self.adversary)
+        return found | optim.with_prefix("adversary_optimizer", moments)
 
-    def load_tensors(self, tensors: state.Tensors) -> None:
+    def load_tensors(self, tensors: optim.Tensors) -> None:
         """Set the state that `tensors` returned."""
-        self.model.load_state_dict(state.without_prefix("model", tensors))
-        self.average.model.load_state_dict(state.without_prefix("average", tensors))
-        self.adversary.load_state_dict(state.without_prefix("adversary", tensors))
-        moments = state.without_prefix("optimizer", tensors)
-        state.load_optimizer_tensors(self.optimizer, self.model, moments)
-        moments = state.without_prefix("adversary_optimizer", tensors)
-        state.load_optimizer_tensors(self.adversary_optimizer, self.adversary, moments)
+        self.model.load_state_dict(optim.without_prefix("model", tensors))
+        self.average.model.load_state_dict(optim.without_prefix("average", tensors))
+        self.adversary.load_state_dict(optim.without_prefix("adversary", tensors))
+        moments = optim.without_prefix("optimizer", tensors)
+        optim.load_optimizer_tensors(self.optimizer, self.model, moments)
+        moments = optim.without_prefix("adversary_optimizer", tensors)
+        optim.load_optimizer_tensors(self.adversary_optimizer, self.adversary, moments)
 
-    def save(self, folder: Path, figures: Figures, step: int) -> None:
+    def save(self, folder: Path, figures: Metrics, step: int) -> None:
         """Write the averaged tokenizer, with the record of codebook hits, to tokenizer.safetensors."""
         self.average.model.quantize.ema_vocab_hit_SV.copy_(self.model.quantize.ema_vocab_hit_SV)
         facts = {"step": step, "images_seen": step * self.training.batch, **figures}
@@ -249,8 +248,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def held_out_batches(held: PictureSet, pixels: int, training: TokenizerTrainingConfig) -> Iterator[Batch]:
-    """Yield all held-out pictures in order, cropped at the centre."""
+def held_out_batches(held: ImageSet, pixels: int, training: TokenizerTrainingConfig) -> Iterator[Batch]:
+    """Yield all held-out images in order, cropped at the centre."""
     crops = Crops(held, pixels, training.enlarge, None)
     numbers = [(i, 0) for i in range(len(held))]
     yield from loader(crops, [numbers[i : i + 64] for i in range(0, len(numbers), 64)], workers=0)

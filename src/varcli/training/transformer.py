@@ -1,6 +1,6 @@
 """Training of the transformer on the token maps of a frozen tokenizer.
 
-Shapes: B pictures, L tokens of all scales, l of one, C codebook channels, V codebook rows.
+Shapes: B images, L tokens of all scales, l of one, C codebook channels, V codebook rows.
 """
 
 from collections.abc import Iterator
@@ -11,17 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varcli.checkpoints.store import save_model
-from varcli.config import TransformerConfig, TransformerTrainingConfig
-from varcli.data.classes import ClassTable
+from varcli.classes import ClassTable
+from varcli.config import TransformerConfig, TransformerTrainingConfig, spans
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.scales import spans
-from varcli.training import schedule, state
-from varcli.training.batches import draws
-from varcli.training.initialization import initialize_transformer
-from varcli.training.journal import Figures
+from varcli.training import optim
+from varcli.training.data import TokenCache, draws
 from varcli.training.loop import autocast
-from varcli.training.token_cache import TokenCache
+from varcli.training.metrics_log import Metrics
+from varcli.training.optim import initialize_transformer
 
 BETAS = (0.9, 0.95)
 CLIP = 2.0
@@ -55,8 +53,8 @@ class TransformerStage:
         self.model = Transformer(config)
         initialize_transformer(self.model, training.gamma_init)
         self.model.to(device)
-        self.average = state.MovingAverage(self.model, training.ema)
-        self.optimizer = state.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
+        self.average = optim.MovingAverage(self.model, training.ema)
+        self.optimizer = optim.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
 
     def batches(self, steps: range) -> Iterator[Batch]:
         """Yield tokens (B, L) and class rows (B)."""
@@ -67,10 +65,10 @@ class TransformerStage:
     def update(self, batch: Batch, step: int, steps: int) -> dict[str, Tensor]:
         """Make one update of the transformer."""
         training = self.training
-        state.seed_step(training.seed, step)
-        rate = training.lr * schedule.linear_factor(step, steps, training.final_lr)
-        decay = schedule.weight_decay(step, steps, training.weight_decay, training.final_weight_decay)
-        state.set_rates(self.optimizer, rate, decay)
+        optim.seed_step(training.seed, step)
+        rate = training.lr * optim.linear_factor(step, steps, training.final_lr)
+        decay = optim.weight_decay(step, steps, training.weight_decay, training.final_weight_decay)
+        optim.set_rates(self.optimizer, rate, decay)
         self.model.train()
         totals: dict[str, Tensor] = {}
         for tokens, rows in zip(*(part.chunk(training.accumulate) for part in batch), strict=True):
@@ -90,7 +88,7 @@ class TransformerStage:
         return metrics
 
     def trial_loss(self, count: int) -> Tensor:
-        """Return the loss of `count` random pictures, with its gradient."""
+        """Return the loss of `count` random images, with its gradient."""
         tokens_BL = torch.randint(self.config.codebook_size, (count, self.config.length), device=self.device)
         label_B = torch.randint(self.config.class_count, (count,), device=self.device)
         return self.figures(self.model.train(), tokens_BL, label_B)["loss"]
@@ -116,8 +114,8 @@ class TransformerStage:
         }
 
     @torch.no_grad()
-    def validate(self) -> Figures:
-        """Return the averaged weights' figures on held-out pictures, no label dropped."""
+    def validate(self) -> Metrics:
+        """Return the averaged weights' figures on held-out images, no label dropped."""
         if self.held is None:
             return {}
         sums: dict[str, float] = {}
@@ -129,20 +127,20 @@ class TransformerStage:
                 sums[name] = sums.get(name, 0.0) + float(value) * len(numbers)
         return {name: total / len(self.held) for name, total in sums.items()}
 
-    def tensors(self) -> state.Tensors:
+    def tensors(self) -> optim.Tensors:
         """Return the whole state."""
-        found = state.with_prefix("model", self.model.state_dict())
-        found |= state.with_prefix("average", self.average.model.state_dict())
-        return found | state.with_prefix("optimizer", state.optimizer_tensors(self.optimizer, self.model))
+        found = optim.with_prefix("model", self.model.state_dict())
+        found |= optim.with_prefix("average", self.average.model.state_dict())
+        return found | optim.with_prefix("optimizer", optim.optimizer_tensors(self.optimizer, self.model))
 
-    def load_tensors(self, tensors: state.Tensors) -> None:
+    def load_tensors(self, tensors: optim.Tensors) -> None:
         """Set the state that `tensors` returned."""
-        self.model.load_state_dict(state.without_prefix("model", tensors))
-        self.average.model.load_state_dict(state.without_prefix("average", tensors))
-        moments = state.without_prefix("optimizer", tensors)
-        state.load_optimizer_tensors(self.optimizer, self.model, moments)
+        self.model.load_state_dict(optim.without_prefix("model", tensors))
+        self.average.model.load_state_dict(optim.without_prefix("average", tensors))
+        moments = optim.without_prefix("optimizer", tensors)
+        optim.load_optimizer_tensors(self.optimizer, self.model, moments)
 
-    def save(self, folder: Path, figures: Figures, step: int) -> None:
+    def save(self, folder: Path, figures: Metrics, step: int) -> None:
         """Write the averaged transformer with its tokenizer to model.safetensors."""
         facts = {"step": step, "images_seen": step * self.training.batch, **figures}
         file = folder / "model.safetensors"

@@ -1,0 +1,130 @@
+"""What each approximation of `--approximate` brings and what it costs, against the same model without any.
+
+    python benchmarks/approximations.py [--checkpoint NAME|FILE] [--device cpu] [--dtype fp32] [--images 8] [--json]
+
+Speed: seconds an image, pixels included, all taking turns in every round; medians of the rounds. Price, of the late
+scales: logits from the same tokens, which were drawn without any approximation (mean difference in standard
+deviations of the logits, how often the best token is the same, and the Kullback-Leibler divergence in nats), and how many
+tokens are the same when each draws its own with the same numbers. Without a checkpoint the models have the released d16's
+shape and random weights: right for speed, and little more than noise for the price.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from sampling import CONFIG
+from subjects import named_models
+from tables import print_rows
+from torch import Tensor
+
+from varcli.acceleration.devices import pick_device, pick_dtype, prepare, synchronize
+from varcli.benchmarking.samplers import Models, Wanted
+from varcli.config import APPROXIMATIONS, SampleConfig
+from varcli.sampling.approximations import LATE, ApproximateScaleModel
+from varcli.sampling.batching import BatchSampler
+from varcli.sampling.sampler import generate
+from varcli.sampling.scale_model import ScaleModel
+
+VARIANTS = {
+    approximate or "none": replace(CONFIG, approximate=approximate)
+    for approximate in ("", *APPROXIMATIONS, ",".join(APPROXIMATIONS))
+}
+
+
+@dataclass(frozen=True)
+class Price:
+    """How one image's late scales differ, each figure the mean over their tokens."""
+
+    difference: float
+    same_best: float
+    divergence: float
+    same_drawn: float
+
+
+def late_logits(model: ScaleModel, inputs: list[Tensor | None]) -> Tensor:
+    """Return the logits (N, V) of the late scales, all their tokens one after the other."""
+    found = [model.logits(scale, given)[0] for scale, given in enumerate(inputs)]
+    return torch.cat(found[-LATE:])
+
+
+@torch.inference_mode()
+def price(models: Models, config: SampleConfig, wanted: Wanted) -> Price:
+    """Return what an approximation costs on one image."""
+    tokenizer, transformer = models
+    rows, seeds = [wanted.row], [wanted.seed]
+    exact = [r.tokens.clone() for r in generate(tokenizer, transformer, rows, seeds, replace(config, approximate=""))]
+    near = [r.tokens.clone() for r in generate(tokenizer, transformer, rows, seeds, config)]
+    lengths = [side * side for side in transformer.config.sides]
+    inputs = [None, *tokenizer.quantize.teacher_input(exact).split(lengths[1:], dim=1)]
+    ours_NV = late_logits(ApproximateScaleModel(transformer, rows, config), inputs)
+    theirs_NV = late_logits(ScaleModel(transformer, rows, config), inputs)
+    divergence = torch.nn.functional.kl_div(
+        ours_NV.log_softmax(-1), theirs_NV.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    same = torch.cat(exact[-LATE:], dim=1) == torch.cat(near[-LATE:], dim=1)
+    return Price(
+        ((ours_NV - theirs_NV).abs().mean() / theirs_NV.std()).item(),
+        (ours_NV.argmax(-1) == theirs_NV.argmax(-1)).float().mean().item(),
+        divergence.item(),
+        same.float().mean().item(),
+    )
+
+
+def speeds(models: Models, images: int, rounds: int) -> dict[str, float]:
+    """Return the median seconds an image of each variant."""
+    samplers = {name: BatchSampler(*models, config) for name, config in VARIANTS.items()}
+    device = models[1].pos_start.device
+    taken: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for turn in range(rounds + 1):
+        for name, sampler in samplers.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            for _ in sampler.images(Wanted(0, seed) for seed in range(images)):
+                pass
+            if turn > 0:  # the first one warms up
+                taken[name].append((time.perf_counter() - begin) / images)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure(models: Models, images: int, rounds: int) -> list[dict[str, object]]:
+    """Return one row a variant."""
+    seconds, classes = speeds(models, images, rounds), models[1].config.class_count
+    rows: list[dict[str, object]] = []
+    for name, config in VARIANTS.items():
+        prices = [price(models, config, Wanted(37 * seed % classes, seed)) for seed in range(images)]
+        rows.append(
+            {
+                "approximate": name,
+                "seconds an image": round(seconds[name], 4),
+                "times faster": round(seconds["none"] / seconds[name], 2),
+                "logits differ, std": round(statistics.fmean(p.difference for p in prices), 4),
+                "same best": round(statistics.fmean(p.same_best for p in prices), 4),
+                "KL": round(statistics.fmean(p.divergence for p in prices), 4),
+                "same drawn": round(statistics.fmean(p.same_drawn for p in prices), 4),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure and print a Markdown table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
+    parser.add_argument("--device", default="auto", help="where to measure")
+    parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")
+    parser.add_argument("--images", type=int, default=8, help="how many, in each round and for the price")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    given = parser.parse_args()
+    device = pick_device(given.device)
+    name, models = named_models(given.checkpoint)
+    prepare(*models, device, pick_dtype(given.dtype, device))
+    rows = measure(models, given.images, given.rounds)
+    print_rows([{"model": name} | row for row in rows], as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()

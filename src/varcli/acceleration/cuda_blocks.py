@@ -1,0 +1,104 @@
+"""A block's branches for a GPU in 16 bits.
+
+A GPU has finished the products of matrices soon, so that passes over memory count. Here each does all it can, writes
+in the precision that is wanted next, and where that is a place in the cache, there.
+
+Shapes: B rows of the batch, l tokens of this call, L tokens of all scales, D width, h heads of c = 64 channels.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from varcli.acceleration.fused_blocks import advanced
+from varcli.config import HEAD_WIDTH, TransformerConfig
+from varcli.models.transformer import Block, KeyValueCache, Transformer
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class ScaleCache(KeyValueCache):
+    """Keys and values of all scales but the last, of all blocks; the last scale's are needed in their own block alone.
+
+    The last scale of the published grids has more than a third of all tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        before_last = config.length - config.sides[-1] ** 2
+        shape = (config.depth, 2, batch, config.heads, before_last, HEAD_WIDTH)
+        self.kv = list(torch.empty(shape, device=device, dtype=dtype))
+        self.whole_2BhLc = torch.empty((2, batch, config.heads, config.length, HEAD_WIDTH), device=device, dtype=dtype)
+        self.filled = 0
+
+    def until(self, block: int, end: int) -> Tensor:
+        """Return where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
+        if end <= self.kv[block].shape[3]:
+            return super().until(block, end)
+        self.whole_2BhLc[:, :, :, : self.filled] = super().until(block, self.filled)
+        return self.whole_2BhLc[:, :, :, :end]
+
+    def first_rows(self, count: int) -> "ScaleCache":
+        """Return the part of the first `count` rows of the batch."""
+        part = cast("ScaleCache", super().first_rows(count))
+        part.whole_2BhLc = self.whole_2BhLc[:, :count]
+        return part
+
+
+def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc: Tensor) -> Tensor:
+    """Put unit-length keys, and the values, where they belong; return queries as long as their temperature.
+
+    The queries, (B, h, l, c), take the place of those given.
+    """
+    length_Bl2h1 = torch.linalg.vector_norm(qkv_Bl3hc[:, :, :2], dim=-1, keepdim=True, dtype=torch.float32)
+    length_Bl2h1.clamp_min_(1e-12)
+    q_Blhc, k_Blhc, v_Blhc = qkv_Bl3hc.unbind(2)
+    torch.div(k_Blhc, length_Bl2h1[:, :, 1], out=k_Bhlc.transpose(1, 2))
+    v_Bhlc.copy_(v_Blhc.transpose(1, 2))
+    return q_Blhc.mul_(temperature_h1 / length_Bl2h1[:, :, 0]).transpose(1, 2)
+
+
+class GpuBlock:
+    """One block's two branches, from and to the precision of its weights."""
+
+    advance = staticmethod(advanced)
+    normalize = staticmethod(normalized)
+
+    def __init__(self, block: Block) -> None:
+        attn = block.attn
+        self.qkv, self.proj, self.fc1, self.fc2 = attn.mat_qkv, attn.proj, block.ffn.fc1, block.ffn.fc2
+        self.dtype, self.heads = attn.mat_qkv.weight.dtype, attn.heads
+        self.bias = attn.bias.to(self.dtype)
+        self.temperature_h1 = attn.temperature_h1
+
+    def attend(self, x_BlD: Tensor, number: int, cache: ScaleCache) -> Tensor:
+        """Return what each token gathers from its own scale and those before it, (B, l, D)."""
+        start, end = cache.filled, cache.filled + x_BlD.shape[1]
+        qkv_Bl3hc = F.linear(x_BlD, self.qkv.weight, self.bias).unflatten(2, (3, self.heads, HEAD_WIDTH))
+        k_BhLc, v_BhLc = cache.until(number, end)
+        q_Bhlc = self.normalize(qkv_Bl3hc, self.temperature_h1, k_BhLc[:, :, start:], v_BhLc[:, :, start:])
+        h_Bhlc = F.scaled_dot_product_attention(q_Bhlc, k_BhLc, v_BhLc, scale=1.0)
+        return self.proj(h_Bhlc.transpose(1, 2).flatten(2))
+
+    def feed(self, x_BlD: Tensor) -> Tensor:
+        """Return the feed-forward branch, (B, l, D)."""
+        return self.fc2(linear_gelu(x_BlD, self.fc1))
+
+
+def linear_gelu(x_BlD: Tensor, layer: nn.Linear) -> Tensor:
+    """Return GELU (tanh form) of a linear map; on CUDA the product's own kernel applies it."""
+    if not x_BlD.is_cuda:  # elsewhere the fused operation is the other form of GELU
+        return F.gelu(layer(x_BlD), approximate="tanh")
+    x_ND = torch._addmm_activation(layer.bias, x_BlD.flatten(0, 1), layer.weight.T, use_gelu=True)
+    return x_ND.unflatten(0, x_BlD.shape[:2])
+
+
+def for_gpu(transformer: Transformer) -> bool:
+    """Return whether these blocks can stand in for a transformer's own: in 16 bits on CUDA, and nothing replaced."""
+    blocks = list(cast("Iterable[Block]", transformer.blocks))
+    layers = [layer for b in blocks for layer in (b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
+    plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in layers)
+    return plain and all(layer.weight.is_cuda and layer.weight.dtype in HALF for layer in layers)

@@ -1,0 +1,199 @@
+"""Where and in which precision to sample."""
+
+import contextlib
+import ctypes
+import platform
+import sys
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from varcli.acceleration.int8 import Int8Linear, quantize
+from varcli.acceleration.onednn import pack
+from varcli.acceleration.triton_selection import norm_kernel
+from varcli.errors import RunError, UsageError
+from varcli.models.autoencoder import NormSilu, Upsample
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Block, Transformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by the names users type."""
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; for "auto" CUDA, else MPS, else the CPU.
+
+    Raises:
+        UsageError: torch knows no such device or this machine has none.
+    """
+    if name == "auto":
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return torch.device(next(kind for kind, there in present.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device: {name}; auto, cpu, cuda, cuda:1 or mps") from error
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        has = ", ".join(f"{kind}:{i}" if i else kind for kind, count in counts.items() for i in range(count))
+        raise UsageError(f"device: {name}; this machine has {has}")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """Return the name of the precision; for "auto" 16 bits on CUDA and on CPUs made for them, fp32 elsewhere."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        computes = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs know fp16 alone
+        return "bf16" if computes else "fp16"
+    return "bf16" if device.type == "cpu" and cpu_computes_bf16() else "fp32"
+
+
+def cpu_computes_bf16() -> bool:
+    """Return whether the processor has instructions for bf16 (AVX512-BF16, AMX or Arm's) and torch uses them.
+
+    oneDNN's own answer will not do on x86: it is yes where AVX-512 emulates bf16, which is slower than float32.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision_reason(precision: str, device: torch.device) -> str:
+    """Return a line for people that says what "auto" chose, and why."""
+    if device.type == "cpu":
+        has = "has" if precision == "bf16" else "has no"
+        return f"computing on cpu in {precision}: this processor {has} instructions for bf16"
+    return f"computing on {device} in {precision}"
+
+
+def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, precision: str) -> None:
+    """Make both models ready for sampling: evaluation mode, device, precision by name, memory layout.
+
+    In 16 bits only what takes the time is: the blocks' linear maps and the decoder. The residual
+    stream, the token embeddings, the logits and the draws stay in float32.
+
+    With "int8" the linear maps take that, and everything else what "auto" takes here.
+
+    Once done, the models stay where they are: layouts of a processor can neither be changed nor copied.
+
+    Raises:
+        RunError: the device's memory cannot hold the models.
+        UsageError: the device does not compute with int8.
+    """
+    dtype = DTYPES[pick_dtype("auto", device) if precision == "int8" else precision]
+    if precision == "int8":
+        check_int8(device)
+        quantize(transformer, device, dtype)
+    linear = [layer for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear)]
+    decoding = (tokenizer.post_quant_conv, tokenizer.decoder)
+    try:
+        for part in (*linear, *decoding):
+            part.to(dtype)  # before the move, which then takes half the memory
+        tokenizer.to(device).eval()
+        transformer.to(device).eval()
+        for part in decoding:
+            part.to(memory_format=torch.channels_last)
+        fuse = device.type == "cuda" and dtype != torch.float32
+        for part in tokenizer.decoder.modules():
+            if isinstance(part, NormSilu):
+                part.kernel = norm_kernel(device, dtype) if fuse else None
+            elif isinstance(part, Upsample) and device.type == "cpu":
+                part.split()
+        if device.type == "cuda":
+            settle_cuda()
+        elif device.type == "cpu":
+            pack(transformer)
+            keep_freed_memory()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(
+            f"memory: {device} cannot hold the model; a smaller one, --dtype bf16 or --device cpu"
+        ) from error
+
+
+def settle_cuda() -> None:
+    """Decide what torch decides otherwise from one version to the next: images and speed depend on it."""
+    torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 shall be one
+    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention here, and plans each shape for long
+
+
+def check_int8(device: torch.device) -> None:
+    """Raise UsageError unless a device multiplies int8, and torch lets it.
+
+    Without VNNI instructions the processor's sums of products would overflow.
+    """
+    vnni = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    if device.type != "cuda" and not vnni:
+        raise UsageError(f"quantize: int8 on {device}; needs CUDA or a processor with VNNI: leave it out")
+
+
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the CPU of any system."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA and Metal
+    "ALLOC_FAILED",  # CUDA's libraries
+    "Invalid buffer size",  # Metal, of a single tensor
+    "can't allocate memory",  # the CPU's allocator on Linux and macOS
+    "not enough memory",  # and on Windows
+)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what torch keeps for later, so that smaller batches find it in one piece."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def independent(transformer: Transformer) -> bool:
+    """Return whether images must be computed one by one to come out the same in any batch.
+
+    In float32 that is promised; on a CPU it costs nothing. On a GPU in 16 bits batches are what makes
+    it fast, and the shape of a batch changes the rounding.
+    """
+    weight = block_weight(transformer)
+    return weight.device.type == "cpu" or weight.dtype == torch.float32
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tell glibc, where it is the C library, to keep large blocks that are freed instead of giving them back.
+
+    The same sizes are asked for over and over, and each page from the system costs a fault and its zeros.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(AttributeError):  # other C libraries have no such setting
+        settings = ctypes.CDLL(None).mallopt
+        # Before 2.35 it takes no more than 32 MiB; where it takes nothing its own moving thresholds are best.
+        if settings(_MMAP_THRESHOLD, 2**30) or settings(_MMAP_THRESHOLD, 2**25):
+            settings(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+
+
+def block_weight(transformer: Transformer) -> Tensor:
+    """Return a weight that tells on which device and in which precision the blocks compute."""
+    projection: Any = cast("Block", transformer.blocks[0]).attn.proj
+    return projection.bias if isinstance(projection, Int8Linear) else projection.weight

@@ -1,0 +1,323 @@
+"""Classes a model knows, and what a user may type for one. No torch here.
+
+A class has an id, which users type and file names carry, and a row, its place in the transformer's
+class table. For ImageNet's thousand both are the ImageNet index; a model of fewer classes keeps the
+ids and has fewer rows.
+"""
+
+import json
+import re
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import sha256
+from importlib.resources import files
+from itertools import chain
+
+from varcli.errors import CheckpointError, InputError, UsageError
+
+
+def plain(text: str) -> str:
+    """Return a name as it is compared: small letters, single spaces for whatever separates words."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def exact_match(entries: "Sequence[ClassEntry]", words: str) -> "list[ClassEntry]":
+    """Return the classes with exactly this name; their first names, if any is it, go before synonyms."""
+    wanted = plain(words)
+    first = [entry for entry in entries if wanted in (plain(entry.name), plain(entry.wnid))]
+    rest = (entry for entry in entries if wanted in map(plain, (*entry.synonyms, " ".join(entry.names))))
+    return first or list(rest)
+
+
+def whole_words(entries: "Sequence[ClassEntry]", words: str) -> "list[ClassEntry]":
+    """Return the classes that have all of these words, whole, in one of their names."""
+    wanted = set(plain(words).split())
+    return [e for e in entries if wanted and any(wanted <= set(plain(name).split()) for name in e.names)]
+
+
+def partial_match(entries: "Sequence[ClassEntry]", words: str) -> "list[ClassEntry]":
+    """Return the classes that have all of these words, or parts of words, in one of their names."""
+    wanted = plain(words).split()
+    return [e for e in entries if wanted and any(all(word in plain(name) for word in wanted) for name in e.names)]
+
+
+def close_to(entries: "Sequence[ClassEntry]", words: str, count: int = 5) -> "list[ClassEntry]":
+    """Return the classes whose names are almost these words or, if none are, have a word that is almost one of them."""
+    from difflib import get_close_matches
+
+    names = [(plain(name), entry) for entry in entries for name in entry.names]
+    in_parts = [(word, entry) for name, entry in names for word in name.split()]
+    long = [word for word in plain(words).split() if len(word) > 3]
+    for known, wanted, likeness in ((names, [plain(words)], 0.75), (in_parts, long, 0.8)):
+        spellings = {name for name, _ in known}
+        close = [name for text in wanted for name in get_close_matches(text, spellings, count, likeness)]
+        if close:
+            return list(dict.fromkeys(entry for spelling in close for name, entry in known if name == spelling))[:count]
+    return []
+
+
+def nearest(wanted: "ClassEntry", entries: "Sequence[ClassEntry]", count: int = 3) -> "list[ClassEntry]":
+    """Return the classes most like an ImageNet class that is not among them.
+
+    Shared words of the names count first (another retriever for a retriever), above all the last word
+    of a name. Then the index, among things of one kind: ImageNet's animals stand in the order of WordNet's
+    tree, so that neighbours are kin.
+    """
+
+    def likeness(entry: "ClassEntry") -> tuple[int, bool, int]:
+        heads = {plain(name).split()[-1] for name in entry.names} & {plain(name).split()[-1] for name in wanted.names}
+        alike = len(_long_words(wanted) & _long_words(entry)) + 2 * bool(heads)
+        return -alike, _kind(entry) != _kind(wanted), abs(entry.id - wanted.id)
+
+    return sorted(entries, key=likeness)[:count]
+
+
+def _kind(entry: "ClassEntry") -> int:
+    """Return which stretch of ImageNet's indices a class lies in."""
+    return bisect(_KIND_STARTS, entry.id)
+
+
+_KIND_STARTS = (398, 924, 970, 981, 984)
+"""Where animals give way to things, these to food, places, people, plants."""
+
+
+def _long_words(entry: "ClassEntry") -> set[str]:
+    return {word for name in entry.names for word in plain(name).split() if len(word) > 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ClassEntry:
+    """One class."""
+
+    id: int
+    """What a user types: the ImageNet index, or the place in sorted order for other classes."""
+    wnid: str
+    """WordNet id, or the name of the folder its images came from."""
+    name: str
+    """The first of its names."""
+    synonyms: tuple[str, ...] = ()
+    """Its other names."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names, the first one first."""
+        return (self.name, *self.synonyms)
+
+    def __str__(self) -> str:
+        """Return id and name as messages show them."""
+        return f"{self.id} {self.name}"
+
+
+RANDOM = ClassEntry(-1, "random", "random")
+"""Stands for a class drawn anew for every image; `random_class` says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTable:
+    """The classes of a model or data set; the position of an entry is its row."""
+
+    entries: tuple[ClassEntry, ...]
+    _rows: dict[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_rows", {entry.id: row for row, entry in enumerate(self.entries)})
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, class_id: int) -> bool:
+        return class_id in self._rows
+
+    def row(self, class_id: int) -> int:
+        """Return the row of the class with this id.
+
+        Raises:
+            InputError: no class has this id.
+        """
+        if class_id not in self._rows:
+            raise InputError(f"class: {class_id}; {_extent(self)}")
+        return self._rows[class_id]
+
+    def by_id(self, class_id: int) -> ClassEntry:
+        """Return the class with this id.
+
+        Raises:
+            InputError: no class has this id.
+        """
+        return self.entries[self.row(class_id)]
+
+    def search(self, words: str) -> list[ClassEntry]:
+        """Return the classes with all of these words in their names, the best matches first."""
+        return list(
+            dict.fromkeys(
+                chain.from_iterable(
+                    matches(self.entries, words) for matches in (exact_match, whole_words, partial_match)
+                )
+            )
+        )
+
+    def to_json(self) -> str:
+        """Return the table as JSON: a list of [id, wnid, [names]] in the order of the rows."""
+        return json.dumps([[entry.id, entry.wnid, list(entry.names)] for entry in self.entries], ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str) -> "ClassTable":
+        """Return the table that `to_json` wrote.
+
+        Raises:
+            CheckpointError: the text is no such table.
+        """
+        try:
+            return ClassTable(
+                tuple(ClassEntry(int(i), str(wnid), *_first_and_rest(names)) for i, wnid, names in json.loads(text))
+            )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"class table: {text[:40]}; a list of [id, wnid, [names]]") from error
+
+
+def _first_and_rest(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    first, *rest = names
+    return first, tuple(rest)
+
+
+@lru_cache(maxsize=1)
+def imagenet() -> ClassTable:
+    """Return the thousand classes of ImageNet, whose row is their index."""
+    lines = (files("varcli") / "imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    fields = (line.split("\t") for line in lines)
+    return ClassTable(tuple(ClassEntry(int(i), wnid, *_first_and_rest(names.split(", "))) for i, wnid, names in fields))
+
+
+def random_class(table: ClassTable, seed: int) -> ClassEntry:
+    """Return the class an image of this seed gets when its class is left to chance."""
+    number = int.from_bytes(sha256(f"class of {seed}".encode()).digest()[:8], "big")
+    return table.entries[number % len(table)]
+
+
+# --- what a user types -----------------------------------------------------------------------------
+
+
+Taken = Callable[[str, ClassEntry], None]
+
+
+def parse_classes(
+    specs: Sequence[str],
+    table: ClassTable,
+    lines: Iterable[str] = (),
+    hint: str = "",
+    taken: Taken = lambda word, entry: None,
+) -> Iterator[ClassEntry | None]:
+    """Return the classes meant, in order; None is "no class" and `RANDOM` one drawn for each image.
+
+    A spec is an index, a name (whole, or a part that only one class has), a range such as 10-20 with
+    both ends, a list of these with commas, ``all``, ``none``, ``random``, or ``-`` for one spec a line
+    of `lines`. All but the lines are checked before this returns; a line is read when its turn comes.
+
+    Args:
+        specs: what was typed, e.g. ["207", "tabby,none"].
+        table: the classes the model knows.
+        lines: where ``-`` reads; blank lines are passed over.
+        hint: ends the message about an ImageNet class that the table lacks: which checkpoint has it.
+        taken: told of each class that was known by a part of its name.
+
+    Raises:
+        UsageError: a range runs backwards, or a spec is empty.
+        InputError: a class is unknown, or a name belongs to several.
+    """
+
+    def parse(spec: str) -> list[ClassEntry | None]:
+        return _parse(spec, table, hint, taken)
+
+    parts = [_from_lines(lines, parse) if spec.strip() == "-" else parse(spec) for spec in specs]
+    return chain.from_iterable(parts)
+
+
+def _from_lines(lines: Iterable[str], parse: Callable[[str], list[ClassEntry | None]]) -> Iterator[ClassEntry | None]:
+    for line in lines:
+        if line.strip():
+            yield from parse(line)
+
+
+def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassEntry | None]:
+    """Return the classes of one spec other than ``-``."""
+    word = spec.strip()
+    if not word:
+        raise UsageError("class: an empty one; an index, a name, a range, a list, all, none or random")
+    if word.lower() in _KEYWORDS:
+        return _KEYWORDS[word.lower()](table)
+    if span := re.fullmatch(r"([0-9]+)\s*-\s*([0-9]+)", word):
+        return [_by_index(i, table, hint) for i in _span(int(span[1]), int(span[2]))]
+    if re.fullmatch(r"-?[0-9]+", word):
+        return [_by_index(int(word), table, hint)]
+    if "," in word and len(exact_match(table.entries, word)) != 1:
+        # A name with a comma in it, or all names of a class as ImageNet writes them, is no list.
+        return [entry for item in word.split(",") for entry in _parse(item, table, hint, taken)]
+    return [_by_name(word, table, hint, taken)]
+
+
+_KEYWORDS: dict[str, Callable[[ClassTable], list[ClassEntry | None]]] = {
+    "all": lambda table: list(table.entries),
+    "none": lambda _: [None],
+    "random": lambda _: [RANDOM],
+}
+
+
+def _span(first: int, last: int) -> range:
+    if first > last:
+        raise UsageError(f"class range: {first}-{last}; the smaller index first, {last}-{first}")
+    return range(first, last + 1)
+
+
+def _by_index(class_id: int, table: ClassTable, hint: str) -> ClassEntry:
+    if class_id not in table and class_id in imagenet() and _is_part_of_imagenet(table):
+        raise _lacking([imagenet().by_id(class_id)], table, hint)
+    return table.by_id(class_id)
+
+
+def _by_name(word: str, table: ClassTable, hint: str, taken: Taken) -> ClassEntry:
+    """Return the one class meant by a name, the most literal reading first."""
+    elsewhere = imagenet().entries if _is_part_of_imagenet(table) else ()
+    for matches in (exact_match, whole_words, partial_match):
+        found = matches(table.entries, word)
+        if len(found) == 1:
+            if matches is not exact_match:
+                taken(word, found[0])
+            return found[0]
+        if found:
+            raise InputError(f"class: {word}; which of {_listing(found)}")
+        if wanted := matches(elsewhere, word):
+            raise _lacking(wanted, table, hint)
+    raise InputError(f"class: {word}; {_closest(word, table)}")
+
+
+def _is_part_of_imagenet(table: ClassTable) -> bool:
+    return all(e.id in imagenet() and imagenet().by_id(e.id).wnid == e.wnid for e in table.entries)
+
+
+# --- messages --------------------------------------------------------------------------------------
+
+
+def _lacking(wanted: Sequence[ClassEntry], table: ClassTable, hint: str) -> InputError:
+    """Return the error about ImageNet classes that the table lacks: the nearest it has, and who has them."""
+    known = f"the nearest of the {len(table)} this checkpoint knows are {_listing(nearest(wanted[0], table.entries))}"
+    return InputError(f"class not known: {_listing(wanted)}; {known}" + (f"; {hint}" if hint else ""))
+
+
+def _closest(word: str, table: ClassTable) -> str:
+    """Return advice on what might have been meant by a name nothing has."""
+    close = close_to(table.entries, word)
+    return f"close to it: {_listing(close)}" if close else f"{_extent(table)}; `var classes` lists them"
+
+
+def _extent(table: ClassTable) -> str:
+    """Return in words which ids a table has."""
+    ids = sorted(table._rows)
+    if ids == list(range(len(ids))):
+        return f"this checkpoint knows 0 to {len(ids) - 1}"
+    return f"this checkpoint knows {len(ids)} classes between {ids[0]} and {ids[-1]}"
+
+
+def _listing(entries: Sequence[ClassEntry], most: int = 8) -> str:
+    return ", ".join(map(str, entries[:most])) + (f" and {len(entries) - most} more" if len(entries) > most else "")

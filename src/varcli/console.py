@@ -1,0 +1,74 @@
+"""What the user sees: results on stdout, everything else on stderr. No torch here."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+
+
+def prepare_streams() -> None:
+    """Make the standard streams fit for any text, and those that the caller closed lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for good
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # é is \xe9 where the encoding has none
+
+
+def result(line: str) -> None:
+    """Write one line of results to stdout, at once, so that a reader behind a pipe need not wait."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def note(line: str) -> None:
+    """Write one line about the run to stderr."""
+    sys.stderr.write(f"var: {line}\n")
+
+
+def notes(quiet: bool) -> Callable[[str], None]:
+    """Return `note`, or what says nothing to those who want errors only."""
+    return (lambda line: None) if quiet else note
+
+
+def failure(message: str) -> None:
+    """Write an error to stderr, as one line whatever it holds."""
+    note("error: " + " ".join(message.split()))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write rows to stdout: as a table with headings on a terminal, else with tabs between and no headings."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            result("\t".join(row))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        shown.add_row(*row)
+    Console(markup=False, highlight=False).print(shown)
+
+
+@contextmanager
+def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Yield what to call after one of `total` steps, or with how many were made: it moves a bar on stderr.
+
+    There is no bar where stderr is no terminal, where `quiet` is asked for, or where the total is unknown.
+    """
+    if quiet or total is None or not sys.stderr.isatty():
+        yield lambda count=1: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # rich would send redirected results to stderr too: right on a terminal, wrong in a pipe.
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count=1: bar.advance(task, count)

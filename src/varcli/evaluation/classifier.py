@@ -1,0 +1,102 @@
+"""Rejection sampling: a classifier's confidence that an image shows the class it was asked for.
+
+Of several images of a class those are kept that the classifier is surest of, as behind the paper's best
+figures (table 1, the rows marked "re"; the idea is VQ-VAE-2's, Razavi et al. 2019).
+
+Shapes: B images of P × P pixels, N classes the classifier knows.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from varcli.classes import ClassTable, imagenet
+from varcli.errors import CheckpointError, UsageError
+from varcli.files import file_sha256
+
+
+class Classifier:
+    """Tells how sure a network is that images show given classes."""
+
+    def __init__(self, name: str, table: ClassTable, device: torch.device) -> None:
+        """Load a network.
+
+        Args:
+            name: of one of torchvision's ImageNet models, whose weights are downloaded at the first use, or a
+                TorchScript file. The latter takes images in [0, 1], (B, 3, P, P), at their own size, and
+                returns logits (B, N): either ImageNet's 1 000 classes or those of `table`, in its order.
+            table: classes of the checkpoint, to tell which logit stands for which row.
+            device: where to compute.
+
+        Raises:
+            UsageError: there is no such model or file.
+            CheckpointError: its weights cannot be had, or the file cannot be used.
+        """
+        self.name, self.table, self.device = name, table, device
+        network, self.sha256 = _torchscript(Path(name)) if Path(name).is_file() else _torchvision(name)
+        self.network = network.to(device).eval()
+
+    @torch.inference_mode()
+    def confidence(self, pixels_BPP3: NDArray[np.uint8], rows: Sequence[int]) -> NDArray[np.float64]:
+        """Return the probability of each image's class, (B,), the class given as a row of the table.
+
+        Raises:
+            CheckpointError: the network does not answer with logits of known classes.
+        """
+        image_B3PP = torch.from_numpy(pixels_BPP3).to(self.device).permute(0, 3, 1, 2).float() / 255
+        logits_BN = self.network(image_B3PP)
+        if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2 or len(logits_BN) != len(rows):
+            raise CheckpointError(f"classifier: {self.name} gives no logits; (B, 3, P, P) in [0, 1] to (B, classes)")
+        probability_BN = logits_BN.double().softmax(1).cpu().numpy()
+        return probability_BN[np.arange(len(rows)), [self._column(row, logits_BN.shape[1]) for row in rows]]
+
+    def _column(self, row: int, count: int) -> int:
+        """Return which of `count` logits stands for a row of the table."""
+        if count == len(self.table):
+            return row
+        entry = self.table.entries[row]
+        if count == len(imagenet()) and entry in imagenet().entries:
+            return entry.id
+        raise CheckpointError(
+            f"classifier: {self.name} knows {count} classes, not the checkpoint's {len(self.table)}; one that does"
+        )
+
+
+def _torchscript(path: Path) -> tuple[nn.Module, str]:
+    """Return the network in a file, and the sha256 of the file."""
+    try:
+        with warnings.catch_warnings():
+            for kind in (DeprecationWarning, FutureWarning):  # torch means to retire TorchScript; users have the files
+                warnings.simplefilter("ignore", kind)
+            network: nn.Module = torch.jit.load(str(path), map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"classifier: {path} is no TorchScript file; one that torch.jit.save wrote") from error
+    return network, file_sha256(path)
+
+
+def _torchvision(name: str) -> tuple[nn.Module, str]:
+    """Return one of torchvision's classifiers behind its own resizing and normalization, and its weights' sha256."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise UsageError(f"classifier: {name}; a model of torchvision such as resnet101, or a TorchScript file")
+    weights = models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
+        raise CheckpointError(
+            f"classifier: the weights of {name} cannot be had; put {weights.url} to {file}, or name a TorchScript file"
+        ) from error
+    sha256 = file_sha256(file)
+    if not sha256.startswith(file.stem.rpartition("-")[2]):
+        raise CheckpointError(f"classifier: {file} is damaged; delete it to download it again")
+    with torch.device("meta"):
+        network = models.get_model(name, weights=None)
+    network.load_state_dict(state, assign=True)
+    return nn.Sequential(weights.transforms(), network), sha256

@@ -1,0 +1,199 @@
+"""The loop from images to statistics: in rounds, by one or several processes, and resumable.
+
+Whoever makes or reads images is asked for them by rank and yields them in batches of any size. What a
+round's processes found comes together in the first of them, which keeps the statistics and their file.
+
+Shapes: R images of a round, N features of the network's last pooling, V its classes.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
+from json import dumps
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from varcli.distributed import ProcessGroup
+from varcli.errors import RunError, VarError
+from varcli.evaluation.extractors import Inception, Pixels
+from varcli.evaluation.statistics import LOGITS, POOL, EvalPlan, Statistics
+from varcli.files import check_writable, replacing
+
+Batch = tuple[Sequence[int], Pixels, Sequence[int]]
+"""Ranks, pixels (B, H, W, 3), and rows of the class table, -1 where no class is known."""
+
+Make = Callable[[Sequence[int]], Iterable[Batch]]
+"""Yields the images of given ranks, in any order; one that cannot be had may be missing."""
+
+ROUNDS = {"cpu": 64}
+"""Images a process measures in a round, by kind of device: what a killed run loses at most, with the next."""
+
+LARGE_ROUND = 512
+"""The same elsewhere: batches are large there, and quick."""
+
+SAVE_SECONDS, SAVE_IMAGES = 60, 4000
+"""After so much time or so many images the file is written."""
+
+
+def fingerprint(**facts: Any) -> str:
+    """Return the sha256 of all facts, as JSON, that decide a measurement's figures."""
+    return sha256(dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class FeaturePass:
+    """Statistics of a plan's images, in memory and in a file."""
+
+    def __init__(
+        self, plan: EvalPlan, identity: str, path: Path | None = None, group: ProcessGroup | None = None
+    ) -> None:
+        """Begin, or go on where an earlier run left the file.
+
+        Args:
+            plan: what is to be measured.
+            identity: a fingerprint of the images, the extractor and all else that decides the figures. A file
+                with another one is not gone on with.
+            path: where to keep what is done; without it a killed run begins anew.
+            group: the processes that share the work.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        self.plan, self.path, self.group = plan, path, group or ProcessGroup()
+        self.statistics = Statistics(plan)
+        self.seconds = {"pictures": 0.0, "features": 0.0}
+        self.notice = ""
+        """Why the file there could not be gone on with, if so; for the user."""
+        self._facts = {
+            "kind": KIND,
+            "format": FORMAT,
+            "identity": identity,
+            "plan": dumps(asdict(plan), sort_keys=True),
+        }
+        self._unsaved, self._saved_at = 0, time.monotonic()
+        if path and self.group.is_main:
+            self._resume(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
+
+    def run(
+        self,
+        make: Make,
+        inception: Inception,
+        advance: Callable[[int], None] = lambda count: None,
+        unit: int = 1,
+    ) -> None:
+        """Measure the images that are missing.
+
+        To be called by all processes. What was done is saved when this ends, however it ends.
+
+        Args:
+            make: yields images.
+            inception: computes their features.
+            advance: told how many each round added.
+            unit: so many images of neighbouring rank are best made together, by one process.
+
+        Raises:
+            VarError: images cannot be had, features are not finite, or the file cannot be written.
+        """
+        missing: list[int] = self.group.broadcast((~self.statistics.present).nonzero().flatten().tolist())
+        size = self.group.world_size * ceil(ROUNDS.get(inception.device.type, LARGE_ROUND) / unit) * unit
+        try:
+            for start in range(0, len(missing), size):
+                ranks = missing[start : start + size]
+                share = ceil(len(ranks) / self.group.world_size / unit) * unit
+                mine = ranks[self.group.rank * share : (self.group.rank + 1) * share]
+                self._add(ranks, self.group.sum(self._measure(ranks, mine, make, inception)), advance)
+        except BaseException:
+            with suppress(VarError):  # what ended the run is to be told
+                self.save()
+            raise
+        self.save()
+
+    def _measure(
+        self, ranks: Sequence[int], mine: Sequence[int], make: Make, inception: Inception
+    ) -> dict[str, Tensor]:
+        """Return the features of this process's share of a round, with zeros where another process's stand."""
+        places = {rank: place for place, rank in enumerate(ranks)}
+        found = []
+        clock = time.perf_counter()
+        for given, pixels_BHW3, rows in make(mine):
+            clock = self._took("pictures", clock)
+            found.append(([places[rank] for rank in given], rows, inception.features(pixels_BHW3)))
+            clock = self._took("features", clock)
+        clock = self._took("pictures", clock)
+        share = {
+            "pool_RN": torch.zeros(len(ranks), POOL),
+            "logits_RV": torch.zeros(len(ranks), LOGITS),
+            "row_R": torch.zeros(len(ranks), dtype=torch.int64),
+            "there_R": torch.zeros(len(ranks), dtype=torch.int64),
+        }
+        for at, rows, features in found:  # only now, so that a GPU need not be waited for after each batch
+            share["pool_RN"][at] = features.pool_BN.cpu()
+            share["logits_RV"][at] = features.logits_BV.cpu()
+            share["row_R"][at] = torch.as_tensor(rows)
+            share["there_R"][at] = 1
+        self._took("features", clock)
+        return share
+
+    def _took(self, what: str, since: float) -> float:
+        """Count the time since then; return the time it is."""
+        now = time.perf_counter()
+        self.seconds[what] += now - since
+        return now
+
+    def _add(self, ranks: Sequence[int], round_: Mapping[str, Tensor], advance: Callable[[int], None]) -> None:
+        if not self.group.is_main:
+            return
+        there_R = round_["there_R"].bool()
+        pool_RN, logits_RV, row_R = (round_[name][there_R] for name in ("pool_RN", "logits_RV", "row_R"))
+        unsaved, self._unsaved = self._unsaved + len(row_R), 0  # half-added sums are not to be saved
+        self.statistics.add(torch.tensor(ranks)[there_R].tolist(), row_R.tolist(), pool_RN, logits_RV)
+        self._unsaved = unsaved
+        advance(len(row_R))
+        if unsaved >= SAVE_IMAGES or time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self.save()
+
+    # --- the file ----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write what is done, if it is more than the file has.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if not (self.path and self.group.is_main and self._unsaved):
+            return
+        try:
+            with replacing(self.path) as temporary:
+                save_file(self.statistics.tensors(), temporary, self._facts)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot write: {self.path}; {getattr(error, 'strerror', None) or error}") from error
+        self._unsaved, self._saved_at = 0, time.monotonic()
+
+    def _resume(self, path: Path) -> None:
+        """Take over what the file has, if it is this very measurement's."""
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata()
+            tensors = load_file(path)
+        except (OSError, SafetensorError):
+            self.notice = f"{path} is damaged: measuring anew"
+            return
+        if facts != self._facts or not self.statistics.fits(tensors):
+            self.notice = f"{path} is of another measurement: measuring anew"
+            return
+        self.statistics.load(tensors)
+
+
+KIND, FORMAT = "varcli-measurement", "1"
+"""What tells such files from others, and their version."""

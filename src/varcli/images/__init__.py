@@ -1,0 +1,1 @@
+"""Reading images: folders, archives, data sets, masks, tiles, provenance."""

@@ -1,0 +1,109 @@
+"""Seams between old and new: soft edges, levels that match, and what stands in for the unknown.
+
+Shapes are written out: masks and weights are (height, width), pixels (height, width, 3).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from varcli.images.masks import Mask, Numbers
+from varcli.images.png16 import Levels
+
+_KNOWN_SHARE = 0.2
+"""Of a cell's pixels: with fewer known ones it counts as unknown."""
+
+
+def feather_mask(mask: Mask, feather: int) -> Numbers:
+    """Return how much of the new shows: 1 in the mask, falling to 0 within `feather` pixels outside of it.
+
+    The way is measured as the larger of both directions', so that it is exact: 0 from there on.
+    """
+    grown = _box_sums(mask, (feather + 1) // 2) > 0
+    return (_box_sums(grown, feather // 2) / (2 * (feather // 2) + 1) ** 2).astype(np.float32)
+
+
+def _box_sums(mask: Mask, radius: int) -> NDArray[np.int64]:
+    """Return how many marks lie in the square of 2·radius + 1 pixels around each pixel, edges going on beyond."""
+    sums = mask.astype(np.int64)
+    for axis in (0, 1):
+        total = np.cumsum(np.pad(sums, [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)], "edge"), axis)
+        count, width = sums.shape[axis], 2 * radius + 1
+        sums = np.take(total, range(width, width + count), axis) - np.take(total, range(count), axis)
+    return sums
+
+
+def pull_push_fill(pixels: Numbers, known: Mask) -> Numbers:
+    """Return pixels (height, width, channels) whose unknown ones continue the known around them, smoothly.
+
+    They depend on the known ones alone, and are grey where there are none. Each unknown pixel takes the mean over
+    the smallest of ever larger blocks that knows anything.
+
+    Source: the pull-push algorithm (Gortler et al. 1996, section 3.4).
+    """
+    if not known.any():
+        return np.full_like(pixels, 127.5)
+    if known.all():
+        return pixels
+    height, width = known.shape
+    edges = ((0, height % 2), (0, width % 2))
+    weight = np.pad(known.astype(np.float32), edges)
+    colour = np.pad(pixels * known[:, :, None], (*edges, (0, 0))).astype(np.float32)
+    total = _quarter(weight)
+    mean = (_quarter(colour) / np.maximum(total, 1)[:, :, None]).astype(np.float32)
+    coarse = pull_push_fill(mean, total > 0)
+    layers = [
+        Image.fromarray(coarse[:, :, channel]).resize(weight.shape[::-1], Image.Resampling.BILINEAR)
+        for channel in range(coarse.shape[2])
+    ]
+    smooth = np.dstack([np.asarray(layer) for layer in layers])[:height, :width]
+    return np.where(known[:, :, None], pixels, smooth).astype(np.float32)
+
+
+def _quarter(values: Numbers) -> Numbers:
+    """Return the sums over blocks of 2 × 2."""
+    return values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]
+
+
+def match_levels(given: Levels, made: Levels, hole: Mask, cells: int) -> Levels:
+    """Return new pixels brought to the level of the old around a hole, and less and less so further inside.
+
+    How far both differ where the old is known is averaged over cells, continued smoothly into the hole,
+    where it falls to 1/e within two cells, and added.
+
+    Args:
+        given: a square image, unknown in the hole.
+        made: the new one, which covers all of it, of as many bits.
+        hole: what is unknown.
+        cells: how many along a side.
+
+    Source: the membrane of Poisson image editing (Pérez et al. 2003), coarse and fading.
+    """
+    known = (~hole).astype(np.float32)
+    share = _resized_levels(known, cells, Image.Resampling.BOX)
+    sums = _resized_levels((given.astype(np.float32) - made) * known[:, :, None], cells, Image.Resampling.BOX)
+    inside = share < _KNOWN_SHARE
+    if inside.all():
+        return made
+    level = pull_push_fill((sums / np.maximum(share, _KNOWN_SHARE)[:, :, None]).astype(np.float32), ~inside)
+    level *= np.exp(-_depth(inside) / 2)[:, :, None]
+    smooth = _resized_levels(level, len(given), Image.Resampling.BICUBIC)
+    return (made + smooth).clip(0, np.iinfo(made.dtype).max).round().astype(made.dtype)
+
+
+def _resized_levels(values: Numbers, side: int, how: Image.Resampling) -> Numbers:
+    """Return a square of numbers, with or without channels, at another size."""
+    if values.ndim == 2:
+        return np.asarray(Image.fromarray(values).resize((side, side), how))
+    return np.dstack(
+        [_resized_levels(np.ascontiguousarray(values[:, :, i]), side, how) for i in range(values.shape[2])]
+    )
+
+
+def _depth(inside: Mask) -> Numbers:
+    """Return how many cells lie between each and the known ones, 0 for those beside them."""
+    depth = np.zeros(inside.shape, np.float32)
+    while inside.any():
+        inside = _box_sums(~inside, 1) == 0
+        depth += inside
+    return depth

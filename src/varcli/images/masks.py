@@ -1,0 +1,140 @@
+"""What to fill of an image: masks, boxes and margins, as users give them.
+
+A mask is a boolean array, height × width, True where to fill. Boxes and margins are left, top, right,
+bottom in pixels.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from varcli.errors import InputError, UsageError
+from varcli.images.editable import SourceImage, grey_levels
+from varcli.images.png16 import to_8_bits
+
+Mask = NDArray[np.bool_]
+Numbers = NDArray[np.float32]
+
+_HALF = 128
+
+
+def grey_mask(given: SourceImage) -> Mask:
+    """Return where an image is white rather than black; whatever is transparent counts as black."""
+    grey, alpha = to_8_bits(grey_levels(given.levels[:, :, : given.colours])), given.alpha()
+    return (grey if alpha is None else grey.astype(np.uint32) * alpha // 255) >= _HALF
+
+
+def transparent_mask(given: SourceImage) -> Mask:
+    """Return where an image is more transparent than opaque.
+
+    Raises:
+        InputError: it has no alpha channel.
+    """
+    alpha = given.alpha()
+    if alpha is None:
+        raise InputError(f"mask: {given.name} has no alpha channel; an image with one, or a grey mask without --alpha")
+    return alpha < _HALF
+
+
+def box_mask(box: tuple[int, int, int, int], size: tuple[int, int]) -> Mask:
+    """Return a mask of an image of this width and height that is True inside the box."""
+    left, top, right, bottom = box
+    mask = np.zeros(size[::-1], bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def fitted_mask(mask: Mask, size: tuple[int, int], name: str, fit: bool) -> Mask:
+    """Return the mask in an image's size, width and height.
+
+    Raises:
+        InputError: it has another size and is not to be fitted.
+    """
+    height, width = mask.shape
+    if (width, height) == size:
+        return mask
+    if not fit:
+        sizes = f"{width} × {height} for an image of {size[0]} × {size[1]}"
+        raise InputError(f"mask: {name} has {sizes}; the same size, or --fit-mask to resize it")
+    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(grey) >= _HALF
+
+
+def check_mask(mask: Mask, name: str) -> None:
+    """Raise InputError where a mask marks nothing, or everything."""
+    if not mask.any():
+        raise InputError(f"mask: {name} marks nothing; white is what to fill (with --alpha: transparent)")
+    if mask.all():
+        raise InputError(f"mask: {name} marks all of the image; some must stay, or it is `var sample`")
+
+
+def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return a box of an image of this size from ``l,t,r,b`` in pixels or percent.
+
+    Raises:
+        UsageError: it is no box, reaches beyond the image, or is empty or all of it.
+    """
+    left, top, right, bottom = _four("box", text, size)
+    width, height = size
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise UsageError(f"box: {text}; left < right and top < bottom within {width} × {height} pixels")
+    if (right - left, bottom - top) == size:
+        raise UsageError(f"box: {text} is all of the image; some must stay, or it is `var sample`")
+    return left, top, right, bottom
+
+
+def parse_margins(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return what to add to an image of this size on each side, from ``l,t,r,b`` in pixels or percent.
+
+    Raises:
+        UsageError: they are no margins, or all are 0.
+    """
+    margins = _four("pad", text, size)
+    if min(margins) < 0 or not any(margins):
+        raise UsageError(f"pad: {text}; 0 or more on each side, and some of it")
+    _check_canvas("pad", text, size[0] + margins[0] + margins[2], size[1] + margins[1] + margins[3])
+    return margins
+
+
+def parse_target(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the margins that bring an image of this size to ``WxH``, itself in the middle.
+
+    Raises:
+        UsageError: it is no size, or not larger than the image.
+    """
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise UsageError(f"to: {text}; width x height in pixels, such as 1024x256")
+    width, height = map(int, parts)
+    if width < size[0] or height < size[1] or (width, height) == size:
+        raise UsageError(f"to: {text}; more than the image's {size[0]}x{size[1]}")
+    _check_canvas("to", text, width, height)
+    across, down = width - size[0], height - size[1]
+    return across // 2, down // 2, across - across // 2, down - down // 2
+
+
+def _check_canvas(option: str, text: str, width: int, height: int) -> None:
+    most = Image.MAX_IMAGE_PIXELS or width * height
+    if width * height > most:
+        raise UsageError(f"{option}: {text} makes {width} × {height} pixels; at most {most // 10**6} million")
+
+
+def _four(option: str, text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return four lengths along x, y, x, y of an image of this size; a percentage is of its width or height."""
+    parts = text.split(",")
+    try:
+        left, top, right, bottom = (
+            round(float(part.strip()[:-1]) / 100 * whole) if part.strip().endswith("%") else int(part)
+            for part, whole in zip(parts, size * 2, strict=True)
+        )
+    except (ValueError, OverflowError) as error:
+        message = f"{option}: {text}; left,top,right,bottom in pixels or percent, such as 16,0,48,32 or 25%,0%,75%,50%"
+        raise UsageError(message) from error
+    return left, top, right, bottom
+
+
+def marked(pixels: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
+    """Return an image (height, width, 3) with the masked part in a colour that few images have."""
+    shown = pixels.copy()
+    shown[mask] = (255, 0, 255)
+    return shown

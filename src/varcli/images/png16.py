@@ -1,0 +1,103 @@
+"""Sixteen bits a channel: how such levels relate to those of eight, and the PNGs of them that Pillow cuts short.
+
+Levels are (height, width, channels), 0 to 255 as uint8 or 0 to 65535 as uint16; both ends mean the same.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from varcli.images.provenance import Pixels
+
+
+Levels = NDArray[np.unsignedinteger[Any]]
+
+_STEP = 257
+"""Of 16 bits, between neighbours of 8."""
+
+
+def step(levels: Levels) -> int:
+    """Return how far apart neighbouring levels of 8 bits are among these: 1 or 257."""
+    return _STEP if levels.dtype == np.uint16 else 1
+
+
+def as_deep_as(pixels: "Pixels", levels: Levels) -> Levels:
+    """Return levels of 8 bits in as many as the others have."""
+    return pixels.astype(np.uint16) * np.uint16(_STEP) if levels.dtype == np.uint16 else pixels
+
+
+def to_8_bits(levels: Levels) -> "Pixels":
+    """Return the nearest levels of 8 bits."""
+    if levels.dtype == np.uint16:
+        return ((levels.astype(np.uint32) + _STEP // 2) // _STEP).astype(np.uint8)
+    return levels.astype(np.uint8, copy=False)
+
+
+# --- PNG -------------------------------------------------------------------------------------------
+
+
+def read_png(content: bytes) -> Levels:
+    """Return what a PNG of 16 bits a channel holds: grey, grey and alpha, RGB or RGBA.
+
+    A colour marked as transparent becomes an alpha channel.
+
+    Raises:
+        png.Error: it is damaged.
+    """
+    import png
+
+    reader = png.Reader(bytes=content)
+    width, height, rows, info = reader.read()
+    values = np.empty((height, width, info["planes"]), np.uint16)
+    flat = values.reshape(height, -1)
+    count = -1
+    for count, row in enumerate(islice(rows, height)):
+        flat[count] = row
+    if count + 1 < height:
+        raise png.FormatError(f"{count + 1} of {height} rows")
+    hidden = info.get("transparent")
+    if hidden is None:
+        return values
+    seen = (values != np.array(hidden, np.uint16)).any(axis=2, keepdims=True)
+    return np.dstack([values, seen * np.uint16(65535)])
+
+
+def deep_png_bytes(
+    values: Levels, texts: Sequence[tuple[bytes, bytes]], info: dict[str, Any], compression: int
+) -> bytes:
+    """Return a PNG file's content with all 16 bits.
+
+    Args:
+        values: uint16, with 1 to 4 channels.
+        texts: names and contents of the chunks that hold text.
+        info: as Pillow has it; `dpi` and `icc_profile` are kept.
+        compression: level of zlib.
+    """
+    import png
+
+    height, width, channels = values.shape
+    writer = png.Writer(
+        width, height, greyscale=channels < 3, alpha=channels in (2, 4), bitdepth=16, compression=compression
+    )
+    file, extra = BytesIO(), BytesIO()
+    writer.write_packed(file, (row.tobytes() for row in values.astype(">u2")))
+    if info.get("icc_profile"):
+        png.write_chunk(extra, b"iCCP", b"ICC Profile\0\0" + zlib.compress(info["icc_profile"]))
+    if info.get("dpi"):
+        per_metre = [int(value / 0.0254 + 0.5) for value in info["dpi"]]
+        png.write_chunk(extra, b"pHYs", struct.pack(">IIB", *per_metre, 1))
+    for name, text in texts:
+        png.write_chunk(extra, name, text)
+    content = file.getvalue()
+    return content[:_AFTER_HEADER] + extra.getvalue() + content[_AFTER_HEADER:]
+
+
+_AFTER_HEADER = 8 + 4 + 4 + 13 + 4
+"""Where a PNG's second chunk begins: signature; length, name, content and checksum of the first."""

@@ -1,0 +1,213 @@
+"""Images out: PNGs that say where they come from, and sheets of many to look at.
+
+Pixels are uint8 arrays, height × width × 3, as everywhere below the sampler.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import unicodedata
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from varcli.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from varcli.images.png16 import Levels
+
+    Pixels = NDArray[np.uint8]
+    PixelsOrRaster: TypeAlias = "Pixels | Raster"
+
+
+KEYWORD = "varcli"
+"""Of the PNG text chunk that holds the provenance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raster:
+    """An image of any kind that PNGs hold."""
+
+    levels: "Levels"
+    """(height, width, channels): grey, grey and alpha, RGB or RGBA, of 8 or 16 bits."""
+    info: dict[str, Any]
+    """Its resolution and colour profile, `dpi` and `icc_profile`, where it has them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """All that determines an image: bit for bit on the machine that made it, unless it is `batched`."""
+
+    checkpoint: str
+    """Name or path as given."""
+    checkpoint_sha256: str
+    """Over its weights, configurations and class table, not its file's bytes: `sha256` of `var checkpoints show`."""
+    class_id: int | None
+    """None is "no class"."""
+    class_name: str
+    """For people; "none" for no class."""
+    seed: int
+    """Of this image alone."""
+    cfg: float
+    """Strength of guidance."""
+    top_k: int
+    """Filter of draws, 0 for none."""
+    top_p: float
+    """Filter of draws, 0 for none."""
+    smooth: bool
+    """Whether codebook rows were mixed rather than drawn."""
+    approximate: str = ""
+    """Approximations, with commas between; none in files that do not mention them."""
+    device: str
+    """What it was computed on, e.g. "cpu"."""
+    dtype: str
+    """What it was computed in, e.g. "fp32"; "int8" stands for `--quantize int8`."""
+    version: str
+    """Of varcli."""
+
+    def to_json(self) -> str:
+        """Return the provenance as one line of JSON with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def batched(self) -> bool:
+        """Whether it was made among others, whose number changes the rounding: in 16 bits on a GPU."""
+        return self.device != "cpu" and self.dtype != "fp32"
+
+    def settings(self) -> "Provenance":
+        """Return what is asked for, without where its checkpoint lay and what computed it.
+
+        Two of these are equal where the same image is meant, so that work done is known again; another
+        device or version may still round it otherwise.
+        """
+        return replace(self, checkpoint="", class_name="", device="", version="")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EditProvenance(Provenance):
+    """All that determines an image made from another one."""
+
+    command: tuple[str, ...]
+    """The words after `var` that make it again, but for where to put it."""
+    source: str
+    """What it was made from, for its file's name."""
+    inputs: tuple[str, ...]
+    """sha256 of the files it was made from, in the order of the command."""
+
+
+def provenance_from_json(text: str, name: str) -> Provenance:
+    """Return the provenance that `Provenance.to_json` wrote; `name` is where it was found, for messages.
+
+    Raises:
+        InputError: the text is no provenance.
+    """
+    try:
+        given = json.loads(text)
+        if "draft" in given:  # its name until version 0.1
+            given["approximate"] = given.pop("draft")
+        kind = EditProvenance if "command" in given else Provenance
+        known = {
+            field.name: given[field.name] for field in fields(kind) if field.default is MISSING or field.name in given
+        }
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"provenance: {name}; it is damaged, or of another version of varcli") from error
+    return kind(**known)
+
+
+def read_provenance(path: Path) -> Provenance:
+    """Return what a PNG says about how it was made.
+
+    Raises:
+        InputError: the file is no image, or says nothing.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()  # text may stand behind the pixels
+            text = dict(image.info)
+    except UnidentifiedImageError as error:
+        raise InputError(f"image: {path}; a PNG written by var sample") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image: {path} cannot be read; {getattr(error, 'strerror', None) or error}") from error
+    if KEYWORD not in text:
+        raise InputError(f"image: {path} does not say how it was made; a PNG written by var sample")
+    return provenance_from_json(str(text[KEYWORD]), str(path))
+
+
+def reproduction_command(made: Provenance) -> str:
+    """Return the command that makes an image again, quoted for this system's shell."""
+    words = ["var", *(made.command if isinstance(made, EditProvenance) else ("sample", *setting_options(made)))]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def setting_options(made: Provenance) -> list[str]:
+    """Return the options that stand for an image's class, seed and settings."""
+    settings = {
+        "class": "none" if made.class_id is None else made.class_id,
+        "seed": made.seed,
+        "checkpoint": made.checkpoint,
+        "cfg": made.cfg,
+        "top-k": made.top_k,
+        "top-p": made.top_p,
+        "device": made.device,
+        "quantize" if made.dtype == "int8" else "dtype": made.dtype,
+    }
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    words += ["--smooth"] if made.smooth else []
+    return words + (["--approximate", made.approximate] if made.approximate else [])
+
+
+def png_bytes(pixels: "PixelsOrRaster", made: Provenance | None = None) -> bytes:
+    """Return an image as a PNG file's content, with its provenance as text where it has one.
+
+    A raster also keeps its bits, and its resolution and colour profile if its `info` has them.
+    """
+    text = PngInfo()
+    if made is not None:
+        text.add_text("Title", f"{made.class_name}, seed {made.seed}")
+        text.add_text("Software", f"varcli {made.version}")
+        text.add_text(KEYWORD, made.to_json())
+    levels, info = (pixels.levels, pixels.info) if isinstance(pixels, Raster) else (pixels, {})
+    if levels.itemsize > 1 and levels.shape[2] > 1:  # Pillow has no colours of 16 bits
+        from varcli.images.png16 import deep_png_bytes
+
+        return deep_png_bytes(levels, [chunk[:2] for chunk in text.chunks], info, _COMPRESSION)
+    content = BytesIO()
+    image = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
+    image.save(content, "PNG", pnginfo=text, compress_level=_COMPRESSION, **info)
+    return content.getvalue()
+
+
+_COMPRESSION = 3
+"""Of PNGs: twice as fast as zlib's default for files 4 % larger."""
+
+
+def image_filename(made: Provenance) -> str:
+    """Return the file name of an image, fit for every file system.
+
+    It is made of class id, class name and seed; of an edit of the given image's name, command and seed.
+    """
+    if isinstance(made, EditProvenance):
+        return f"{file_words(made.source) or 'image'}-{made.command[0]}-{made.seed}.png"
+    class_id = "none" if made.class_id is None else str(made.class_id)
+    short = file_words(made.class_name)
+    return "-".join([class_id, *([short] if short and made.class_id is not None else []), str(made.seed)]) + ".png"
+
+
+def file_words(name: str) -> str:
+    """Return a name as it stands in file names: letters, digits and underscores, none of them at an end."""
+    words = re.sub(r"[^\w]+", "_", unicodedata.normalize("NFC", name)).strip("_")
+    return words.encode()[:_LONGEST_NAME].decode(errors="ignore")
+
+
+_LONGEST_NAME = 120
+"""Bytes of a class name in a file name; file systems take 255 for the whole."""

@@ -1,0 +1,1 @@
+"""Writing images: files, folders, archives and streams."""

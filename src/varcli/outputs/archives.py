@@ -1,0 +1,352 @@
+"""Images as a WebDataset shard: a tar with three files for each."""
+
+import os
+import shutil
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from io import BytesIO
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from varcli.console import note
+from varcli.errors import InputError, RunError
+from varcli.files import cannot_write, replacing
+from varcli.images.provenance import Provenance, provenance_from_json
+from varcli.outputs.sinks import TAR_END, Sink, tar_member
+
+if TYPE_CHECKING:
+    from varcli.images.provenance import PixelsOrRaster
+
+
+class ArchiveSink(Sink):
+    """What both kinds share: the part, what is in it, and its way to the final name.
+
+    Of a finished archive that is taken up again only the provenance is read at first; it turns back into
+    a part when an image is to be added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.archive: Path = path
+        self._part = path.with_name(path.name + ".part")
+        self._files = ExitStack()
+        self._count = 0
+        self._growing = False
+        self._done: Counter[Provenance] = Counter()
+        self._like: Provenance | None = None
+
+    def open(self, resume: bool) -> None:
+        """Open the part; with `resume` find out what is in it, or in the finished archive."""
+        self._growing = not (resume and self.archive.is_file() and not self._part.exists())
+        with self._reported():
+            self._keep_others_out()
+            found = self._open_part(resume) if self._growing else self._finished()
+        self._count = len(found)
+        self._done = Counter(made.settings() for made in found)
+        self._like = _in_common(found[0]) if found else None
+
+    def has(self, made: Provenance) -> bool:
+        """Return whether this image is in the archive, and no more often than it is."""
+        self._check_like(made)
+        settings = made.settings()
+        if not self._done[settings]:
+            return False
+        self._done[settings] -= 1
+        return True
+
+    def unasked(self) -> int:
+        """Return how many images an earlier run left here that `has` was not asked for."""
+        return self._done.total()
+
+    def put(self, prepared: bytes, made: Provenance) -> None:
+        """Append an image.
+
+        Raises:
+            InputError: images of another kind are in the archive.
+            RunError: it cannot be written.
+        """
+        self._check_like(made)
+        with self._reported():
+            if not self._growing:
+                self._unpack()
+                self._open_part(resume=True)
+                self._growing = True
+            self._append(prepared, made)
+            self._count += 1
+
+    def close(self) -> None:
+        """Give the archive its final name; without any image there is no archive."""
+        try:
+            with self._reported():
+                if self._growing and self._count > 0:
+                    self._finish()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Leave the part for a run with `resume`, unless it is empty."""
+        self._close_files()
+        if self._growing and self._count == 0:
+            self._remove_part()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        super().__exit__(kind, error, at)
+        if kind is KeyboardInterrupt and self._growing and self._count > 0:
+            note(f"{self._count} images are kept in {self._part}; the same command with --resume goes on from there")
+
+    def _keep_others_out(self) -> None:
+        """Hold the archive until its files are closed; two processes would tear it.
+
+        Raises:
+            RunError: another one holds it.
+        """
+        lock = FileLock(f"{self._part}.lock", blocking=False)
+        if not self._part.parent.is_dir():  # taking the lock would make it
+            raise FileNotFoundError
+        try:
+            lock.acquire()
+        except Timeout:
+            what = f"output: {self.archive} is being written by another process"
+            raise RunError(f"{what}; wait for it, or use another name") from None
+        self._files.callback(lock.release)
+        if os.name != "nt":  # there the release removes the file
+            # Called first, for callbacks are called backwards: once released it may be another process's.
+            self._files.callback(Path(lock.lock_file).unlink, missing_ok=True)
+
+    def _close_files(self) -> None:
+        with suppress(OSError):  # what could not be written a moment ago cannot be written now
+            self._files.close()
+
+    def _check_like(self, made: Provenance) -> None:
+        self._like = self._like or _in_common(made)
+        if _in_common(made) != self._like:
+            raise InputError(
+                f"output: {self.archive} holds images of another checkpoint or other settings; "
+                "another name, or no --resume to begin anew"
+            )
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn what the system refuses into the one line a user can act on; leave no file open."""
+        try:
+            yield
+        except OSError as error:
+            self._close_files()
+            kept = f"what is done is kept in {self._part}, --resume goes on from there"
+            raise cannot_write(self.archive, error, kept if self._count else "") from error
+        except InputError:
+            self._close_files()
+            raise
+
+    def _open_part(self, resume: bool) -> list[Provenance]:
+        """Open the part to append to; return what is in it, which is nothing without `resume`."""
+        raise NotImplementedError
+
+    def _finished(self) -> list[Provenance]:
+        """Return what is in the finished archive."""
+        raise NotImplementedError
+
+    def _unpack(self) -> None:
+        """Make a part of the finished archive."""
+        raise NotImplementedError
+
+    def _append(self, prepared: bytes, made: Provenance) -> None:
+        """Write one image to the part, so that it is whole even if the next moment kills this process."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Make the final file of the part."""
+        raise NotImplementedError
+
+    def _open(self, path: Path, resume: bool) -> BinaryIO:
+        """Return a file of the part open for reading and writing, empty unless with `resume`."""
+        return self._files.enter_context(path.open("r+b" if resume and path.exists() else "w+b"))
+
+    def _remove_part(self) -> None:
+        self._part.unlink(missing_ok=True)
+
+
+def _in_common(made: Provenance) -> Provenance:
+    """Return what all images of one archive share."""
+    return replace(made.settings(), class_id=None, seed=0)
+
+
+def provenances(lines: bytes, path: Path) -> list[Provenance]:
+    """Return the provenance of each line found in `path`."""
+    return [provenance_from_json(line, str(path)) for line in lines.decode().splitlines()]
+
+
+def foreign(path: Path) -> InputError:
+    """Return the error about a finished archive to resume that does not say what is in it."""
+    return InputError(f"output: {path} was not written by var sample; another name, or no --resume to replace it")
+
+
+class NpzSink(ArchiveSink):
+    """``arr_0``, uint8 (images, height, width, 3), and ``provenance.jsonl``, one line an image.
+
+    The part is the array as .npy, whose header leaves room for any count, with its lines beside it.
+    """
+
+    _file: BinaryIO
+    _lines: BinaryIO
+
+    def prepare(self, pixels: "PixelsOrRaster", made: Provenance) -> bytes:
+        """Return an image as a .npy of one."""
+        array = np.asarray(pixels)
+        return _npy_header(1, array.shape) + array.tobytes()
+
+    @property
+    def _lines_part(self) -> Path:
+        return self._part.with_name(self._part.name + ".jsonl")
+
+    def _open_part(self, resume: bool) -> list[Provenance]:
+        self._file = self._open(self._part, resume)
+        self._lines = self._open(self._lines_part, resume)
+        self._shape = _read_shape(self._file)
+        size = self._file.seek(0, os.SEEK_END)
+        whole = (size - _HEADER_BYTES) // prod(self._shape) if self._shape else 0
+        lines = [line for line in self._lines.read().splitlines(keepends=True) if line.endswith(b"\n")][: max(whole, 0)]
+        for file, length in ((self._lines, sum(map(len, lines))), (self._file, self._offset(len(lines)))):
+            file.truncate(length)
+            file.seek(length)
+        return provenances(b"".join(lines), self._part)
+
+    def _offset(self, count: int) -> int:
+        return _HEADER_BYTES + count * prod(self._shape) if self._shape and count else 0
+
+    def _finished(self) -> list[Provenance]:
+        try:
+            with zipfile.ZipFile(self.archive) as stored:
+                return provenances(stored.read(_LINES_NAME), self.archive)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise foreign(self.archive) from error
+
+    def _unpack(self) -> None:
+        with zipfile.ZipFile(self.archive) as stored:
+            for name, path in ((_LINES_NAME, self._lines_part), (_ARRAY_NAME, self._part)):
+                with stored.open(name) as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target, _CHUNK)
+
+    def _append(self, prepared: bytes, made: Provenance) -> None:
+        shape = _read_shape(BytesIO(prepared))
+        if self._count == 0:
+            self._shape = shape
+            self._file.write(_npy_header(0, self._shape))
+        if shape != self._shape:
+            raise InputError(f"output: {self.archive} holds images of {self._shape}, not {shape}; another name")
+        self._file.write(memoryview(prepared)[_HEADER_BYTES:])
+        self._file.flush()
+        self._lines.write(made.to_json().encode() + b"\n")  # behind the pixels: a line without them means nothing
+        self._lines.flush()
+
+    def _finish(self) -> None:
+        self._file.seek(0)
+        self._file.write(_npy_header(self._count, self._shape))
+        self._file.seek(0)
+        self._lines.seek(0)
+        with replacing(self.archive) as temporary, temporary.open("wb") as file:
+            _zip(file, {_ARRAY_NAME: self._file, _LINES_NAME: self._lines})
+        self._files.close()
+        self._remove_part()
+
+    def _remove_part(self) -> None:
+        super()._remove_part()
+        self._lines_part.unlink(missing_ok=True)
+
+
+_ARRAY_NAME, _LINES_NAME = "arr_0.npy", "provenance.jsonl"
+_CHUNK = 1 << 20
+_HEADER_BYTES = 128
+"""Of a .npy of images, however many."""
+
+
+def _npy_header(count: int, shape: tuple[int, ...]) -> bytes:
+    """Return the .npy header of `count` images, of the same length for every count."""
+    form = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {(count, *shape)!r}, }}"
+    return (
+        b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little") + f"{form:<{_HEADER_BYTES - 11}}\n".encode()
+    )
+
+
+def _read_shape(file: IO[bytes]) -> tuple[int, ...]:
+    """Return height, width and channels as the header of a part has them; nothing where it has no whole header."""
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    except ValueError:
+        return ()
+    return tuple(shape[1:])
+
+
+def _zip(target: IO[bytes], members: dict[str, IO[bytes]]) -> None:
+    """Write open files into an uncompressed zip, as .npz are."""
+    with zipfile.ZipFile(target, "w") as stored:
+        for name, source in members.items():
+            # ZipInfo of a bare name bears a fixed date: equal images make equal files.
+            with stored.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                shutil.copyfileobj(source, member, _CHUNK)
+
+
+class TarSink(ArchiveSink):
+    """A WebDataset shard: ``000000.png``, ``.cls`` (the class id, -1 for no class) and ``.json`` (the provenance)."""
+
+    _file: BinaryIO
+
+    def _open_part(self, resume: bool) -> list[Provenance]:
+        self._file = self._open(self._part, resume)
+        found, end = _tar_samples(self._file, self._part)
+        self._file.truncate(end)
+        self._file.seek(end)
+        return found
+
+    def _finished(self) -> list[Provenance]:
+        with self.archive.open("rb") as file:
+            found, _ = _tar_samples(file, self.archive)
+        if not found:
+            raise foreign(self.archive)
+        return found
+
+    def _unpack(self) -> None:
+        shutil.copyfile(self.archive, self._part)
+
+    def _append(self, prepared: bytes, made: Provenance) -> None:
+        class_id = -1 if made.class_id is None else made.class_id
+        contents = {"png": prepared, "cls": str(class_id).encode(), "json": made.to_json().encode()}
+        for ending, content in contents.items():
+            self._file.write(tar_member(f"{self._count:06}.{ending}", content))
+        self._file.flush()
+
+    def _finish(self) -> None:
+        self._file.write(TAR_END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._files.close()
+        self._part.replace(self.archive)
+
+
+def _tar_samples(file: BinaryIO, path: Path) -> tuple[list[Provenance], int]:
+    """Return the provenance of each whole sample of a shard, and where the last of them ends."""
+    found, end, size = [], 0, file.seek(0, os.SEEK_END)
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember each to the end
+                following = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if following > size:
+                    break
+                if member.name.endswith(".json"):  # the last of a sample's three
+                    content = tar.extractfile(member) or BytesIO()
+                    found.append(provenance_from_json(content.read().decode(), str(path)))
+                    end = following
+    except tarfile.TarError:
+        pass  # what was being written when the run was killed
+    return found, end

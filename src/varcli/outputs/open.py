@@ -1,0 +1,106 @@
+"""Which place for images `--out` names.
+
+Opening it finds out whether it can be written, before any work is done.
+"""
+
+from pathlib import Path
+
+from varcli.errors import UsageError
+from varcli.files import check_folder, check_writable, kind_there
+from varcli.outputs.archives import NpzSink, TarSink
+from varcli.outputs.sinks import STANDARD_OUTPUT, FolderSink, Sink, StreamSink
+
+
+def open_sink(out: str | None, *, several: bool, resume: bool = False) -> Sink:
+    """Return the place that `--out` names, open.
+
+    Args:
+        out: as typed.
+        several: whether there is, or may be, more than one image.
+        resume: take what an earlier run left here for done.
+
+    Raises:
+        UsageError: the place cannot take these images.
+        RunError: it cannot be written.
+        InputError: with `resume`, what lies there was not written by varcli.
+    """
+    output = find_sink(out, several=several)
+    output.open(resume)
+    return output
+
+
+def find_sink(out: str | None, *, several: bool) -> Sink:
+    """Return the place that `--out` names, not open.
+
+    ``-`` is standard output: one PNG, or several in a tar stream. A name ending in .png is a file, in
+    .npz the array ``arr_0`` (images, height, width, 3) of uint8, in .tar a WebDataset shard; any
+    other is a folder, made if need be. None is the current folder.
+
+    Args:
+        out: as typed.
+        several: whether there is, or may be, more than one image.
+
+    Raises:
+        UsageError: the place cannot take these images.
+    """
+    path, kind = Path(out or "."), _kind(out)
+    if kind == "stream":
+        return StreamSink(path, several)
+    if kind == ".npz":
+        return NpzSink(path)
+    if kind == ".tar":
+        return TarSink(path)
+    if kind == "folder":
+        return FolderSink(path)
+    if several:
+        raise UsageError(f"out: {out} for several images; a folder, .npz or .tar, or - for a tar stream")
+    return FolderSink(path.parent, path.name)
+
+
+def check_sink(out: str | None) -> None:
+    """Find out whether the place that `--out` names can be written, without touching it.
+
+    Raises:
+        UsageError: there is no such kind of place.
+        RunError: it cannot be written.
+    """
+    path, kind = Path(out or "."), _kind(out)
+    if kind == "folder":
+        there = next((folder for folder in (path, *path.parents) if kind_there(folder) != "nothing"), path)
+        check_folder(there, path)
+    elif kind != "stream":
+        check_writable(path)
+
+
+def _kind(out: str | None) -> str:
+    """Return which kind of place `--out` names: "stream", "folder", ".png", ".npz" or ".tar"."""
+    path = Path(out or ".")
+    there = kind_there(path)
+    if path == STANDARD_OUTPUT or there == "device":
+        return "stream"
+    if there == "folder" or (out or "").endswith(("/", "\\")):
+        return "folder"
+    ending = path.suffix.lower()
+    if ending in (".png", ".npz", ".tar"):
+        return ending
+    if ending in _OTHER_FILES or there == "file":
+        raise UsageError(f"out: {out}; a folder, a name ending in .png, .npz or .tar, or - for standard output")
+    return "folder"
+
+
+_OTHER_FILES = frozenset(
+    (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".gz", ".tgz", ".xz", ".zst", ".json")
+)
+"""Endings that mean a file of a kind not written here, hardly a folder."""
+
+
+def check_file(option: str, path: Path, endings: tuple[str, ...]) -> None:
+    """Find out whether an image file that an option names can be written, without touching it.
+
+    Raises:
+        UsageError: its name has none of these endings, such as ".png".
+        RunError: it cannot be written.
+    """
+    if path.suffix.lower() not in endings:
+        raise UsageError(f"{option}: {path}; a name ending in {' or '.join(endings)}")
+    check_writable(path)

@@ -1,0 +1,203 @@
+"""The places an image can go to at once: files of their own, and streams.
+
+Nothing half-written ever stands under a final name.
+"""
+
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from varcli.errors import InputError, UsageError
+from varcli.files import cannot_write, check_folder, check_writable, write_atomically
+from varcli.images.provenance import Provenance, image_filename, png_bytes, read_provenance
+
+if TYPE_CHECKING:
+    from varcli.images.provenance import PixelsOrRaster
+
+
+class Sink:
+    """A place for images; a context manager, to be left before its results are taken for finished.
+
+    An image goes there in two steps. `prepare` does the work that needs no order, in any thread and, with
+    an output that is not open, in any process. `put` is called by one thread of the process that opened it.
+    """
+
+    archive: Path | None = None
+    """The one file that holds all images in the end, where there is one."""
+
+    def open(self, resume: bool) -> None:
+        """Find out whether the place can be written, and make ready for it.
+
+        Args:
+            resume: take what an earlier run left here for done.
+
+        Raises:
+            UsageError: the place cannot take images.
+            RunError: it cannot be written.
+            InputError: with `resume`, what lies there was not written by varcli.
+        """
+
+    def has(self, made: Provenance) -> bool:
+        """Return whether an earlier run left this image here; asked once for each image, before `add`."""
+        return False
+
+    def unasked(self) -> int:
+        """Return how many images an earlier run left here that `has` was not asked for."""
+        return 0
+
+    def add(self, pixels: "PixelsOrRaster", made: Provenance) -> Path | None:
+        """Put an image here; return its own file, None where it has none.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        return self.put(self.prepare(pixels, made), made)
+
+    def prepare(self, pixels: "PixelsOrRaster", made: Provenance) -> Any:
+        """Return an image as `put` takes it; its content as a PNG, if a kind of place does not say otherwise."""
+        return png_bytes(pixels, made)
+
+    def put(self, prepared: Any, made: Provenance) -> Path | None:
+        """Put the next image here, as `prepare` returned it; return its own file, None where it has none."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish: after this the output is whole."""
+
+    def abandon(self) -> None:
+        """Leave the output unfinished, for `--resume` or for good."""
+
+    def __enter__(self) -> "Sink":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+class FolderSink(Sink):
+    """A folder of PNGs, or one PNG of a given name."""
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self._folder = folder
+        self._name = name
+        self._resume = False
+
+    def open(self, resume: bool) -> None:
+        """Make the folder if need be."""
+        self._resume = resume
+        if self._name is not None:
+            check_writable(self._folder / self._name)
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+        check_folder(self._folder)
+
+    def has(self, made: Provenance) -> bool:
+        """Return whether this very image is there: a file of its name made with other settings is not it."""
+        path = self._path(made)
+        if not (self._resume and path.is_file()):
+            return False
+        try:
+            return read_provenance(path).settings() == made.settings()
+        except InputError:
+            return False
+
+    def prepare(self, pixels: "PixelsOrRaster", made: Provenance) -> Path:
+        """Write an image, which needs no order either; return its file."""
+        path = self._path(made)
+        write_atomically(path, png_bytes(pixels, made))
+        return path
+
+    def put(self, prepared: Path, made: Provenance) -> Path:
+        """Return the file of an image."""
+        return prepared
+
+    def _path(self, made: Provenance) -> Path:
+        return self._folder / (self._name or image_filename(made))
+
+
+# --- streams ---------------------------------------------------------------------------------------
+
+
+class StreamSink(Sink):
+    """Standard output or a pipe: the bytes of one PNG, or a tar of several, which needs no rewinding."""
+
+    _stream: BinaryIO | None = None
+
+    def __init__(self, path: Path, several: bool) -> None:
+        self._path = path
+        self._several = several
+
+    def open(self, resume: bool) -> None:
+        """Open the pipe or device; a terminal is none."""
+        with self._reported():
+            if self._path == STANDARD_OUTPUT:
+                self._stream = _standard_output()
+            else:  # no buffer: to close one is to wait for the thread writing to it, whom a pipe may hold up for good
+                self._stream = self._path.open("wb", buffering=0)
+
+    def put(self, prepared: bytes, made: Provenance) -> None:
+        """Send an image on its way."""
+        self._send(tar_member(image_filename(made), prepared) if self._several else prepared)
+
+    def close(self) -> None:
+        """Send the end of the tar, if it is one."""
+        self._send(TAR_END if self._several else b"")
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close what was opened here, not standard output."""
+        if self._stream and self._path != STANDARD_OUTPUT:
+            with suppress(OSError):  # what could not be written a moment ago
+                self._stream.close()
+
+    def _send(self, content: bytes) -> None:
+        if self._stream is None:
+            return  # this process only prepares
+        with self._reported():
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+            self._stream.flush()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn what the system refuses into one line; a pipe closed by its reader is no mistake and passes."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+
+STANDARD_OUTPUT = Path("-")
+
+
+def _standard_output() -> BinaryIO:
+    if sys.stdout.isatty():
+        raise UsageError("out: - is a terminal; send images to a file or a pipe")
+    return sys.stdout.buffer
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def tar_member(name: str, content: bytes) -> bytes:
+    """Return a file as it stands in a tar; it bears no date, so that equal images make equal tars."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    return header.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+TAR_END = bytes(2 * tarfile.BLOCKSIZE)
+"""What closes a tar."""

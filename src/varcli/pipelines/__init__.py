@@ -1,0 +1,1 @@
+"""The Python API behind the commands: models, samples, edits, evaluations, training."""

@@ -1,0 +1,1 @@
+"""One page from evaluation results and training runs."""

@@ -1,0 +1,271 @@
+"""Many images: in batches as large as memory and reproducibility allow.
+
+Shapes: B images, P pixels a side.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from varcli.acceleration.cuda_blocks import for_gpu
+from varcli.acceleration.cuda_graphs import GraphRunner, Record, Runner, cuda_recorder
+from varcli.acceleration.devices import block_weight, free_memory, independent, out_of_memory
+from varcli.acceleration.int8 import Int8Linear
+from varcli.config import SampleConfig
+from varcli.errors import RunError
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+from varcli.sampling.sampler import DECODED_AT_ONCE, EAGER, Pixels, decode, decode_on_device, generate
+
+LARGEST_BATCH = 256
+"""Beyond it nothing gets faster."""
+
+PLANNED = 0.85
+"""The part of the memory that models and batches may fill; the rest is for libraries and for what lies in pieces."""
+
+
+def fitting_batch(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig) -> int:
+    """Return how many images should fit into a GPU's memory, a power of two; too many are halved later.
+
+    It is the whole memory, not what others leave free of it: in 16 bits the images depend on the size of their
+    batch, and are to be the same each time on the same machine.
+    """
+    device = block_weight(transformer).device
+    if device.type != "cuda":
+        return 16
+    _, whole = torch.cuda.mem_get_info(device)
+    room, count = PLANNED * whole - model_bytes(tokenizer, transformer), LARGEST_BATCH
+    while count > 1 and batch_bytes(tokenizer, transformer, config, count) > room:
+        count //= 2
+    return count
+
+
+def model_bytes(tokenizer: Tokenizer, transformer: Transformer) -> int:
+    """Return what the models themselves take."""
+    tensors = [tensor for model in (tokenizer, transformer) for tensor in (*model.parameters(), *model.buffers())]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def batch_bytes(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, count: int) -> int:
+    """Return what a batch of images takes at most at one time, recorded, besides the models."""
+    shape, size = transformer.config, block_weight(transformer).element_size()
+    rows, last = 2 * count if config.cfg > 0 else count, shape.sides[-1] ** 2
+    fused = for_gpu(transformer)
+    kept_tokens = shape.depth * (shape.length - last) + shape.length if fused else shape.depth * shape.length
+    cache = 2 * rows * kept_tokens * shape.width * size
+    modulations = rows * shape.depth * 6 * shape.width * (4 + size)
+    logits = count * shape.length * shape.codebook_size * 4
+    return (
+        cache
+        + modulations
+        + logits
+        + max(
+            rows * last * shape.width * _block_bytes(transformer),
+            count * last * (config.top_k or shape.codebook_size) * 40,  # a draw
+            min(count, DECODED_AT_ONCE) * _decoder_bytes(tokenizer),
+        )
+    )
+
+
+def _block_bytes(transformer: Transformer) -> int:
+    """Return what a block takes at most for one feature of one token, the residual stream included, in 16 bits."""
+    block: Any = transformer.blocks[0]
+    if isinstance(block.ffn.fc1, Int8Linear):
+        return 58  # four times the width in float32 again and again: magnitudes, quotients, products
+    return 2 * 4 + 5 * 2 if for_gpu(transformer) else 30
+
+
+def _decoder_bytes(tokenizer: Tokenizer) -> int:
+    """Return what an image takes in the decoder where that is most, with the input and output of a few layers."""
+    shape, size = tokenizer.config, tokenizer.post_quant_conv.weight.element_size()
+    return 5 * max(shape.multipliers[:2]) * shape.base_width * shape.pixels**2 * size
+
+
+class Request(Protocol):
+    """One image to be made."""
+
+    @property
+    def row(self) -> int:
+        """Row of the class table."""
+
+    @property
+    def seed(self) -> int:
+        """With the row and the settings it determines the image."""
+
+
+Wanted = TypeVar("Wanted", bound=Request)
+
+
+@dataclass(frozen=True, slots=True)
+class Underway(Generic[Wanted]):
+    """Images that a GPU is busy with, or has put into the host's memory."""
+
+    group: Sequence[Wanted]
+    pixels: Tensor
+    """(B, P, P, 3) uint8 in the host's memory, not there before `arrived`."""
+    arrived: torch.cuda.Event | None
+    """None where nothing is waited for."""
+
+    def images(self) -> Iterator[tuple[Wanted, Pixels]]:
+        """Yield each request with its image, having waited for them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        yield from zip(self.group, self.pixels.numpy(), strict=False)  # a padded batch has more images
+
+
+class BatchSampler:
+    """Makes images with one pair of models and one set of settings."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        transformer: Transformer,
+        config: SampleConfig,
+        batch_size: int | None = None,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Take models made ready by `devices.place`.
+
+        Args:
+            tokenizer: turns tokens into pixels.
+            transformer: draws the tokens.
+            config: settings of all images.
+            batch_size: images at a time where several are; None means as many as memory seems to hold.
+            note: told, in a line, what makes this run slower than it might be.
+        """
+        self.tokenizer, self.transformer, self.config, self.note = tokenizer, transformer, config, note
+        alone, device = independent(transformer), block_weight(transformer).device
+        self.batch_size = 1 if alone else batch_size or fitting_batch(tokenizer, transformer, config)
+        self.ahead = 1 if device.type == "cuda" else 0
+        recordable = device.type == "cuda" and not alone and not config.smooth
+        self.recorder: Callable[[], Record] | None = partial(cuda_recorder, device) if recordable else None
+        self.record: Record | None = None
+        self.runners: dict[int, GraphRunner] = {}
+        self.mark: Callable[[str], None] = lambda phase: None
+        """For a stopwatch, as `generate` has it."""
+
+    def images(self, requests: Iterable[Wanted]) -> Iterator[tuple[Wanted, Pixels]]:
+        """Yield each request with its image, (P, P, 3) uint8, in order, reading only a batch ahead.
+
+        On a GPU the next batch is begun before the images of the last are waited for.
+
+        An error, in the requests too, is raised after the images that were begun before it.
+
+        Raises:
+            RunError: not even one image fits into memory.
+        """
+        waiting, underway, several = iter(requests), deque[Underway[Wanted]](), False
+        try:
+            while group := list(islice(waiting, self.batch_size)):
+                underway.extend(self._begin(group, self._size(len(group), several)))
+                several = True
+                while len(underway) > self.ahead:
+                    yield from underway.popleft().images()
+        except Exception:
+            yield from chain.from_iterable(map(Underway.images, underway))
+            raise
+        yield from chain.from_iterable(map(Underway.images, underway))
+
+    def growth(self, request: Request) -> Iterator[Pixels]:
+        """Yield one image (P, P, 3) as it looks after each scale; the last one is the image itself."""
+        for result in generate(self.tokenizer, self.transformer, [request.row], [request.seed], self.config):
+            yield decode(self.tokenizer, result.f_hat)[0]
+
+    def _size(self, count: int, several: bool) -> int:
+        """Return how many are computed for so many images.
+
+        In 16 bits that shows in the images, so that the last batch of several is as large as those before it.
+        """
+        if several:
+            return max(count, self.batch_size)
+        return count if self.recorder is None else padded_size(count, self.batch_size)
+
+    def _begin(self, group: Sequence[Wanted], size: int) -> Iterator[Underway[Wanted]]:
+        """Yield the group on its way: as one batch or, where memory runs out, as several smaller ones."""
+        begun = self._attempt(group, size)
+        if begun is None and any(runner.recordings for runner in self.runners.values()):
+            self._forget_recordings()  # those of other sizes, as one that found no memory keeps nothing
+            begun = self._attempt(group, size)
+        if begun is None and size == 1 and self.recorder is not None:
+            self._stop_recording(RuntimeError("out of memory"))
+            begun = self._attempt(group, size)
+        if begun is not None:
+            yield begun
+            return
+        if size == 1:
+            raise RunError("memory: one image does not fit; a smaller checkpoint, --dtype bf16 or --device cpu")
+        half = self.batch_size = size // 2
+        self._forget_recordings()
+        for first in range(0, len(group), half):
+            part = group[first : first + half]
+            yield from self._begin(part, self._size(len(part), several=True))
+
+    def _forget_recordings(self) -> None:
+        self.runners.clear()
+        self.record = None  # and with it the pool, which cannot be used again once it was empty
+        free_memory(block_weight(self.transformer).device)
+
+    def _attempt(self, group: Sequence[Wanted], size: int) -> Underway[Wanted] | None:
+        """Return the group on its way, or None where memory ran out."""
+        try:
+            return self._started(group, size)
+        except (RuntimeError, MemoryError) as error:  # CUDA's own subclass, Metal and the CPU's allocator alike
+            if not out_of_memory(error):
+                raise
+            return None
+
+    @torch.inference_mode()
+    def _started(self, group: Sequence[Wanted], size: int) -> Underway[Wanted]:
+        padded = [*group, *[group[-1]] * (size - len(group))]
+        rows, seeds = [request.row for request in padded], [request.seed for request in padded]
+        runner, models = self._runner(size), (self.tokenizer, self.transformer)
+        *_, last = generate(*models, rows, seeds, self.config, mark=self.mark, runner=runner)
+        pixels_BPP3 = runner.run("decoder", partial(decode_on_device, self.tokenizer, last.f_hat))
+        return fetched(group, pixels_BPP3)
+
+    def _runner(self, size: int) -> Runner:
+        """Return what runs batches of a size: recordings are kept for each size there is."""
+        if self.recorder is None:
+            return EAGER
+        self.record = self.record or self.recorder()
+        if size not in self.runners:
+            self.runners[size] = GraphRunner(self.record, self._stop_recording)
+        return self.runners[size]
+
+    def _stop_recording(self, error: RuntimeError) -> None:
+        """Run everything as it is from now on, and say so."""
+        self.recorder = None
+        self._forget_recordings()
+        self.note(not_recorded(error))
+
+
+def not_recorded(error: RuntimeError) -> str:
+    """Return a line for people about a failed recording."""
+    reason = " ".join(str(error).split())
+    return f"CUDA graphs: cannot be recorded here, small batches will be slower ({reason})"
+
+
+def padded_size(count: int, largest: int) -> int:
+    """Return the power of two that so many images are rounded up to, so that few sizes are recorded."""
+    return min(1 << (count - 1).bit_length(), max(largest, count))
+
+
+def fetched(group: Sequence[Wanted], pixels_BPP3: Tensor) -> Underway[Wanted]:
+    """Return images on their way to the host; nothing here waits for a GPU.
+
+    The copy is in the queue of the computation, so that the next batch cannot overwrite what is being
+    copied; it takes a thousandth of a batch's time.
+    """
+    if pixels_BPP3.device.type != "cuda":
+        return Underway(group, pixels_BPP3.cpu(), None)
+    there = torch.empty_like(pixels_BPP3, device="cpu", pin_memory=True)
+    arrived = torch.cuda.Event(blocking=True)  # who waits for it leaves the processor to those who encode
+    there.copy_(pixels_BPP3, non_blocking=True)
+    arrived.record(torch.cuda.current_stream(pixels_BPP3.device))  # which need not be the current device
+    return Underway(group, there, arrived)

@@ -1,0 +1,274 @@
+"""Token maps of a whole data set, computed once and kept on disk for the transformer's training.
+
+A cache is a folder of `tokens.npy` (crops · N, L) and `progress.json`; a killed pass goes on where it
+stopped. Its name holds the hash of everything that shapes the tokens.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from varcli.checkpoints.store import tokenizer_sha256
+from varcli.config import sequence_length
+from varcli.errors import InputError
+from varcli.files import cannot_write, write_atomically
+from varcli.images.dataset import ImageSet
+from varcli.images.decode import UnreadableImage, square_crop
+from varcli.models.tokenizer import Tokenizer
+from varcli.training.optim import mixed_seed
+
+TOLERATED = 0.01
+"""Part of the images that may be unreadable."""
+
+Draw = tuple[int, int]
+"""An item's number and the epoch it is drawn in."""
+
+
+def draws(count: int, batch: int, steps: range, seed: int) -> Iterator[list[Draw]]:
+    """Yield for each update its items: epoch after epoch, each in an order of its own."""
+    epoch, order = -1, torch.empty(0)
+    for step in steps:
+        chosen = []
+        for position in range(step * batch, (step + 1) * batch):
+            if position // count != epoch:
+                epoch = position // count
+                generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+                order = torch.randperm(count, generator=generator)
+            chosen.append((int(order[position % count]), epoch))
+        yield chosen
+
+
+class Unreadable:
+    """The names of images that could not be read, and when they are too many."""
+
+    def __init__(self, total: int, warn: Callable[[str], None]) -> None:
+        self.total = total
+        self.warn = warn
+        self.names: set[str] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Note unreadable images, each named once.
+
+        Raises:
+            InputError: more than one in a hundred images of the set is unreadable.
+        """
+        for name in names:
+            if name not in self.names:
+                self.names.add(name)
+                self.warn(f"skipped, unreadable: {name} ({len(self.names)} so far)")
+        if len(self.names) > TOLERATED * self.total:
+            raise InputError(
+                f"unreadable images: {len(self.names)} of {self.total}, {sorted(self.names)[0]} among them; "
+                f"mend or remove them, at most {TOLERATED:.0%} are skipped"
+            )
+
+
+class Crops(Dataset[tuple[Tensor, list[str]]]):
+    """Images as square uint8 tensors (3, P, P), cropped at random, or at the centre where there is no seed."""
+
+    def __init__(self, images: ImageSet, pixels: int, enlarge: float, seed: int | None) -> None:
+        self.images = images
+        self.pixels = pixels
+        self.enlarge = enlarge
+        self.seed = seed
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, list[str]]:
+        """Return an image's crop; the next readable one stands in for those whose names come along."""
+        index, epoch = draw
+        unreadable: list[str] = []
+        count = len(self.images)
+        for number in (*range(index, count), *range(index)):
+            try:
+                return self.crop(number, epoch), unreadable
+            except UnreadableImage as error:
+                unreadable.append(error.name)
+        raise InputError(f"data: none of its {count} images can be read; {unreadable[0]} is the first")
+
+    def crop(self, index: int, epoch: int) -> Tensor:
+        """Return one image's crop, its corner drawn from the seed, the image and the epoch."""
+        corner = None
+        if self.seed is not None:
+            generator = random.Random(f"{self.seed} {epoch} {index}")
+            corner = (generator.random(), generator.random())
+        array = square_crop(self.images.read(index), self.pixels, self.enlarge, corner)
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+Batch = tuple[Tensor, list[list[str]]]
+"""Images as (B, 3, P, P) uint8, and for each the names of unreadable ones it stands in for."""
+
+
+def collate(items: list[tuple[Tensor, list[str]]]) -> Batch:
+    """Return items as one batch."""
+    return torch.stack([pixels for pixels, _ in items]), [names for _, names in items]
+
+
+def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterator[Batch]:
+    """Yield given batches in order, read ahead by `workers` processes."""
+    yield from DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_leave_signals_to_parent,
+    )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Let Ctrl-C reach the main process alone, which ends its workers itself when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def to_unit(pixels_u8: Tensor, device: torch.device) -> Tensor:
+    """Return uint8 pixels as float32 in [-1, 1] on the device, channels last."""
+    pixels = pixels_u8.to(device).float() / 127.5 - 1
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+ENCODE_BATCH = 64
+"""Images encoded together; fixed, so that a resumed pass computes the same tokens."""
+FLUSH_EVERY = 32
+"""Batches between two notes of how far the pass is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSettings:
+    """What shapes the tokens of a data set, besides images and tokenizer."""
+
+    enlarge: float
+    crops: int
+    seed: int
+
+
+class TokenCache:
+    """Token maps and class rows of all readable images, `crops` of each."""
+
+    def __init__(self, tokens: NDArray[np.unsignedinteger], unreadable: set[int], rows: list[int], crops: int) -> None:
+        self.tokens = tokens
+        self.crops = crops
+        self.rows = torch.tensor(rows)
+        self.numbers = torch.tensor([i for i in range(len(rows)) if i not in unreadable], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batch(self, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+        """Return tokens (B, L) and class rows (B) of readable images, another crop every epoch."""
+        image = self.numbers[[index for index, _ in draws]]
+        crop = torch.tensor([epoch % self.crops for _, epoch in draws])
+        taken = np.asarray(self.tokens[(crop * len(self.rows) + image).numpy()], dtype=np.int64)
+        return torch.from_numpy(taken), self.rows[image]
+
+
+def open_cache(
+    folder: Path,
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    settings: CacheSettings,
+    device: torch.device,
+    *,
+    workers: int = 0,
+    warn: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> TokenCache:
+    """Return the tokens of all images, computing what the cache under `folder` lacks.
+
+    Raises:
+        InputError: too many images are unreadable.
+        RunError: the cache cannot be written.
+    """
+    total = settings.crops * len(images)
+    place = folder / f"tokens-{_key(tokenizer, images, settings, device)}"
+    done, unreadable = _begin_cache(place, tokenizer, total)
+    tokens = open_memmap(place / "tokens.npy", mode="r+")
+    skipped = Unreadable(len(images), warn)
+    skipped.add(images.name(i) for i in sorted(unreadable))
+    progress(done)
+    chunks = _chunks(range(done, total), len(images))
+    crops = Crops(images, tokenizer.config.pixels, settings.enlarge, settings.seed if settings.crops > 1 else None)
+    for chunk, (pixels, stands_in_for) in zip(chunks, loader(crops, chunks, workers), strict=True):
+        skipped.add(itertools.chain(*stands_in_for))
+        unreadable |= {index for (index, _), names in zip(chunk, stands_in_for, strict=True) if names}
+        tokens[done : done + len(chunk)] = _encode(tokenizer, pixels, device)
+        done += len(chunk)
+        progress(len(chunk))
+        if done == total or done // ENCODE_BATCH % FLUSH_EVERY == 0:
+            tokens.flush()
+            _write_description(place, done, unreadable)
+    return TokenCache(tokens, unreadable, images.rows, settings.crops)
+
+
+def _key(tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device) -> str:
+    """Return what tells this cache from others."""
+    shaping = [tokenizer_sha256(tokenizer), images.fingerprint(), dataclasses.asdict(settings), device.type]
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _begin_cache(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, set[int]]:
+    """Return how many crops are done and which images cannot be read; make the files of a new cache."""
+    progress, shape = place / "progress.json", (total, sequence_length(tokenizer.config.sides))
+    if progress.exists() and _holds(place / "tokens.npy", shape):
+        note = json.loads(progress.read_text())
+        return int(note["done"]), set(note["unreadable"])
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        progress.unlink(missing_ok=True)
+        open_memmap(place / "tokens.npy", mode="w+", dtype=_number_kind(tokenizer), shape=shape)
+        _reserve(place / "tokens.npy")
+    except OSError as error:
+        raise cannot_write(place, error) from error
+    _write_description(place, 0, set())
+    return 0, set()
+
+
+def _holds(path: Path, shape: tuple[int, int]) -> bool:
+    """Return whether a whole array of this shape is there."""
+    try:
+        return open_memmap(path, mode="r").shape == shape
+    except (OSError, ValueError):
+        return False
+
+
+def _number_kind(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
+    """Return the smallest type that holds every token."""
+    return np.min_scalar_type(tokenizer.config.codebook_size - 1)
+
+
+def _reserve(path: Path) -> None:
+    """Take a file's whole space now: a mapped file that meets a full disk later would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _write_description(place: Path, done: int, unreadable: set[int]) -> None:
+    note = json.dumps({"done": done, "unreadable": sorted(unreadable)})
+    write_atomically(place / "progress.json", note.encode())
+
+
+def _chunks(numbers: range, images: int) -> list[list[Draw]]:
+    """Return what to encode in batches; crop c of image i is number c · N + i."""
+    draws = [(number % images, number // images) for number in numbers]
+    return [draws[i : i + ENCODE_BATCH] for i in range(0, len(draws), ENCODE_BATCH)]
+
+
+@torch.no_grad()
+def _encode(tokenizer: Tokenizer, pixels: Tensor, device: torch.device) -> NDArray[np.int64]:
+    """Return token maps side by side, (B, L)."""
+    tokens: NDArray[np.int64] = torch.cat(tokenizer.encode(to_unit(pixels, device)), dim=1).cpu().numpy()
+    return tokens

@@ -1,0 +1,75 @@
+"""The adversarial part of the tokenizer's loss: a patch discriminator that sees augmented images.
+
+Shapes: B images of P × P pixels, h × w patches.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+MAX_WEIGHT = 1e4
+
+
+class PatchDiscriminator(nn.Module):
+    """Says of every patch whether it is real (Isola et al. 2017), its gradient kept in bounds by spectral norm."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers += [spectral_norm(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
+
+    def forward(self, image_B3PP: Tensor) -> Tensor:
+        """Return one number a patch, (B, 1, h, w), positive where it looks real."""
+        return self.layers(image_B3PP)
+
+
+def augment(image_B3PP: Tensor) -> Tensor:
+    """Return images with random brightness, saturation, contrast, shift and one square cut out.
+
+    The same kind of change to real and made images keeps a discriminator from learning a small data
+    set by heart, and the gradient passes through.
+
+    Source: DiffAugment (Zhao et al. 2020).
+    """
+    batch, _, pixels, _ = image_B3PP.shape
+    device = image_B3PP.device
+    bright, saturate, contrast = torch.rand(3, batch, 1, 1, 1, device=device)
+    x = image_B3PP + (bright - 0.5)
+    mean = x.mean(1, keepdim=True)
+    x = (x - mean) * (2 * saturate) + mean
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * (contrast + 0.5) + mean
+    rows = torch.arange(pixels, device=device)
+    shift_2B1 = torch.randint(-(pixels // 8), pixels // 8 + 1, (2, batch, 1), device=device)
+    from_2BP = rows + shift_2B1
+    inside_2BP = (from_2BP >= 0) & (from_2BP < pixels)
+    y, x_ = from_2BP.clamp(0, pixels - 1)
+    image = torch.arange(batch, device=device)[:, None, None]
+    shifted = x.permute(0, 2, 3, 1)[image, y[:, :, None], x_[:, None, :]].permute(0, 3, 1, 2)
+    corner_2B1 = torch.randint(-(pixels // 4), pixels, (2, batch, 1), device=device)
+    cut_2BP = (rows >= corner_2B1) & (rows < corner_2B1 + pixels // 2)
+    keep_BPP = (inside_2BP[0, :, :, None] & inside_2BP[1, :, None, :]) & ~(
+        cut_2BP[0, :, :, None] & cut_2BP[1, :, None, :]
+    )
+    return shifted * keep_BPP[:, None]
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Return the hinge loss that asks for real > 1 and fake < -1."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Return how much to multiply the adversarial loss by, so that both losses pull equally at the last layer.
+
+    Source: VQGAN (Esser et al. 2021), equation 7.
+    """
+    (pull,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (push,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (pull.norm() / (push.norm() + 1e-4)).clamp(max=MAX_WEIGHT).detach()

@@ -1,0 +1,144 @@
+"""What a training run will take, worked out before it begins.
+
+Operations and activation memory are counted by running one image through the network, not guessed;
+the rate is measured on a few forward and backward passes. The optimizer, and for a tokenizer its
+adversary and the perceptual distance, come on top.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from varcli.acceleration.devices import synchronize
+from varcli.config import TrainingConfig
+
+BACKWARD = 3
+"""Forward and backward together, as a multiple of forward: two products of matrices for each one."""
+STATE_BYTES = 5 * 4
+"""Bytes a parameter takes in training: weight, gradient, two moments, moving average, all float32."""
+TIMED_PASSES = 3
+TIMED_IMAGES = 4
+"""Images in a timed pass at most: a plan should take seconds, and fit where the run would not."""
+LONG = 2.0
+"""Seconds after which the first pass is measurement enough."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingEstimate:
+    """Figures of a run."""
+
+    parameters: int
+    images: int
+    """Training images."""
+    steps: int
+    images_seen: int
+    flops: float
+    """Floating-point operations of the whole run."""
+    state_bytes: int
+    """Weights, gradients, moments and average."""
+    activation_bytes: int
+    """Saved for the backward pass, for one part of a batch."""
+    images_per_second: float
+    seconds: float
+    expected_loss: float | None = None
+    """Mean cross-entropy in nats a token from the scaling law; transformers on ImageNet only."""
+    expected_loss_last: float | None = None
+    """The same over the last scale's tokens."""
+
+
+IRREDUCIBLE = (5.0, 4.5)
+"""Mean and last-scale cross-entropy that no model gets below, about, with the released tokenizer on ImageNet."""
+
+
+def expected_losses(depth: int) -> tuple[float, float]:
+    """Return the mean and last-scale cross-entropy, in nats a token, that the scaling laws give a depth.
+
+    Source: section 4.2, (2.5 N)^-0.20 and (2.0 N)^-0.23 above the irreducible part, N non-embedding
+    parameters in billions.
+    """
+    billions = 73_728 * depth**3 / 1e9
+    return IRREDUCIBLE[0] + (2.5 * billions) ** -0.20, IRREDUCIBLE[1] + (2.0 * billions) ** -0.23
+
+
+class Estimable(Protocol):
+    """A stage whose forward pass can be tried on made-up data."""
+
+    device: torch.device
+
+    @property
+    def model(self) -> nn.Module:
+        """Return what is trained."""
+
+    def trial_loss(self, count: int) -> Tensor:
+        """Return the loss of `count` random images, with its gradient."""
+
+
+def estimate(
+    stage: Estimable, training: TrainingConfig, images: int, expected: tuple[float, float] | None = None
+) -> TrainingEstimate:
+    """Return the plan of a run.
+
+    Args:
+        stage: what is trained.
+        training: how.
+        images: training images.
+        expected: mean and last-scale loss of the scaling laws, for transformers.
+    """
+    steps, part = training.steps(images), training.batch // training.accumulate
+    parameters = sum(parameter.numel() for parameter in stage.model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        saved = _saved_bytes(stage.trial_loss)
+    rate = _rate(stage, part)
+    return TrainingEstimate(
+        parameters=parameters,
+        images=images,
+        steps=steps,
+        images_seen=steps * training.batch,
+        flops=BACKWARD * counter.get_total_flops() * steps * training.batch,
+        state_bytes=STATE_BYTES * parameters,
+        activation_bytes=saved * part,
+        images_per_second=rate,
+        seconds=steps * training.batch / rate,
+        expected_loss=expected[0] if expected else None,
+        expected_loss_last=expected[1] if expected else None,
+    )
+
+
+def _saved_bytes(loss: Callable[[int], Tensor]) -> int:
+    """Return the bytes autograd keeps for one image."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(1)
+    return sum(seen.values())
+
+
+def _rate(stage: Estimable, part: int) -> float:
+    """Return images a second through forward and backward, the first pass counted only if it is long."""
+    count = min(part, TIMED_IMAGES)
+    seconds = _seconds(stage, count, 1)
+    if seconds < LONG:
+        seconds = _seconds(stage, count, TIMED_PASSES) / TIMED_PASSES
+    stage.model.zero_grad()
+    return count / seconds
+
+
+def _seconds(stage: Estimable, count: int, passes: int) -> float:
+    """Return how long some passes through that many images take."""
+    synchronize(stage.device)
+    begin = time.perf_counter()
+    for _ in range(passes):
+        stage.trial_loss(count).backward()
+    synchronize(stage.device)
+    return time.perf_counter() - begin

@@ -1,0 +1,58 @@
+"""What a run tells of itself: metrics.jsonl, one line of figures every so often."""
+
+import json
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from varcli.files import cannot_write, write_atomically
+
+Metrics = dict[str, float]
+
+
+class MetricsLog:
+    """metrics.jsonl: means over the updates since the last line, one JSON object a line."""
+
+    def __init__(self, folder: Path, start: int, batch: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.batch = batch
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.since = time.perf_counter()
+        self.last: Metrics = {}
+        if self.path.exists():
+            self._drop_after(start)
+
+    def _drop_after(self, start: int) -> None:
+        """Cut off lines of updates that will be made again, and one half-written."""
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                figures = json.loads(line)
+            except ValueError:
+                continue
+            if figures["step"] <= start:
+                self.last = figures
+                kept.append(line + "\n")
+        write_atomically(self.path, "".join(kept).encode())
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add one update's figures."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.count += 1
+
+    def write(self, step: int, validation: Metrics) -> None:
+        """Write a line for all updates since the last, and keep it as `last`."""
+        figures: Metrics = {"step": step, "images_seen": step * self.batch}
+        if self.count:
+            figures |= {name: float(total) / self.count for name, total in self.sums.items()}
+            figures["images_per_second"] = self.count * self.batch / (time.perf_counter() - self.since)
+        figures |= {f"validation_{name}": value for name, value in validation.items()}
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error, "the same command goes on once it can be") from error
+        self.sums, self.count, self.since, self.last = {}, 0, time.perf_counter(), figures

@@ -1,0 +1,115 @@
+"""Rejection sampling: whose confidence counts, and which images it keeps."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from varcli.classes import ClassEntry, ClassTable, imagenet
+from varcli.errors import CheckpointError, UsageError
+from varcli.evaluation.classifier import Classifier
+
+TABLE = ClassTable(tuple(imagenet().by_id(i) for i in (1, 207, 951)))
+CPU = torch.device("cpu")
+
+
+class Brightness(nn.Module):
+    """Logit n is n times the mean red of an image: a classifier that can be calculated by hand."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.register_buffer("number_N", torch.arange(float(count)))
+
+    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
+        return image_B3PP[:, 0].mean((1, 2))[:, None] * self.number_N
+
+
+def scripted(path, module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(module), str(path))
+    return str(path)
+
+
+def reds(*values):
+    pixels = np.zeros((len(values), 8, 8, 3), np.uint8)
+    pixels[..., 0] = np.array(values)[:, None, None]
+    return pixels
+
+
+def test_confidence_is_the_probability_of_the_asked_row(tmp_path):
+    classifier = Classifier(scripted(tmp_path / "three.pt", Brightness(3)), TABLE, CPU)
+    exponentials = np.exp([0, 0.2, 0.4])
+    found = classifier.confidence(reds(51, 51, 0), [0, 2, 1])
+    assert found == pytest.approx([1 / exponentials.sum(), exponentials[2] / exponentials.sum(), 1 / 3], rel=1e-6)
+
+
+def test_a_classifier_of_all_imagenet_is_asked_by_index(tmp_path):
+    classifier = Classifier(scripted(tmp_path / "all.pt", Brightness(1000)), TABLE, CPU)
+    exponentials = np.exp(np.arange(1000) * 0.2)
+    assert classifier.confidence(reds(51), [1]) == pytest.approx(exponentials[207] / exponentials.sum(), rel=1e-4)
+
+
+def test_a_class_imagenet_does_not_know_by_that_index(tmp_path):
+    own = ClassTable((ClassEntry(207, "mine", "my cat"), ClassEntry(208, "yours", "your cat")))
+    classifier = Classifier(scripted(tmp_path / "all.pt", Brightness(1000)), own, CPU)
+    with pytest.raises(CheckpointError, match="knows 1000 classes, not the checkpoint's 2"):
+        classifier.confidence(reds(51), [0])
+
+
+def test_no_such_model():
+    with pytest.raises(UsageError, match=r"^classifier: resnet9000; a model of torchvision such as resnet101"):
+        Classifier("resnet9000", TABLE, CPU)
+
+
+def test_no_torchscript(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(CheckpointError, match="is no TorchScript file"):
+        Classifier(str(tmp_path / "text.pt"), TABLE, CPU)
+
+
+def test_no_logits(tmp_path):
+    with pytest.raises(CheckpointError, match="gives no logits"):
+        Classifier(scripted(tmp_path / "same.pt", nn.Identity()), TABLE, CPU).confidence(reds(1), [0])
+
+
+def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(CheckpointError, match=f"put https://.*resnet101-.*pth to {tmp_path}/checkpoints/resnet101-"):
+        Classifier("resnet101", TABLE, CPU)
+
+
+def test_weights_with_another_hash_are_not_used(tmp_path, monkeypatch):
+    from torchvision.models import squeezenet1_1
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    state = squeezenet1_1(weights=None).state_dict()
+    torch.save(state, tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    with pytest.raises(CheckpointError, match="is damaged; delete it"):
+        Classifier("squeezenet1_1", TABLE, CPU)
+
+
+def test_torchvisions_models_see_what_they_were_trained_on(tmp_path, monkeypatch):
+    """Held to torchvision's own recipe: weights, transforms, softmax."""
+    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+
+    torch.manual_seed(0)
+    plain = squeezenet1_1(weights=None).eval()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("varcli.evaluation.classifier.file_sha256", lambda path: "b8a52dc0")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(plain.state_dict(), tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+    seen = SqueezeNet1_1_Weights.DEFAULT.transforms()(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    with torch.inference_mode():
+        wanted = plain(seen).softmax(1)[[0, 1], [207, 951]].numpy()
+    found = Classifier("squeezenet1_1", TABLE, CPU).confidence(pixels, [1, 2])
+    assert found == pytest.approx(wanted, rel=1e-3)

@@ -1,0 +1,48 @@
+"""The plan of a training run says what will be."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from test_training import TOKENIZER, TOKENIZER_TRAINING, TRANSFORMER, TRANSFORMER_TRAINING
+from varcli.classes import ClassEntry, ClassTable
+from varcli.config import transformer_recipe
+from varcli.models.tokenizer import Tokenizer
+from varcli.training.estimate import estimate, expected_losses
+from varcli.training.transformer import TransformerStage
+
+
+@pytest.fixture
+def stage():
+    classes = ClassTable(tuple(ClassEntry(i, str(i), str(i), ()) for i in range(2)))
+    tokenizer = Tokenizer(TOKENIZER)
+    return TransformerStage(TRANSFORMER, TRANSFORMER_TRAINING, tokenizer, classes, torch.device("cpu"), half=False)
+
+
+def test_expected_losses_are_the_published_ones():
+    # Figures of the released d16, and of the scaling laws for deeper models.
+    assert [round(expected_losses(depth)[0], 2) for depth in (16, 20, 24, 30)] == [6.06, 5.93, 5.83, 5.73]
+
+
+def test_plan_counts_steps_parameters_and_operations(stage):
+    plan = estimate(stage, TRANSFORMER_TRAINING, images=40)
+    assert plan.steps == 10
+    assert plan.images_seen == 40
+    assert plan.parameters == sum(parameter.numel() for parameter in stage.model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        stage.trial_loss(1)
+    assert plan.flops == 3 * counter.get_total_flops() * 40
+    linear = 2 * 21 * (64 * 64 * 12 * 2 + 64 * 32)  # blocks and head, two operations a weight and token
+    assert counter.get_total_flops() > linear
+    assert plan.state_bytes == 20 * plan.parameters
+    assert plan.activation_bytes > 2 * 21 * 64 * 4
+    assert plan.seconds == pytest.approx(40 / plan.images_per_second)
+    assert all(parameter.grad is None for parameter in stage.model.parameters())
+
+
+def test_recipes_are_the_published_ones():
+    assert [transformer_recipe(depth).epochs for depth in (6, 16, 20, 24, 30, 36)] == [200, 200, 250, 350, 350, 350]
+    assert transformer_recipe(30).final_weight_decay == 0.08
+    assert transformer_recipe(16).lr == pytest.approx(3e-4)
+    assert transformer_recipe(24).final_lr == 0.01
+    assert TOKENIZER_TRAINING.lr == pytest.approx(0.06 * 4 / 256)
