@@ -54,7 +54,7 @@ def late_logits(model: ScaleModel, inputs: list[Tensor | None]) -> Tensor:
 def price(models: Models, config: SampleConfig, wanted: Wanted) -> Price:
     """Return what an approximation costs on one image."""
     tokenizer, transformer = models
-    rows, seeds = [wanted.row], [wanted.seed]
+    rows, seeds = [wanted.label], [wanted.seed]
     exact = [r.tokens.clone() for r in generate(tokenizer, transformer, rows, seeds, replace(config, approximate=""))]
     near = [r.tokens.clone() for r in generate(tokenizer, transformer, rows, seeds, config)]
     lengths = [side * side for side in transformer.config.sides]

@@ -260,7 +260,7 @@ def differing(models: Models, together: int) -> Row:
     """Return the share of tokens that come out differently when images are made together, not one by one."""
 
     def tokens(wanted: Sequence[Wanted]) -> torch.Tensor:
-        rows, seeds = [w.row for w in wanted], [w.seed for w in wanted]
+        rows, seeds = [w.label for w in wanted], [w.seed for w in wanted]
         return torch.cat([r.tokens.cpu() for r in sampler.generate(*models, rows, seeds, CONFIG)], dim=1)
 
     wanted = requests(models, together, 0)

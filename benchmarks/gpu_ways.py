@@ -126,7 +126,7 @@ def twin(run: Run, depth: int) -> Make:
             tokenizer, transformer = random_models(depth, run.quick)
             kept.append((tokenizer.to(run.device), transformer.to(run.device)))
         for wanted in requests(kept[0], count, first):
-            naive.sample(*kept[0], wanted.row, wanted.seed, CONFIG)[1].cpu()
+            naive.sample(*kept[0], wanted.label, wanted.seed, CONFIG)[1].cpu()
 
     return make
 

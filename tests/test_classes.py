@@ -135,12 +135,12 @@ def test_lines_take_what_arguments_take():
 
 
 def test_table_knows_rows():
-    assert FEW.row(207) == 2
+    assert FEW.label(207) == 2
     assert FEW.by_id(951).name == "lemon"
     assert 207 in FEW
     assert 2 not in FEW
     with pytest.raises(InputError, match="class: 2"):
-        FEW.row(2)
+        FEW.label(2)
 
 
 def test_search_puts_the_most_literal_first():

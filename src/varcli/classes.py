@@ -130,7 +130,7 @@ class ClassTable:
     def __contains__(self, class_id: int) -> bool:
         return class_id in self._rows
 
-    def row(self, class_id: int) -> int:
+    def label(self, class_id: int) -> int:
         """Return the row of the class with this id.
 
         Raises:
@@ -146,7 +146,7 @@ class ClassTable:
         Raises:
             InputError: no class has this id.
         """
-        return self.entries[self.row(class_id)]
+        return self.entries[self.label(class_id)]
 
     def search(self, words: str) -> list[ClassEntry]:
         """Return the classes with all of these words in their names, the best matches first."""

@@ -6,17 +6,15 @@ reader of our output closed the pipe.
 
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from varcli import __version__, config, console, distributed
+from varcli import __version__, console, distributed
 from varcli.errors import UsageError, VarError
 
 COMMANDS = {
@@ -134,10 +132,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         message = error.format_message()
         return _failed(message, UsageError.exit_code) if message else UsageError.exit_code  # nothing typed: the help
-    except ValueError as error:
-        if not _from_config(error):
-            raise
-        return _failed(str(error), UsageError.exit_code)
     if code == INTERRUPTED and not distributed.launched():
         console.note("interrupted")
     return int(code)
@@ -147,12 +141,6 @@ def _failed(message: str, code: int) -> int:
     if not distributed.report_error(message):
         console.failure(message)
     return code
-
-
-def _from_config(error: ValueError) -> bool:
-    """Return whether a configuration refused a value a user gave, rather than a bug raising the error."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return Path(last.filename) in [Path(str(module.__file__)) for module in (config,)]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from varcli.errors import InputError
+from varcli.errors import ConfigError, InputError
 
 GRID_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 GRID_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -61,16 +61,28 @@ HEAD_WIDTH = 64
 """Channels of one attention head, the same at every depth."""
 
 
+def option(default: Any, help: str, *flags: str, metavar: str | None = None) -> Any:
+    """Declare a field that is also a command-line option.
+
+    Args:
+        default: of the field.
+        help: what `--help` says.
+        flags: of the option, e.g. "--num-images", "-n"; by default `--` and the field's name.
+        metavar: placeholder of the value in `--help`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "flags": flags, "metavar": metavar})
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ConfigError(message)
 
 
 def _require_finite(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        name = field.name.replace("_", " ")
-        _require(not isinstance(value, float) or math.isfinite(value), f"{name}: {value}; a finite number")
+        name = field.name.replace("_", "-")
+        _require(not isinstance(value, float) or math.isfinite(value), f"--{name} must be a finite number (got {value})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,32 +173,41 @@ APPROXIMATIONS = ("guidance", "tokens", "cache")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
-    """Settings of one sampling run; with a seed and a class they determine an image."""
+    """Settings of one sampling run; with a seed and a class they determine an image.
 
-    cfg: float = 1.5
-    """Strength of classifier-free guidance at the last scale; it rises linearly from 0 at the first."""
-    top_k: int = 900
-    """Draw from this many best tokens; 0 is no limit, 1 is greedy."""
-    top_p: float = 0.96
-    """Draw from the best tokens that hold this probability; 0 is no limit."""
-    smooth: bool = False
-    """Mix codebook rows instead of drawing one: for looks, never for metrics."""
-    approximate: str = ""
-    """Approximations that save time, names of `APPROXIMATIONS` with commas between; none by default."""
+    A field here is all that a new setting needs: its option and help, its place in the provenance, `--resume`,
+    reports and the command that reproduces an image follow from it. Its default must mean "off", since files
+    written before it existed do not mention it.
+    """
+
+    cfg: float = option(
+        1.5, "Strength of classifier-free guidance at the last scale, rising linearly from 0 at the first; 0 is off."
+    )
+    top_k: int = option(900, "Sample from this many most likely tokens; 0 is off, 1 is greedy.")
+    top_p: float = option(0.96, "Sample from the most likely tokens that hold this probability; 0 is off.")
+    smooth: bool = option(False, "Mix codebook vectors instead of sampling one: smoother images, not for metrics.")
+    approximate: str = option(
+        "", f"Approximations that save time: {', '.join(APPROXIMATIONS)} (comma-separated), or all.", metavar="NAMES"
+    )
 
     def __post_init__(self) -> None:
         _require_finite(self)
-        unknown = set(self.approximations) - set(APPROXIMATIONS)
+        names = {name.strip() for name in self.approximate.split(",")} - {""}
+        names = set(APPROXIMATIONS) if names == {"all"} else names
+        choices = ", ".join(APPROXIMATIONS)
         _require(
-            not unknown, f"approximate: {self.approximate}; some of {', '.join(APPROXIMATIONS)}, with commas between"
+            names <= set(APPROXIMATIONS),
+            f"--approximate takes some of {choices}, separated by commas, or all (got {self.approximate})",
         )
-        _require(self.cfg >= 0, f"cfg: {self.cfg}; 0 (no guidance) or more")
-        _require(self.top_k >= 0, f"top-k: {self.top_k}; 0 (off) or more")
-        _require(0 <= self.top_p <= 1, f"top-p: {self.top_p}; between 0 (off) and 1")
+        ordered = ",".join(name for name in APPROXIMATIONS if name in names)
+        object.__setattr__(self, "approximate", ordered)  # one spelling for one meaning
+        _require(self.cfg >= 0, f"--cfg must be 0 (no guidance) or more (got {self.cfg:g})")
+        _require(self.top_k >= 0, f"--top-k must be 0 (off) or more (got {self.top_k})")
+        _require(0 <= self.top_p <= 1, f"--top-p must be between 0 (off) and 1 (got {self.top_p:g})")
 
     @property
     def approximations(self) -> frozenset[str]:
-        """Return the approximations one by one."""
+        """The approximations one by one."""
         return frozenset(name for name in self.approximate.split(",") if name)
 
 

@@ -50,7 +50,7 @@ def rows_of(labels: Sequence[Label]) -> tuple[ClassTable, list[int]]:
     by_name = {name: ClassEntry(first + i, name, name) for i, name in enumerate(folders)}
     table = ClassTable((*by_id.values(), *by_name.values()))
     entries = [by_name[label] if isinstance(label, str) else label for label in known]
-    return table, [-1 if entry is None else table.row(entry.id) for entry in entries]
+    return table, [-1 if entry is None else table.label(entry.id) for entry in entries]
 
 
 def _wnids() -> dict[str, ClassEntry]:

@@ -1,4 +1,4 @@
-"""Images out: PNGs that say where they come from, and sheets of many to look at.
+"""Provenance of images: what determines one, in its PNG file and its file name.
 
 Pixels are uint8 arrays, height × width × 3, as everywhere below the sampler.
 """
@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import unicodedata
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from varcli.config import SampleConfig
 from varcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,16 +58,8 @@ class Provenance:
     """For people; "none" for no class."""
     seed: int
     """Of this image alone."""
-    cfg: float
-    """Strength of guidance."""
-    top_k: int
-    """Filter of draws, 0 for none."""
-    top_p: float
-    """Filter of draws, 0 for none."""
-    smooth: bool
-    """Whether codebook rows were mixed rather than drawn."""
-    approximate: str = ""
-    """Approximations, with commas between; none in files that do not mention them."""
+    settings: SampleConfig
+    """How it was sampled."""
     device: str
     """What it was computed on, e.g. "cpu"."""
     dtype: str
@@ -74,20 +67,25 @@ class Provenance:
     version: str
     """Of varcli."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """All facts by name, the settings among them."""
+        facts = asdict(self)
+        return facts | facts.pop("settings")
+
     def to_json(self) -> str:
-        """Return the provenance as one line of JSON with sorted keys."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """One line of JSON with sorted keys."""
+        return json.dumps(self.to_dict(), sort_keys=True)
 
     @property
     def batched(self) -> bool:
         """Whether it was made among others, whose number changes the rounding: in 16 bits on a GPU."""
         return self.device != "cpu" and self.dtype != "fp32"
 
-    def settings(self) -> "Provenance":
-        """Return what is asked for, without where its checkpoint lay and what computed it.
+    def identity(self) -> "Provenance":
+        """The same without where the checkpoint lay and what computed the image.
 
-        Two of these are equal where the same image is meant, so that work done is known again; another
-        device or version may still round it otherwise.
+        Two of these are equal if the same image is meant, which is how `--resume` knows what is done; another
+        device or version may still round differently.
         """
         return replace(self, checkpoint="", class_name="", device="", version="")
 
@@ -111,17 +109,16 @@ def provenance_from_json(text: str, name: str) -> Provenance:
         InputError: the text is no provenance.
     """
     try:
-        given = json.loads(text)
-        if "draft" in given:  # its name until version 0.1
-            given["approximate"] = given.pop("draft")
-        kind = EditProvenance if "command" in given else Provenance
-        known = {
-            field.name: given[field.name] for field in fields(kind) if field.default is MISSING or field.name in given
-        }
-        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        facts = json.loads(text)
+        if "draft" in facts:  # the name of `approximate` in early files
+            facts["approximate"] = facts.pop("draft")
+        facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
+        names = {field.name for field in fields(SampleConfig)}
+        settings = SampleConfig(**{name: facts[name] for name in names & facts.keys()})
+        kind = EditProvenance if "command" in facts else Provenance
+        return kind(settings=settings, **{f.name: facts[f.name] for f in fields(kind) if f.name != "settings"})
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"provenance: {name}; it is damaged, or of another version of varcli") from error
-    return kind(**known)
 
 
 def read_provenance(path: Path) -> Provenance:
@@ -150,20 +147,23 @@ def reproduction_command(made: Provenance) -> str:
 
 
 def setting_options(made: Provenance) -> list[str]:
-    """Return the options that stand for an image's class, seed and settings."""
-    settings = {
+    """Options that stand for an image's class, seed and settings."""
+    options: dict[str, Any] = {
         "class": "none" if made.class_id is None else made.class_id,
         "seed": made.seed,
         "checkpoint": made.checkpoint,
-        "cfg": made.cfg,
-        "top-k": made.top_k,
-        "top-p": made.top_p,
+        **asdict(made.settings),
         "device": made.device,
         "quantize" if made.dtype == "int8" else "dtype": made.dtype,
     }
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    words += ["--smooth"] if made.smooth else []
-    return words + (["--approximate", made.approximate] if made.approximate else [])
+    words: list[str] = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] * value
+        elif value != "":
+            words += [flag, str(value)]
+    return words
 
 
 def png_bytes(pixels: "PixelsOrRaster", made: Provenance | None = None) -> bytes:

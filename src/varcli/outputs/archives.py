@@ -50,13 +50,13 @@ class ArchiveSink(Sink):
             self._keep_others_out()
             found = self._open_part(resume) if self._growing else self._finished()
         self._count = len(found)
-        self._done = Counter(made.settings() for made in found)
+        self._done = Counter(made.identity() for made in found)
         self._like = _in_common(found[0]) if found else None
 
     def has(self, made: Provenance) -> bool:
         """Return whether this image is in the archive, and no more often than it is."""
         self._check_like(made)
-        settings = made.settings()
+        settings = made.identity()
         if not self._done[settings]:
             return False
         self._done[settings] -= 1
@@ -176,7 +176,7 @@ class ArchiveSink(Sink):
 
 def _in_common(made: Provenance) -> Provenance:
     """Return what all images of one archive share."""
-    return replace(made.settings(), class_id=None, seed=0)
+    return replace(made.identity(), class_id=None, seed=0)
 
 
 def provenances(lines: bytes, path: Path) -> list[Provenance]:

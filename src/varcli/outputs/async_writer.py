@@ -26,7 +26,7 @@ class Made(Protocol):
     """Whatever a caller knows of an image."""
 
     @property
-    def made(self) -> Provenance:
+    def provenance(self) -> Provenance:
         """What its file says of it."""
 
 
@@ -50,7 +50,7 @@ class AsyncWriter(Generic[Item]):
 
     def prepare(self, item: Item, pixels: "Pixels") -> "Future[Any]":
         """Return what will be the image, encoded; in another process than the one that puts it, if need be."""
-        return self._encoders.submit(self._output.prepare, pixels, item.made)
+        return self._encoders.submit(self._output.prepare, pixels, item.provenance)
 
     def put(self, item: Item, prepared: Any) -> None:
         """Take the next image, once there is room for it, as `prepare` returned it or the result of that."""
@@ -80,7 +80,7 @@ class AsyncWriter(Generic[Item]):
                 try:
                     item, prepared = taken
                     content = prepared.result() if isinstance(prepared, Future) else prepared
-                    self._placed(item, self._output.put(content, item.made))
+                    self._placed(item, self._output.put(content, item.provenance))
                 except BaseException as error:  # for the main thread to raise
                     self._error = error
             self._waiting.task_done()

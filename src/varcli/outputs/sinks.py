@@ -107,7 +107,7 @@ class FolderSink(Sink):
         if not (self._resume and path.is_file()):
             return False
         try:
-            return read_provenance(path).settings() == made.settings()
+            return read_provenance(path).identity() == made.identity()
         except InputError:
             return False
 

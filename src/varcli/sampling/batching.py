@@ -91,8 +91,8 @@ class Request(Protocol):
     """One image to be made."""
 
     @property
-    def row(self) -> int:
-        """Row of the class table."""
+    def label(self) -> int:
+        """Index in the class table; the number of classes stands for "no class"."""
 
     @property
     def seed(self) -> int:
@@ -174,7 +174,7 @@ class BatchSampler:
 
     def growth(self, request: Request) -> Iterator[Pixels]:
         """Yield one image (P, P, 3) as it looks after each scale; the last one is the image itself."""
-        for result in generate(self.tokenizer, self.transformer, [request.row], [request.seed], self.config):
+        for result in generate(self.tokenizer, self.transformer, [request.label], [request.seed], self.config):
             yield decode(self.tokenizer, result.f_hat)[0]
 
     def _size(self, count: int, several: bool) -> int:
@@ -223,7 +223,7 @@ class BatchSampler:
     @torch.inference_mode()
     def _started(self, group: Sequence[Wanted], size: int) -> Underway[Wanted]:
         padded = [*group, *[group[-1]] * (size - len(group))]
-        rows, seeds = [request.row for request in padded], [request.seed for request in padded]
+        rows, seeds = [request.label for request in padded], [request.seed for request in padded]
         runner, models = self._runner(size), (self.tokenizer, self.transformer)
         *_, last = generate(*models, rows, seeds, self.config, mark=self.mark, runner=runner)
         pixels_BPP3 = runner.run("decoder", partial(decode_on_device, self.tokenizer, last.f_hat))

@@ -1,0 +1,228 @@
+"""A model ready to sample, edit and measure: what `varcli.load` returns and every command uses."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from varcli import __version__
+from varcli.acceleration.devices import pick_device, pick_dtype, precision_reason, prepare
+from varcli.checkpoints.registry import presets, registry, resolve_checkpoint
+from varcli.checkpoints.store import Checkpoint, load_model, load_tokenizer, read_metadata
+from varcli.classes import RANDOM, ClassEntry, ClassTable, imagenet, parse_classes, random_class
+from varcli.config import SampleConfig
+from varcli.errors import CheckpointError, UsageError
+from varcli.images.image import Image
+from varcli.images.provenance import Provenance
+from varcli.pipelines.requests import SampleRequest
+from varcli.sampling.batching import BatchSampler
+
+if TYPE_CHECKING:
+    from varcli.models.tokenizer import Tokenizer
+
+ClassName = str | int | None
+"""A class as users name it: index, name, or None for "no class"."""
+
+
+def load(
+    checkpoint: str | Path = "tiny64",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    progress: bool = True,
+) -> "Model":
+    """Load a model by name or file; a released checkpoint is downloaded at its first use.
+
+    Args:
+        checkpoint: a name of `var checkpoints list`, or a .safetensors file.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        dtype: auto, fp32, bf16 or fp16; auto is 16 bits where the device computes faster in them.
+        quantize: "int8" for 8-bit weights and activations.
+        progress: show a bar while downloading.
+
+    Raises:
+        UsageError: this machine has no such device or precision.
+        CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    if quantize and dtype != "auto":
+        raise UsageError(f"--quantize {quantize} sets the precision, so leave --dtype out (got --dtype {dtype})")
+    where = pick_device(device)
+    path = resolve_checkpoint(str(checkpoint), progress=progress)
+    return Model(str(checkpoint), path, where, quantize or pick_dtype(dtype, where), chosen=dtype == "auto")
+
+
+class Model:
+    """A checkpoint on a device. Weights are read when they are first needed."""
+
+    def __init__(self, name: str, path: Path, device: torch.device, dtype: str, *, chosen: bool = False) -> None:
+        self.name = name
+        """As it was asked for."""
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        """Precision of the transformer and the decoder: fp32, bf16, fp16 or int8."""
+        self.metadata, _ = read_metadata(path)
+        self._note = precision_reason(dtype, device) if chosen and dtype != "int8" else None
+
+    @property
+    def precision_note(self) -> str | None:
+        """Which precision was chosen, and why; None if the user chose it."""
+        return self._note
+
+    @property
+    def sha256(self) -> str:
+        """Hash over weights, configurations and class table."""
+        return self.metadata["sha256"]
+
+    @cached_property
+    def classes(self) -> ClassTable:
+        """The classes the model knows.
+
+        Raises:
+            CheckpointError: the checkpoint is a tokenizer alone.
+        """
+        if "classes" not in self.metadata:
+            raise CheckpointError(f"{self.path} is a tokenizer without a transformer, and a model is needed")
+        return ClassTable.from_json(self.metadata["classes"])
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer in float32, for encoding and decoding."""
+        return load_tokenizer(self.path).to(self.device)
+
+    @cached_property
+    def prepared(self) -> Checkpoint:
+        """Tokenizer and transformer in the model's precision, made fast for its device."""
+        checkpoint = load_model(self.path)
+        prepare(checkpoint.tokenizer, checkpoint.transformer, self.device, self.dtype)
+        return checkpoint
+
+    # --- sampling ----------------------------------------------------------------------------------
+
+    def settings(self, preset: str = "looks", **changes: Any) -> SampleConfig:
+        """The checkpoint's preset with some settings replaced.
+
+        Args:
+            preset: "looks", or "metrics" as published figures were measured.
+            changes: fields of `SampleConfig`; None keeps the preset's value.
+
+        Raises:
+            ConfigError: a value makes no sense.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        unknown = given.keys() - SampleConfig.__dataclass_fields__.keys()
+        if unknown:
+            raise TypeError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
+        return replace(presets(self.name)[preset], **given)
+
+    def sampler(self, config: SampleConfig, batch_size: int | None = None, **options: Any) -> BatchSampler:
+        """A sampler with these settings; `batch_size` None means as many images at a time as memory holds."""
+        return BatchSampler(self.prepared.tokenizer, self.prepared.transformer, config, batch_size, **options)
+
+    def provenance(self, config: SampleConfig, *, device: str | None = None) -> Provenance:
+        """What all images of these settings have in common; `device` is the name to record."""
+        return Provenance(
+            checkpoint=self.name,
+            checkpoint_sha256=self.sha256,
+            class_id=None,
+            class_name="none",
+            seed=0,
+            settings=config,
+            device=device or str(self.device),
+            dtype=self.dtype,
+            version=__version__,
+        )
+
+    def request(self, entry: ClassEntry | None, seed: int, common: Provenance) -> SampleRequest:
+        """Request an image of a class, None for "no class"; `RANDOM` is a class that follows the seed."""
+        if entry is RANDOM:
+            entry = random_class(self.classes, seed)
+        if entry is None:
+            return SampleRequest(len(self.classes), seed, replace(common, seed=seed))
+        provenance = replace(common, class_id=entry.id, class_name=entry.name, seed=seed)
+        return SampleRequest(self.classes.label(entry.id), seed, provenance)
+
+    def one_class(self, name: ClassName) -> ClassEntry | None:
+        """The one class that a name or index means; None is "no class".
+
+        Raises:
+            UsageError: it means several classes.
+            InputError: the model does not know it.
+        """
+        entries = list(parse_classes([_spec(name)], self.classes, (), checkpoint_hint()))
+        if len(entries) != 1:
+            raise UsageError(f"--class takes exactly one class here, or none (got {name})")
+        return entries[0]
+
+    def sample(
+        self,
+        classes: ClassName | Sequence[ClassName],
+        *,
+        count: int = 1,
+        seed: int = 0,
+        preset: str = "looks",
+        batch_size: int | None = None,
+        **settings: Any,
+    ) -> list[Image]:
+        """Sample images of classes. The same class, seed and settings always give the same image.
+
+        Args:
+            classes: index, name, "all", "random", a list of these, or None for an unconditional image.
+            count: images per class.
+            seed: of each class's first image; the next ones count up from it.
+            preset: "looks" or "metrics"; `settings` override it.
+            batch_size: images at a time on a GPU in 16 bits; always 1 elsewhere.
+            settings: cfg, top_k, top_p, smooth, approximate: see `SampleConfig`.
+
+        Returns:
+            `count` images per class, class after class.
+
+        Raises:
+            InputError: a class is unknown.
+            ConfigError: a setting makes no sense.
+        """
+        names = [classes] if classes is None or isinstance(classes, str | int) else list(classes)
+        entries = parse_classes([_spec(name) for name in names], self.classes, (), checkpoint_hint())
+        pairs = [(entry, seed + i) for entry in entries for i in range(count)]
+        return list(self._stream(pairs, self.settings(preset, **settings), batch_size))
+
+    def stream(
+        self,
+        requests: Iterable[tuple[ClassName, int]],
+        *,
+        preset: str = "looks",
+        batch_size: int | None = None,
+        **settings: Any,
+    ) -> Iterator[Image]:
+        """Sample images lazily, reading one batch of requests ahead: memory stays flat however many there are.
+
+        Args:
+            requests: pairs of a class (index, name or None) and a seed.
+            preset: as for `sample`, like the rest.
+            batch_size: images at a time on a GPU in 16 bits.
+            settings: fields of `SampleConfig`.
+        """
+        pairs = ((self.one_class(name), seed) for name, seed in requests)
+        return self._stream(pairs, self.settings(preset, **settings), batch_size)
+
+    def _stream(
+        self, pairs: Iterable[tuple[ClassEntry | None, int]], config: SampleConfig, batch_size: int | None
+    ) -> Iterator[Image]:
+        common = self.provenance(config)
+        requests = (self.request(entry, seed, common) for entry, seed in pairs)
+        for request, pixels in self.sampler(config, batch_size).images(requests):
+            yield Image(pixels.copy(), request.provenance)  # a view would keep its whole batch in memory
+
+
+def _spec(name: ClassName) -> str:
+    return "none" if name is None else str(name)
+
+
+def checkpoint_hint() -> str:
+    """Which checkpoint knows all of ImageNet's classes."""
+    name = next(entry.name for entry in registry().values() if entry.classes == len(imagenet()))
+    return f"{name} knows all {len(imagenet())}: --checkpoint {name}"
