@@ -102,7 +102,7 @@ class Bars:
     def height(self, width: float) -> float:
         """Inches without the title, in a chart this many inches wide."""
         legend = LEGEND_LINE * _legend_rows(self.legend, width)
-        return legend + (0.1 + 0.44 * len(self.labels) if self.narrow else MARGINS + 0.28 * len(self.labels))
+        return legend + (0.1 + 0.48 * len(self.labels) if self.narrow else MARGINS + 0.28 * len(self.labels))
 
     def draw(self, axes: "Axes", width: float) -> None:
         """Draw the bars."""
