@@ -7,6 +7,7 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from PIL import Image
 
@@ -190,6 +191,14 @@ def test_what_has_no_numbers_is_drawn_too():
     assert png(Bars(title="Nothing", unit="s", labels=["a"], parts={"zero": [0]}))
     assert png(Bars(title="Nothing", unit="s", labels=[], parts={"zero": []}))
     assert png(Lines(title="Nothing", x_unit="x", y_unit="y", curves=[]))
+
+
+def test_charts_and_the_styles_of_others_leave_each_other_alone():
+    before = png(BARS)
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
+        kept = dict(matplotlib.rcParams)
+        assert png(BARS) == before
+        assert dict(matplotlib.rcParams) == kept
 
 
 def test_matplotlib_is_imported_only_to_draw():

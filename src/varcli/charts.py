@@ -108,7 +108,8 @@ class Bars:
         """Draw the bars."""
         rows, thickness = range(len(self.labels)), 0.42 if self.narrow else 0.7
         ends, handles = [0.0] * len(self.labels), []
-        for (_, lengths), color in zip(self.parts.items(), COLORS, strict=False):
+        for number, lengths in enumerate(self.parts.values()):
+            color = COLORS[number % len(COLORS)]
             handles.append(axes.barh(rows, lengths, left=ends, height=thickness, color=color))
             ends = [end + length for end, length in zip(ends, lengths, strict=True)]
         marks = [mark for mark in (*self.targets, *self.rings) if mark is not None]
@@ -296,7 +297,7 @@ def svg(*panels: Bars | Lines, name: str, width: float = WIDTH, titled: bool = T
 def _in_page(style: str, name: str) -> str:
     """Adapt a style to a page: its colours and font, ids that begin with the chart's name."""
     style = re.sub(r"font-family: [^;]*; ", "", style.replace("url(#", f"url(#{name}-"))
-    return re.sub(r"#[0-9a-f]{6}\b", lambda color: f"var({THEME[color[0]]}, {color[0]})", style)
+    return re.sub(r"(?<!\()#[0-9a-f]{6}\b", lambda color: f"var({THEME[color[0]]}, {color[0]})", style)
 
 
 def digits(value: float) -> str:
@@ -352,17 +353,17 @@ def _rendered(panels: Sequence[Bars | Lines], width: float, kind: str, titled: b
 
     heights = [panel.height(width) + TITLE * titled for panel in panels]
     written = io.BytesIO()
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # whatever style the caller or a matplotlibrc has set
+        matplotlib.rcParams.update(STYLE)
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # browsers have others
         figure = Figure((width, sum(heights)), dpi=DPI, layout="constrained")
         grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
         for panel, axes in zip(panels, grid[:, 0], strict=True):
             panel.draw(axes, width)
             if titled:
-                rows = _legend_rows(panel.legend, width)
-                axes.set_title(
-                    shortened(panel.title, int(width / LETTER) - 8), pad=8 + 14 * rows if rows else None
-                )  # points, over the legend
+                over_legend = 14 * _legend_rows(panel.legend, width)  # points
+                axes.set_title(shortened(panel.title, int(width / LETTER) - 8), pad=6 + over_legend)
         if kind == "svg":
             figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
         else:
