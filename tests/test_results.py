@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,16 @@ def test_results_of_earlier_versions_are_read_under_todays_names():
     names = {"approximate": "draft"}
     earlier["checkpoint"] = {names.get(name, name): value for name, value in today["checkpoint"].items()}
     assert Result.from_json(earlier, "x") == Result.from_json(today, "x")
+
+
+def test_results_written_by_an_earlier_version_are_read():
+    """The fixture was written by the version that said "picture" and "draft"."""
+    lines = (Path(__file__).parent / "fixtures" / "earlier_results.jsonl").read_text().splitlines()
+    samples, tokenizer, images = [Result.from_json(json.loads(line), "x") for line in lines]
+    assert (samples.what, tokenizer.what, images.what) == ("samples", "tokenizer", "images")
+    assert samples.checkpoint["approximate"] == "tokens"
+    assert (len(samples.images), len(tokenizer.images)) == (2, 0)
+    assert (samples.metrics["fid"], tokenizer.metrics["rfid"]) == (3.45, 21.5)
 
 
 def test_a_field_that_may_be_null_may_be_missing():
