@@ -10,7 +10,7 @@ from support.evaluations import evaluation, tokenizer, write_run
 from varcli.errors import InputError
 from varcli.evaluation.results import FIGURES, Figure, ReferenceOrigin, Result
 from varcli.report import charts, load, page, tables
-from varcli.report.load import labelled, parse, read_runs
+from varcli.report.load import label_results, parse, read_runs
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 OTHER = ReferenceOrigin(name="other", sha256="ef" * 32, n=2000, pixels=64)
@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def named(facts):
-    return labelled([Result.from_json(each, "x") for each in facts])
+    return label_results([Result.from_json(each, "x") for each in facts])
 
 
 def html(*facts, runs=()):

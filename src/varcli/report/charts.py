@@ -27,11 +27,11 @@ def compared_figures(evaluations: Sequence[Evaluation]) -> list[Bars]:
     charts = []
     for name, figure in FIGURES.items():
         measured = [each for each in evaluations if each.figure(name) is not None]
-        protocols = dict.fromkeys(() if name in WITHOUT_REFERENCE else each.protocol for each in measured)
-        for protocol in protocols:
-            chosen = [each for each in measured if not protocol or each.protocol == protocol]
+        keys = dict.fromkeys(() if name in WITHOUT_REFERENCE else each.comparison_key for each in measured)
+        for key in keys:
+            chosen = [each for each in measured if not key or each.comparison_key == key]
             if len(chosen) > 1 or published_figure(chosen[0], name) is not None:
-                reference = chosen[0].result.reference if len(protocols) > 1 else None
+                reference = chosen[0].result.reference if len(keys) > 1 else None
                 charts.append(_bars(name, figure, chosen, f", against {reference.name}" if reference else ""))
     return charts
 
@@ -39,6 +39,7 @@ def compared_figures(evaluations: Sequence[Evaluation]) -> list[Bars]:
 def _bars(name: str, figure: Figure, chosen: Sequence[Evaluation], against: str) -> Bars:
     values = [each.figure(name) or 0 for each in chosen]
     published = [published_figure(each, name) for each in chosen]
+    limits = [each.figure(f"{name}_infinity") for each in chosen]
     better = "lower" if figure.lower_is_better else "higher"
     texts = ["" if value is None else f" · paper {as_published(value)}" for value in published]
     return Bars(
@@ -48,7 +49,7 @@ def _bars(name: str, figure: Figure, chosen: Sequence[Evaluation], against: str)
         parts={figure.title: [max(0, value) for value in values]},
         notes=[fixed(value, figure.digits) + text for value, text in zip(values, texts, strict=True)],
         targets=published,
-        rings=[each.figure(f"{name}_infinity") for each in chosen],
+        rings=[None if limit is None else max(0, limit) for limit in limits],
         bands=[each.result.published.band if each.result.published and name == "fid" else None for each in chosen],
         narrow=True,
     )
@@ -59,32 +60,28 @@ def fid_by_count(evaluations: Sequence[Evaluation]) -> Lines | None:
 
     None unless something was measured with several numbers of images.
     """
+    options = ["sha256", *(option.name for option in fields(SampleConfig)), "dtype"]
     series: dict[tuple[str, ...], list[Evaluation]] = {}
-    for each in evaluations:
+    for each in sorted(evaluations, key=lambda each: each.result.n, reverse=True):
         if each.figure("fid") is not None and each.result.n:
-            names = ["sha256", *(option.name for option in fields(SampleConfig)), "dtype"]
-            settings = [str((each.result.checkpoint or {}).get(name)) for name in names]
-            selection = [str(each.result.protocol.get(name)) for name in SELECTION]
-            series.setdefault((each.name, *settings, *selection, *each.protocol), []).append(each)
-    several = [sorted(found, key=_count, reverse=True) for found in series.values() if len(set(map(_count, found))) > 1]
+            settings = [str((each.result.checkpoint or {}).get(option)) for option in options]
+            selection = [str(each.result.protocol.get(part)) for part in SELECTION]
+            series.setdefault((each.name, *settings, *selection, *each.comparison_key), []).append(each)
+    several = [group for group in series.values() if group[0].result.n > group[-1].result.n]
     if not several:
         return None
-    names = [found[0].name for found in several]
+    names = [group[0].name for group in several]
     curves = []
-    for color, found in enumerate(several):
-        label = found[0].name if names.count(found[0].name) == 1 else found[0].label
-        points = [(1 / each.result.n, each.figure("fid") or 0) for each in found]
+    for color, (name, group) in enumerate(zip(names, several, strict=True)):
+        label = name if names.count(name) == 1 else group[0].label
+        points = [(1 / each.result.n, each.figure("fid") or 0) for each in group]
         curves.append(Curve(label=label, points=points, color=color, marked=True))
-        if (limit := found[0].figure("fid_infinity")) is not None:
+        if (limit := group[0].figure("fid_infinity")) is not None:
             curves.append(Curve(label="", points=[(0, limit)], color=color, hollow=True))
     end = 1.05 * max(x for curve in curves for x, _ in curve.points)
-    counts = sorted({each.result.n for found in several for each in found}, reverse=True)
+    counts = sorted({each.result.n for group in several for each in group}, reverse=True)
     title = "FID against the number of images"
     return Lines(title=title, x_unit="images", curves=curves, x_limits=(0, end), x_ticks=_count_ticks(counts, end))
-
-
-def _count(evaluation: Evaluation) -> int:
-    return evaluation.result.n
 
 
 def _count_ticks(counts: Iterable[int], end: float) -> list[tuple[float, str]]:

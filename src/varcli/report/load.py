@@ -37,7 +37,7 @@ class Evaluation:
         return measured_name(self.result)
 
     @property
-    def protocol(self) -> tuple[str, ...]:
+    def comparison_key(self) -> tuple[str, ...]:
         """What two results must have in common for their distances to be comparable: reference, extractor, size."""
         reference = self.result.reference.sha256 if self.result.reference else ""
         return (
@@ -89,7 +89,7 @@ def read(sources: Sequence[str]) -> tuple[list[Evaluation], list[TrainingRun]]:
             folders.append(Path(source))
         else:
             results += parse(_read_bytes(Path(source)), source)
-    return labelled(results), read_runs(folders)
+    return label_results(results), read_runs(folders)
 
 
 # --- evaluations ------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def measured_name(result: Result) -> str:
     return " + ".join(formatting.shortened_path(str(path)) for path in paths) or "images"
 
 
-def labelled(results: Sequence[Result]) -> list[Evaluation]:
+def label_results(results: Sequence[Result]) -> list[Evaluation]:
     """Label results by what tells them apart; where nothing does, number them."""
     names = [measured_name(result) for result in results]
     labels = [[name] for name in names]

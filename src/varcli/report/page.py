@@ -58,7 +58,7 @@ def _render(template: str, contents: Mapping[str, Any]) -> bytes:
     environment = Environment(
         loader=PackageLoader("varcli.report"),
         autoescape=is_page,
-        finalize=None if is_page else in_markdown,
+        finalize=None if is_page else escape_markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -68,7 +68,7 @@ def _render(template: str, contents: Mapping[str, Any]) -> bytes:
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text).encode()
 
 
-def in_markdown(value: Any) -> Any:
+def escape_markdown(value: Any) -> Any:
     """Escape a text so that Markdown shows it as it is, on one line; other values stay as they are."""
     return re.sub(r"([\\`*_\[\]<>|&~#$])", r"\\\1", " ".join(value.split())) if isinstance(value, str) else value
 
