@@ -1,10 +1,10 @@
-"""Data sets: folders and zips of class folders, their order, and images of every kind."""
+"""Sets of images with their labels: the same reader for training and evaluation, whatever the images are stored in."""
 
 import multiprocessing
 import os
 import pickle
 import shutil
-import struct
+import tarfile
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -13,37 +13,147 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varcli.classes import ClassTable
+from support.provenances import image, made
 from varcli.errors import InputError, UsageError
-from varcli.images.dataset import natural_key, open_image_set
-from varcli.images.decode import UnreadableImage, decode_image, square_crop
+from varcli.images.dataset import open_images
+from varcli.images.decode import UnreadableImage, adm_crop
+from varcli.images.provenance import image_filename, png_bytes
+from varcli.images.sources import FolderSource
+from varcli.outputs.open import open_sink
+
+SIDE = 8
 
 
-def encoded(image, kind="PNG", **options):
+def encoded(pixels, kind="PNG", **options):
     content = BytesIO()
-    image.save(content, kind, **options)
+    Image.fromarray(pixels).save(content, kind, **options)
     return content.getvalue()
 
 
-def plain(value, side=8):
-    """An image file of one grey."""
-    return encoded(Image.new("RGB", (side, side), (value, value, value)))
+def ppm(seed):
+    """An image file whose bytes no library decides."""
+    return b"P6 %d %d 255\n" % (SIDE, SIDE) + image(seed, SIDE, SIDE).tobytes()
 
 
-def fill(root, names):
-    for value, name in enumerate(names):
-        path = root / name
+def fill(folder, names, content=lambda seed: encoded(image(seed, SIDE, SIDE))):
+    """Write a different image for each name."""
+    for seed, name in enumerate(names):
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(plain(value))
-    return root
+        path.write_bytes(content(seed))
+    return folder
 
 
-def zipped(folder, target, top=""):
-    with zipfile.ZipFile(target, "w") as stored:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                stored.writestr(top + path.relative_to(folder).as_posix(), path.read_bytes())
-    return target
+def zipped(folder, path, top=""):
+    with zipfile.ZipFile(path, "w") as stored:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            if file.is_file():
+                stored.writestr(top + file.relative_to(folder).as_posix(), file.read_bytes())
+    return path
+
+
+def tarred(files, path):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, BytesIO(content))
+    return path
+
+
+def open_training(paths):
+    """Images as training opens them."""
+    return open_images(paths, require_labels=True, read_headers=False)
+
+
+def names(images):
+    return [images.name(i) for i in range(len(images))]
+
+
+def order(images):
+    return [name.split("/", 1)[1] for name in names(images)]
+
+
+def everything(images):
+    return [images.pixels(i).tobytes() for i in range(len(images))]
+
+
+SAMPLES = [
+    made(seed, class_id=class_id, class_name=name)
+    for class_id, name in ((1, "goldfish"), (207, "golden retriever"), (None, "none"))
+    for seed in (2, 10)
+]
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """What `var sample --out` leaves, two images each of two classes and of none."""
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for seed, each in enumerate(SAMPLES):
+        (folder / image_filename(each)).write_bytes(png_bytes(image(seed), each))
+    return folder
+
+
+def last_names(images):
+    return [name.rpartition("/")[2] for name in names(images)]
+
+
+# --- what earlier versions gave --------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Places of images in every kind of store, the same byte for byte wherever the test runs."""
+    pixels = np.stack([image(seed, SIDE, SIDE) for seed in range(70, 74)])
+    np.savez(tmp_path / "x.npz", pixels, np.array([3, 0, -1, 3]))
+    more = fill(tmp_path / "unzipped", ["dogs/11.ppm", "birds/1.ppm"], ppm)
+    return {
+        "pets": fill(
+            tmp_path / "pets", ["dogs/10.ppm", "dogs/9.ppm", "cats/a 1.ppm", "cats/more/2.ppm", "red_panda/1.ppm"], ppm
+        ),
+        "wrapped": fill(
+            tmp_path / "wrapped", [f"all/{name}.ppm" for name in ("n02099601/2", "n02099601/10", "n01443537/1")], ppm
+        ),
+        "more.zip": zipped(more, tmp_path / "more.zip"),
+        "x.npz": tmp_path / "x.npz",
+        "x.tar": tarred(
+            {"0.ppm": ppm(60), "0.cls": b"7", "1.ppm": ppm(61), "1.cls": b"3", "2.ppm": ppm(62)}, tmp_path / "x.tar"
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("chosen", "fingerprint"),
+    [
+        ("pets", "11d5232ae6b89ed9b2f671b47f8991711f4f3abc1d417d1c57848e5c5246cb24"),
+        ("wrapped", "fdd60fda38a4f64ea7488624bd1c9c3677dc121643ea38484d80c2dc832650c6"),
+        ("pets more.zip", "1a83457c428bb667f74faf2dc073dffb4bd815dd9a1f181c1817c213195f546f"),
+        ("more.zip pets", "1a83457c428bb667f74faf2dc073dffb4bd815dd9a1f181c1817c213195f546f"),
+        ("pets wrapped", "98d620692ab6a4a6fb2963cb150878d5569b284225dae17e329db218bde8ec85"),
+    ],
+)
+def test_training_knows_the_data_of_earlier_runs(places, chosen, fingerprint):
+    assert open_training([places[name] for name in chosen.split()]).fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("chosen", "resize", "fingerprint"),
+    [
+        ("pets", None, "20d8cc49991ffab34c19b3fa04c537b47dcaf86ca1384b699e2eb5f409a04b43"),
+        ("pets", 4, "2786ba7419253ea63fc5e851732bd3f795d2df360f42be50e79fac2e1b946198"),
+        ("wrapped", None, "3aaa4026903b7c3c00144efa80b1c44db73761f7ae0e97e306c8e907fb69f852"),
+        ("more.zip", None, "8b0e8a2fad32b119d60c5186701cbb737a6a7376af703f8c37378dcac87305bb"),
+        ("x.npz", None, "78b6c7af3f273997c40b4aae9b8314e86445f5a97886bbdf198a813ea59fd9d4"),
+        ("x.tar", None, "b62f50a0578594cc53cac8aba7421d8dc19cc73a131bea5b5309c9d8411962e5"),
+        ("x.tar x.npz more.zip wrapped pets", None, "a9eb8640e9831f476e15be539fd1e4e406869b0755312c6325fb4105d91e71f9"),
+    ],
+)
+def test_evaluation_knows_the_images_of_earlier_runs(places, chosen, resize, fingerprint):
+    assert open_images([places[name] for name in chosen.split()], resize=resize).fingerprint() == fingerprint
+
+
+# --- training: layouts ---------------------------------------------------------------------------
 
 
 NAMES = ["cats/cat_1.png", "cats/cat_2.png", "cats/cat_10.png", "dogs/b.png", "dogs/a.png"]
@@ -54,27 +164,20 @@ def folder(tmp_path):
     return fill(tmp_path / "pets", NAMES)
 
 
-def order(images):
-    return [images.name(i).split("/", 1)[1] for i in range(len(images))]
-
-
-# --- finding images ------------------------------------------------------------------------------
-
-
 def test_folder_lists_in_order_of_class_and_number(folder):
-    images = open_image_set([folder])
+    images = open_training([folder])
     assert order(images) == ["cats/cat_1.png", "cats/cat_2.png", "cats/cat_10.png", "dogs/a.png", "dogs/b.png"]
-    assert images.rows == [0, 0, 0, 1, 1]
+    assert images.labels == [0, 0, 0, 1, 1]
     assert [(e.id, e.wnid, e.name) for e in images.classes.entries] == [(0, "cats", "cats"), (1, "dogs", "dogs")]
     assert images.name(0) == "pets/cats/cat_1.png"
-    assert images.read(2).getpixel((0, 0)) == (2, 2, 2)
+    assert np.array_equal(images.pixels(1), image(1))
 
 
 @pytest.mark.parametrize("top", ["", "pets/", "data/pets/", "./"])
 def test_zip_is_as_good_as_its_folder(folder, tmp_path, top):
-    stored = open_image_set([zipped(folder, tmp_path / "pets.zip", top)])
-    unpacked = open_image_set([folder])
-    assert stored.rows == unpacked.rows
+    stored = open_training([zipped(folder, tmp_path / "pets.zip", top)])
+    unpacked = open_training([folder])
+    assert stored.labels == unpacked.labels
     assert [stored.read(i).tobytes() for i in range(5)] == [unpacked.read(i).tobytes() for i in range(5)]
     assert stored.name(0) == f"pets.zip/{top}cats/cat_1.png"
     if not top:
@@ -84,98 +187,154 @@ def test_zip_is_as_good_as_its_folder(folder, tmp_path, top):
 def test_sources_together_make_one_set_in_one_order(tmp_path):
     one = fill(tmp_path / "one", ["cats/1.png", "cats/10.png", "dogs/3.png"])
     two = zipped(fill(tmp_path / "two", ["cats/2.png", "birds/4.png"]), tmp_path / "two.zip")
-    both = [open_image_set([one, two]), open_image_set([two, one])]
+    both = [open_training([one, two]), open_training([two, one])]
     for images in both:
         assert order(images) == ["birds/4.png", "cats/1.png", "cats/2.png", "cats/10.png", "dogs/3.png"]
-        assert images.rows == [0, 1, 1, 1, 2]
+        assert images.labels == [0, 1, 1, 1, 2]
     assert both[0].fingerprint() == both[1].fingerprint()
 
 
 def test_wordnet_folders_get_imagenet_ids(tmp_path):
-    images = open_image_set([fill(tmp_path, ["n02099601/a.png", "n01443537/a.png"])])
+    images = open_training([fill(tmp_path, ["n02099601/a.png", "n01443537/a.png"])])
     assert [(e.id, e.name) for e in images.classes.entries] == [(1, "goldfish"), (207, "golden retriever")]
-    assert images.rows == [0, 1]
+    assert images.labels == [0, 1]
 
 
 def test_one_wordnet_folder_is_a_class_not_a_wrapping(tmp_path):
-    images = open_image_set([fill(tmp_path, ["n02099601/images/a.png"])])
+    images = open_training([fill(tmp_path, ["n02099601/images/a.png"])])
     assert [entry.id for entry in images.classes.entries] == [207]
 
 
 def test_numbered_folders_get_their_numbers(tmp_path):
-    images = open_image_set([fill(tmp_path, [f"{i}/a.png" for i in range(12)])])
+    images = open_training([fill(tmp_path, [f"{i}/a.png" for i in range(12)])])
     assert [entry.name for entry in images.classes.entries] == [str(i) for i in range(12)]
 
 
-def test_what_is_no_image_is_passed_over(folder, tmp_path):
+def test_files_that_are_no_images_are_ignored(folder, tmp_path):
     fill(folder, [".git/x.png", "__MACOSX/cats/._cat_1.png", "cats/._cat_1.png", "loose.png"])
     (folder / "cats" / "labels.txt").write_text("no image")
     (folder / "cats" / "Thumbs.db").write_bytes(b"no image")
-    assert len(open_image_set([folder])) == 5
-    assert len(open_image_set([zipped(folder, tmp_path / "x.zip", "pets/")])) == 5
+    assert len(open_training([folder])) == 5
+    assert len(open_training([zipped(folder, tmp_path / "x.zip", "pets/")])) == 5
 
 
-def test_classes_of_several_parts_are_told_apart_by_the_first_folder(tmp_path):
-    images = open_image_set([fill(tmp_path, ["cats/images/1.png", "cats/more/2.PNG", "dogs/3.png"])])
-    assert images.rows == [0, 0, 1]
+def test_the_first_folder_is_the_class(tmp_path):
+    images = open_training([fill(tmp_path, ["cats/images/1.png", "cats/more/2.PNG", "dogs/3.png"])])
+    assert images.labels == [0, 0, 1]
 
 
 def test_windows_made_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as stored:
         for value, name in enumerate(["cats\\1.png", "dogs\\2.png"]):
             info = zipfile.ZipInfo()
-            info.filename = name  # past the constructor, which would mend it on Windows
-            stored.writestr(info, plain(value))
-    images = open_image_set([tmp_path / "x.zip"])
-    assert images.rows == [0, 1]
-    assert images.read(1).getpixel((0, 0)) == (1, 1, 1)
+            info.filename = name  # past the constructor, which would fix it on Windows
+            stored.writestr(info, encoded(image(value)))
+    images = open_training([tmp_path / "x.zip"])
+    assert images.labels == [0, 1]
+    assert np.array_equal(images.pixels(1), image(1))
 
 
 def test_class_names_taken_apart_by_a_mac_are_the_same_class(tmp_path):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     one, two = fill(tmp_path / "1", [f"{composed}/1.png", "x/1.png"]), fill(tmp_path / "2", [f"{decomposed}/2.png"])
-    images = open_image_set([one, zipped(two, tmp_path / "2.zip")])
+    images = open_training([one, zipped(two, tmp_path / "2.zip")])
     assert [entry.name for entry in images.classes.entries] == [composed, "x"]
-    assert images.rows == [0, 0, 1]
-
-
-def test_natural_order():
-    assert sorted(["n1_10", "n1_2", "n10_1", "n2_1"], key=natural_key) == ["n1_2", "n1_10", "n2_1", "n10_1"]
+    assert images.labels == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda root: [root / "absent"], "No such file"),
-        (lambda root: [root], "no class folders"),
-        (lambda root: [fill(root, ["1.png", "2.png"])], "2 images and no class folders"),
-        (lambda root: [fill(root, ["a/1.png"]), root], "each path once"),
-        (lambda root: [fill(root, ["a/1.png"]) / "a" / "1.png"], "a folder of class folders, or a zip of one"),
-        (lambda root: [zipped(fill(root / "x", ["1.png"]), root / "x.zip")], "x.zip has 1 images"),
+        (lambda root: [root], "has no images"),
+        (lambda root: [fill(root, ["1.png", "2.png"])], "2 images without labels; expected one folder per class"),
+        (lambda root: [fill(root, ["a/1.png"]), root], "only once"),
+        (lambda root: [fill(root, ["a/1.png"]) / "a" / "1.png"], "is not a folder, .zip, .tar or .npz of images"),
+        (lambda root: [zipped(fill(root / "x", ["1.png"]), root / "x.zip")], "x.zip has 1 images without labels"),
     ],
     ids=["absent", "empty", "flat", "twice", "an image", "flat zip"],
 )
-def test_unusable_data(tmp_path, make, words):
-    with pytest.raises(InputError, match=r"^data: ") as caught:
-        open_image_set(make(tmp_path))
+def test_unusable_training_data(tmp_path, make, words):
+    with pytest.raises(InputError) as caught:
+        open_training(make(tmp_path))
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_truncated_zip_is_refused(folder, tmp_path):
     path = zipped(folder, tmp_path / "x.zip")
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match=r"x\.zip"):
-        open_image_set([path])
+        open_training([path])
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may list every folder")
 def test_unlistable_class_folder_is_not_passed_over(folder):
     (folder / "cats").chmod(0)
     try:
-        with pytest.raises(InputError, match="cannot be listed"):
-            open_image_set([folder])
+        with pytest.raises(InputError, match="cannot list pets"):
+            open_training([folder])
     finally:
         (folder / "cats").chmod(0o700)
+
+
+# --- training: archives with labels ----------------------------------------------------------------
+
+
+def test_shards_of_webdataset_are_labelled_by_their_numbers(tmp_path):
+    shards = [
+        tarred({f"{i}.png": encoded(image(i)), f"{i}.cls": b"%d" % label}, tmp_path / f"{i}.tar")
+        for i, label in enumerate((7, 3, 7))
+    ]
+    images = open_training(shards)
+    assert names(images) == ["1.tar/1.png", "0.tar/0.png", "2.tar/2.png"]
+    assert images.labels == [0, 1, 1]
+    assert [entry.id for entry in images.classes.entries] == [3, 7]
+
+
+def test_a_folder_around_the_images_of_a_shard_is_no_class(tmp_path):
+    files = {"train/0.png": encoded(image(0)), "train/0.cls": b"5", "train/1.png": encoded(image(1))}
+    images = open_training([tarred(files, tmp_path / "x.tar")])
+    assert [entry.id for entry in images.classes.entries] == [5]
+    assert names(images) == ["x.tar/train/0.png"]  # without a class, it is not trained on
+
+
+def test_arrays_are_labelled_by_arr_1(tmp_path):
+    pixels = np.stack([image(seed) for seed in range(4)])
+    np.savez(tmp_path / "x.npz", pixels, np.array([5, 2, 5, 5]))
+    images = open_training([tmp_path / "x.npz"])
+    assert images.labels == [0, 1, 1, 1]
+    assert everything(images)[0] == pixels[1].tobytes()
+
+
+@pytest.mark.parametrize("ending", ["", ".tar", ".npz", ".zip"])
+def test_samples_can_be_trained_on(samples, tmp_path, ending):
+    if ending == ".zip":
+        path = zipped(samples, tmp_path / "x.zip")
+    else:
+        path = tmp_path / f"x{ending}"
+        with open_sink(str(path), several=True) as sink:
+            for seed, each in enumerate(SAMPLES):
+                sink.add(image(seed), each)
+    images = open_training([path])
+    assert [entry.name for entry in images.classes.entries] == ["goldfish", "golden retriever"]
+    assert images.labels == [0, 0, 1, 1]
+    assert everything(images) == [image(seed).tobytes() for seed in range(4)]
+
+
+def test_folders_and_shards_together(folder, tmp_path):
+    shard = tarred({"0.png": encoded(image(0)), "0.cls": b"1"}, tmp_path / "x.tar")
+    images = open_training([folder, shard])
+    assert [(entry.id, entry.name) for entry in images.classes.entries] == [(1, "1"), (2, "cats"), (3, "dogs")]
+    assert images.labels == [0, 1, 1, 1, 2, 2]
+
+
+def test_opening_to_train_reads_no_file(folder, monkeypatch):
+    def unexpected(self, member, limit=-1):
+        raise AssertionError(f"{member} was read")
+
+    monkeypatch.setattr(FolderSource, "read", unexpected)
+    assert len(open_training([folder])) == 5
 
 
 # --- parts of a set --------------------------------------------------------------------------------
@@ -184,15 +343,15 @@ def test_unlistable_class_folder_is_not_passed_over(folder):
 def test_holdout_is_the_last_of_each_class_in_natural_order(tmp_path):
     names = [f"{name}/{name}_{i}.png" for name in ("a", "b") for i in range(12)]
     sources = [zipped(fill(tmp_path / str(k), names[k::3]), tmp_path / f"{k}.zip") for k in range(3)]
-    training, held_out = open_image_set(sources).split(4)
+    training, held_out = open_training(sources).split(4)
     assert order(held_out) == [f"{name}/{name}_{i}.png" for name in ("a", "b") for i in (8, 9, 10, 11)]
     assert order(training) == [f"{name}/{name}_{i}.png" for name in ("a", "b") for i in range(8)]
-    assert held_out.rows == [0] * 4 + [1] * 4
+    assert held_out.labels == [0] * 4 + [1] * 4
     assert held_out.classes == training.classes
 
 
 def test_no_holdout_leaves_the_set_whole(folder):
-    training, held_out = open_image_set([folder]).split(0)
+    training, held_out = open_training([folder]).split(0)
     assert len(training) == 5
     assert len(held_out) == 0
     assert len(held_out.split(0)[0]) == 0
@@ -200,32 +359,40 @@ def test_no_holdout_leaves_the_set_whole(folder):
 
 @pytest.mark.parametrize("holdout", [-1, 2, 3])
 def test_holdout_must_leave_something_to_train_on(folder, holdout):
-    with pytest.raises(UsageError, match=f"holdout: {holdout}; .*dogs has 2"):
-        open_image_set([folder]).split(holdout)
+    with pytest.raises(UsageError, match=f"--holdout must be .*got {holdout}; dogs has 2"):
+        open_training([folder]).split(holdout)
 
 
 def test_fingerprint_tells_sets_apart_and_does_not_mind_moving(folder, tmp_path):
-    whole = open_image_set([folder])
+    whole = open_training([folder])
     assert whole.subset([0, 1]).fingerprint() != whole.subset([0, 2]).fingerprint()
     shutil.copytree(folder, tmp_path / "elsewhere")
-    moved = open_image_set([tmp_path / "elsewhere"])
+    moved = open_training([tmp_path / "elsewhere"])
     assert moved.fingerprint() == whole.fingerprint()
-    (tmp_path / "elsewhere" / "cats" / "cat_1.png").write_bytes(plain(9, side=200))
-    assert open_image_set([tmp_path / "elsewhere"]).fingerprint() != whole.fingerprint()
+    (tmp_path / "elsewhere" / "cats" / "cat_1.png").write_bytes(encoded(image(9, 200, 200)))
+    assert open_training([tmp_path / "elsewhere"]).fingerprint() != whole.fingerprint()
 
 
-def test_set_travels_to_other_processes(folder, tmp_path):
-    images = open_image_set([zipped(folder, tmp_path / "x.zip")])
-    here = [images.read(i).tobytes() for i in range(5)]
-    again = pickle.loads(pickle.dumps(images))
-    assert [again.read(i).tobytes() for i in range(5)] == here
+@pytest.mark.parametrize("ending", ["", ".zip", ".tar", ".npz"])
+def test_set_travels_to_other_processes(folder, tmp_path, ending):
+    pixels = np.stack([image(seed) for seed in range(5)])
+    np.savez(tmp_path / "x.npz", pixels, np.arange(5))
+    np.savez_compressed(tmp_path / "y.npz", pixels, np.arange(5))
+    zipped(folder, tmp_path / "x.zip")
+    tarred({name: (folder / name).read_bytes() for name in NAMES}, tmp_path / "x.tar")
+    paths = {"": [folder], ".npz": [tmp_path / "x.npz", tmp_path / "y.npz"]}.get(ending, [tmp_path / f"x{ending}"])
+    images = open_training(paths)
+    content = pickle.dumps(images)
+    assert pixels[0].tobytes() not in content  # an array stays where it is
+    assert everything(pickle.loads(content)) == everything(images)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert [image.tobytes() for image in pool.map(images.read, range(5))] == here
+        there = pool.map(images.read, range(len(images)))
+    assert [each.tobytes() for each in there] == everything(images)
 
 
 def test_zip_is_opened_anew_in_a_forked_process(folder, tmp_path, monkeypatch):
-    images = open_image_set([zipped(folder, tmp_path / "x.zip")])
-    source = images._sources[0]
+    images = open_training([zipped(folder, tmp_path / "x.zip")])
+    source = images._images[0].source
     before = source._archive()
     assert source._archive() is before
     monkeypatch.setattr(os, "getpid", lambda: -1)
@@ -233,149 +400,300 @@ def test_zip_is_opened_anew_in_a_forked_process(folder, tmp_path, monkeypatch):
     before.close()
 
 
-# --- images of every kind ------------------------------------------------------------------------
-
-
-def corners(image):
-    return image.getpixel((0, 0)), image.getpixel((image.width - 1, 0))
-
-
-def two_tone(mode, left, right):
-    image = Image.new(mode, (8, 4), left)
-    image.paste(right, (4, 0, 8, 4))
-    return image
-
-
-def palette(kind, **options):
-    image = two_tone("P", 0, 1)
-    image.putpalette([200, 10, 20, 30, 40, 50])
-    return encoded(image, kind, **options)
-
-
-def sixteen_bits():
-    values = np.zeros((4, 8), np.uint16)
-    values[:, 4:] = 65535
-    values[:, :4] = 257 * 100
-    return encoded(Image.fromarray(values))
-
-
-WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("content", "left", "right"),
-    [
-        (encoded(two_tone("RGB", (1, 2, 3), (4, 5, 6))), (1, 2, 3), (4, 5, 6)),
-        (encoded(two_tone("L", 7, 8)), (7, 7, 7), (8, 8, 8)),
-        (encoded(two_tone("1", 0, 1)), BLACK, WHITE),
-        (sixteen_bits(), (100, 100, 100), WHITE),
-        (encoded(two_tone("RGBA", (9, 9, 9, 0), (4, 5, 6, 255))), WHITE, (4, 5, 6)),
-        (encoded(two_tone("LA", (9, 0), (4, 255))), WHITE, (4, 4, 4)),
-        (palette("PNG", transparency=0), WHITE, (30, 40, 50)),
-        (palette("GIF"), (200, 10, 20), (30, 40, 50)),
-        (encoded(two_tone("CMYK", (0, 0, 0, 0), (0, 0, 0, 255)), "TIFF"), WHITE, BLACK),
-        (encoded(two_tone("CMYK", (0, 0, 0, 0), (0, 0, 0, 255)), "JPEG", quality=100), WHITE, BLACK),
-        (encoded(two_tone("F", 12.0, 20.0), "TIFF"), (12, 12, 12), (20, 20, 20)),
-        (palette("GIF", save_all=True, append_images=[Image.new("L", (8, 4), 99)]), (200, 10, 20), (30, 40, 50)),
-    ],
-    ids=["rgb", "grey", "bits", "16 bits", "rgba", "grey alpha", "hole", "gif", "cmyk", "cmyk jpeg", "float", "frames"],
-)
-def test_every_kind_becomes_rgb(content, left, right):
-    image = decode_image(content, "x")
-    assert image.mode == "RGB"
-    assert image.size == (8, 4)
-    assert np.abs(np.subtract(corners(image), (left, right))).max() <= 1
-
-
-def test_camera_images_stand_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter: the first row is the right edge
-    content = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
-    assert decode_image(content, "x").size == (4, 8)
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_spoil_a_image():
-    content = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff\x01")
-    assert decode_image(content, "x").size == (8, 4)
-
-
-def bomb():
-    content = bytearray(encoded(Image.new("L", (8, 8))))
-    content[16:24] = struct.pack(">II", 60000, 60000)
-    return bytes(content)
-
-
-JPEG = encoded(Image.effect_noise((64, 64), 80).convert("RGB"), "JPEG")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"text", JPEG[:300], JPEG[: len(JPEG) // 2], plain(3, 64)[:-40], bomb(), b"\x89PNG\r\n\x1a\n" + bytes(50)],
-    ids=["empty", "text", "header", "half a jpeg", "cut png", "bomb", "zeros"],
-)
-def test_unreadable_image_is_named(content, tmp_path):
-    fill(tmp_path, ["a/1.png", "a/2.png"])
-    (tmp_path / "a" / "2.png").write_bytes(content)
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as stored:
-        stored.write(tmp_path / "a" / "2.png", "a/2.png")
-    for images, i in ((open_image_set([tmp_path]), 1), (open_image_set([tmp_path / "x.zip"]), 0)):
-        with pytest.raises(UnreadableImage, match=r"^image: .*/a/2\.png cannot be read; \S") as caught:
-            images.read(i)
-        again = pickle.loads(pickle.dumps(caught.value))
-        assert (str(again), again.name) == (str(caught.value), images.name(i))
-
-
-def test_image_gone_or_spoilt_since_opening_is_named(folder, tmp_path):
-    path = zipped(folder, tmp_path / "x.zip")
-    stored, unpacked = open_image_set([path]), open_image_set([folder])
-    data = bytearray(path.read_bytes())
-    data[60:80] = bytes(20)
-    path.write_bytes(data)
-    (folder / "cats" / "cat_1.png").unlink()
-    for images in (stored, unpacked):
-        with pytest.raises(UnreadableImage, match=r"cats/cat_1\.png cannot be read"):
-            images.read(0)
-
-
-# --- squares ---------------------------------------------------------------------------------------
-
-
-def gradient(width, height):
-    across, down = np.meshgrid(np.arange(width), np.arange(height))
-    return Image.fromarray(np.stack([across, down, 0 * down], -1).astype(np.uint8))
-
-
-def test_image_of_the_right_size_is_left_as_it_is():
-    image = gradient(16, 16)
-    assert np.array_equal(square_crop(image, 16), np.asarray(image))
-
-
-@pytest.mark.parametrize(("corner", "left", "top"), [((0, 0), 0, 0), ((1, 1), 10, 4), ((0.5, 0), 5, 0), (None, 5, 2)])
-def test_corner_is_a_share_of_the_room(corner, left, top):
-    cut = square_crop(gradient(26, 20), 16, enlarge=20 / 16, corner=corner)
-    assert cut.shape == (16, 16, 3)
-    assert cut.dtype == np.uint8
-    assert tuple(cut[0, 0]) == (left, top, 0)
-
-
-@pytest.mark.parametrize("size", [(64, 64), (65, 40), (3, 500), (500, 3), (1, 1), (72, 71)])
-def test_square_of_any_image(size):
-    for enlarge in (1.0, 1.125):
-        for corner in (None, (0.0, 0.0), (1.0, 1.0), (0.3, 0.999)):
-            assert square_crop(Image.new("RGB", size, "white"), 64, enlarge, corner).min() == 255
-
-
-def test_shorter_side_decides_the_scale():
-    cut = square_crop(gradient(200, 100), 50)
-    assert np.allclose(cut[25, 25, :2], (100, 50), atol=2)
-    assert np.allclose(np.diff(cut[25, :, 0].astype(int)), 2, atol=1)
-
-
-def test_empty_class_table_of_a_set_is_json():
-    assert ClassTable.from_json(ClassTable(()).to_json()) == ClassTable(())
-
-
 def test_paths_may_be_relative(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    assert open_image_set([Path()]).name(0) == "pets/cats/cat_1.png"
+    assert open_training([Path()]).name(0) == "pets/cats/cat_1.png"
+
+
+# --- evaluation: order -----------------------------------------------------------------------------------------
+
+
+def test_order_is_that_in_which_torch_fidelity_takes_files(tmp_path):
+    from torch_fidelity.utils import glob_samples_paths
+
+    fill(tmp_path, ["b.png", "a/10.png", "a/9.png", "a.png", "B/x.png", "a/b/c.png", "a-b.png", "Z.png"])
+    theirs = glob_samples_paths(str(tmp_path), True, "png", verbose=False)
+    assert [f"{tmp_path.parent}/{name}" for name in names(open_images([tmp_path]))] == theirs
+
+
+def test_samples_are_the_same_list_in_every_kind_of_place(samples, tmp_path):
+    with open_sink(str(tmp_path / "x.npz"), several=True) as npz:
+        for seed in (3, 0, 5, 1, 4, 2):  # in another order
+            npz.add(image(seed, SIDE, SIDE), SAMPLES[seed])
+    tarred({path.name: path.read_bytes() for path in samples.iterdir()}, tmp_path / "x.tar")
+    zipped(samples, tmp_path / "x.zip")
+    files = [str(path) for path in samples.iterdir()]
+    reference = open_images([samples])
+    assert reference.labels == [0, 0, 1, 1, -1, -1]
+    assert [entry.name for entry in reference.classes.entries] == ["goldfish", "golden retriever"]
+    for paths in ([tmp_path / "x.npz"], [tmp_path / "x.tar"], [tmp_path / "x.zip"], files, files[::-1]):
+        images = open_images(paths)
+        assert last_names(images) == last_names(reference)
+        assert everything(images) == everything(reference)
+        assert (images.labels, images.classes) == (reference.labels, reference.classes)
+
+
+def test_arrays_without_names_are_in_one_order_however_shuffled(tmp_path):
+    pixels = np.stack([image(seed, SIDE, SIDE) for seed in range(6)])
+    labels = np.arange(6)
+    np.savez(tmp_path / "1.npz", pixels, labels)
+    np.savez(tmp_path / "2.npz", pixels[::-1], labels[::-1])
+    one, two = (open_images([tmp_path / name]) for name in ("1.npz", "2.npz"))
+    assert everything(one) == everything(two)
+    assert one.labels == two.labels
+    assert sorted(one.labels) == list(range(6))
+
+
+def test_several_paths_are_one_list_in_whatever_order(tmp_path):
+    one = fill(tmp_path / "one" / "samples", ["1.png", "2.png"])
+    two = fill(tmp_path / "two" / "samples", ["2.png", "3.png"])
+    lists = [open_images(paths) for paths in ([one, two], [two, one])]
+    assert last_names(lists[0]) == ["1.png", "2.png", "2.png", "3.png"]
+    assert everything(lists[0]) == everything(lists[1])
+
+
+def test_paths_on_standard_input(samples, tmp_path):
+    lines = [f"{path}\n" for path in samples.iterdir()]
+    assert everything(open_images(["-"], lines=lines)) == everything(open_images([samples]))
+    more = zipped(samples, tmp_path / "x.zip")
+    assert len(open_images(["-", more], lines=["\n", *lines])) == 12
+    assert len(open_images(["-"], lines=[f"{more}\r\n"])) == 6
+
+
+# --- evaluation: classes ---------------------------------------------------------------------------------------
+
+
+def test_class_folders(tmp_path):
+    fill(tmp_path, ["n02099601/a.png", "n01443537/b.png", "n02099601/c.png"])
+    images = open_images([tmp_path])
+    assert [entry.id for entry in images.classes.entries] == [1, 207]
+    assert images.labels == [0, 1, 1]
+    assert images.class_counts() == [1, 2]
+
+
+def test_png_of_ours_under_another_name_says_its_class(samples):
+    (samples / "1-goldfish-2.png").rename(samples / "my fish.png")
+    images = open_images([samples])
+    assert images.labels[names(images).index("samples/my fish.png")] == 0
+
+
+def test_shard_of_ours_and_of_others(tmp_path):
+    with open_sink(str(tmp_path / "ours.tar"), several=True) as shard:
+        for seed, each in enumerate(SAMPLES):
+            shard.add(image(seed, SIDE, SIDE), each)
+    images = open_images([tmp_path / "ours.tar"])
+    assert images.labels == [0, 0, 1, 1, -1, -1]
+    assert images.classes.entries[1].name == "golden retriever"
+    files = {"0.jpg": encoded(image(0), "JPEG"), "0.cls": b"7\n", "1.png": encoded(image(1))}
+    tarred(files, tmp_path / "theirs.tar")
+    images = open_images([tmp_path / "theirs.tar"])
+    assert [entry.id for entry in images.classes.entries] == [7]
+    assert images.labels == [0, -1]
+
+
+def test_zips_of_class_folders_in_an_extra_folder_are_one_set(tmp_path):
+    for name, members in {"a": ["cats/1.png", "dogs/2.png"], "b": ["cats/3.png", "emus/1.png"]}.items():
+        zipped(fill(tmp_path / name, members), tmp_path / f"{name}.zip", top=f"part-{name}/")
+    images = open_images([tmp_path / "a.zip", tmp_path / "b.zip"])
+    assert [entry.name for entry in images.classes.entries] == ["cats", "dogs", "emus"]
+    assert images.labels == [0, 1, 0, 2]
+
+
+def test_no_classes(tmp_path):
+    images = open_images([fill(tmp_path, ["1.png", "2.png"])])
+    assert (images.labels, len(images.classes), images.class_counts()) == ([-1, -1], 0, [])
+
+
+# --- facts -----------------------------------------------------------------------------------------
+
+
+def test_jpegs_are_counted_by_content(tmp_path):
+    fill(tmp_path, ["1.png", "2.png", "3.png"])
+    (tmp_path / "2.png").write_bytes(encoded(image(2), "JPEG"))
+    (tmp_path / "4.jpg").write_bytes(encoded(image(2), "JPEG"))
+    assert open_images([tmp_path]).jpegs == 2
+
+
+def test_fingerprint_knows_the_images_again(samples, tmp_path):
+    known = open_images([samples]).fingerprint()
+    shutil.copytree(samples, tmp_path / "elsewhere" / samples.name)
+    assert open_images([tmp_path / "elsewhere" / samples.name]).fingerprint() == known
+    assert open_images([samples], resize=4).fingerprint() != known
+    (samples / "1-goldfish-2.png").rename(samples / "1-goldfish-3.png")
+    assert open_images([samples]).fingerprint() != known
+
+
+def test_opening_reads_beginnings_only(tmp_path, monkeypatch):
+    fill(tmp_path, ["1.png", "2.png"], lambda seed: encoded(image(seed, 200, 200)))  # noise: 120 kB each
+    read = FolderSource.read
+    lengths = []
+    monkeypatch.setattr(FolderSource, "read", lambda *args: lengths.append(len(read(*args))) or read(*args))
+    open_images([tmp_path])
+    assert len(lengths) == 2
+    assert max(lengths) < 10_000
+
+
+@pytest.mark.parametrize("ending", [".npz", ".tar", ""])
+def test_fingerprint_tells_images_of_equal_names_and_lengths_apart(tmp_path, ending):
+    found = set()
+    for first in (0, 10):
+        with open_sink(str(tmp_path / f"x{ending}"), several=True) as output:
+            for seed, each in enumerate(SAMPLES):
+                output.add(image(first + seed, SIDE, SIDE), each)
+        images = open_images([tmp_path / f"x{ending}"])
+        found.add((images.fingerprint(), sum(file.bytes for file in images._images)))
+    assert len({fingerprint for fingerprint, _ in found}) == 2
+    assert len({size for _, size in found}) == 1
+
+
+# --- size ------------------------------------------------------------------------------------------
+
+
+def test_side_is_that_of_the_images_or_the_one_asked_for(samples):
+    assert open_images([samples]).side == SIDE
+    smaller = open_images([samples], resize=3)
+    assert smaller.side == 3
+    assert np.array_equal(smaller.pixels(0), adm_crop(Image.fromarray(open_images([samples]).pixels(0)), 3))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "words"), [(8, 9, "9 × 8 pixels, but most are 8 × 8"), (9, 9, "9 × 9 pixels")]
+)
+def test_another_size_is_refused_and_named(samples, height, width, words):
+    (samples / "odd.png").write_bytes(encoded(image(0, height, width)))
+    with pytest.raises(
+        InputError, match=f"^samples/odd.png is {words}.*; images must be squares of one size, or --resize"
+    ):
+        open_images([samples])
+    sized = open_images([samples], resize=6)
+    ((_, pixels, _),) = sized.batches(range(len(sized)), 100)
+    assert pixels.shape == (7, 6, 6, 3)
+
+
+def test_rectangles_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", np.zeros((3, 8, 6, 3), np.uint8))
+    with pytest.raises(InputError, match=r"is 6 × 8 pixels; images must be squares of one size"):
+        open_images([tmp_path / "x.npz"])
+    assert open_images([tmp_path / "x.npz"], resize=4).pixels(0).shape == (4, 4, 3)
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 100])
+def test_batches_hold_what_was_asked_for_in_its_order(samples, size):
+    images = open_images([samples])
+    ranks = [5, 0, 3, 1, 4]
+    batches = list(images.batches(ranks, size))
+    assert [len(found) for found, *_ in batches] == [min(size, 5 - start) for start in range(0, 5, size)]
+    assert [rank for found, *_ in batches for rank in found] == ranks
+    assert [label for *_, labels in batches for label in labels] == [images.labels[rank] for rank in ranks]
+    pixels = np.concatenate([pixels for _, pixels, _ in batches])
+    assert pixels.dtype == np.uint8
+    assert all(np.array_equal(pixels[at], images.pixels(rank)) for at, rank in enumerate(ranks))
+
+
+def test_no_more_is_read_ahead_than_a_few_batches(samples, monkeypatch):
+    images, read = open_images([samples]), []
+    monkeypatch.setattr(images, "pixels", lambda i: read.append(i) or np.zeros((SIDE, SIDE, 3), np.uint8))
+    batches = images.batches(iter(list(range(6)) * 100), 6)
+    next(batches)
+    batches.close()
+    assert len(read) <= 18
+
+
+# --- bad images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(samples):
+    """The same samples with one image that is none, and one cut off behind its header."""
+    (samples / "text.png").write_bytes(b"no image")
+    cut = encoded(np.random.RandomState(0).randint(0, 256, (SIDE, SIDE, 3)).astype(np.uint8))
+    (samples / "cut.png").write_bytes(cut[:60])
+    return samples
+
+
+def test_files_that_are_no_images_show_before_any_work(spoilt):
+    (spoilt / "more.png").write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"^2 of 9 images cannot be read: samples/\w+\.png \(not an image.*; .*--skip-bad"
+    ) as e:
+        open_images([spoilt])
+    assert "samples/text.png" in str(e.value)
+    assert "samples/more.png" in str(e.value)
+
+
+def test_truncated_images_show_when_they_are_read(spoilt):
+    (spoilt / "text.png").unlink()
+    images = open_images([spoilt])
+    with pytest.raises(UnreadableImage, match=r"cannot read image samples/cut\.png"):
+        list(images.batches(range(len(images)), 3))
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_bad_ones_are_skipped_and_named(spoilt, size):
+    images = open_images([spoilt], skip_bad=True)
+    assert len(images) == 7
+    assert images.skipped == ["samples/text.png"]
+    ranks = [rank for found, *_ in images.batches(range(7), size) for rank in found]
+    assert images.skipped == ["samples/text.png", "samples/cut.png"]
+    assert sorted({*range(7)} - {*ranks}) == [names(images).index("samples/cut.png")]
+
+
+def test_many_bad_ones_are_counted(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number:02}.png").write_bytes(b"no image")
+    for skip_bad in (False, True):  # nothing would be left
+        with pytest.raises(InputError, match=r"^20 of 20 images cannot be read: .*/00\.png .* and 15 more; ") as caught:
+            open_images([tmp_path], skip_bad=skip_bad)
+        assert "\n" not in str(caught.value)
+
+
+def test_image_gone_since_opening(samples):
+    images = open_images([samples], skip_bad=True)
+    (samples / "1-goldfish-2.png").unlink()
+    assert [len(found) for found, *_ in images.batches(range(6), 6)] == [5]
+    assert images.skipped == ["samples/1-goldfish-2.png"]
+
+
+def test_long_headers_are_read_whole(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 30_000
+    (tmp_path / "1.jpg").write_bytes(encoded(image(0), "JPEG", exif=exif, icc_profile=b"y" * 100_000))
+    (tmp_path / "2.png").write_bytes(encoded(image(0), icc_profile=np.random.RandomState(0).bytes(100_000)))
+    assert open_images([tmp_path]).side == 8
+
+
+# --- mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda root: [], "no path of images was given"),
+        (lambda root: ["-"], "no path of images was given"),
+        (lambda root: [root / "absent"], "absent: No such file"),
+        (lambda root: [root], "has no images; expected a folder, .zip, .tar or .npz of images"),
+        (lambda root: [fill(root, ["1.png"]), root / "."], "only once"),
+        (lambda root: [fill(root, ["1.png"]) / "1.png"] * 2, "1.png twice"),
+        (lambda root: [(root / "x.zip").write_bytes(b"none") and root / "x.zip"], "cannot list x.zip"),
+        (lambda root: [(root / "x.tar").write_bytes(b"none") and root / "x.tar"], "cannot list x.tar"),
+        (lambda root: [(root / "x.npz").write_bytes(b"none") and root / "x.npz"], "expected arr_0, uint8"),
+        (lambda root: [(root / "x.pt").write_bytes(b"none") and root / "x.pt"], "1 of 1 images cannot be read"),
+    ],
+    ids=["nothing", "no lines", "absent", "empty", "twice", "file twice", "zip", "tar", "npz", "other"],
+)
+def test_unusable_paths(tmp_path, make, words):
+    with pytest.raises(InputError) as caught:
+        open_images(make(tmp_path))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_tar(samples, tmp_path):
+    tarred({path.name: path.read_bytes() for path in samples.iterdir()}, tmp_path / "x.tar")
+    content = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(content[:700])
+    with pytest.raises(InputError, match=r"x\.tar"):
+        open_images([tmp_path / "x.tar"])

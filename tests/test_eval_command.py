@@ -347,7 +347,7 @@ def test_block_of_text(measure, tmp_path, capsys):
         (["photographs", "-r", "empty.npz"], 3, "empty.npz"),
         (["photographs", "-r", "photographs", "--kid"], 3, "kid takes 1000 or more"),
         (["odd", "--is"], 3, "--resize"),
-        (["broken", "--is"], 3, "1 of 2 cannot be read"),
+        (["broken", "--is"], 3, "1 of 2 images cannot be read"),
         (["--is", "--num", "5"], 3, "is takes"),
         (["--is", "--inception", "nowhere.pth"], 4, "inception weights: nowhere.pth; no such file"),
         (["--is", "--num", "10", "--reject", "0.5", "--classifier", "nobody"], 2, "classifier: nobody; a model of"),

@@ -36,7 +36,7 @@ def test_weights_are_named_after_their_hash():
 
 
 def test_shipped_reference_is_as_registered():
-    from varcli.images.image_list import open_images
+    from varcli.images.dataset import open_images
 
     path = find_reference("tiny64")
     assert file_sha256(path) == references()["tiny64"].sha256
@@ -49,9 +49,10 @@ def test_shipped_reference_is_as_registered():
 
 
 def test_shipped_reference_is_what_training_held_out():
-    from varcli.images.image_list import open_images
+    from varcli.images.dataset import open_images
 
-    names = open_images([find_reference("tiny64")]).names
+    images = open_images([find_reference("tiny64")])
+    names = [images.name(i) for i in range(len(images))]
     found = [re.fullmatch(r"tiny64_reference\.zip/(n\d{8})/\1_(\d+)\.JPEG", name).groups() for name in names]
     wnids = {wnid for wnid, _ in found}
     assert len(wnids) == 200

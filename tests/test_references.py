@@ -11,7 +11,7 @@ from varcli.errors import InputError, RunError
 from varcli.evaluation.references import holds_images, read_reference, save_reference
 from varcli.evaluation.statistics import POOL, Moments
 from varcli.files import file_sha256
-from varcli.images.image_list import open_images
+from varcli.images.dataset import open_images
 
 RANDOM = np.random.RandomState(0)
 MEAN, COVARIANCE = RANDOM.rand(POOL), np.diag(RANDOM.rand(POOL))

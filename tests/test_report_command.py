@@ -58,15 +58,15 @@ def test_a_pipe_is_a_file_like_others(here, monkeypatch):
     "mistake",
     [
         ([], 2, "Missing argument 'RESULT...'"),
-        (["one.json", "-o", "x"], 2, "out: x; a name ending in .html or .md"),
-        (["one.json", "-o", "-"], 2, "out: -; a name ending in .html or .md"),
-        (["missing.json"], 3, "evaluation result: missing.json cannot be read; No such file or directory"),
-        (["recipe.json"], 3, "evaluation result: recipe.json, line 1; something else"),
-        (["one.json", "run/metrics.jsonl"], 3, "evaluation result: run/metrics.jsonl, line 1; something else"),
-        (["run/state.safetensors"], 3, "evaluation result: run/state.safetensors; no JSON"),
-        (["newer.json"], 3, "evaluation result: newer.json, line 1 has format 2"),
-        (["run/samples"], 3, "training run: run/samples has no metrics.jsonl"),
-        (["-"], 3, "evaluation result: standard input; nothing in it"),
+        (["one.json", "-o", "x"], 2, "--out must end in .html or .md (got x)"),
+        (["one.json", "-o", "-"], 2, "--out must end in .html or .md (got -)"),
+        (["missing.json"], 3, "evaluation result missing.json cannot be read: No such file or directory"),
+        (["recipe.json"], 3, "evaluation result recipe.json, line 1 must be what `var eval --out` or `--json` writes"),
+        (["one.json", "run/metrics.jsonl"], 3, "evaluation result run/metrics.jsonl, line 1 must be what"),
+        (["run/state.safetensors"], 3, "evaluation result run/state.safetensors is not JSON"),
+        (["newer.json"], 3, "evaluation result newer.json, line 1 must have format 1 (got 2)"),
+        (["run/samples"], 3, "training run run/samples has no metrics.jsonl"),
+        (["-"], 3, "evaluation result standard input is empty"),
         (["one.json", "-o", "none/x.html"], 5, "output: none/x.html cannot be written; there is no folder none"),
         (["one.json", "-o", "one.json/x.md"], 5, "output: one.json/x.md cannot be written; "),
         (["one.json", "-o", "folder.html"], 5, "output: folder.html cannot be written; it is a folder"),
@@ -103,10 +103,11 @@ def test_a_full_disk(here, capsys):
     assert "full.html cannot be written; No space left on device" in capsys.readouterr().err
 
 
-def test_a_report_needs_no_torch(here):
+@pytest.mark.parametrize(("out", "unneeded"), [("x.html", ["torch", "scipy"]), ("x.md", ["torch", "matplotlib"])])
+def test_a_report_imports_no_more_than_it_needs(here, out, unneeded):
     code = (
-        "import sys; from varcli import cli; assert cli.run(['report', 'one.json', 'run']) == 0;"
-        "print([name for name in ('torch', 'scipy', 'matplotlib', 'torch_fidelity') if name in sys.modules])"
+        f"import sys; from varcli import cli; assert cli.run(['report', 'one.json', 'run', '-o', {out!r}]) == 0;"
+        f"print([name for name in {unneeded} if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown == "report.html\n[]\n"
+    assert shown == f"{out}\n[]\n"

@@ -1,13 +1,19 @@
-"""Places of images that data sets for training do not lie in: tars, and files here and there."""
+"""Where images are stored: folders, zips, tars, arrays and lists of files."""
 
+import io
 import tarfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
+import numpy as np
 import pytest
 
 from support.provenances import image, made
-from varcli.images.sources import FileListSource, FolderSource, TarSource, ZipSource
+from varcli.errors import InputError
+from varcli.images.decode import decode_image
+from varcli.images.provenance import image_filename
+from varcli.images.sources import FileListSource, FolderSource, NpzSource, TarSource, ZipSource
 from varcli.outputs.open import open_sink
 from varcli.outputs.sinks import TAR_END, tar_member
 
@@ -18,7 +24,7 @@ def tar(path, contents):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, BytesIO(content))
-    return TarSource(path, path.name)
+    return TarSource(path)
 
 
 SAMPLES = {"a/0.png": b"first", "a/0.cls": b"207", "a/0.json": b"{}", "a/1.v2.jpg": b"second one", "note.txt": b"no"}
@@ -30,13 +36,13 @@ def test_images_of_a_tar(tmp_path):
     assert source.read("a/1.v2.jpg") == b"second one"
 
 
-def test_files_beside_a_image_in_a_tar(tmp_path):
+def test_files_that_describe_an_image_in_a_tar(tmp_path):
     source = tar(tmp_path / "x.tar", SAMPLES | {"a/1.cls": b"3", "2.png": b"", "2.cls": b"4"})
     list(source.members())
-    assert source.beside("a/0.png", "cls") == b"207"
-    assert source.beside("a/1.v2.jpg", "cls") == b"3"  # WebDataset: the name ends at its first point
-    assert source.beside("2.png", "cls") == b"4"
-    assert source.beside("2.png", "json") is None
+    assert source.sidecar("a/0.png", "cls") == b"207"
+    assert source.sidecar("a/1.v2.jpg", "cls") == b"3"  # WebDataset: the name ends at its first dot
+    assert source.sidecar("2.png", "cls") == b"4"
+    assert source.sidecar("2.png", "json") is None
 
 
 def test_long_names_and_links_in_a_tar(tmp_path):
@@ -48,7 +54,7 @@ def test_long_names_and_links_in_a_tar(tmp_path):
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, name
         archive.addfile(link)
-    source = TarSource(tmp_path / "x.tar", "x.tar")
+    source = TarSource(tmp_path / "x.tar")
     assert list(source.members()) == [(name, 3)]
     assert source.read(name) == b"abc"
 
@@ -57,9 +63,9 @@ def test_shards_of_ours(tmp_path):
     with open_sink(str(tmp_path / "x.tar"), several=True) as shard:
         for seed in range(3):
             shard.add(image(seed), made(seed))
-    source = TarSource(tmp_path / "x.tar", "x.tar")
+    source = TarSource(tmp_path / "x.tar")
     assert [name for name, _ in source.members()] == ["000000.png", "000001.png", "000002.png"]
-    assert source.beside("000002.png", "cls") == b"207"
+    assert source.sidecar("000002.png", "cls") == b"207"
 
 
 def test_files_by_their_paths(tmp_path):
@@ -73,30 +79,144 @@ def test_files_by_their_paths(tmp_path):
 
 @pytest.fixture
 def sources(tmp_path):
-    """The same image in each kind of place, and its name there."""
-    import zipfile
-
+    """The same file in each kind of source, and its name there."""
     content = bytes(range(256)) * 300
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "x.png").write_bytes(content)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as stored:
         stored.writestr("x.png", content)
     (tmp_path / "x.tar").write_bytes(tar_member("x.png", content) + tar_member("y.png", b"other") + TAR_END)
-    places = [FolderSource(tmp_path / "f", "f"), ZipSource(tmp_path / "x.zip", "z"), TarSource(tmp_path / "x.tar", "t")]
-    for place in places:
-        list(place.members())
-    return content, [*((place, "x.png") for place in places), (FileListSource([]), str(tmp_path / "f" / "x.png"))]
+    sources = [FolderSource(tmp_path / "f"), ZipSource(tmp_path / "x.zip"), TarSource(tmp_path / "x.tar")]
+    for source in sources:
+        list(source.members())
+    return content, [*((source, "x.png") for source in sources), (FileListSource([]), str(tmp_path / "f" / "x.png"))]
 
 
-@pytest.mark.parametrize("most", [-1, 0, 10, 10**6])
-def test_beginning_of_a_file(sources, most):
-    content, places = sources
-    for source, name in places:
-        assert source.read(name, most) == content[: most if most >= 0 else None]
+@pytest.mark.parametrize("limit", [-1, 0, 10, 10**6])
+def test_beginning_of_a_file(sources, limit):
+    content, named = sources
+    for source, name in named:
+        assert source.read(name, limit) == content[: limit if limit >= 0 else None]
 
 
 def test_threads_may_read_at_once(sources):
-    content, places = sources
+    content, named = sources
     with ThreadPoolExecutor(8) as pool:
-        for source, name in places:
+        for source, name in named:
             assert set(pool.map(lambda _, source=source, name=name: source.read(name), range(50))) == {content}
+
+
+# --- arrays ------------------------------------------------------------------------------------------
+
+PIXELS = np.stack([image(seed, 4, 6) for seed in range(5)])
+
+
+def save(path, pixels=PIXELS, compressed=False, **more):
+    (np.savez_compressed if compressed else np.savez)(path, pixels, **more)
+    return path
+
+
+def add_provenance(path, lines):
+    with zipfile.ZipFile(path, "a") as stored:
+        stored.writestr("provenance.jsonl", "".join(each.to_json() + "\n" for each in lines))
+    return path
+
+
+def by_name(path):
+    """Name and pixels of each image, as decoded."""
+    source = NpzSource(path)
+    return {name: np.asarray(decode_image(source.read(name), name)) for name, _ in source.members()}
+
+
+def contents(images):
+    return sorted(pixels.tobytes() for pixels in images)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_images_are_those_of_the_array(tmp_path, compressed):
+    found = by_name(save(tmp_path / "x.npz", compressed=compressed))
+    assert contents(found.values()) == contents(PIXELS)
+
+
+def test_shuffled_arrays_have_the_same_names_for_the_same_images(tmp_path):
+    one = by_name(save(tmp_path / "1.npz"))
+    two = by_name(save(tmp_path / "2.npz", PIXELS[::-1]))
+    assert sorted(one) == sorted(two)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_the_array_is_read_in_place(tmp_path):
+    source = NpzSource(save(tmp_path / "x.npz"))
+    assert isinstance(source._pixels_NHW3, np.memmap)
+    assert not source._pixels_NHW3.flags.writeable
+    with zipfile.ZipFile(tmp_path / "y.npz", "w") as stored:  # a name and an extra field of other lengths before it
+        stored.writestr("a_longer_name.npy", b"first")
+        info = zipfile.ZipInfo("arr_0.npy")
+        info.extra = b"\x99\x99\x04\x00abcd"
+        content = io.BytesIO()
+        np.save(content, PIXELS)
+        stored.writestr(info, content.getvalue())
+    assert contents(by_name(tmp_path / "y.npz").values()) == contents(PIXELS)
+
+
+def test_equal_images_count_each(tmp_path):
+    path = save(tmp_path / "x.npz", PIXELS[[0, 1, 0]])
+    assert len(list(NpzSource(path).members())) == 3
+
+
+@pytest.mark.parametrize("limit", [0, 5, 11, 12, 40, 10_000])
+def test_beginning_of_an_image(tmp_path, limit):
+    source = NpzSource(save(tmp_path / "x.npz"))
+    name, size = next(source.members())
+    assert source.read(name, limit) == source.read(name)[:limit]
+    assert size == 4 * 6 * 3
+
+
+def test_images_of_ours_are_called_as_in_a_folder(tmp_path):
+    lines = [
+        made(seed, class_id=1 + seed % 2, class_name=("goldfish", "great white shark")[seed % 2]) for seed in range(5)
+    ]
+    path = add_provenance(save(tmp_path / "x.npz"), lines)
+    found = by_name(path)
+    assert list(found) == [image_filename(each) for each in lines]
+    assert all(np.array_equal(pixels, expected) for pixels, expected in zip(found.values(), PIXELS, strict=True))
+    assert NpzSource(path).sidecar("1-goldfish-0.png", "json") == lines[0].to_json().encode()
+    assert NpzSource(path).sidecar("1-goldfish-0.png", "cls") is None
+
+
+def test_labels_in_arr_1(tmp_path):
+    source = NpzSource(save(tmp_path / "x.npz", arr_1=np.array([3, 3, 9, -1, 0])))
+    labels = {
+        decode_image(source.read(name), name).tobytes(): source.sidecar(name, "cls") for name, _ in source.members()
+    }
+    assert [labels[each.tobytes()] for each in PIXELS] == [b"3", b"3", b"9", b"-1", b"0"]
+
+
+@pytest.mark.parametrize("labels", [np.zeros(4, int), np.zeros((5, 10), int), np.zeros(5), np.array(list("abcde"))])
+def test_other_kinds_of_arr_1_are_ignored(tmp_path, labels):
+    source = NpzSource(save(tmp_path / "x.npz", arr_1=labels))
+    assert [source.sidecar(name, "cls") for name, _ in source.members()] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (PIXELS.astype(np.float32), r"float32 \(5, 4, 6, 3\)"),
+        (PIXELS.transpose(0, 3, 1, 2), r"uint8 \(5, 3, 4, 6\)"),
+        (PIXELS[0], r"uint8 \(4, 6, 3\)"),
+        (PIXELS[:0], r"uint8 \(0, 4, 6, 3\)"),
+        (np.array([{}], object), r"object \(1,\)"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, pixels, words):
+    with pytest.raises(InputError, match=f"^cannot read images from .*x.npz: .*{words}; expected arr_0, uint8"):
+        NpzSource(save(tmp_path / "x.npz", pixels))
+
+
+def test_no_such_array_and_no_such_file(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(3))
+    (tmp_path / "y.npz").write_bytes(b"no zip")
+    for name in ("x.npz", "y.npz", "absent.npz"):
+        with pytest.raises(InputError, match=f"^cannot read images from .*{name}: .*; expected arr_0") as caught:
+            NpzSource(tmp_path / name)
+        assert "\n" not in str(caught.value)

@@ -96,7 +96,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--sides", "1,x"], 2, "sides: 1,x; whole numbers"),
         (["--sides", "2,4"], 2, "sides: 2,4; they begin with 1"),
         (["--base-width", "40"], 2, "base width: 40; a multiple of 32"),
-        (["--holdout", "8"], 2, "holdout: 8"),
+        (["--holdout", "8"], 2, "--holdout must be at least 0"),
         (["--batch", "0"], 2, "batch: 0; at least 1"),
         (["--epochs", "inf"], 2, "epochs: inf; a finite number"),
         (["--grad-accum", "3"], 2, "accumulate: 3; it divides the batch of 4"),

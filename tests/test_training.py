@@ -14,7 +14,7 @@ from varcli.checkpoints.safetensors_io import load_tensors
 from varcli.checkpoints.store import load_model, load_tokenizer
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig, TransformerConfig, TransformerTrainingConfig
 from varcli.errors import InputError, RunError, UsageError
-from varcli.images.dataset import open_image_set
+from varcli.images.dataset import open_images
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
@@ -36,7 +36,8 @@ TRANSFORMER_TRAINING = TransformerTrainingConfig(batch=4, epochs=1, base_lr=0.06
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return open_image_set([write_folder(tmp_path_factory.mktemp("data"), {"blue": 10, "red": 10})])
+    folder = write_folder(tmp_path_factory.mktemp("data"), {"blue": 10, "red": 10})
+    return open_images([folder], require_labels=True, read_headers=False)
 
 
 def tokenizer_stage(images, **changes):
@@ -278,7 +279,7 @@ def test_order_is_a_permutation_each_epoch_and_resumes_anywhere():
 def test_one_unreadable_image_is_replaced_and_many_stop_the_run(tmp_path, images):
     folder = write_folder(tmp_path / "data", {"a": 2, "b": 2})
     (folder / "a" / "a_0.png").write_bytes(b"no image")
-    broken = open_image_set([folder])
+    broken = open_images([folder], require_labels=True, read_headers=False)
     crops = Crops(broken, 8, 1.0, None)
     pixels, names = next(loader(crops, [[(0, 0), (1, 0)]], 0))
     assert torch.equal(pixels[0], pixels[1])
@@ -295,7 +296,7 @@ def test_cache_holds_what_the_tokenizer_says_and_resumes(tmp_path, images, monke
     expected = torch.cat(tokenizer.encode(crop / 127.5 - 1), 1)
     taken, rows = cache.batch([(3, 0)])
     assert torch.equal(taken, expected)
-    assert rows.tolist() == [images.rows[3]]
+    assert rows.tolist() == [images.labels[3]]
 
     import varcli.training.data as module
 

@@ -20,7 +20,7 @@ from varcli.evaluation.classifier import Classifier
 from varcli.evaluation.feature_pass import Batch
 from varcli.evaluation.reconstruction import Reconstructions
 from varcli.evaluation.results import Gallery
-from varcli.images.image_list import ImageList
+from varcli.images.dataset import ImageSet
 from varcli.images.provenance import Provenance, image_filename
 from varcli.models.tokenizer import Tokenizer
 from varcli.outputs.open import find_sink
@@ -193,10 +193,10 @@ class Given(Subject):
 
     what = "pictures"
 
-    def __init__(self, images: ImageList, paths: Sequence[str]) -> None:
+    def __init__(self, images: ImageSet, paths: Sequence[str]) -> None:
         super().__init__()
         self.images = images
-        self.side, self.classes, self.rows = images.side, images.classes, images.rows
+        self.side, self.classes, self.rows = images.side, images.classes, images.labels
         self.source = {"paths": list(paths)}
 
     def identity(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class Rebuilt(Given):
 
     def __init__(
         self,
-        images: ImageList,
+        images: ImageSet,
         paths: Sequence[str],
         tokenizer: Tokenizer,
         reconstructions: Reconstructions,

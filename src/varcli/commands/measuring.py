@@ -22,7 +22,7 @@ from varcli.evaluation.references import (
 )
 from varcli.evaluation.statistics import EvalPlan, Statistics
 from varcli.files import file_sha256
-from varcli.images.image_list import ImageList, open_images
+from varcli.images.dataset import ImageSet, open_images
 
 FEW_TO_KEEP = 10_000
 """Up to so many images a reference's features are kept with its statistics, for KID, precision and recall."""
@@ -72,7 +72,7 @@ class Bench:
         if measurement.statistics.count:
             note(f"{label}: going on after {measurement.statistics.count} of {plan.count}")
 
-    def keep_statistics(self, images: ImageList, features: bool, path: Path, label: str) -> None:
+    def keep_statistics(self, images: ImageSet, features: bool, path: Path, label: str) -> None:
         """Measure images and write their statistics as a reference, with their features if asked for."""
         plan = EvalPlan(count=len(images), metrics=("fid", "kid") if features else ("fid",))
         measurement, forget = self.measure(Given(images, []), plan, label)
@@ -81,7 +81,7 @@ class Bench:
         forget()
         self.group.barrier()
 
-    def images(self, paths: Sequence[str | Path], resize: int | None, skip_bad: bool) -> ImageList:
+    def images(self, paths: Sequence[str | Path], resize: int | None, skip_bad: bool) -> ImageSet:
         """Return images that exist; what stdin lists is read by the first process, for all of them."""
         listed = "-" in map(str, paths)
         lines = self.group.broadcast(list(sys.stdin) if listed and self.group.is_main else [])
@@ -116,7 +116,7 @@ class Bench:
         batch = self.reference_of(open_images([path]), name, features)  # ADM's, of all statistics and some images
         return found and batch and replace(found, pool=batch.pool)
 
-    def reference_of(self, images: ImageList, name: str, features: bool) -> Reference | None:
+    def reference_of(self, images: ImageSet, name: str, features: bool) -> Reference | None:
         """Return images as a reference, measured once and then read from the cache; as `reference` does."""
         features = features or len(images) <= FEW_TO_KEEP
         decided = {"pictures": images.fingerprint(), "features": features}
@@ -135,7 +135,7 @@ class Bench:
         save_reference(path, statistics.moments(), pixels=side, extractor=self.inception.sha256, pool=pool)
 
 
-def _sha256_of(name: str, path: Path, images: ImageList) -> str:
+def _sha256_of(name: str, path: Path, images: ImageSet) -> str:
     """Return what tells a reference of images from others: of its file, or of a folder what is in it."""
     known = references().get(name)
     if known and known.sha256:

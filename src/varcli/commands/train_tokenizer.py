@@ -87,7 +87,7 @@ def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
         gan_start=gan_start, scale_drop=scale_drop,
     )  # fmt: skip
     from varcli.acceleration.devices import pick_device
-    from varcli.images.dataset import open_image_set
+    from varcli.images.dataset import open_images
     from varcli.training import estimate, optim
     from varcli.training.loop import Run
     from varcli.training.tokenizer import TokenizerStage
@@ -95,7 +95,7 @@ def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
     place = pick_device(device)
     optim.make_deterministic(place)
     half = shared.trains_in_bf16(dtype, place, on_cpu=False)
-    images, held = open_image_set(data).split(holdout)
+    images, held = open_images(data, require_labels=True, read_headers=False).split(holdout)
     stage = TokenizerStage(
         config, training, images, held, place, half=half, workers=shared.worker_count(workers),
         warn=console.note,

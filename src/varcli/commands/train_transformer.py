@@ -64,7 +64,7 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
     )  # fmt: skip
     from varcli.acceleration.devices import DTYPES, pick_device
     from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256
-    from varcli.images.dataset import open_image_set
+    from varcli.images.dataset import open_images
     from varcli.training import estimate, optim
     from varcli.training.loop import Run
     from varcli.training.transformer import TransformerStage
@@ -72,7 +72,7 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
     place = pick_device(device)
     optim.make_deterministic(place)
     half = shared.trains_in_bf16(dtype, place, on_cpu=True)
-    images, held = open_image_set(data).split(holdout)
+    images, held = open_images(data, require_labels=True, read_headers=False).split(holdout)
     maps = load_tokenizer(tokenizer).to(place)
     config = TransformerConfig(
         depth=depth, width=64 * depth if width is None else width, sides=maps.config.sides,

@@ -24,7 +24,7 @@ Recipe = TypeVar("Recipe", bound=TrainingConfig)
 
 Data = Annotated[
     list[Path],
-    Argument(metavar="DATA...", help="Folder of class folders, or a zip of one; several are taken together."),
+    Argument(metavar="DATA...", help="Images with labels: folders of class folders, zips, tar shards or .npz files."),
 ]
 RunFolder = Annotated[
     Path, Option("--out", "-o", metavar="DIR", help="Folder of the run; the same command goes on with a stopped one.")

@@ -15,8 +15,8 @@ from varcli.checkpoints.registry import cache_folder, listed
 from varcli.errors import CheckpointError, InputError
 from varcli.evaluation.statistics import POOL, Moments
 from varcli.files import cannot_write, file_sha256, replacing
-from varcli.images.arrays import PIXELS, square_side
-from varcli.images.image_list import ImageList, open_images
+from varcli.images.dataset import ImageSet, open_images
+from varcli.images.sources import PIXELS, square_side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +125,7 @@ class Reference:
     path: Path | None = None
     """Its file, where images are in it too: ADM's batches have statistics of all and images of some."""
 
-    def images(self) -> ImageList | None:
+    def images(self) -> ImageSet | None:
         """Return the images in its file, None where it has none."""
         return open_images([self.path]) if self.path else None
 

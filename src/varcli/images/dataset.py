@@ -1,165 +1,383 @@
-"""Images to train on: folders of class folders, and zips of one, read without unpacking.
+"""Sets of images with their labels, to train on or to evaluate, from folders, archives and lists of files.
 
-Opening lists names only; no pixel is decoded before it is asked for. A set may be handed to worker
-processes: it pickles, and each process opens the zips for itself.
+Opening a set lists names; to evaluate, headers are read too, so that unreadable images and other sizes show
+before long work begins. Pixels are decoded only when asked for. A set pickles, for worker processes.
+
+Shapes: B images of P × P pixels.
 """
 
-import re
-import unicodedata
-import zipfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import blake2b, sha256
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from varcli.classes import ClassEntry, ClassTable, imagenet
+from varcli.classes import ClassTable
 from varcli.errors import InputError, UsageError
-from varcli.images.decode import decode_image, reading_image
-from varcli.images.sources import FolderSource, Source, ZipSource, path_parts
+from varcli.images.decode import UnreadableImage, adm_crop, decode_image, reading_image
+from varcli.images.labels import (
+    Label,
+    class_folders,
+    class_table,
+    natural_key,
+    provenance_label,
+    source_labels,
+)
+from varcli.images.provenance import KEYWORD
+from varcli.images.sources import FileListSource, Source, open_source
 
-# --- the set ---------------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from varcli.images.provenance import Pixels
 
 
-class _Member(NamedTuple):
-    source: int
+class Header(NamedTuple):
+    """What the beginning of an image file says."""
+
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    format: str
+    """Pillow's name of its format."""
+    digest: bytes
+    """Of what was read: the beginning of the file, or all of it."""
+
+
+class ImageFile(NamedTuple):
+    """An image of a set."""
+
+    source: Source
     member: str
-    row: int
-    size: int
+    """Its path inside the source."""
+    bytes: int
+    """Size of its file."""
+    header: Header | None = None
+    """None for a set opened without reading headers."""
+
+    @property
+    def name(self) -> str:
+        """Its name in messages, e.g. ``train-0.zip/n01443537/n01443537_0.JPEG``."""
+        return f"{self.source.name}/{self.member}" if self.source.name else self.member
 
 
 class ImageSet:
-    """Images with their classes, in order of class and then the natural order of file names."""
+    """Images in a fixed order; image i has rank i."""
 
-    def __init__(self, classes: ClassTable, sources: Sequence[Source], images: Sequence[_Member]) -> None:
+    def __init__(
+        self,
+        classes: ClassTable,
+        images: Sequence[ImageFile],
+        labels: Sequence[int],
+        *,
+        resize: int | None = None,
+        skip_bad: bool = False,
+        skipped: Sequence[str] = (),
+    ) -> None:
+        """Take images in order; see `open_images` for what the other arguments mean.
+
+        Raises:
+            InputError: headers were read, nothing is resized, and an image is not square or of another size than most.
+        """
         self.classes = classes
-        self.rows = [image.row for image in images]
-        self._sources = sources
+        self.labels = list(labels)
+        """Position of each image's class in the table, -1 if not known."""
+        self.skipped = list(skipped)
+        """Names of the unreadable images skipped so far."""
         self._images = images
+        self._resize = resize
+        self._skip_bad = skip_bad
+        sizes = [(image.name, image.header.size) for image in images if image.header]
+        self.side = resize or (_common_side(sizes) if sizes else 0)
+        """Pixels along each side of what `pixels` returns; 0 if sizes may differ, because no header was read."""
 
     def __len__(self) -> int:
         return len(self._images)
 
     def name(self, i: int) -> str:
-        """Return what to call image i in a message, e.g. ``train-0.zip/n01443537/n01443537_0.JPEG``."""
-        image = self._images[i]
-        return f"{self._sources[image.source].label}/{image.member}"
+        """The name of image i in messages."""
+        return self._images[i].name
 
     def read(self, i: int) -> Image.Image:
-        """Return image i as RGB.
+        """Image i as RGB, in its own size.
 
         Raises:
             UnreadableImage: it cannot be read or decoded.
         """
         image = self._images[i]
-        with reading_image(self.name(i)):
-            return decode_image(self._sources[image.source].read(image.member), self.name(i))
+        with reading_image(image.name):
+            return decode_image(image.source.read(image.member), image.name)
 
-    def subset(self, indices: Iterable[int]) -> "ImageSet":
-        """Return a set of these images, with the same classes."""
-        return ImageSet(self.classes, self._sources, [self._images[i] for i in indices])
+    def pixels(self, i: int) -> "Pixels":
+        """Image i as uint8 (P, P, 3), cropped and resized if the set says so.
+
+        Raises:
+            UnreadableImage: it cannot be read or decoded.
+        """
+        image = self.read(i)
+        return np.asarray(image) if self._resize is None else adm_crop(image, self._resize)
+
+    def batches(self, ranks: Iterable[int], size: int) -> Iterator[tuple[list[int], "Pixels", list[int]]]:
+        """Yield up to `size` images at a time: their ranks, pixels (B, P, P, 3) and labels.
+
+        Threads read a few batches ahead. Bad images are missing if they are skipped, and named in `skipped`.
+
+        Raises:
+            UnreadableImage: one cannot be decoded.
+        """
+        left = iter(ranks)
+        waiting: deque[dict[int, Future[Pixels]]] = deque()
+        pool = ThreadPoolExecutor()
+        try:
+            while True:
+                while len(waiting) <= _BATCHES_AHEAD and (batch := list(islice(left, size))):
+                    waiting.append({i: pool.submit(self.pixels, i) for i in batch})
+                if not waiting:
+                    return
+                if read := self._results(waiting.popleft()):
+                    yield list(read), np.stack(list(read.values())), [self.labels[i] for i in read]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _results(self, batch: dict[int, "Future[Pixels]"]) -> dict[int, "Pixels"]:
+        """The images of a batch that could be read."""
+        read = {}
+        for i, reading in batch.items():
+            try:
+                read[i] = reading.result()
+            except UnreadableImage as error:
+                if not self._skip_bad:
+                    raise
+                self.skipped.append(error.name)
+        return read
+
+    # --- facts -----------------------------------------------------------------------------------------
+
+    @property
+    def jpegs(self) -> int:
+        """Number of JPEG files, for a set whose headers have been read."""
+        return sum(image.header is not None and image.header.format in ("JPEG", "MPO") for image in self._images)
+
+    def class_counts(self) -> list[int]:
+        """Number of images per class."""
+        counts = Counter(self.labels)
+        return [counts[label] for label in range(len(self.classes))]
+
+    def fingerprint(self) -> str:
+        """sha256 by which a run recognizes its images, wherever they have been moved.
+
+        Over names, sizes in bytes and what opening has read: headers, else classes. Reading all files would take
+        too long.
+        """
+        evaluated = any(image.header for image in self._images)
+        digest = sha256(f"{self._resize}\n".encode() if evaluated else self.classes.to_json().encode())
+        for image, label in zip(self._images, self.labels, strict=True):
+            if image.header:
+                facts, last = f"{image.name}\t{image.bytes}\t", image.header.digest
+            else:
+                facts, last = f"{label}\t{image.member}\t{image.bytes}", b""
+            digest.update(facts.encode(errors="surrogatepass") + last + b"\n")
+        return digest.hexdigest()
+
+    # --- parts -----------------------------------------------------------------------------------------
+
+    def subset(self, ranks: Iterable[int]) -> "ImageSet":
+        """The set of these images, with the same classes."""
+        ranks = list(ranks)
+        return ImageSet(
+            self.classes,
+            [self._images[i] for i in ranks],
+            [self.labels[i] for i in ranks],
+            resize=self._resize,
+            skip_bad=self._skip_bad,
+            skipped=self.skipped,
+        )
 
     def split(self, holdout: int) -> tuple["ImageSet", "ImageSet"]:
-        """Return the images to train on, and the last `holdout` of each class to validate on.
+        """The images to train on, and the last `holdout` of each class to validate on.
 
         Raises:
             UsageError: `holdout` is negative or leaves a class nothing to train on.
         """
-        left = Counter(self.rows)
+        left = Counter(self.labels)
         if holdout < 0 or holdout >= min(left.values(), default=holdout + 1):
-            fewest = ", ".join(f"{self.classes.entries[row].name} has {n}" for row, n in left.most_common()[-1:])
-            raise UsageError(f"holdout: {holdout}; 0 or more, and fewer than any class has images ({fewest})")
+            fewest = "".join(f"; {self.classes.entries[label].name} has {n}" for label, n in left.most_common()[-1:])
+            raise UsageError(
+                f"--holdout must be at least 0 and leave images of every class to train on (got {holdout}{fewest})"
+            )
         training: list[int] = []
         held_out: list[int] = []
-        for i, row in enumerate(self.rows):
-            (training if left[row] > holdout else held_out).append(i)
-            left[row] -= 1
+        for i, label in enumerate(self.labels):
+            (training if left[label] > holdout else held_out).append(i)
+            left[label] -= 1
         return self.subset(training), self.subset(held_out)
 
-    def fingerprint(self) -> str:
-        """Return a sha256 over classes, names and sizes, the same wherever the files have been moved."""
-        digest = sha256(self.classes.to_json().encode())
-        for image in self._images:
-            digest.update(f"{image.row}\t{image.member}\t{image.size}\n".encode(errors="surrogatepass"))
-        return digest.hexdigest()
+
+_BATCHES_AHEAD = 2
+"""Batches being read while one is processed."""
 
 
-def open_image_set(paths: Sequence[Path]) -> ImageSet:
-    """Return the images of folders of class folders, of zips of such a folder, or of several of these.
-
-    Folders of one name are one class wherever they lie. Where all their names are WordNet ids of
-    ImageNet, classes have ImageNet's indices; otherwise they are numbered in natural order. A single
-    folder around the class folders does no harm.
+def _common_side(sizes: Sequence[tuple[str, tuple[int, int]]]) -> int:
+    """The side of all images, from names and sizes.
 
     Raises:
-        InputError: a path cannot be opened, is given twice, or has no class folders with images.
+        InputError: one is not square, or of another size than most.
     """
-    if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise InputError(f"data: {', '.join(map(str, paths))}; each path once")
-    sources = [_source(Path(path)) for path in paths]
-    found = [(i, *item) for i, source in enumerate(sources) for item in _classified(source)]
-    classes = _class_table({folder for _, folder, *_ in found})
-    row_of = {entry.wnid: row for row, entry in enumerate(classes.entries)}
-    keyed = sorted((row_of[name], natural_key(rest), member, i, size) for i, name, rest, member, size in found)
-    return ImageSet(classes, sources, [_Member(i, member, row, size) for row, _, member, i, size in keyed])
+    ((usual, _), *_) = Counter(size for _, size in sizes).most_common(1)
+    for name, size in sizes:
+        if len({*size, *usual}) > 1:
+            others = f", but most are {_by(usual)}" if size != usual else ""
+            raise InputError(
+                f"{name} is {_by(size)} pixels{others}; images must be squares of one size, "
+                "or --resize SIDE crops and resizes them as ADM does"
+            )
+    return usual[0]
 
 
-def natural_key(text: str) -> list[str | int]:
-    """Return a key that sorts numbers inside names by value, n1_2 before n1_10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]}"
 
 
-def _source(path: Path) -> Source:
-    try:
-        if path.is_dir():
-            return FolderSource(path, path.resolve().name)
-        if zipfile.is_zipfile(path):
-            return ZipSource(path, path.name)
-        path.stat()
-    except OSError as error:
-        raise InputError(f"data: {path}; {error.strerror or error}") from error
-    raise InputError(f"data: {path}; a folder of class folders, or a zip of one")
+# --- opening -----------------------------------------------------------------------------------------
+
+_Listed = tuple[ImageFile, Label, str]
+"""An image, its label, and its path inside its class folder."""
 
 
-def _classified(source: Source) -> list[tuple[str, str, str, int]]:
-    """Return class name, path within the class, path within the source and size of each image."""
-    try:
-        listed = [(path_parts(member), member, size) for member, size in source.members()]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"data: {source.label} cannot be listed; {error}") from error
-    level = class_level([parts for parts, *_ in listed])
-    filed = [item for item in listed if len(item[0]) > level + 1]
-    if not filed:
-        raise InputError(f"data: {source.label} has {len(listed)} images and no class folders; one folder a class")
-    return [(class_name(parts[level]), "/".join(parts[level + 1 :]), member, size) for parts, member, size in filed]
+def open_images(
+    paths: Sequence[str | Path],
+    *,
+    require_labels: bool = False,
+    read_headers: bool = True,
+    resize: int | None = None,
+    skip_bad: bool = False,
+    lines: Iterable[str] = (),
+) -> ImageSet:
+    """Open the images of folders, zips, tars (WebDataset), .npz and files as one set.
 
+    Labels come from class folders, from file names and provenance as `var sample` writes them, or from the
+    ``.cls`` or `arr_1` of an archive. Folders of one name are one class wherever they are.
 
-def class_name(folder: str) -> str:
-    """Return a folder's name as text: composed letters, which a Mac takes apart, and no bytes that are no letters."""
-    return unicodedata.normalize("NFC", folder.encode(errors="replace").decode())
+    Args:
+        paths: where they are; ``-`` stands for one path per line of `lines`.
+        require_labels: leave out images without a label, and order the others by label, then by the natural order
+            of names inside the class. Otherwise they are ordered by name as text, as torch-fidelity orders files.
+        read_headers: read the header of each image, so that sizes are checked; False lists names only.
+        resize: side in pixels to which each is cropped and resized; None takes squares of one size as they are.
+        skip_bad: skip unreadable images instead of raising.
+        lines: standard input.
 
-
-def class_level(paths: Sequence[Sequence[str]]) -> int:
-    """Return how deep the class folders lie: below whatever single folder holds everything.
-
-    A folder of a WordNet id holds no classes, nor does one with more images in itself than below.
+    Raises:
+        InputError: a path cannot be opened or is given twice, there are no images, some cannot be read, have no
+            label though one is required, or are of several sizes.
     """
-    wnids = {entry.wnid for entry in imagenet().entries}
-    level = 0
-    while True:
-        inside = [parts for parts in paths if len(parts) > level + 1]
-        names = {parts[level] for parts in inside}
-        deeper = sum(len(parts) > level + 2 for parts in inside)
-        if len(names) != 1 or names <= wnids or deeper <= len(inside) / 2:
-            return level
-        level += 1
+    sources = _open_sources(paths, lines, require_labels)
+    listed = [item for source in sources for item in _list_images(source, require_labels)]
+    skipped: list[str] = []
+    if read_headers:
+        listed, skipped = _read_headers(listed, skip_bad)
+    classes, labels = class_table([label for _, label, _ in listed])
+    if require_labels:
+        keyed = [
+            (label, natural_key(inside), image.member, image)
+            for (image, _, inside), label in zip(listed, labels, strict=True)
+        ]
+        keyed.sort(key=lambda item: item[:3])  # equal keys of several sources stay in the order of the paths
+        in_order = [(image, label) for label, _, _, image in keyed]
+    else:
+        in_order = sorted(
+            ((image, label) for (image, *_), label in zip(listed, labels, strict=True)), key=lambda item: item[0].name
+        )
+    return ImageSet(
+        classes,
+        [image for image, _ in in_order],
+        [label for _, label in in_order],
+        resize=resize,
+        skip_bad=skip_bad,
+        skipped=skipped,
+    )
 
 
-def _class_table(names: set[str]) -> ClassTable:
-    known = tuple(entry for entry in imagenet().entries if entry.wnid in names)
-    if len(known) == len(names):
-        return ClassTable(known)
-    ordered = sorted(names, key=natural_key)
-    return ClassTable(tuple(ClassEntry(i, name, name.replace("_", " ")) for i, name in enumerate(ordered)))
+def _open_sources(paths: Sequence[str | Path], lines: Iterable[str], require_labels: bool) -> list[Source]:
+    listed = [line.rstrip("\r\n") for line in lines]
+    names = [os.fspath(name) for path in paths for name in (filter(None, listed) if str(path) == "-" else [path])]
+    twice = [path for path, count in Counter(map(os.path.abspath, names)).items() if count > 1]
+    if twice:
+        raise InputError(f"each path of images must be given only once (got {in_words(twice)} twice)")
+    if not names:
+        raise InputError("no path of images was given")
+    if not require_labels:
+        names.sort()  # images of one name are in the order of their paths
+    archives = {name: open_source(Path(name)) for name in names}
+    files = [name for name, archive in archives.items() if archive is None]
+    if files and require_labels:
+        raise InputError(f"{in_words(files)} is not a folder, .zip, .tar or .npz of images with labels")
+    return [*filter(None, archives.values()), *([FileListSource(files)] if files else [])]
+
+
+def _list_images(source: Source, require_labels: bool) -> list[_Listed]:
+    members = list(source.members())
+    if not members:
+        raise InputError(f"{source.name} has no images; expected a folder, .zip, .tar or .npz of images")
+    names = [member for member, _ in members]
+    folders, insides = class_folders(names)
+    labels = source_labels(source, names, folders, require_labels)
+    if require_labels and not any(labels):
+        raise InputError(
+            f"{source.name} has {len(members)} images without labels; "
+            "expected one folder per class, or an archive with labels"
+        )
+    return [
+        (ImageFile(source, member, size), label, inside)
+        for (member, size), label, inside in zip(members, labels, insides, strict=True)
+        if label or not require_labels
+    ]
+
+
+def in_words(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- headers -----------------------------------------------------------------------------------------
+
+_HEADER_BYTES = 8192
+"""So many bytes of a file nearly always hold its header."""
+
+
+def _read_headers(listed: Sequence[_Listed], skip_bad: bool) -> tuple[list[_Listed], list[str]]:
+    """The images whose headers can be read, and the names of the others.
+
+    Raises:
+        InputError: some cannot be read, unless they are skipped and others remain.
+    """
+    good: list[_Listed] = []
+    bad: dict[str, str] = {}
+    for image, label, inside in listed:
+        try:
+            with suppress(UnreadableImage):
+                good.append((*_with_header(image, label, _HEADER_BYTES), inside))
+                continue
+            good.append((*_with_header(image, label, -1), inside))
+        except UnreadableImage as error:
+            bad[error.name] = error.reason
+    if bad and not (skip_bad and good):
+        reasons = in_words([f"{name} ({reason})" for name, reason in sorted(bad.items())])
+        raise InputError(
+            f"{len(bad)} of {len(listed)} images cannot be read: {reasons}; fix or remove them, or use --skip-bad"
+        )
+    return good, sorted(bad)
+
+
+def _with_header(file: ImageFile, label: Label, limit: int) -> tuple[ImageFile, Label]:
+    """An image with the header in its first `limit` bytes, and its label, which a PNG of ours has inside."""
+    with reading_image(file.name):
+        content = file.source.read(file.member, limit)
+        with Image.open(BytesIO(content)) as image:
+            header = Header(image.size, image.format or "", blake2b(content, digest_size=16).digest())
+            return file._replace(header=header), label or provenance_label(str(image.info.get(KEYWORD, "")))

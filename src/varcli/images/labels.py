@@ -1,30 +1,77 @@
-"""Which class an image is of, as far as its place or its name tells."""
+"""The class of an image, as its folder, its file name or the files beside it tell."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import lru_cache
 
 from varcli.classes import ClassEntry, ClassTable, imagenet
-from varcli.images.dataset import class_level, class_name, natural_key
-from varcli.images.provenance import file_words
-from varcli.images.sources import path_parts
+from varcli.errors import InputError
+from varcli.images.provenance import file_words, provenance_from_json
+from varcli.images.sources import Source, path_parts
 
 Label = ClassEntry | str | None
-"""A class with its id, a class folder's name, or nothing known."""
+"""A class with its id, the name of a class folder, or nothing known."""
 
 
-def labels_by_name(members: Sequence[str]) -> list[Label]:
-    """Return what the paths of a source's images say: as `var sample` names files, else by class folders."""
-    parts = [path_parts(member) for member in members]
-    sampled = _labels_by_file([names[-1] for names in parts])
-    level = class_level(parts)
-    folders = [class_name(names[level]) if len(names) > level + 1 else None for names in parts]
-    if len({*folders}) == 1 and folders[0] not in _wnids():
-        return list(sampled)  # a folder around them all is no class
-    return [by_file or by_folder for by_file, by_folder in zip(sampled, folders, strict=True)]
+def natural_key(text: str) -> list[str | int]:
+    """Sort key that orders numbers inside names by value, n1_2 before n1_10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]
 
 
-def entry_of(class_id: int, name: str) -> ClassEntry:
-    """Return a class of this id and name: ImageNet's own where it is that, perhaps written as in file names."""
+def class_folders(members: Sequence[str]) -> tuple[list[str | None], list[str]]:
+    """The class folder of each path, None for one that is in none, and the rest of the path inside of it.
+
+    Class folders are inside whatever single folder holds everything. A folder with a WordNet id holds no classes,
+    nor does one with more images in itself than below.
+    """
+    paths = [path_parts(member) for member in members]
+    level = 0
+    while True:
+        inside = [parts for parts in paths if len(parts) > level + 1]
+        names = {parts[level] for parts in inside}
+        deeper = sum(len(parts) > level + 2 for parts in inside)
+        if len(names) != 1 or names <= _by_wnid().keys() or deeper <= len(inside) / 2:
+            break
+        level += 1
+    folders = [_class_name(parts[level]) if len(parts) > level + 1 else None for parts in paths]
+    insides = [
+        "/".join(parts if folder is None else parts[level + 1 :]) for parts, folder in zip(paths, folders, strict=True)
+    ]
+    return folders, insides
+
+
+def source_labels(
+    source: Source, members: Sequence[str], folders: Sequence[str | None], required: bool = False
+) -> list[Label]:
+    """Labels of a source's images, from file names as `var sample` writes them, class folders or sidecar files.
+
+    A single folder around all images is a class only if its name is a WordNet id, or if labels are `required` and
+    nothing else tells them. If they are required, several class folders are the only source of labels, and what is
+    in none of them has none.
+    """
+    single = len({*folders}) == 1 and folders[0] not in _by_wnid()
+    if required and not single:
+        return list(folders)
+    labels = [
+        in_name or (None if single else folder) or _sidecar_label(source, member)
+        for member, in_name, folder in zip(members, _filename_labels(members), folders, strict=True)
+    ]
+    return list(folders) if required and not any(labels) else labels
+
+
+def provenance_label(text: str) -> ClassEntry | None:
+    """The class in a provenance; None if the text is none, or is of an image without a class."""
+    with suppress(InputError):
+        provenance = provenance_from_json(text, "")
+        if provenance.class_id is not None:
+            return class_entry(provenance.class_id, provenance.class_name)
+    return None
+
+
+def class_entry(class_id: int, name: str) -> ClassEntry:
+    """A class of this id and name: ImageNet's own if it is that, perhaps spelt as in file names."""
     if class_id in imagenet():
         known = imagenet().by_id(class_id)
         if name in (known.name, file_words(known.name)):
@@ -32,48 +79,70 @@ def entry_of(class_id: int, name: str) -> ClassEntry:
     return ClassEntry(class_id, name, name)
 
 
-def numbered(class_id: int) -> ClassEntry | None:
-    """Return a class known by its number only; a negative one is none."""
+def numbered_class(class_id: int) -> ClassEntry | None:
+    """A class known only by its number; None for a negative number."""
     return ClassEntry(class_id, str(class_id), str(class_id)) if class_id >= 0 else None
 
 
-def rows_of(labels: Sequence[Label]) -> tuple[ClassTable, list[int]]:
-    """Return a table of the classes there are, and the row of each image's, -1 where it has none.
+def class_table(labels: Sequence[Label]) -> tuple[ClassTable, list[int]]:
+    """A table of all classes, and each image's position in it, -1 where the class is not known.
 
-    Folders of WordNet ids are ImageNet's classes; others are numbered in natural order, after all ids.
+    If all class folders have WordNet ids of ImageNet, they are its classes; otherwise they are numbered in natural
+    order, after the ids that are known.
     """
-    wnids = _wnids()
+    folders = {label for label in labels if isinstance(label, str)}
+    wnids = _by_wnid() if folders <= _by_wnid().keys() else {}
     known = [wnids.get(label, label) if isinstance(label, str) else label for label in labels]
     by_id = _by_id(label for label in known if isinstance(label, ClassEntry))
     first = max(by_id, default=-1) + 1
-    folders = sorted({label for label in known if isinstance(label, str)}, key=natural_key)
-    by_name = {name: ClassEntry(first + i, name, name) for i, name in enumerate(folders)}
-    table = ClassTable((*by_id.values(), *by_name.values()))
-    entries = [by_name[label] if isinstance(label, str) else label for label in known]
+    by_folder = {
+        name: ClassEntry(first + i, name, name.replace("_", " "))
+        for i, name in enumerate(sorted(folders - wnids.keys(), key=natural_key))
+    }
+    table = ClassTable((*by_id.values(), *by_folder.values()))
+    entries = [by_folder[label] if isinstance(label, str) else label for label in known]
     return table, [-1 if entry is None else table.label(entry.id) for entry in entries]
 
 
-def _wnids() -> dict[str, ClassEntry]:
-    return {entry.wnid: entry for entry in imagenet().entries}
+def _class_name(folder: str) -> str:
+    """A folder's name as text: composed letters, which macOS decomposes, and no bytes that are no letters."""
+    return unicodedata.normalize("NFC", folder.encode(errors="replace").decode())
 
 
-def _by_id(entries: Iterable[ClassEntry]) -> dict[int, ClassEntry]:
-    """Return the classes in order of their ids; one known by its number only takes the name another has for it."""
-    found: dict[int, ClassEntry] = {}
-    for entry in sorted(set(entries), key=lambda entry: (entry.id, entry.name == str(entry.id), entry.name)):
-        found.setdefault(entry.id, entry)
-    return found
+def _filename_labels(members: Sequence[str]) -> list[ClassEntry | None]:
+    """The classes in names such as ``207-golden_retriever-0.png``.
 
-
-def _labels_by_file(names: Sequence[str]) -> list[ClassEntry | None]:
-    """Return the classes in names such as ``207-golden_retriever-0.png``.
-
-    Only where each id has one name, and each name but ImageNet's one id: other files may look like it.
+    Other files may look the same, so each id must have one name, and each name that is not ImageNet's one id.
     """
-    found = [re.fullmatch(r"([0-9]+)-(.*[^\W\d_].*)-[0-9]+\.png", name) for name in names]
-    entries = {entry_of(int(match[1]), match[2]) for match in found if match}
+    names = [path_parts(member)[-1] for member in members]
+    matches = [re.fullmatch(r"([0-9]+)-(.*[^\W\d_].*)-[0-9]+\.png", name) for name in names]
+    entries = {class_entry(int(match[1]), match[2]) for match in matches if match}
     by_id = {entry.id: entry for entry in entries}
     others = [entry.name for entry in entries if entry.wnid == entry.name]
     if len(by_id) < len(entries) or len(set(others)) < len(others):
         return [None] * len(names)
-    return [by_id[int(match[1])] if match else None for match in found]
+    return [by_id[int(match[1])] if match else None for match in matches]
+
+
+def _sidecar_label(source: Source, member: str) -> ClassEntry | None:
+    """The class in the provenance stored beside an image, or in its ``.cls``."""
+    if stored := source.sidecar(member, "json"):
+        label = provenance_label(stored.decode(errors="replace"))
+        if label:
+            return label
+    with suppress(ValueError):
+        return numbered_class(int(source.sidecar(member, "cls") or b""))
+    return None
+
+
+@lru_cache(maxsize=1)
+def _by_wnid() -> dict[str, ClassEntry]:
+    return {entry.wnid: entry for entry in imagenet().entries}
+
+
+def _by_id(entries: Iterable[ClassEntry]) -> dict[int, ClassEntry]:
+    """Classes in order of their ids; one known only by its number takes the name that another has for it."""
+    by_id: dict[int, ClassEntry] = {}
+    for entry in sorted(set(entries), key=lambda entry: (entry.id, entry.name == str(entry.id), entry.name)):
+        by_id.setdefault(entry.id, entry)
+    return by_id

@@ -1,206 +1,178 @@
-"""Charts as geometry: where bars, curves and ticks lie, in per cent of the space the page gives them.
+"""Which charts a report has: figures side by side, classes in order of their spread, training over time."""
 
-The template draws them as SVG that stretches with the page while its text and its lines' widths stay as
-they are; colours are the page's, so that they follow light, dark and paper.
-"""
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from varcli.charts import FEW, Bars, Curve, Lines, Point, count_text
+from varcli.config import SampleConfig
+from varcli.evaluation.results import FIGURES, ClassSpread, Figure
+from varcli.report.formatting import as_published, fixed, heading
+from varcli.report.load import SELECTION, Evaluation, TrainingRun
+from varcli.report.tables import published_figure
 
-from varcli.report.formatting import decimals, rounded
-
-Point = tuple[float, float]
-TICKS = 5
-"""About so many on an axis."""
-FEW = 40
-"""So many points of a curve are shown one by one."""
-HUES = 12
-"""Looks of lines: six colours, then the same dashed; after these they come again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """A linear scale between round numbers."""
-
-    low: float
-    high: float
-    ticks: tuple[tuple[float, str], ...]
-    """Places in per cent, and what to write there."""
-
-    def place(self, value: float) -> float:
-        """Return where a value lies, from 0 to 100."""
-        return round(100 * (value - self.low) / (self.high - self.low), 2)
+WITHOUT_REFERENCE = ("inception_score",)
+"""Figures that are comparable whatever the reference."""
+STEEP = 0.02
+"""Part of a training run in which its loss falls so fast that the rest would look flat beside it."""
+VALIDATION = "validation_"
+"""Begins the names of a metrics log's figures of held-out images."""
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One curve or cloud of points of a chart."""
+def compared_figures(evaluations: Sequence[Evaluation]) -> list[Bars]:
+    """Bars of each figure that there is something to compare with.
 
-    label: str
-    path: str
-    """Of the curve, in SVG's language, on a field of 100 by 100."""
-    dots: str
-    """Of the points, each a stroke without length."""
-    kind: str
-    """What it looks like: "thin", "thick", or "open", which is rings."""
-    hue: int
-    strength: float = 1
-    """From 0, invisible, to 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """Curves over a common field."""
-
-    title: str
-    x_title: str
-    x: Axis
-    y: Axis
-    lines: tuple[Line, ...]
-    summary: str
-    """The chart in words, for who cannot see it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """One bar, with what it is to be compared with."""
-
-    label: str
-    text: str
-    length: float
-    limit: float | None
-    """Where FID∞ lies."""
-    published: float | None
-    published_text: str
-    band: Point | None
-    """Beginning and width of the band of reproductions."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bars:
-    """Bars of one figure, on one scale."""
-
-    title: str
-    bars: tuple[Bar, ...]
-
-    @property
-    def has_published(self) -> bool:
-        """Whether the paper has a figure for any of them."""
-        return any(bar.published is not None for bar in self.bars)
-
-    @property
-    def has_limit(self) -> bool:
-        """Whether FID∞ is known of any of them."""
-        return any(bar.limit is not None for bar in self.bars)
-
-    @property
-    def summary(self) -> str:
-        """The chart in words."""
-        return f"{self.title}: " + "; ".join(
-            f"{bar.label} {bar.text} {bar.published_text}".strip() for bar in self.bars
-        )
-
-
-def axis(values: Iterable[float]) -> Axis:
-    """Return an axis that begins and ends at round numbers around values."""
-    low, high = _extent(values)
-    step = _round_step((high - low) / TICKS)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return _ticked(first * step, last * step, step)
-
-
-def count_axis(values: Iterable[float]) -> Axis:
-    """Return an axis of whole numbers that begins and ends with the values."""
-    low, high = _extent(values)
-    return _ticked(low, high, max(1, _round_step((high - low) / TICKS)))
-
-
-def _ticked(low: float, high: float, step: float) -> Axis:
-    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ticks = ((100 * (n * step - low) / (high - low), rounded(n * step, step)) for n in numbers)
-    return Axis(low, high, tuple((round(place, 2), text) for place, text in ticks))
-
-
-def _extent(values: Iterable[float]) -> Point:
-    found = list(values)
-    low, high = min(found), max(found)
-    slack = 0 if high - low > 1e-9 * max(1, abs(high)) else max(0.01, abs(high) / 10)
-    return low - slack, high + slack
-
-
-def _round_step(step: float) -> float:
-    """Return the next of 1, 2, 5, 10, 20 … times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Points that become a line of a chart."""
-
-    label: str
-    points: Sequence[Point]
-    kind: str = "thick"
-    hue: int = 0
-    strength: float = 1
-
-
-def line(curve: Curve, across: Axis, up: Axis) -> Line:
-    """Return a curve as a line of a chart; single points show where they are few, or all there is."""
-    placed = [(across.place(x), round(100 - up.place(y), 2)) for x, y in curve.points]
-    path = "" if curve.kind == "open" else "M" + "L".join(f"{x:g} {y:g}" for x, y in placed)
-    shown = len(placed) == 1 or (curve.kind != "thin" and len(placed) <= FEW)
-    dots = "".join(f"M{x:g} {y:g}h.01" for x, y in placed) if shown else ""
-    return Line(curve.label, path, dots, curve.kind, curve.hue, round(curve.strength, 2))
-
-
-def settled(points: Sequence[Point], skip: float) -> list[float]:
-    """Return the values that decide a curve's scale: those after `skip`, a part of its extent, where it is long."""
-    begin = skip * points[-1][0] if len(points) > FEW else -math.inf
-    return [y for x, y in points if x >= begin]
-
-
-def curves(title: str, x_title: str, given: Sequence[Curve], begin: float, skip: float = 0) -> Chart:
-    """Return a chart of curves, none of them empty, whose horizontal axis begins at `begin`.
-
-    Of long curves the first part, `skip` from 0 to 1, may leave the field: it is so steep that it would flatten
-    all others.
+    Distances to different references, or of different features, never stand in one chart.
     """
-    across = count_axis([begin, *(x for each in given for x, _ in each.points)])
-    up = axis(y for each in given for y in settled(each.points, skip))
-    lines = tuple(line(each, across, up) for each in given)
-    said = (f"{each.label} from {decimals(each.points[0][1])} to {decimals(each.points[-1][1])}" for each in given)
-    return Chart(title, x_title, across, up, lines, f"{title}: " + "; ".join(said))
+    charts = []
+    for name, figure in FIGURES.items():
+        measured = [each for each in evaluations if each.figure(name) is not None]
+        keys = dict.fromkeys(() if name in WITHOUT_REFERENCE else each.comparison_key for each in measured)
+        for key in keys:
+            chosen = [each for each in measured if not key or each.comparison_key == key]
+            if len(chosen) > 1 or published_figure(chosen[0], name) is not None:
+                reference = chosen[0].result.reference if len(keys) > 1 else None
+                charts.append(_bars(name, figure, chosen, f", against {reference.name}" if reference else ""))
+    return charts
 
 
-def against_count(measured: Sequence[tuple[str, Sequence[Point]]], limits: Sequence[Point | None]) -> Chart:
-    """Return FID against the number of images, on a scale of its inverse, along which its bias is a line.
+def _bars(name: str, figure: Figure, chosen: Sequence[Evaluation], against: str) -> Bars:
+    values = [each.figure(name) or 0 for each in chosen]
+    published = [published_figure(each, name) for each in chosen]
+    limits = [each.figure(f"{name}_infinity") for each in chosen]
+    better = "lower" if figure.lower_is_better else "higher"
+    texts = ["" if value is None else f" · paper {as_published(value)}" for value in published]
+    return Bars(
+        title=f"{heading(figure.title)}, {better} is better{against}",
+        unit=figure.title,
+        labels=[each.label for each in chosen],
+        parts={figure.title: [max(0, value) for value in values]},
+        notes=[fixed(value, figure.digits) + text for value, text in zip(values, texts, strict=True)],
+        targets=published,
+        rings=[None if limit is None else max(0, limit) for limit in limits],
+        bands=[each.result.published.band if each.result.published and name == "fid" else None for each in chosen],
+        narrow=True,
+    )
 
-    Args:
-        measured: label, and (number, FID) of several measurements of the same model, of each model.
-        limits: (0, FID∞) of each model, if known.
+
+def fid_by_count(evaluations: Sequence[Evaluation]) -> Lines | None:
+    """FID against the inverse of the number of images, along which its bias is a line, to FID∞ at 0.
+
+    None unless something was measured with several numbers of images.
     """
-    counts = sorted({count for _, points in measured for count, _ in points}, reverse=True)
-    lowest = 1 / counts[-1]
-    across = Axis(0, 1.05 * lowest, _count_ticks(counts, 1.05 * lowest))
-    up = axis([fid for _, points in measured for _, fid in points] + [limit[1] for limit in limits if limit])
-    lines, said = [], []
-    for hue, ((label, points), limit) in enumerate(zip(measured, limits, strict=True)):
-        shown = [(1 / count, fid) for count, fid in sorted(points, reverse=True)]
-        lines.append(line(Curve(label, shown, hue=hue), across, up))
-        said.append(f"{label} " + ", ".join(f"{fid:.2f} of {count:g}" for count, fid in sorted(points)))
-        if limit:
-            lines.append(line(Curve("", [limit], "open", hue), across, up))
+    options = ["sha256", *(option.name for option in fields(SampleConfig)), "dtype"]
+    series: dict[tuple[str, ...], list[Evaluation]] = {}
+    for each in sorted(evaluations, key=lambda each: each.result.n, reverse=True):
+        if each.figure("fid") is not None and each.result.n:
+            settings = [str((each.result.checkpoint or {}).get(option)) for option in options]
+            selection = [str(each.result.protocol.get(part)) for part in SELECTION]
+            series.setdefault((each.name, *settings, *selection, *each.comparison_key), []).append(each)
+    several = [group for group in series.values() if group[0].result.n > group[-1].result.n]
+    if not several:
+        return None
+    names = [group[0].name for group in several]
+    curves = []
+    for color, (name, group) in enumerate(zip(names, several, strict=True)):
+        label = name if names.count(name) == 1 else group[0].label
+        points = [(1 / each.result.n, each.figure("fid") or 0) for each in group]
+        curves.append(Curve(label=label, points=points, color=color, marked=True))
+        if (limit := group[0].figure("fid_infinity")) is not None:
+            curves.append(Curve(label="", points=[(0, limit)], color=color, hollow=True))
+    end = 1.05 * max(x for curve in curves for x, _ in curve.points)
+    counts = sorted({each.result.n for group in several for each in group}, reverse=True)
     title = "FID against the number of images"
-    return Chart(title, "images", across, up, tuple(lines), f"{title}: " + "; ".join(said))
+    return Lines(title=title, x_unit="images", curves=curves, x_limits=(0, end), x_ticks=_count_ticks(counts, end))
 
 
-def _count_ticks(counts: Sequence[float], end: float) -> tuple[tuple[float, str], ...]:
-    """Return infinity at 0 and then those counts that leave room for each other's text."""
+def _count_ticks(counts: Iterable[int], end: float) -> list[tuple[float, str]]:
+    """Infinity at 0, and then those counts that leave room for each other's text."""
     ticks = [(0.0, "∞")]
     for count in counts:
-        place = round(100 / count / end, 2)
-        if place - ticks[-1][0] >= 9:
-            ticks.append((place, rounded(count, 1)))
-    return tuple(ticks)
+        if 1 / count - ticks[-1][0] >= 0.12 * end:
+            ticks.append((1 / count, count_text(count)))
+    return ticks
+
+
+def codebook_usage(evaluations: Sequence[Evaluation]) -> Lines | None:
+    """How much of the codebook each scale uses, None where it was not measured."""
+    curves = [
+        Curve(label=each.label, points=list(enumerate(shares, 1)), color=each.number)
+        for each in evaluations
+        if isinstance(shares := each.result.metrics.get("codebook_usage"), Sequence) and shares
+    ]
+    if not curves:
+        return None
+    ticks = [(scale, str(scale)) for scale in range(1, max(len(curve.points) for curve in curves) + 1)]
+    return Lines(title="Codebook usage per scale", x_unit="scale", curves=curves, x_ticks=ticks)
+
+
+def class_spreads(evaluations: Sequence[Evaluation]) -> Lines | None:
+    """The spread of each class's images, classes in order of it; None where classes are unknown."""
+    curves = [
+        Curve(label=each.label, points=[(i, one.spread) for i, one in enumerate(classes, 1)], color=each.number)
+        for each in evaluations
+        if (classes := classes_by_spread(each))
+    ]
+    title, unit = "Spread within each class", "classes, in order of their spread"
+    return Lines(title=title, x_unit=unit, curves=curves) if curves else None
+
+
+def classes_by_spread(evaluation: Evaluation) -> list[ClassSpread]:
+    """The classes that have several images, the one of the lowest spread first."""
+    several = [each for each in evaluation.result.per_class or () if each.n > 1]
+    return sorted(several, key=lambda each: (each.spread, each.name))
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+TITLES = {
+    "loss": "Loss",
+    "loss_last": "Loss, last scale",
+    "accuracy": "Token accuracy",
+    "accuracy_last": "Token accuracy, last scale",
+    "psnr": "PSNR, dB",
+    "codebook_usage": "Codebook usage per scale",
+}
+"""Titles of a metrics log's figures; others go by their names."""
+NOT_DRAWN = ("step", "images_seen", "images_per_second")
+"""Figures of a metrics log that no chart shows."""
+
+
+def training_charts(runs: Sequence[TrainingRun]) -> list[Lines]:
+    """A chart of each figure of training runs of one stage, training and validation together."""
+    names = list(dict.fromkeys(name for run in runs for line in run.lines for name in line if name not in NOT_DRAWN))
+    families = dict.fromkeys(map(_family, names))
+    charts = []
+    for family in [*(name for name in TITLES if name in families), *(name for name in families if name not in TITLES)]:
+        members = [name for name in names if _family(name) == family]
+        curves = [curve for number in range(len(runs)) for curve in _training_curves(runs, number, members)]
+        if curves:
+            title = TITLES.get(family, family.replace("_", " ").capitalize())
+            values = [y for curve in curves for y in _after_the_beginning(curve.points)]
+            margin = 0.05 * (max(values) - min(values)) or None
+            limits = (min(values) - margin, max(values) + margin) if margin else (None, None)
+            charts.append(Lines(title=title, x_unit="images seen", curves=curves, x_limits=(0, None), y_limits=limits))
+    return charts
+
+
+def _family(figure: str) -> str:
+    """What training, validation and all scales of a figure have in common, as in validation_codebook_usage_3."""
+    return re.sub(r"_\d+$", "", figure.removeprefix(VALIDATION))
+
+
+def _training_curves(runs: Sequence[TrainingRun], number: int, members: Sequence[str]) -> Iterator[Curve]:
+    """Yield the curves of one run: training and validation, or one per scale."""
+    for order, member in enumerate(members, 1):
+        points = runs[number].points(member)
+        held_out, scale = member.startswith(VALIDATION), re.search(r"\d+$", member)
+        which = f"scale {scale[0]}" if scale else "validation" if held_out else "training"
+        label = f"{runs[number].name}, {which}" if len(runs) > 1 else which
+        if points:
+            opacity = 0.35 + 0.65 * order / len(members) if scale else 1
+            yield Curve(label=label, points=points, color=number, width=1.8 if held_out else 0.8, opacity=opacity)
+
+
+def _after_the_beginning(points: Sequence[Point]) -> list[float]:
+    """The values that decide the scale of a chart: of a long curve, those after its steep beginning."""
+    begin = STEEP * points[-1][0] if len(points) > FEW else 0
+    return [y for x, y in points if x >= begin]

@@ -1,6 +1,5 @@
 """Numbers, dates and settings as a report writes them."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,68 +8,68 @@ NARROW = "\N{NARROW NO-BREAK SPACE}"
 FIGURE_SPACE = "\N{FIGURE SPACE}"
 """As wide as a digit: lines up numbers of fewer decimals."""
 NONE = "–"
-LARGEST = 1e15
-"""No figure is as large; larger numbers are a mistake."""
 
 
-def fixed(value: float | None, digits: int, scale: float = 1) -> str:
-    """Return a figure with so many digits after the point, never -0.00; a dash for none."""
+def fixed(value: float | None, digits: int) -> str:
+    """Write a figure with so many digits after the decimal point, never as -0.00; None as a dash."""
     if value is None:
         return NONE
-    return f"{round(value * scale, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def grouped(count: float | None) -> str:
-    """Return a whole number in groups of three digits, from five digits on."""
-    if count is None:
-        return NONE
+def as_published(value: float) -> str:
+    """Write one of the paper's figures as the paper does."""
+    return f"{value:.{1 if value >= 100 else 2}f}"
+
+
+def grouped(count: float) -> str:
+    """Write a whole number in groups of three digits, from five digits on."""
     return f"{count:,.0f}".replace(",", NARROW) if abs(count) >= 10_000 else f"{count:.0f}"
 
 
 def decimals(value: float) -> str:
-    """Return a figure of unknown size to four digits."""
+    """Write a figure of unknown size to four digits."""
     return f"{value:.4g}"
 
 
-def rounded(value: float, step: float) -> str:
-    """Return a tick's text: as many decimals as the step between ticks needs, and k or M for thousands and millions."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size and step >= size / 1000 and abs(value) >= 10 * 1e3:
-            return f"{value / size:g}{NARROW}{unit}"
-    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+def heading(title: str) -> str:
+    """Begin a title with a capital, unless it has capitals of its own (rFID)."""
+    return title if any(map(str.isupper, title)) else title.capitalize()
 
 
-def shortened_hash(digest: str) -> str:
-    """Return the beginning of a hash, enough to tell it from others."""
-    return digest[:12]
+def shortened_path(path: str) -> str:
+    """The last two parts of a path, of any operating system."""
+    return "/".join([part for part in re.split(r"[\\/]", path) if part][-2:]) or path
 
 
-def shortened(text: str) -> str:
-    """Return a setting so that it fits into a narrow column: of a hash the beginning."""
-    return shortened_hash(text) if re.fullmatch(r"[0-9a-f]{64}", text) else text
+def shortened_hash(text: str) -> str:
+    """The beginning of a sha256; any other text as it is."""
+    return text[:12] if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
-def moment(date: str) -> str:
-    """Return a date of ISO 8601 to the minute, any other text as it is."""
+def date_and_time(date: str) -> str:
+    """Write a date of ISO 8601 to the minute; any other text as it is."""
     day, _, time = date.partition("T")
     return f"{day} {time[:5]} UTC" if len(day) == 10 and len(time) >= 5 else date
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it."""
+    """Write a duration in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def value_in_words(value: Any) -> str:
-    """Return the value of a setting."""
+def setting(name: str, value: Any) -> str:
+    """Write the value of a setting; seeds are numbers without groups."""
     if value is None or value in ("", [], {}):
         return NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {value_in_words(inside)}" for name, inside in value.items())
+        return ", ".join(f"{key} {setting(key, inside)}" for key, inside in value.items())
     if isinstance(value, list):
-        return ", ".join(map(value_in_words, value))
-    return f"{value:g}" if isinstance(value, float) else grouped(value) if isinstance(value, int) else str(value)
+        return ", ".join(setting(name, inside) for inside in value)
+    if isinstance(value, int) and not name.endswith("seed"):
+        return grouped(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,21 +1,18 @@
-"""Tables of a report: what was measured beside what was published, how training went."""
+"""Tables of a report: figures beside published ones, training runs, and all settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
+from varcli.checkpoints.registry import registry
+from varcli.evaluation.results import FIGURES, Result
 from varcli.report import formatting
-from varcli.report.evaluations import Evaluation, Facts, name
-from varcli.report.formatting import NONE, fixed, grouped
-from varcli.report.runs import TrainingRun
+from varcli.report.formatting import NONE, decimals, fixed, grouped, heading
+from varcli.report.load import Evaluation, TrainingRun
 
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """Figures of the paper's table that an evaluation's result does not repeat."""
-
-    precision: float | None
-    recall: float | None
+PUBLISHED_IMAGES = 50_000
+"""Of every published figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +21,7 @@ class Cell:
 
     text: str
     detail: str = ""
-    """What belongs to it and is less important."""
+    """Less important, after the text."""
     number: bool = False
     """Whether it lines up with the numbers above and below."""
     alarm: bool = False
@@ -36,9 +33,6 @@ class Cell:
         return self.text == NONE
 
 
-EMPTY = Cell(NONE, number=True)
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of a table."""
@@ -48,7 +42,7 @@ class Row:
     published: bool = False
     """Whether it is the paper's."""
     warnings: int = 0
-    """How many the result came with."""
+    """Number of warnings of the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +55,8 @@ class Table:
     groups: tuple[tuple[Row, ...], ...]
 
 
-def table(caption: str, headings: Sequence[str], groups: Sequence[Sequence[Row]]) -> Table:
-    """Return a table without the columns that nothing stands in."""
+def without_empty_columns(caption: str, headings: Sequence[str], groups: Sequence[Sequence[Row]]) -> Table:
+    """Make a table of the columns in which something stands."""
     kept = [i for i in range(len(headings) - 1) if any(not row.cells[i].empty for rows in groups for row in rows)]
     slim = [
         tuple(Row(row.head, tuple(row.cells[i] for i in kept), row.published, row.warnings) for row in rows)
@@ -71,113 +65,188 @@ def table(caption: str, headings: Sequence[str], groups: Sequence[Sequence[Row]]
     return Table(caption, (headings[0], *(headings[i + 1] for i in kept)), tuple(slim))
 
 
-MEASURED = (
-    "Result",
-    "Images",
-    "Reference",
-    "FID",
-    "FID∞",
-    "IS",
-    "KID\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10³",
-    "Precision",
-    "Recall",
-    "Reproductions",
-)
+# --- figures ----------------------------------------------------------------------------------------
 
 
-def measured(results: Sequence[Evaluation], published: Mapping[str, Published]) -> Table:
-    """Return the headline: results of one checkpoint together, the paper's figures below them."""
+def figures_table(caption: str, evaluations: Sequence[Evaluation]) -> Table:
+    """Make the headline: results of one checkpoint together, the paper's figures below them."""
     groups: dict[str, list[Row]] = {}
-    paper: dict[str, Row] = {}
-    for result in results:
-        group = name(result.facts)
-        groups.setdefault(group, []).append(_measured_row(result))
-        if result.facts["published"]:
-            paper[group] = _paper_row(group, result.facts["published"], published.get(group, Published(None, None)))
-    rows = [[*rows, *([paper[group]] if group in paper else [])] for group, rows in groups.items()]
-    return table("What was measured" + (", and what the paper gives" if paper else ""), MEASURED, rows)
+    for evaluation in evaluations:
+        groups.setdefault(evaluation.name, []).append(_measured_row(evaluation))
+    for evaluation in {
+        evaluation.name: evaluation for evaluation in evaluations if evaluation.result.published
+    }.values():
+        groups[evaluation.name].append(_published_row(evaluation))
+    titles = [title for name, figure in FIGURES.items() for title in (heading(figure.title), f"{figure.title}∞")]
+    headings = ("Result", "Images", "Reference", *titles, "Reproductions")
+    return without_empty_columns(caption, headings, list(groups.values()))
 
 
-def _measured_row(result: Evaluation) -> Row:
-    metrics = result.metrics
+def _measured_row(evaluation: Evaluation) -> Row:
+    result = evaluation.result
+    reference = result.reference
     cells = (
-        Cell(grouped(result.facts["n"]), number=True),
-        reference_cell(result.facts),
-        figure(metrics, "fid", 2),
-        figure(metrics, "fid_infinity", 2),
-        figure(metrics, "inception_score", 1),
-        figure(metrics, "kid", 2, scale=1000),
-        figure(metrics, "precision", 3),
-        figure(metrics, "recall", 3),
-        band_cell(result.facts["published"]),
+        Cell(grouped(result.n), number=True),
+        Cell(reference.name, formatting.shortened_hash(reference.sha256)) if reference else Cell(NONE),
+        *_figure_cells(evaluation),
+        _band_cell(result),
     )
-    return Row(result.label, cells, warnings=len(result.facts["warnings"] or ()))
+    return Row(evaluation.label, cells, warnings=len(result.warnings))
 
 
-def _paper_row(group: str, given: Facts, paper: Published) -> Row:
-    """Return the paper's figures, whose rates have a digit less than ours."""
-    precision, recall = (
-        EMPTY if rate is None else Cell(fixed(rate, 2) + formatting.FIGURE_SPACE, number=True)
-        for rate in (paper.precision, paper.recall)
-    )
-    fid, score = figure(given, "fid", 2), figure(given, "inception_score", 1)
-    images = Cell(grouped(50_000), number=True)
-    cells = (images, Cell(NONE), fid, EMPTY, score, EMPTY, precision, recall, Cell(NONE))
-    return Row(f"{group}, paper", cells, published=True)
+def _published_row(evaluation: Evaluation) -> Row:
+    cells: list[Cell] = []
+    for name, figure in FIGURES.items():
+        value = published_figure(evaluation, name)
+        text = NONE if value is None else formatting.as_published(value)
+        padding = formatting.FIGURE_SPACE * (figure.digits - len(text.partition(".")[2]))
+        cells += (Cell(text if value is None else text + padding, number=True), Cell(NONE, number=True))
+    images = Cell(grouped(PUBLISHED_IMAGES), number=True)
+    return Row(f"{evaluation.name}, paper", (images, Cell(NONE), *cells, Cell(NONE)), published=True)
 
 
-def figure(metrics: Facts, metric: str, digits: int, scale: float = 1) -> Cell:
-    """Return a figure, and its standard deviation if that is known."""
-    deviation = metrics.get(f"{metric}_std")
-    detail = "" if deviation is None else f"± {fixed(deviation, digits, scale)}"
-    return Cell(fixed(metrics.get(metric), digits, scale), detail, number=True)
+def _figure_cells(evaluation: Evaluation) -> Iterator[Cell]:
+    """Yield two cells per figure: with its standard deviation, and estimated for infinitely many images."""
+    for name, figure in FIGURES.items():
+        deviation = evaluation.figure(f"{name}_std")
+        detail = "" if deviation is None else f"± {fixed(deviation, figure.digits)}"
+        yield Cell(fixed(evaluation.figure(name), figure.digits), detail, number=True)
+        yield Cell(fixed(evaluation.figure(f"{name}_infinity"), figure.digits), number=True)
 
 
-def reference_cell(facts: Facts) -> Cell:
-    """Return a reference's name and the beginning of its hash."""
-    reference = facts["reference"]
-    return Cell(reference["name"], formatting.shortened_hash(reference["sha256"])) if reference else Cell(NONE)
+def published_figure(evaluation: Evaluation, name: str) -> float | None:
+    """The paper's figure, where the evaluation says that it may be compared with the paper."""
+    published = evaluation.result.published
+    if published is None:
+        return None
+    value = getattr(published, name, None)
+    return getattr(registry().get(evaluation.name), name, None) if value is None and name in FIGURES else value
 
 
-def band_cell(published: Facts | None) -> Cell:
-    """Return whether an FID lies where others found it who measured the same checkpoint."""
-    if not published or not published.get("band") or published.get("inside") is None:
+def _band_cell(result: Result) -> Cell:
+    """Say whether FID lies where others found it who measured the same checkpoint."""
+    published = result.published
+    if not published or not published.band or published.inside is None:
         return Cell(NONE)
-    low, high = published["band"]
-    inside = published["inside"]
-    return Cell("inside" if inside else "outside", f"{low:.2f}–{high:.2f}", alarm=not inside)
+    low, high = published.band
+    return Cell("inside" if published.inside else "outside", f"{low:.2f}–{high:.2f}", alarm=not published.inside)
 
 
-REBUILT = ("Tokenizer", "Images", "Reference", "rFID", "rFID∞", "PSNR, dB", "SSIM", "LPIPS")
-REBUILT_DIGITS = {"rfid": 2, "rfid_infinity": 2, "psnr": 2, "ssim": 3, "lpips": 3}
-
-
-def rebuilt(results: Sequence[Evaluation]) -> Table:
-    """Return the table of reconstructions."""
-    rows = [
-        Row(
-            result.label,
-            (
-                Cell(grouped(result.facts["n"]), number=True),
-                reference_cell(result.facts),
-                *(figure(result.metrics, metric, digits) for metric, digits in REBUILT_DIGITS.items()),
-            ),
-            warnings=len(result.facts["warnings"] or ()),
-        )
-        for result in results
+def directions(table: Table) -> str:
+    """Say of each figure in a table whether lower or higher is better."""
+    shown = [figure for figure in FIGURES.values() if heading(figure.title) in table.headings]
+    texts = [
+        f"{', '.join(figure.title.partition(',')[0] for figure in chosen)}: {word} is better"
+        for word, lower in (("lower", True), ("higher", False))
+        if (chosen := [figure for figure in shown if figure.lower_is_better == lower])
     ]
-    return table("Images after the tokenizer, there and back", REBUILT, [rows])
+    return heading("; ".join(texts) + ".")
 
 
-def trained(runs: Sequence[TrainingRun], figures: Mapping[str, str]) -> Table:
-    """Return how far runs of one stage came; `figures` are names of the journal and their headings."""
-    headings = ("TrainingRun", "Updates", "Images seen", "Images/s", *figures.values())
-    return table("Training runs, their last figures", headings, [[_trained_row(run, list(figures)) for run in runs]])
+# --- training ---------------------------------------------------------------------------------------
+
+TRAINED = {
+    "loss": "Training loss",
+    "validation_loss": "Validation loss",
+    "validation_loss_last": "… of the last scale",
+    "validation_accuracy": "Token accuracy",
+    "validation_accuracy_last": "… of the last scale",
+    "squared_error": "Squared error",
+    "validation_psnr": "PSNR, dB",
+}
+"""Figures of a metrics log that stand in the table of runs, where a run has them, and their headings."""
 
 
-def _trained_row(run: TrainingRun, figures: Sequence[str]) -> Row:
+def training_table(runs: Sequence[TrainingRun]) -> Table:
+    """Make the table of how far runs of one stage came."""
+    headings = ("Run", "Steps", "Images seen", "Images/s", *TRAINED.values())
+    return without_empty_columns("Training runs, their last figures", headings, [[_training_row(run) for run in runs]])
+
+
+def _training_row(run: TrainingRun) -> Row:
     last = run.lines[-1]
     speeds = [value for _, value in run.points("images_per_second")]
-    made = (grouped(last["step"]), grouped(last["images_seen"]), f"{median(speeds):.3g}" if speeds else NONE)
-    values = [formatting.decimals(points[-1][1]) if (points := run.points(figure)) else NONE for figure in figures]
-    return Row(run.name, tuple(Cell(text, number=True) for text in (*made, *values)))
+    counts = (grouped(last["step"]), grouped(last["images_seen"]), f"{median(speeds):.3g}" if speeds else NONE)
+    values = [decimals(points[-1][1]) if (points := run.points(figure)) else NONE for figure in TRAINED]
+    return Row(run.name, tuple(Cell(text, number=True) for text in (*counts, *values)))
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+SETTING_NAMES = {
+    "what": "what was measured",
+    "source.paths": "images from",
+    "n": "number of images",
+    "checkpoint.name": "checkpoint",
+    "checkpoint.sha256": "sha256 of the checkpoint",
+    "checkpoint.cfg": "guidance (cfg)",
+    "reference.name": "reference",
+    "reference.sha256": "sha256 of the reference",
+    "reference.n": "images in the reference",
+    "reference.pixels": "pixels per side of the reference",
+    "extractor.name": "extractor",
+    "extractor.sha256": "sha256 of the extractor",
+    "protocol.is_splits": "splits (IS)",
+    "protocol.is_shuffle_seed": "seed of the shuffle (IS)",
+    "protocol.kid_subsets": "subsets (KID)",
+    "protocol.kid_subset_size": "images per subset (KID)",
+    "protocol.prc_k": "neighbours (precision, recall)",
+    "protocol.pixels": "pixels per side",
+    "protocol.resize": "resized",
+    "seconds.total": "time",
+    "seconds.images": "time for images",
+    "seconds.features": "time for features",
+    "version": "varcli",
+}
+"""What settings are called where their names in the result do not say it."""
+SETTINGS = (
+    *("checkpoint", "source", "n", "what", "classes", "reference", "extractor", "protocol"),
+    *("version", "date", "seconds"),
+)
+"""Parts of a result that are settings, in the order in which a report shows them."""
+
+
+def settings_tables(caption: str, labels: Sequence[str], settings: Sequence[Mapping[str, str]]) -> list[Table]:
+    """Make a table of the settings that differ, the narrower way round, and one of those that are the same."""
+    paths = list(dict.fromkeys(path for each in settings for path in each))
+    differing = [path for path in paths if len({each.get(path, NONE) for each in settings}) > 1]
+    same = [Row(_setting_name(path), (Cell(settings[0].get(path, NONE)),)) for path in paths if path not in differing]
+    headings = list(map(_setting_name, differing))
+    cells = [[Cell(formatting.shortened_hash(each.get(path, NONE))) for path in differing] for each in settings]
+    if len(differing) > len(labels):
+        labels, headings, cells = headings, list(labels), [list(column) for column in zip(*cells, strict=True)]
+    rows = [Row(label, tuple(row)) for label, row in zip(labels, cells, strict=True)]
+    tables = []
+    if differing:
+        tables.append(without_empty_columns(f"{caption}: where they differ", ("", *headings), [rows]))
+    title = caption if len(settings) == 1 else f"{caption}: the same for all"
+    tables.append(without_empty_columns(title, ("Setting", "Value"), [same]))
+    return [table for table in tables if table.groups[0] and len(table.headings) > 1]
+
+
+def evaluation_settings(result: Result) -> dict[str, str]:
+    """All settings of a result by their path, in words."""
+    facts, settings = result.facts(), dict[str, str]()
+    for part in SETTINGS:
+        value = facts[part]
+        if isinstance(value, dict):
+            settings |= {f"{part}.{name}": _setting(part, name, each) for name, each in value.items()}
+        elif value is not None:
+            settings[part] = _setting(part, part, value)
+    return settings
+
+
+def _setting(part: str, name: str, value: Any) -> str:
+    if part == "seconds":
+        return formatting.duration(value)
+    return formatting.date_and_time(value) if part == "date" else formatting.setting(name, value)
+
+
+def training_settings(run: TrainingRun) -> dict[str, str]:
+    """All settings of a training run, in words."""
+    return {name: formatting.setting(name, value) for name, value in run.settings.items()}
+
+
+def _setting_name(path: str) -> str:
+    part, _, name = path.rpartition(".")
+    return SETTING_NAMES.get(path, name.replace("_", "-" if part == "checkpoint" else " "))

@@ -210,7 +210,7 @@ def open_cache(
         if done == total or done // ENCODE_BATCH % FLUSH_EVERY == 0:
             tokens.flush()
             _write_description(place, done, unreadable)
-    return TokenCache(tokens, unreadable, images.rows, settings.crops)
+    return TokenCache(tokens, unreadable, images.labels, settings.crops)
 
 
 def _key(tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device) -> str:
