@@ -61,7 +61,7 @@ HEAD_WIDTH = 64
 """Channels of one attention head, the same at every depth."""
 
 
-def option(default: Any, help: str, *flags: str, metavar: str | None = None) -> Any:
+def option(default: Any, help: str, *flags: str, metavar: str | None = None, shown: str | None = None) -> Any:
     """Declare a field that is also a command-line option.
 
     Args:
@@ -69,8 +69,10 @@ def option(default: Any, help: str, *flags: str, metavar: str | None = None) -> 
         help: what `--help` says.
         flags: of the option, e.g. "--num-images", "-n"; by default `--` and the field's name.
         metavar: placeholder of the value in `--help`.
+        shown: default as `--help` words it, where it is not the field's own.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "flags": flags, "metavar": metavar})
+    metadata = {"help": help, "flags": flags, "metavar": metavar, "shown": shown}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -167,6 +169,8 @@ class TransformerConfig:
         return self.class_count
 
 
+PRESET_S = "the preset's"
+
 APPROXIMATIONS = ("guidance", "tokens", "cache")
 """Approximations of sampling: no guidance in the last scales, fewer tokens there, fewer keys and values kept."""
 
@@ -181,10 +185,14 @@ class SampleConfig:
     """
 
     cfg: float = option(
-        1.5, "Strength of classifier-free guidance at the last scale, rising linearly from 0 at the first; 0 is off."
+        1.5,
+        "Strength of classifier-free guidance at the last scale, rising linearly from 0 at the first; 0 is off.",
+        shown=PRESET_S,
     )
-    top_k: int = option(900, "Sample from this many most likely tokens; 0 is off, 1 is greedy.")
-    top_p: float = option(0.96, "Sample from the most likely tokens that hold this probability; 0 is off.")
+    top_k: int = option(900, "Sample from this many most likely tokens; 0 is off, 1 is greedy.", shown=PRESET_S)
+    top_p: float = option(
+        0.96, "Sample from the most likely tokens that hold this probability; 0 is off.", shown=PRESET_S
+    )
     smooth: bool = option(False, "Mix codebook vectors instead of sampling one: smoother images, not for metrics.")
     approximate: str = option(
         "", f"Approximations that save time: {', '.join(APPROXIMATIONS)} (comma-separated), or all.", metavar="NAMES"

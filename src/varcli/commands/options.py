@@ -1,16 +1,83 @@
 """Each option's type, range and help, once. Defaults stand in the configurations. No torch here."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
 
-from varcli.config import APPROXIMATIONS
+from varcli.config import SampleConfig
 from varcli.errors import UsageError
 
 DEFAULT_CHECKPOINT: Final = "tiny64"
 DEFAULT_PRESET: Final = "looks"
-"""Who types no settings wants images to look at; figures come from commands that say so."""
+"""Default to the "looks" preset; evaluation uses "metrics"."""
+
+
+# --- options from dataclasses ----------------------------------------------------------------------
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn each keyword-only parameter annotated `Annotated[dict[str, Any], Config]` into one option per field of `Config`.
+
+    The command gets a dict of the options that were typed, so that what was not typed keeps the value of a
+    preset or recipe. Fields are declared with `varcli.config.option`, which holds help and flags.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, list[str]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        config = _config_of(hint)
+        if config is None:
+            parameters.append(parameter.replace(annotation=hint))
+            continue
+        kinds = get_type_hints(config)
+        declared = [field for field in fields(config) if "help" in field.metadata]
+        groups[parameter.name] = [field.name for field in declared]
+        parameters += [_parameter(field, kinds[field.name]) for field in declared]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for group, names in groups.items():
+            values = {name: given.pop(name) for name in names}
+            given[group] = {name: value for name, value in values.items() if value is not None}
+        command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _config_of(hint: Any) -> Any:
+    """The dataclass whose options a parameter stands for, None if it is an option of its own."""
+    if get_origin(hint) is not Annotated:
+        return None
+    kind, config = get_args(hint)[:2]
+    return config if get_origin(kind) is dict and is_dataclass(config) else None
+
+
+def _parameter(field: "Field[Any]", kind: Any) -> inspect.Parameter:
+    """A field as an option that is None where it is not typed."""
+    flags = field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",)
+    shown = field.metadata["shown"]
+    if shown is None and field.default is not MISSING and not isinstance(field.default, bool):
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    if get_origin(kind) is tuple:
+        kind = str  # parsed by the command: 1,2,3
+    declared = Option(*flags, help=field.metadata["help"], metavar=field.metadata["metavar"], show_default=shown or False)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
+    )
+
+
+Settings = Annotated[dict[str, Any], SampleConfig]
+"""The options of sampling, one per field; a command gets those that were typed."""
+
+# --- options one by one ----------------------------------------------------------------------------
 
 Classes = Annotated[
     list[str],
@@ -19,11 +86,11 @@ Classes = Annotated[
         "-c",
         metavar="CLASS",
         help="Index (207), name ('golden retriever'), list (1,5,207), range (10-20), all, none (unconditional), "
-        "random, or - for one a line on stdin. Repeatable.",
+        "random, or - to read one per line from stdin. Repeatable.",
     ),
 ]
-Count = Annotated[int, Option("--count", "-n", min=1, help="Images a class.")]
-Seed = Annotated[int, Option("--seed", min=0, help="Seed of a class's first image; the next ones count up from it.")]
+Count = Annotated[int, Option("--count", "-n", min=1, help="Images per class.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of each class's first image; the next ones count up from it.")]
 Checkpoint = Annotated[
     str,
     Option(
@@ -31,46 +98,36 @@ Checkpoint = Annotated[
         "-m",
         envvar="VAR_CHECKPOINT",
         metavar="NAME|FILE",
-        help="Which model: a name of `var checkpoints list`, or a file.",
+        help="Model: a name from `var checkpoints list`, or a file.",
     ),
 ]
-Cfg = Annotated[
-    float | None, Option("--cfg", help="Strength of classifier-free guidance, 0 for none.", show_default="the preset's")
-]
-TopK = Annotated[
-    int | None,
-    Option("--top-k", help="Draw from this many best tokens; 0 is off, 1 greedy.", show_default="the preset's"),
-]
-TopP = Annotated[
-    float | None,
-    Option("--top-p", help="Draw from the best tokens of this probability; 0 is off.", show_default="the preset's"),
-]
-Smooth = Annotated[bool, Option("--smooth", help="Mix tokens instead of drawing one: smoother, for looks only.")]
 Preset = Annotated[
     Literal["metrics", "looks"],
-    Option("--preset", help="Settings for measuring or for looking at; the options above override them."),
+    Option("--preset", help="Published settings: for measuring, or for good looks. The options above override them."),
 ]
 Out = Annotated[
     str | None,
     Option(
         "--out",
         "-o",
-        metavar="PLACE",
+        metavar="PATH",
         help="A .png file, a folder, .npz (for FID toolkits), .tar (WebDataset), or - for stdout.",
         show_default="files in the current folder",
     ),
 ]
-Grid = Annotated[Path | None, Option("--grid", metavar="FILE", help="Also a contact sheet of all images, .png.")]
-Scales = Annotated[
+Grid = Annotated[
+    Path | None, Option("--grid", metavar="FILE", help="Also write a contact sheet of all images, .png.")
+]
+Growth = Annotated[
     Path | None,
-    Option("--growth", metavar="FILE", help="Also the image growing scale by scale: strip .png, animation .gif."),
+    Option("--growth", metavar="FILE", help="Also write the image growing scale by scale: a strip (.png) or an animation (.gif)."),
 ]
 BatchSize = Annotated[
     int | None,
     Option(
         "--batch-size",
         min=1,
-        help="Images at a time on a GPU in 16 bits; elsewhere always one, so that batches change nothing.",
+        help="Batch size for 16-bit GPU sampling; always 1 elsewhere, so results never depend on it.",
         show_default="as memory allows",
     ),
 ]
@@ -83,17 +140,8 @@ Quantize = Annotated[
     Literal["int8"] | None,
     Option(
         "--quantize",
-        help="Weights and activations in 8 bits: on CPUs faster for models as large as d16; less memory.",
+        help="8-bit weights and activations: less memory, and faster on CPUs for models as large as d16.",
         show_default="off",
-    ),
-]
-Approximate = Annotated[
-    str | None,
-    Option(
-        "--approximate",
-        metavar="NAMES",
-        help=f"Approximations that save time: {', '.join(APPROXIMATIONS)} (with commas between), or all.",
-        show_default="none",
     ),
 ]
 Processes = Annotated[
@@ -102,18 +150,35 @@ Processes = Annotated[
         "--nproc",
         metavar="N",
         min=1,
-        help="Share the images among N processes, which share the GPUs where there are some.",
+        help="Split the work over N processes and the available GPUs.",
     ),
 ]
-Resume = Annotated[bool, Option("--resume", help="Skip images that are there already.")]
-Json = Annotated[bool, Option("--json", help="Results as JSON, one object a line.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bar, no notes, no paths; errors only.")]
+Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run left.")]
+Json = Annotated[bool, Option("--json", help="Print results as JSON, one object per line.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only: no progress bar, notes or paths.")]
 ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that `var sample` wrote.")]
-Words = Annotated[list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without them all classes.")]
+Words = Annotated[list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without any, all classes are listed.")]
 
 
-def parse_numbers(what: str, text: str) -> tuple[int, ...]:
-    """Return the whole numbers of a list such as 1,2,3.
+BestOf = Annotated[
+    float,
+    Option(
+        "--best-of",
+        metavar="N",
+        min=1,
+        help="Sample N candidates per image and keep those of highest classifier confidence; may be fractional.",
+    ),
+]
+Classifier = Annotated[
+    str,
+    Option("--classifier", metavar="NAME|FILE", help="Classifier: a torchvision model name or a TorchScript file."),
+]
+DEFAULT_CLASSIFIER: Final = "resnet101"
+"""torchvision's, the network that VQGAN's rejection sampling used."""
+
+
+def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Parse whole numbers such as 1,2,3.
 
     Raises:
         UsageError: it is no such list.
@@ -121,20 +186,7 @@ def parse_numbers(what: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise UsageError(f"{what}: {text}; whole numbers with commas between, such as 1,2,3") from None
+        raise UsageError(f"{flag} must be whole numbers separated by commas, such as 1,2,3 (got {text})") from None
 
 
-def parse_approximations(text: str | None) -> str | None:
-    """Return approximations in the order of `APPROXIMATIONS`, each once; unknown ones are left to the configuration."""
-    if text is None:
-        return None
-    given = {name.strip() for name in text.split(",")}
-    if given == {"all"}:
-        return ",".join(APPROXIMATIONS)
-    return ",".join([name for name in APPROXIMATIONS if name in given] + sorted(given - set(APPROXIMATIONS)))
-
-
-def check_precision(dtype: str, quantize: str | None) -> None:
-    """Raise UsageError if two precisions are asked for."""
-    if quantize and dtype != "auto":
-        raise UsageError(f"quantize: {quantize} with --dtype {dtype}; one or the other")
+STDOUT_TWICE = "--json cannot be used with --out -: stdout can carry the images or the lines, not both"

@@ -53,12 +53,12 @@ def find_sink(out: str | None, *, several: bool) -> Sink:
     if kind == "folder":
         return FolderSink(path)
     if several:
-        raise UsageError(f"out: {out} for several images; a folder, .npz or .tar, or - for a tar stream")
+        raise UsageError(f"--out {out} is one file, but there are several images; use a folder, .npz, .tar, or - for a tar stream")
     return FolderSink(path.parent, path.name)
 
 
 def check_sink(out: str | None) -> None:
-    """Find out whether the place that `--out` names can be written, without touching it.
+    """Check that the place that `--out` names can be written, without touching it.
 
     Raises:
         UsageError: there is no such kind of place.
@@ -84,7 +84,7 @@ def _kind(out: str | None) -> str:
     if ending in (".png", ".npz", ".tar"):
         return ending
     if ending in _OTHER_FILES or there == "file":
-        raise UsageError(f"out: {out}; a folder, a name ending in .png, .npz or .tar, or - for standard output")
+        raise UsageError(f"--out must be a folder, a name ending in .png, .npz or .tar, or - for standard output (got {out})")
     return "folder"
 
 
@@ -95,12 +95,26 @@ _OTHER_FILES = frozenset(
 
 
 def check_file(option: str, path: Path, endings: tuple[str, ...]) -> None:
-    """Find out whether an image file that an option names can be written, without touching it.
+    """Check that an image file that an option names can be written, without touching it.
 
     Raises:
         UsageError: its name has none of these endings, such as ".png".
         RunError: it cannot be written.
     """
     if path.suffix.lower() not in endings:
-        raise UsageError(f"{option}: {path}; a name ending in {' or '.join(endings)}")
+        raise UsageError(f"--{option} must be a name ending in {' or '.join(endings)} (got {path})")
     check_writable(path)
+
+
+def check_outputs(out: str | None, grid: Path | None = None, growth: Path | None = None) -> None:
+    """Check that everything to be written can be, before anything is downloaded or computed.
+
+    Raises:
+        UsageError: a name is of no kind that can be written.
+        RunError: a place cannot be written.
+    """
+    check_sink(out)
+    if grid:
+        check_file("grid", grid, (".png",))
+    if growth:
+        check_file("growth", growth, (".png", ".gif"))

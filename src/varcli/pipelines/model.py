@@ -1,8 +1,9 @@
 """A model ready to sample, edit and measure: what `varcli.load` returns and every command uses."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,12 @@ from varcli import __version__
 from varcli.acceleration.devices import pick_device, pick_dtype, precision_reason, prepare
 from varcli.checkpoints.registry import presets, registry, resolve_checkpoint
 from varcli.checkpoints.store import Checkpoint, load_model, load_tokenizer, read_metadata
-from varcli.classes import RANDOM, ClassEntry, ClassTable, imagenet, parse_classes, random_class
+from varcli.classes import ClassEntry, ClassTable, imagenet, parse_classes
 from varcli.config import SampleConfig
 from varcli.errors import CheckpointError, UsageError
 from varcli.images.image import Image
 from varcli.images.provenance import Provenance
-from varcli.pipelines.requests import SampleRequest
+from varcli.pipelines.requests import SampleRequest, class_requests, request
 from varcli.sampling.batching import BatchSampler
 
 if TYPE_CHECKING:
@@ -66,12 +67,9 @@ class Model:
         self.dtype = dtype
         """Precision of the transformer and the decoder: fp32, bf16, fp16 or int8."""
         self.metadata, _ = read_metadata(path)
-        self._note = precision_reason(dtype, device) if chosen and dtype != "int8" else None
-
-    @property
-    def precision_note(self) -> str | None:
+        self.precision_note = precision_reason(dtype, device) if chosen and dtype != "int8" else None
         """Which precision was chosen, and why; None if the user chose it."""
-        return self._note
+        self._checkpoint: Checkpoint | None = None
 
     @property
     def sha256(self) -> str:
@@ -94,12 +92,22 @@ class Model:
         """The tokenizer in float32, for encoding and decoding."""
         return load_tokenizer(self.path).to(self.device)
 
+    def load_weights(self) -> None:
+        """Read tokenizer and transformer now, so that a damaged file is found before anything else is done.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds a tokenizer alone.
+        """
+        if self._checkpoint is None:
+            self._checkpoint = load_model(self.path)
+
     @cached_property
     def prepared(self) -> Checkpoint:
         """Tokenizer and transformer in the model's precision, made fast for its device."""
-        checkpoint = load_model(self.path)
-        prepare(checkpoint.tokenizer, checkpoint.transformer, self.device, self.dtype)
-        return checkpoint
+        self.load_weights()
+        assert self._checkpoint is not None
+        prepare(self._checkpoint.tokenizer, self._checkpoint.transformer, self.device, self.dtype)
+        return self._checkpoint
 
     # --- sampling ----------------------------------------------------------------------------------
 
@@ -119,9 +127,11 @@ class Model:
             raise TypeError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
         return replace(presets(self.name)[preset], **given)
 
-    def sampler(self, config: SampleConfig, batch_size: int | None = None, **options: Any) -> BatchSampler:
+    def sampler(
+        self, config: SampleConfig, batch_size: int | None = None, note: Callable[[str], None] = lambda line: None
+    ) -> BatchSampler:
         """A sampler with these settings; `batch_size` None means as many images at a time as memory holds."""
-        return BatchSampler(self.prepared.tokenizer, self.prepared.transformer, config, batch_size, **options)
+        return BatchSampler(self.prepared.tokenizer, self.prepared.transformer, config, batch_size, note)
 
     def provenance(self, config: SampleConfig, *, device: str | None = None) -> Provenance:
         """What all images of these settings have in common; `device` is the name to record."""
@@ -136,15 +146,6 @@ class Model:
             dtype=self.dtype,
             version=__version__,
         )
-
-    def request(self, entry: ClassEntry | None, seed: int, common: Provenance) -> SampleRequest:
-        """Request an image of a class, None for "no class"; `RANDOM` is a class that follows the seed."""
-        if entry is RANDOM:
-            entry = random_class(self.classes, seed)
-        if entry is None:
-            return SampleRequest(len(self.classes), seed, replace(common, seed=seed))
-        provenance = replace(common, class_id=entry.id, class_name=entry.name, seed=seed)
-        return SampleRequest(self.classes.label(entry.id), seed, provenance)
 
     def one_class(self, name: ClassName) -> ClassEntry | None:
         """The one class that a name or index means; None is "no class".
@@ -187,8 +188,9 @@ class Model:
         """
         names = [classes] if classes is None or isinstance(classes, str | int) else list(classes)
         entries = parse_classes([_spec(name) for name in names], self.classes, (), checkpoint_hint())
-        pairs = [(entry, seed + i) for entry in entries for i in range(count)]
-        return list(self._stream(pairs, self.settings(preset, **settings), batch_size))
+        config = self.settings(preset, **settings)
+        requests = class_requests(entries, count, seed, self.classes, self.provenance(config))
+        return list(self._images(chain.from_iterable(requests), config, batch_size))
 
     def stream(
         self,
@@ -206,14 +208,14 @@ class Model:
             batch_size: images at a time on a GPU in 16 bits.
             settings: fields of `SampleConfig`.
         """
-        pairs = ((self.one_class(name), seed) for name, seed in requests)
-        return self._stream(pairs, self.settings(preset, **settings), batch_size)
-
-    def _stream(
-        self, pairs: Iterable[tuple[ClassEntry | None, int]], config: SampleConfig, batch_size: int | None
-    ) -> Iterator[Image]:
+        config = self.settings(preset, **settings)
         common = self.provenance(config)
-        requests = (self.request(entry, seed, common) for entry, seed in pairs)
+        wanted = (request(self.one_class(name), seed, self.classes, common) for name, seed in requests)
+        return self._images(wanted, config, batch_size)
+
+    def _images(
+        self, requests: Iterable[SampleRequest], config: SampleConfig, batch_size: int | None
+    ) -> Iterator[Image]:
         for request, pixels in self.sampler(config, batch_size).images(requests):
             yield Image(pixels.copy(), request.provenance)  # a view would keep its whole batch in memory
 

@@ -1,7 +1,11 @@
 """Which images are to be sampled: of which class, from which seed, in order. No torch here."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import ceil
 
+from varcli.classes import RANDOM, ClassEntry, ClassTable, random_class
 from varcli.images.provenance import Provenance
 
 
@@ -13,3 +17,39 @@ class SampleRequest:
     """Index in the class table; the number of classes stands for "no class"."""
     seed: int
     provenance: Provenance
+
+
+def request(entry: ClassEntry | None, seed: int, table: ClassTable, common: Provenance) -> SampleRequest:
+    """Request one image.
+
+    Args:
+        entry: its class; None is "no class", and `RANDOM` a class that follows the seed.
+        seed: of the image.
+        table: the classes the model knows.
+        common: provenance that all images of a run share.
+    """
+    if entry is RANDOM:
+        entry = random_class(table, seed)
+    if entry is None:
+        return SampleRequest(len(table), seed, replace(common, seed=seed))
+    provenance = replace(common, class_id=entry.id, class_name=entry.name, seed=seed)
+    return SampleRequest(table.label(entry.id), seed, provenance)
+
+
+def class_requests(
+    entries: Iterable[ClassEntry | None], count: int, seed: int, table: ClassTable, common: Provenance
+) -> Iterator[list[SampleRequest]]:
+    """Request `count` images per class, class after class; each class's seeds count up from `seed`.
+
+    A class that comes up again goes on with the seeds after those it had.
+    """
+    used: Counter[ClassEntry | None] = Counter()
+    for entry in entries:
+        first = seed + used[entry]
+        used[entry] += count
+        yield [request(entry, number, table, common) for number in range(first, first + count)]
+
+
+def candidate_count(kept: int, best_of: float) -> int:
+    """How many images to sample where `best_of` candidates are wanted for each one kept."""
+    return ceil(kept * best_of - 1e-9)  # 9 × (1 / 0.9) is a little more than 10

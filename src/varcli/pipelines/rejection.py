@@ -1,0 +1,86 @@
+"""Rejection sampling: of a class's candidates, keep those that a classifier is surest of.
+
+Source: VQ-VAE-2 (arXiv 1906.00446), section 3.3; the paper's table 1 marks such figures "-re".
+"""
+
+from collections.abc import Iterable, Iterator
+from heapq import nlargest
+from itertools import chain, islice, zip_longest
+
+import numpy as np
+
+from varcli.distributed import ProcessGroup
+from varcli.errors import UsageError
+from varcli.evaluation.classifier import Classifier
+from varcli.pipelines.requests import SampleRequest
+from varcli.sampling.batching import BatchSampler
+from varcli.sampling.sampler import Pixels
+
+CLASSIFIER_BATCH = 32
+"""Images that a classifier sees at a time."""
+
+
+def best_candidates(
+    sampler: BatchSampler, classifier: Classifier, candidates: Iterable[SampleRequest], kept: int
+) -> list[tuple[SampleRequest, Pixels]]:
+    """Sample a class's candidates and return the `kept` of highest confidence, in their order.
+
+    Of equally confident ones the first are kept. Memory holds no more images than may be kept.
+    """
+    best: list[tuple[float, int, tuple[SampleRequest, Pixels]]] = []
+    sampled = enumerate(sampler.images(candidates))
+    while part := list(islice(sampled, CLASSIFIER_BATCH)):
+        pixels_BPP3 = np.stack([pixels for _, (_, pixels) in part])
+        confidence_B = classifier.confidence(pixels_BPP3, [request.label for _, (request, _) in part])
+        scored = [
+            (float(confidence), -number, (request, pixels.copy()))  # a view would keep its whole batch in memory
+            for confidence, (number, (request, pixels)) in zip(confidence_B, part, strict=True)
+        ]
+        best = nlargest(kept, best + scored, key=lambda candidate: candidate[:2])
+    return [image for _, _, image in sorted(best, key=lambda candidate: -candidate[1])]
+
+
+class RejectionSampler:
+    """Samples each class's candidates and gives out the best of them."""
+
+    def __init__(self, sampler: BatchSampler, classifier: Classifier, kept: int, group: ProcessGroup) -> None:
+        """Take what samples and judges, how many images of each class are kept, and the ranks that share the work."""
+        self.sampler, self.classifier, self.kept, self.group = sampler, classifier, kept, group
+        self._pixels: dict[SampleRequest, Pixels] = {}
+
+    def select(self, classes: Iterable[list[SampleRequest]]) -> Iterator[list[SampleRequest]]:
+        """Yield which of each class's candidates are kept.
+
+        Several ranks judge a class each at once; the kept images are then sampled once more by whichever rank
+        writes them, so all ranks must call this and exhaust it. One rank goes class by class and samples once.
+
+        Raises:
+            UsageError: candidates are not all of one class, or would not come out the same a second time.
+        """
+        if self.group.world_size == 1:
+            for candidates in classes:
+                self._pixels = dict(self._best(candidates))
+                yield list(self._pixels)
+            return
+        if self.sampler.batch_size > 1:
+            raise UsageError(
+                "--best-of with several processes needs images that do not depend on the batch; "
+                "use one process, or --dtype fp32"
+            )
+        mine = [[request for request, _ in self._best(candidates)] for candidates in self.group.shard(classes)]
+        shares = self.group.broadcast(self.group.gather(mine))
+        yield from filter(None, chain.from_iterable(zip_longest(*shares)))
+
+    def images(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[SampleRequest, Pixels]]:
+        """Yield kept images: as they were judged where they are at hand, sampled again otherwise."""
+        for request in requests:
+            if request in self._pixels:
+                yield request, self._pixels.pop(request)
+            else:
+                yield from self.sampler.images([request])
+
+    def _best(self, candidates: list[SampleRequest]) -> list[tuple[SampleRequest, Pixels]]:
+        ids = {request.provenance.class_id for request in candidates}
+        if None in ids or len(ids) > 1:
+            raise UsageError("--best-of cannot be used with --class none or random: a classifier needs a class to judge")
+        return best_candidates(self.sampler, self.classifier, candidates, self.kept)
