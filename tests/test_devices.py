@@ -30,7 +30,7 @@ def test_auto_takes_bf16_on_processors_made_for_it(monkeypatch, has, expected):
         ("aarch64", False, False, False, False),
     ],
 )
-def test_bf16_counts_where_the_processor_has_it(  # noqa: PLR0917
+def test_bf16_counts_where_the_processor_has_it(
     monkeypatch, machine, avx512, amx, onednn, expected
 ):
     monkeypatch.setattr("platform.machine", lambda: machine)

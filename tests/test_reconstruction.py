@@ -139,7 +139,7 @@ GOOD = {f"tokens.{k}": torch.zeros(1, side, side, dtype=torch.int32) for k, side
         ({}, {"tokenizer_sha256": "00"}, 4, "another tokenizer's"),
     ],
 )
-def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, message):  # noqa: PLR0917
+def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, message):
     save_file(GOOD | change, "bad.safetensors", metadata)
     before = sorted(tmp_path.iterdir())
     said = var("tokens", "decode", "bad.safetensors", "-o", "out.png", code=code)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-
-from support.provenances import made
 from varcli.commands.election import AT_ONCE, Election, surest
 from varcli.commands.series import SampleRequest
+
+from support.provenances import made
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 

@@ -1,7 +1,6 @@
 """Which images are wanted."""
 
 import pytest
-
 from varcli.commands.series import candidates
 
 

@@ -104,7 +104,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--device", "cuda:9"], 2, "device: cuda:9"),
     ],
 )
-def test_bad_options_end_in_one_line(more, code, message, data, tmp_path, capsys):  # noqa: PLR0917
+def test_bad_options_end_in_one_line(more, code, message, data, tmp_path, capsys):
     command = ["train", "tokenizer", str(data), "--out", str(tmp_path / "run"), *SMALL, *PACE]
     assert run([*command, *more]) == code
     error = capsys.readouterr().err

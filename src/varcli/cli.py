@@ -1,6 +1,6 @@
 """The app, the list of its commands, and the one place where an error becomes a line and an exit code.
 
-Exit codes: 0 well, 1 a bug (with its traceback), 2 to 5 as `varcli.errors` says, 130 Ctrl-C, 141 the
+Exit codes: 0 success, 1 a bug (with its traceback), 2 to 5 as `varcli.errors` says, 130 Ctrl-C, 141 the
 reader of our output closed the pipe.
 """
 
@@ -18,19 +18,19 @@ from varcli import __version__, console, distributed
 from varcli.errors import UsageError, VarError
 
 COMMANDS = {
-    "sample": ("sample", "sample", "Make images of classes."),
-    "inpaint": ("inpaint", "inpaint", "Fill a hole in an image."),
-    "outpaint": ("outpaint", "outpaint", "Go on beyond an image's edges."),
-    "edit": ("edit", "edit", "Put something of a class into a part of an image."),
-    "reconstruct": ("reconstruct", "reconstruct", "Take images through the tokenizer and back."),
-    "tokens": ("tokens", "tokens_app", "Images to token files and back."),
+    "sample": ("sample", "sample", "Generate images of classes."),
+    "inpaint": ("edit", "inpaint", "Fill a hole in an image."),
+    "outpaint": ("edit", "outpaint", "Extend an image beyond its borders."),
+    "edit": ("edit", "edit", "Repaint a region with an object of another class."),
+    "reconstruct": ("tokens", "reconstruct", "Encode and decode images with the tokenizer."),
+    "tokens": ("tokens", "tokens_app", "Encode images to token files and decode them."),
     "eval": ("eval", "evaluate", "Measure images: FID, inception score, KID, precision and recall."),
-    "eval stats": ("eval_stats", "eval_stats", "Put down statistics of images, to measure others against."),
+    "eval stats": ("eval_stats", "eval_stats", "Compute reference statistics for FID."),
     "report": ("report", "report", "Put evaluations and training runs on one page."),
-    "bench": ("bench", "bench", "Measure what an image costs here, stage by stage."),
-    "show": ("show", "show", "Tell how an image was made, and the command that makes it again."),
+    "bench": ("bench", "bench", "Benchmark sampling on this machine."),
+    "show": ("show", "show", "Show an image's settings and the command that reproduces it."),
     "classes": ("classes", "classes", "Search class names, and which of them a checkpoint knows."),
-    "checkpoints": ("checkpoints", "checkpoints_app", "List, get, convert and check models."),
+    "checkpoints": ("checkpoints", "checkpoints_app", "List, download, convert and verify models."),
     "train": ("train", "train_app", "Train a tokenizer, then a transformer on its tokens."),
 }
 """Module, name and purpose of each command, in the order of the help; imported only when it is needed."""
@@ -119,7 +119,7 @@ def var(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make images with visual autoregressive modeling: next-scale prediction, coarse to fine."""
+    """Generate images with visual autoregressive modeling: next-scale prediction, coarse to fine."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -84,7 +84,9 @@ def _require_finite(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         name = field.name.replace("_", "-")
-        _require(not isinstance(value, float) or math.isfinite(value), f"--{name} must be a finite number (got {value})")
+        _require(
+            not isinstance(value, float) or math.isfinite(value), f"--{name} must be a finite number (got {value})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,6 +214,17 @@ class SampleConfig:
         _require(self.cfg >= 0, f"--cfg must be 0 (no guidance) or more (got {self.cfg:g})")
         _require(self.top_k >= 0, f"--top-k must be 0 (off) or more (got {self.top_k})")
         _require(0 <= self.top_p <= 1, f"--top-p must be between 0 (off) and 1 (got {self.top_p:g})")
+
+    def describe(self) -> str:
+        """The settings in a line, e.g. "cfg 1.5, top-k 900, top-p 0.96"; what is off by default and off is left out."""
+        words = []
+        for field in dataclasses.fields(self):
+            name, value = field.name.replace("_", "-"), getattr(self, field.name)
+            if isinstance(value, bool):
+                words += [name] * value
+            elif value != "":
+                words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+        return ", ".join(words)
 
     @property
     def approximations(self) -> frozenset[str]:

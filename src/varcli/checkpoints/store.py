@@ -64,7 +64,7 @@ def save_tokenizer(path: Path, tokenizer: Tokenizer, run: dict[str, Any], dtype:
     _save(path, tensors, {"kind": "tokenizer", "tokenizer_config": to_json(tokenizer.config), "run": _facts(run)})
 
 
-def save_model(  # noqa: PLR0917 (a file holds these five things)
+def save_model(
     path: Path,
     tokenizer: Tokenizer,
     transformer: Transformer,
@@ -108,7 +108,7 @@ def load_model(path: Path) -> Checkpoint:
     """
     path = Path(path)
     tensors, metadata = load_contents(path, ("model",))
-    config = _config(path, metadata, TransformerConfig, "transformer_config")
+    config = read_config(path, metadata, TransformerConfig, "transformer_config")
     with _parsing(path):
         classes = ClassTable.from_json(metadata["classes"])
         sha256, run = metadata["sha256"], json.loads(metadata["run"])
@@ -175,7 +175,7 @@ def _facts(run: dict[str, Any]) -> str:
 
 
 def _tokenizer(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tokenizer:
-    config = _config(path, metadata, TokenizerConfig, "tokenizer_config")
+    config = read_config(path, metadata, TokenizerConfig, "tokenizer_config")
     return build(path, Tokenizer, config, _part(tensors, "tokenizer."))
 
 
@@ -226,7 +226,17 @@ def check_state(source: Path, module: nn.Module, given: Mapping[str, Tensor]) ->
             raise CheckpointError(f"checkpoint: {source}; tensor {name} is {shapes}")
 
 
-def _config(path: Path, metadata: Mapping[str, str], kind: type[Config], key: str) -> Config:
+def read_config(path: Path, metadata: Mapping[str, str], kind: type[Config], key: str) -> Config:
+    """A configuration in a checkpoint's metadata.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    """A configuration in a checkpoint's metadata.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     with _parsing(path):
         return from_json(kind, metadata[key])
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,9 +12,8 @@ from varcli import __version__
 from varcli.benchmarking.panels import panels
 from varcli.benchmarking.results import PHASES, SamplerTimings
 from varcli.charts import digits, png
-from varcli.checkpoints.registry import resolve_checkpoint
+from varcli.checkpoints.registry import presets, resolve_checkpoint
 from varcli.commands import options
-from varcli.commands.settings import settings
 from varcli.console import notes, progress, result, table
 from varcli.errors import UsageError
 
@@ -45,7 +44,9 @@ Rounds = Annotated[int, Option("--rounds", min=1, help="How often each is measur
 Chart = Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Also a chart of where the time goes, .png.")]
 
 
-def bench(  # noqa: PLR0917 - options are given by name
+@options.expand
+def bench(
+    *,
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     random: Random = False,
     vs: Versus = None,
@@ -54,7 +55,7 @@ def bench(  # noqa: PLR0917 - options are given by name
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
-    approximate: options.Approximate = None,
+    settings: options.Settings,
     out: Chart = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -67,8 +68,7 @@ def bench(  # noqa: PLR0917 - options are given by name
     from varcli.benchmarking.results import BenchPlan, run_benchmark
 
     _check_chart(out)
-    options.check_precision(dtype, quantize)
-    config = settings(checkpoint, "metrics", approximate=options.parse_approximations(approximate))
+    config = replace(presets(checkpoint)["metrics"], **settings)
     where = pick_device(device)
     plan = BenchPlan(
         load=lambda: _models(checkpoint, random, quiet),

@@ -1,38 +1,196 @@
-"""`var edit`: an image and a class in, the image with something of that class in it out."""
+"""`var inpaint`, `var outpaint` and `var edit`: an image in, the edited image out."""
 
-from varcli.commands import editing_options, options
-from varcli.commands.editing import Ask, check_together, run
-from varcli.commands.editing_tasks import inpainting
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from varcli.commands import options
+from varcli.console import note, result
+from varcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from varcli.pipelines.edit import EditResult, EditTask
+
+MaskFile = Annotated[
+    str | None,
+    Argument(metavar="[MASK]", help="A grey image of the same size, white where to fill.", show_default=False),
+]
+MaskOption = Annotated[
+    str | None, Option("--mask", metavar="FILE", help="A grey image of the same size, white where to change.")
+]
+Alpha = Annotated[bool, Option("--alpha", help="Fill where the mask, or without one the image, is transparent.")]
+Box = Annotated[
+    str | None,
+    Option("--box", metavar="L,T,R,B", help="Instead of a mask: a box in pixels (16,0,48,32) or percent (25%,0%,…)."),
+]
+FitMask = Annotated[bool, Option("--fit-mask", help="Resize a mask of another size to the image's.")]
+ClassName = Annotated[
+    str,
+    Option("--class", "-c", metavar="CLASS", help="What to paint: index (207), name ('golden retriever') or none."),
+]
 
 
-def edit(  # noqa: PLR0917 - options are given by name
-    image: editing_options.Image,
-    class_name: editing_options.ClassFor,
-    mask: editing_options.MaskOption = None,
-    alpha: editing_options.Alpha = False,
-    box: editing_options.Box = None,
-    fit_mask: editing_options.FitMask = False,
-    count: editing_options.Count = 1,
-    seed: editing_options.Seed = 0,
-    best_of: editing_options.BestOf = 1,
-    feather: editing_options.Feather = None,
-    composite: editing_options.Composite = True,
-    paper: editing_options.Paper = False,
-    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
-    cfg: options.Cfg = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    smooth: options.Smooth = False,
-    out: editing_options.Out = None,
-    grid: editing_options.Grid = None,
-    scales: options.Scales = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+@dataclass(frozen=True, kw_only=True)
+class EditOptions:
+    """The options that the three commands share."""
+
+    count: Annotated[int, Option("--count", "-n", min=1, help="Number of images, each from its own seed.")] = 1
+    seed: Annotated[int, Option("--seed", min=0, help="Seed of the first image; the next ones count up from it.")] = 0
+    best_of: Annotated[
+        int,
+        Option(
+            "--best-of",
+            metavar="N",
+            min=1,
+            help="Generate N candidates per image and keep the one with the best seam and likelihood.",
+        ),
+    ] = 1
+    feather: Annotated[
+        int | None,
+        Option(
+            "--feather",
+            metavar="PIXELS",
+            min=0,
+            help="Width over which new fades into old outside the mask, in pixels; beyond it nothing changes.",
+            show_default="half a token",
+        ),
+    ] = None
+    composite: Annotated[
+        bool,
+        Option(
+            "--composite/--no-composite",
+            help="Take kept pixels from the image, or the whole result from the model's decoder.",
+        ),
+    ] = True
+    released_rule: Annotated[
+        bool,
+        Option(
+            "--released-rule",
+            help="Follow the released demonstration exactly: its rule for kept tokens, and no compositing.",
+        ),
+    ] = False
+    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT
+    settings: options.Settings
+    out: options.ImagesOut = None
+    grid: Annotated[
+        Path | None,
+        Option("--grid", metavar="FILE", help="Also write a contact sheet: what to fill, and the results, .png."),
+    ] = None
+    growth: options.Growth = None
+    device: options.Device = "auto"
+    dtype: options.Dtype = "auto"
+    as_json: options.Json = False
+    quiet: options.Quiet = False
+
+
+@options.expand
+def inpaint(
+    *,
+    image: options.ImageArgument,
+    mask: MaskFile = None,
+    alpha: Alpha = False,
+    box: Box = None,
+    fit_mask: FitMask = False,
+    class_name: ClassName = "none",
+    shared: EditOptions,
 ) -> None:
-    """Put something of a class into a part of an image. Whatever is not near that part stays to the last bit."""
-    ask = Ask.of(locals())
-    check_together(ask)
-    words = ("edit", image, *(["--mask", mask] if mask else []))
-    run(inpainting(words, image, mask, alpha=alpha, box=box, fit=fit_mask), ask)
+    """Fill a hole in an image so that it goes with the rest. Pixels away from the hole stay bit-identical."""
+    _check(shared)
+    from varcli.pipelines.edit import fill_task
+
+    _run(fill_task("inpaint", image, mask, alpha=alpha, box=box, fit_mask=fit_mask), class_name, shared)
+
+
+@options.expand
+def outpaint(
+    *,
+    image: options.ImageArgument,
+    pad: Annotated[
+        str | None,
+        Option("--pad", metavar="L,T,R,B", help="What to add on each side, in pixels or percent of the image."),
+    ] = None,
+    to: Annotated[
+        str | None, Option("--to", metavar="WxH", help="Size to reach, such as 1024x256, the image in the middle.")
+    ] = None,
+    class_name: ClassName = "none",
+    shared: EditOptions,
+) -> None:
+    """Extend an image beyond its borders, by any amount. In the image itself only pixels near them change."""
+    _check(shared)
+    from varcli.pipelines.edit import outpaint_task
+
+    _run(outpaint_task(image, pad=pad, to=to), class_name, shared)
+
+
+@options.expand
+def edit(
+    *,
+    image: options.ImageArgument,
+    class_name: ClassName,
+    mask: MaskOption = None,
+    alpha: Alpha = False,
+    box: Box = None,
+    fit_mask: FitMask = False,
+    shared: EditOptions,
+) -> None:
+    """Repaint a region of an image with an object of another class. Pixels away from it stay bit-identical."""
+    _check(shared)
+    from varcli.pipelines.edit import fill_task
+
+    _run(fill_task("edit", image, mask, alpha=alpha, box=box, fit_mask=fit_mask), class_name, shared)
+
+
+def _check(shared: EditOptions) -> None:
+    """Check the options that exclude each other, and that files can be written, before any work is done."""
+    from varcli.outputs.open import check_outputs
+
+    options.check_image_outputs(shared.out, shared.as_json, shared.growth, shared.count)
+    if shared.released_rule and (shared.feather is not None or not shared.composite):
+        raise UsageError("--released-rule cannot be used with --feather or --no-composite: it composites nothing")
+    if shared.feather is not None and not shared.composite:
+        raise UsageError("--feather cannot be used with --no-composite: only a composite has a seam")
+    check_outputs(shared.out, shared.grid, shared.growth)
+
+
+def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
+    from varcli.pipelines.edit import edit_to
+    from varcli.pipelines.model import load
+    from varcli.sampling.editing import EditConfig
+
+    model = load(shared.checkpoint, device=shared.device, dtype=shared.dtype, progress=not shared.quiet)
+    results = edit_to(
+        model,
+        task,
+        shared.out,
+        class_name,
+        model.settings(options.DEFAULT_PRESET, **shared.settings),
+        EditConfig(feather=shared.feather, composite=shared.composite, released_rule=shared.released_rule),
+        count=shared.count,
+        seed=shared.seed,
+        best_of=shared.best_of,
+        grid=shared.grid,
+        growth=shared.growth,
+        quiet=shared.quiet,
+    )
+    for edited, path in results:
+        if shared.as_json:
+            facts = {"path": path and str(path)} | edited.image.provenance.to_dict() | _scores(edited)
+            result(json.dumps(facts, sort_keys=True))
+        elif path and not shared.quiet:
+            result(str(path))
+    if task.image.shortened and not shared.quiet:
+        note(f"{task.image.name} has colours of 16 bits; the upper 8 bits were kept")
+
+
+def _scores(edited: "EditResult") -> dict[str, Any]:
+    """What was measured of an edit, and of the candidates it was chosen from."""
+    chosen = edited.chosen
+    if len(edited.candidates) == 1:
+        return {"seam": chosen.seam}
+    candidates = [
+        {"seed": one.seed, "seam": one.seam, "log_likelihood": one.log_likelihood} for one in edited.candidates
+    ]
+    return {"seam": chosen.seam, "log_likelihood": chosen.log_likelihood, "candidates": candidates}

@@ -8,7 +8,6 @@ from typer import Exit
 
 from varcli.commands import eval_options, options
 from varcli.commands.eval_ask import Ask, check
-from varcli.commands.eval_options import DEFAULT_CLASSIFIER
 from varcli.console import note, result, table
 from varcli.distributed import launch, launched, process_group
 
@@ -16,7 +15,9 @@ if TYPE_CHECKING:
     from varcli.evaluation.results import Result
 
 
-def evaluate(  # noqa: PLR0917 - options are given by name
+@options.expand
+def evaluate(
+    *,
     paths: eval_options.Images = None,
     fid: eval_options.Fid = False,
     inception_score: eval_options.InceptionScore = False,
@@ -27,14 +28,10 @@ def evaluate(  # noqa: PLR0917 - options are given by name
     tokenizer: eval_options.Tokenizer = False,
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     seed: options.Seed = 0,
-    cfg: options.Cfg = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    smooth: options.Smooth = False,
+    settings: options.Settings,
     preset: options.Preset = "metrics",
-    approximate: options.Approximate = None,
-    reject: eval_options.Reject = None,
-    classifier: eval_options.Classifier = DEFAULT_CLASSIFIER,
+    best_of: options.BestOf = 1,
+    classifier: options.Classifier = options.DEFAULT_CLASSIFIER,
     resize: eval_options.Resize = None,
     skip_bad: eval_options.SkipBad = False,
     inception: eval_options.InceptionFile = None,

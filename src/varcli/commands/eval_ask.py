@@ -4,7 +4,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from varcli.commands import options
 from varcli.distributed import launched
 from varcli.errors import UsageError
 
@@ -23,13 +22,9 @@ class Ask:
     tokenizer: bool
     checkpoint: str
     seed: int
-    cfg: float | None
-    top_k: int | None
-    top_p: float | None
-    smooth: bool
+    settings: dict[str, Any]
     preset: str
-    approximate: str | None
-    reject: float | None
+    best_of: float
     classifier: str
     resize: int | None
     skip_bad: bool
@@ -74,20 +69,17 @@ def check(ask: Ask) -> None:
 
 
 def _check_together(ask: Ask) -> None:
-    only_made = {"num": ask.num, "reject": ask.reject, "save-images": ask.save_images, "cfg": ask.cfg}
-    only_made |= {"top-k": ask.top_k, "top-p": ask.top_p, "smooth": ask.smooth, "approximate": ask.approximate}
+    only_made = {"num-images": ask.num, "save-images": ask.save_images, **ask.settings}
+    only_made["best-of"] = ask.best_of if ask.best_of > 1 else None
     for name, value in only_made.items():
-        if value is not None and value is not False and not ask.made:
-            raise UsageError(f"{name}: with images that exist; it is for images to be made")
+        if value is not None and not ask.made:
+            raise UsageError(f"--{name.replace('_', '-')} is for images to be sampled, not for images that exist")
     if ask.resize and ask.made:
         raise UsageError("resize: without images; those that are made have their size")
     if ask.tokenizer and (ask.inception_score or ask.kid or ask.prc):
         raise UsageError("tokenizer: with --is, --kid or --prc; it is measured by FID, PSNR, SSIM and LPIPS")
     if ask.save_stats and "fid" not in ask.metrics:
         raise UsageError("save-stats: without --fid; statistics are what FID is of")
-    if ask.reject is not None and not 0 < ask.reject < 1:
-        raise UsageError(f"reject: {ask.reject:g}; a fraction between 0 and 1")
-    options.check_precision(ask.dtype, ask.quantize)
 
 
 def _check_places(ask: Ask) -> None:

@@ -1,19 +1,16 @@
 """From the options of `var eval` to what is measured, and what it is measured against."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from varcli.acceleration.devices import pick_dtype, prepare
 from varcli.checkpoints.registry import presets, registry, resolve_checkpoint
-from varcli.checkpoints.store import load_model, load_tokenizer, read_metadata
+from varcli.checkpoints.store import load_tokenizer, read_metadata
 from varcli.commands.eval_ask import Ask
 from varcli.commands.eval_subjects import Given, Rebuilt, Samples, Subject
 from varcli.commands.measuring import Bench
-from varcli.commands.options import parse_approximations
-from varcli.commands.series import Series, candidates
-from varcli.commands.settings import origin_of, settings
 from varcli.config import SampleConfig
 from varcli.console import note, notes
 from varcli.errors import CheckpointError, InputError, UsageError
@@ -22,7 +19,8 @@ from varcli.evaluation.comparability import PAPER
 from varcli.evaluation.reconstruction import Reconstructions
 from varcli.evaluation.references import Reference, references
 from varcli.models.lpips import LPIPS
-from varcli.sampling.batching import BatchSampler
+from varcli.pipelines.model import load
+from varcli.pipelines.requests import candidate_count, class_requests
 
 SMALL = 2_000
 """Images where neither a paper nor a reference says how many."""
@@ -65,8 +63,7 @@ def _reference(ask: Ask, bench: Bench, usual: str | None) -> Reference | None:
 
 
 def _settings(ask: Ask) -> SampleConfig:
-    given = {"cfg": ask.cfg, "top_k": ask.top_k, "top_p": ask.top_p, "smooth": ask.smooth}
-    return settings(ask.checkpoint, ask.preset, **given, approximate=parse_approximations(ask.approximate))
+    return replace(presets(ask.checkpoint)[ask.preset], **ask.settings)
 
 
 def _rebuilt(ask: Ask, bench: Bench, device: torch.device) -> Rebuilt:
@@ -107,23 +104,23 @@ def _distance(folder: Path | None, device: torch.device, quiet: bool) -> LPIPS |
 
 
 def _samples(ask: Ask, bench: Bench, device: torch.device, config: SampleConfig, number: int) -> Samples:
-    precision = ask.quantize or pick_dtype(ask.dtype, device)
-    model = load_model(resolve_checkpoint(ask.checkpoint, progress=not bench.quiet))
-    prepare(model.tokenizer, model.transformer, device, precision)
-    sampler = BatchSampler(model.tokenizer, model.transformer, config, ask.batch_size, notes(bench.quiet))
-    named = device.type if bench.group.world_size > 1 else str(device)
-    origin = origin_of(ask.checkpoint, model.sha256, config, named, precision)
+    model = load(ask.checkpoint, device=str(device), dtype=ask.dtype, quantize=ask.quantize, progress=not bench.quiet)
+    sampler = model.sampler(config, ask.batch_size, notes(bench.quiet))
+    common = model.provenance(config, device=device.type if bench.group.world_size > 1 else None)
     kept = _balanced(number, len(model.classes))
-    made = {row: candidates(count, 1 - ask.reject) if ask.reject else count for row, count in kept.items()}
-    drawn = {
-        row: list(Series(model.classes, count, ask.seed, origin, note).images(model.classes.entries[row]))
-        for row, count in made.items()
+    candidates = {
+        label: next(
+            class_requests(
+                [model.classes.entries[label]], candidate_count(count, ask.best_of), ask.seed, model.classes, common
+            )
+        )
+        for label, count in kept.items()
     }
-    classifier = Classifier(ask.classifier, model.classes, device) if ask.reject else None
+    classifier = Classifier(ask.classifier, model.classes, device) if ask.best_of > 1 else None
     return Samples(
         sampler=sampler,
         classes=model.classes,
-        candidates=drawn,
+        candidates=candidates,
         kept=kept,
         preset=presets(ask.checkpoint)["metrics"],
         classifier=classifier,

@@ -1,12 +1,9 @@
 """Options of the commands that measure, each once. No torch here."""
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 from typer import Argument, Option
-
-DEFAULT_CLASSIFIER: Final = "resnet101"
-"""torchvision's, the network VQGAN's rejection sampling used."""
 
 Images = Annotated[
     list[str] | None,
@@ -24,10 +21,10 @@ Prc = Annotated[bool, Option("--prc", help="Precision and recall, k = 3 on Incep
 Num = Annotated[
     int | None,
     Option(
-        "--num",
+        "--num-images",
         "-n",
         min=2,
-        help="Images to make, the same number of each class.",
+        help="Images to sample, equally many per class.",
         show_default="50000, for a checkpoint without published figures as many as the reference has",
     ),
 ]
@@ -64,22 +61,6 @@ LpipsWeights = Annotated[
 Tokenizer = Annotated[
     bool,
     Option("--tokenizer", help="Measure the checkpoint's tokenizer instead, on images taken through it and back."),
-]
-Reject = Annotated[
-    float | None,
-    Option("--reject", metavar="FRACTION", help="Make more, and reject this fraction, that a classifier doubts most."),
-]
-Best = Annotated[
-    float | None,
-    Option("--best", metavar="FRACTION", help="Make more, and keep this fraction, that a classifier is surest of."),
-]
-Classifier = Annotated[
-    str,
-    Option(
-        "--classifier",
-        metavar="NAME|FILE",
-        help="Who ranks them: one of torchvision's ImageNet models, or a TorchScript file.",
-    ),
 ]
 Resize = Annotated[
     int | None,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def eval_stats(  # noqa: PLR0917 - options are given by name
+def eval_stats(
     data: eval_options.Data,
     out: eval_options.StatsFile,
     features: eval_options.Features = False,

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 
 from varcli.classes import ClassTable
-from varcli.commands.election import surest
-from varcli.commands.series import SampleRequest
 from varcli.config import SampleConfig
 from varcli.distributed import ProcessGroup
 from varcli.evaluation import comparability
@@ -25,6 +23,8 @@ from varcli.images.provenance import Provenance, image_filename
 from varcli.models.tokenizer import Tokenizer
 from varcli.outputs.open import find_sink
 from varcli.outputs.sinks import Sink
+from varcli.pipelines.rejection import best_candidates
+from varcli.pipelines.requests import SampleRequest
 from varcli.sampling.batching import BatchSampler
 from varcli.sampling.reconstruction import there_and_back
 from varcli.sampling.sampler import Pixels
@@ -116,19 +116,21 @@ class Samples(Subject):
         self.sampler, self.classes, self.kept = sampler, classes, kept
         # In the order of their files' names, in which files of them would be measured.
         ordered = {
-            row: sorted(images, key=lambda image: image_filename(image.made)) for row, images in candidates.items()
+            row: sorted(images, key=lambda image: image_filename(image.provenance))
+            for row, images in candidates.items()
         }
-        self.candidates = dict(sorted(ordered.items(), key=lambda of_row: image_filename(of_row[1][0].made)))
+        self.candidates = dict(sorted(ordered.items(), key=lambda of_row: image_filename(of_row[1][0].provenance)))
         self.preset, self.classifier, self.save_images = preset, classifier, save_images
         self.side = sampler.tokenizer.config.pixels
         self.rows = [row for row in self.candidates for _ in range(kept[row])]
         self.unit = max(kept.values()) if classifier else sampler.batch_size
         self.output: Sink | None = None
-        self.origin: Provenance = next(iter(candidates.values()))[0].made
-        names = ("cfg", "top_k", "top_p", "smooth", "approximate", "seed", "device", "dtype")
-        made = asdict(self.origin)
-        self.checkpoint = {"name": made["checkpoint"], "sha256": made["checkpoint_sha256"]} | {
-            name: made[name] for name in names
+        self.origin: Provenance = next(iter(candidates.values()))[0].provenance
+        self.checkpoint = {
+            "name": self.origin.checkpoint,
+            "sha256": self.origin.checkpoint_sha256,
+            **asdict(self.origin.settings),
+            **{name: getattr(self.origin, name) for name in ("seed", "device", "dtype")},
         }
         self._first = {row: rank for rank, row in reversed(list(enumerate(self.rows)))}
 
@@ -138,14 +140,20 @@ class Samples(Subject):
         chosen = self.classifier and self.classifier.sha256
         place = self.save_images and str(Path(self.save_images).resolve())  # another one lacks what is done
         asked = {"drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place}
-        return {"made": asdict(self.origin.settings())} | asked
+        return {"made": self._made()} | asked
+
+    def _made(self) -> dict[str, Any]:
+        """All that the images have in common, as unfinished runs name it."""
+        facts = self.origin.identity().to_dict()
+        facts["draft"] = facts.pop("approximate")
+        return facts
 
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
         """Yield the images of these ranks, in batches."""
         made = self._chosen(ranks) if self.classifier else self._all(ranks)
         while batch := list(islice(made, BATCH)):
             found, images, pixels = zip(*batch, strict=True)
-            yield found, np.stack(pixels), [image.row for image in images]
+            yield found, np.stack(pixels), [image.label for image in images]
 
     def _all(self, ranks: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
         wanted = [self.candidates[self.rows[rank]][rank - self._first[self.rows[rank]]] for rank in ranks]
@@ -156,15 +164,15 @@ class Samples(Subject):
     def _chosen(self, ranks: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
         assert self.classifier is not None
         for row, of_class in groupby(ranks, key=self.rows.__getitem__):
-            chosen = surest(self.sampler, self.classifier, self.candidates[row], self.kept[row])
+            chosen = best_candidates(self.sampler, self.classifier, self.candidates[row], self.kept[row])
             for rank in of_class:
                 image, pixels = chosen[rank - self._first[row]]
                 self._keep(image, pixels)
                 yield rank, image, pixels
 
     def _keep(self, image: SampleRequest, pixels: Pixels) -> None:
-        if self.output and not self.output.has(image.made):
-            self.output.add(pixels, image.made)
+        if self.output and not self.output.has(image.provenance):
+            self.output.add(pixels, image.provenance)
 
     @contextmanager
     def ready(self, resumed: bool) -> Iterator[None]:

@@ -98,7 +98,7 @@ class Outcome:
         if "prc" in self.ask.metrics:
             asked |= {"prc_k": metrics.PRC_NEIGHBORS}
         if isinstance(self.subject, Samples) and self.subject.classifier:
-            asked |= {"rejected": self.ask.reject, "classifier": self.subject.classifier.name}
+            asked |= {"best_of": self.ask.best_of, "classifier": self.subject.classifier.name}
         return asked | {"pixels": self.subject.side, "resize": self.ask.resize}
 
     def published(self, figures: dict[str, Any], comparable: bool) -> Published | None:

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
@@ -21,39 +22,60 @@ DEFAULT_PRESET: Final = "looks"
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn each keyword-only parameter annotated `Annotated[dict[str, Any], Config]` into one option per field of `Config`.
+    """Give a command one option per field of each dataclass among its keyword-only parameters.
 
-    The command gets a dict of the options that were typed, so that what was not typed keeps the value of a
-    preset or recipe. Fields are declared with `varcli.config.option`, which holds help and flags.
+    A parameter annotated with a dataclass, whose fields are annotated as options, gets an instance of it. One
+    annotated `Annotated[dict[str, Any], Config]` gets a dict of the options that were typed, so that the others
+    keep the value of a preset or recipe; the fields of `Config` are declared with `varcli.config.option`.
     """
-    hints = get_type_hints(command, include_extras=True)
-    parameters: list[inspect.Parameter] = []
-    groups: dict[str, list[str]] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        hint = hints[parameter.name]
-        config = _config_of(hint)
-        if config is None:
-            parameters.append(parameter.replace(annotation=hint))
-            continue
-        kinds = get_type_hints(config)
-        declared = [field for field in fields(config) if "help" in field.metadata]
-        groups[parameter.name] = [field.name for field in declared]
-        parameters += [_parameter(field, kinds[field.name]) for field in declared]
+    parameters, build = _expanded(command, inspect.signature(command).parameters.values())
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
-        for group, names in groups.items():
-            values = {name: given.pop(name) for name in names}
-            given[group] = {name: value for name, value in values.items() if value is not None}
-        command(**given)
+    def run(**typed: Any) -> None:
+        command(**build(typed))
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
+Build = Callable[[dict[str, Any]], dict[str, Any]]
+"""Takes every option of a command line by name; returns the arguments that they make."""
+
+
+def _expanded(owner: Any, declared: Iterable[inspect.Parameter]) -> tuple[list[inspect.Parameter], Build]:
+    """The options that a function's parameters or a dataclass's fields stand for, and what makes these of them."""
+    hints = get_type_hints(owner, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    builders: dict[str, Callable[[dict[str, Any]], Any]] = {}
+    for parameter in declared:
+        name = parameter.name
+        hint: Any = hints[name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            inner, build = _expanded(hint, inspect.signature(hint).parameters.values())
+            builders[name] = functools.partial(_instance, hint, build)
+        elif (config := _config_of(hint)) is not None:
+            kinds = get_type_hints(config)
+            inner = [_parameter(field, kinds[field.name]) for field in fields(config) if "help" in field.metadata]
+            names = [option.name for option in inner]
+            builders[name] = functools.partial(_typed_only, names)
+        else:
+            inner = [parameter.replace(annotation=hint)]
+            builders[name] = operator.itemgetter(name)
+        parameters += inner
+    return parameters, lambda typed: {name: build(typed) for name, build in builders.items()}
+
+
+def _instance(kind: Any, build: Build, typed: dict[str, Any]) -> Any:
+    return kind(**build(typed))
+
+
+def _typed_only(names: Sequence[str], typed: dict[str, Any]) -> dict[str, Any]:
+    return {name: typed[name] for name in names if typed[name] is not None}
+
+
 def _config_of(hint: Any) -> Any:
-    """The dataclass whose options a parameter stands for, None if it is an option of its own."""
+    """The dataclass of which a parameter takes the typed options, None if it is another kind of parameter."""
     if get_origin(hint) is not Annotated:
         return None
     kind, config = get_args(hint)[:2]
@@ -68,7 +90,9 @@ def _parameter(field: "Field[Any]", kind: Any) -> inspect.Parameter:
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
     if get_origin(kind) is tuple:
         kind = str  # parsed by the command: 1,2,3
-    declared = Option(*flags, help=field.metadata["help"], metavar=field.metadata["metavar"], show_default=shown or False)
+    declared = Option(
+        *flags, help=field.metadata["help"], metavar=field.metadata["metavar"], show_default=shown or False
+    )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
     )
@@ -115,12 +139,25 @@ Out = Annotated[
         show_default="files in the current folder",
     ),
 ]
-Grid = Annotated[
-    Path | None, Option("--grid", metavar="FILE", help="Also write a contact sheet of all images, .png.")
+ImageArgument = Annotated[str, Argument(metavar="IMG", help="An image of any size and kind, or - for standard input.")]
+ImagesOut = Annotated[
+    str | None,
+    Option(
+        "--out",
+        "-o",
+        metavar="PATH",
+        help="A .png file, a folder, or - for stdout (several: a tar stream).",
+        show_default="files in the current folder",
+    ),
 ]
+Grid = Annotated[Path | None, Option("--grid", metavar="FILE", help="Also write a contact sheet of all images, .png.")]
 Growth = Annotated[
     Path | None,
-    Option("--growth", metavar="FILE", help="Also write the image growing scale by scale: a strip (.png) or an animation (.gif)."),
+    Option(
+        "--growth",
+        metavar="FILE",
+        help="Also write the image growing scale by scale: a strip (.png) or an animation (.gif).",
+    ),
 ]
 BatchSize = Annotated[
     int | None,
@@ -157,7 +194,9 @@ Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier ru
 Json = Annotated[bool, Option("--json", help="Print results as JSON, one object per line.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only: no progress bar, notes or paths.")]
 ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that `var sample` wrote.")]
-Words = Annotated[list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without any, all classes are listed.")]
+Words = Annotated[
+    list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without any, all classes are listed.")
+]
 
 
 BestOf = Annotated[
@@ -187,6 +226,16 @@ def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise UsageError(f"{flag} must be whole numbers separated by commas, such as 1,2,3 (got {text})") from None
+
+
+def check_image_outputs(out: str | None, as_json: bool, growth: Path | None, count: int) -> None:
+    """Raise UsageError if images written one by one cannot go where they are to go."""
+    if out == "-" and as_json:
+        raise UsageError(STDOUT_TWICE)
+    if out and out.lower().endswith((".npz", ".tar")):
+        raise UsageError(f"--out must be a .png file, a folder, or - for standard output (got {out})")
+    if growth and count != 1:
+        raise UsageError(f"--growth shows exactly one image (got {count} images)")
 
 
 STDOUT_TWICE = "--json cannot be used with --out -: stdout can carry the images or the lines, not both"

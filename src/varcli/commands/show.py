@@ -1,33 +1,33 @@
-"""`var show`: how an image was made, and how to make it again."""
+"""`var show`: an image's settings, and the command that reproduces it."""
 
 import json
-from dataclasses import asdict
 
 from varcli.commands import options
 from varcli.console import result
 
 
 def show(file: options.ImageFile, as_json: options.Json = False) -> None:
-    """Print how an image was made and the command that makes it again.
+    """Show an image's settings and the command that reproduces it.
 
-    On the same machine the copy is equal bit for bit, unless made in 16 bits on a GPU.
+    On the same machine the copy is bit-identical, unless it was made in 16 bits on a GPU.
     """
     from varcli.images.provenance import read_provenance, reproduction_command
 
-    made = read_provenance(file)
+    provenance = read_provenance(file)
+    command = reproduction_command(provenance)
     if as_json:
-        result(json.dumps(asdict(made) | {"command": reproduction_command(made)}, sort_keys=True))
+        result(json.dumps(provenance.to_dict() | {"command": command}, sort_keys=True))
         return
-    number = "" if made.class_id is None else f"{made.class_id} "
+    number = "" if provenance.class_id is None else f"{provenance.class_id} "
     facts = {
-        "checkpoint": f"{made.checkpoint}, sha256 {made.checkpoint_sha256}",
-        "class": f"{number}{made.class_name}",
-        "seed": made.seed,
-        "settings": f"cfg {made.cfg:g}, top-k {made.top_k}, top-p {made.top_p:g}{', smooth' if made.smooth else ''}",
-        "computed": f"on {made.device} in {made.dtype}, by varcli {made.version}",
+        "checkpoint": f"{provenance.checkpoint}, sha256 {provenance.checkpoint_sha256}",
+        "class": f"{number}{provenance.class_name}",
+        "seed": provenance.seed,
+        "settings": provenance.settings.describe(),
+        "computed": f"on {provenance.device} in {provenance.dtype}, by varcli {provenance.version}",
     }
-    if made.batched:
-        facts["exact"] = "no: in 16 bits on a GPU the size of a batch changes the rounding, and tokens with it"
-    facts["again"] = reproduction_command(made)
+    if provenance.batched:
+        facts["exact"] = "no: in 16 bits on a GPU the batch size changes the rounding, and tokens with it"
+    facts["command"] = command
     for name, value in facts.items():
         result(f"{name:<11}{value}")

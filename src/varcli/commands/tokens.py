@@ -1,61 +1,127 @@
-"""`var tokens`: between images and token files."""
+"""`var reconstruct` and `var tokens`: the tokenizer alone, to images and to token files."""
 
+import json
+import math
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
-from varcli.commands import editing_options, options
-from varcli.commands.tokenizing import fitted, load, stem
-from varcli.console import progress, result
+from varcli.commands import options
+from varcli.console import note, progress, result, table
 from varcli.errors import UsageError
+
+Images = Annotated[
+    list[str], typer.Argument(metavar="IMG...", help="Images of any size and kind; - is standard input.")
+]
+
+
+def reconstruct(
+    *,
+    images: Images,
+    out: Annotated[
+        str | None,
+        Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="Also write the reconstructions: a .png file, a folder, or - for stdout (several: a tar stream).",
+        ),
+    ] = None,
+    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
+    grid: Annotated[
+        Path | None,
+        Option("--grid", metavar="FILE", help="Also write a sheet of images beside their reconstructions, .png."),
+    ] = None,
+    growth: options.Growth = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Encode and decode images with the tokenizer; print PSNR and bits per pixel of each.
+
+    The largest square in the middle of an image is used, in the tokenizer's size, as in training.
+    """
+    from varcli.outputs.open import check_outputs, open_sink
+
+    options.check_image_outputs(out, as_json, growth, len(images))
+    check_outputs(out, grid, growth)
+    from varcli.images.editable import read_source_image
+    from varcli.pipelines.model import load
+    from varcli.pipelines.tokens import reconstruct as reconstruct_image
+    from varcli.pipelines.tokens import save_pairs
+
+    for image in set(images) - {"-"}:
+        read_source_image(image)  # before a checkpoint is downloaded
+    model = load(checkpoint, device=device, progress=not quiet)
+    pairs, lines = [], []
+    opened = nullcontext() if out is None else open_sink(out, several=len(images) > 1)
+    with opened as sink, progress("images", len(images), quiet) as advance:
+        for number, image in enumerate(images):
+            pair = reconstruct_image(model, image, number, growth=growth)
+            path = sink.add(pair.after.array, pair.after.provenance) if sink else None
+            psnr = None if pair.psnr == math.inf else pair.psnr
+            facts = {"image": image, "path": path and str(path), "psnr": psnr, "bits_per_pixel": pair.bits_per_pixel}
+            pairs.append(pair)
+            lines.append(facts)
+            advance()
+    if grid:
+        save_pairs(grid, images, pairs)
+    if as_json:
+        for facts in lines:
+            result(json.dumps(facts, sort_keys=True))
+        return
+    rows = [
+        (image, f"{pair.psnr:.2f} dB", f"{pair.bits_per_pixel:.4f} bits/pixel")
+        for image, pair in zip(images, pairs, strict=True)
+    ]
+    if out == "-":  # stdout carries the images
+        for row in rows:
+            note(", ".join(row))
+    else:
+        table(("image", "PSNR", "tokens"), rows)
+
 
 tokens_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Images to token files and back, for scripts that work on tokens.",
+    help="Encode images to token files and decode them, for scripts that work on tokens.",
 )
-
-TokensOut = Annotated[
-    str, typer.Option("--out", "-o", metavar="FILE", help="The .safetensors file to write, or - for standard output.")
-]
-TokensIn = Annotated[str, typer.Argument(metavar="FILE", help="A token file, or - for standard input.")]
 
 
 @tokens_app.command()
 def encode(
-    images: editing_options.Images,
-    out: TokensOut,
+    *,
+    images: Images,
+    out: Annotated[
+        str, Option("--out", "-o", metavar="FILE", help="The .safetensors file to write, or - for standard output.")
+    ],
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Write the token maps of images: tokens.0, tokens.1 …, int32 of images × side × side, coarse to fine.
 
-    An image's largest square in the middle is taken, in the tokenizer's size.
+    The largest square in the middle of an image is used, in the tokenizer's size.
     """
-    from varcli.checkpoints.token_files import save_tokens
     from varcli.files import check_writable
-    from varcli.images.editable import read_source_image
-    from varcli.sampling import reconstruction
 
     if out == "-" and sys.stdout.isatty():
-        raise UsageError("out: - is a terminal; send tokens to a file or a pipe")
+        raise UsageError("--out - is a terminal; send tokens to a file or a pipe")
     if out != "-":
         check_writable(Path(out))
-    given = [read_source_image(image) for image in images]
-    loaded = load(checkpoint, device, quiet)
-    config, found = loaded.tokenizer.config, []
-    with progress("images", len(images), quiet) as advance:
-        for photograph in given:
-            found.append(reconstruction.encode(loaded.tokenizer, fitted(photograph, config.pixels)))
-            advance()
-    with tempfile.TemporaryDirectory() as folder:
+    from varcli.pipelines.model import load
+    from varcli.pipelines.tokens import encode_to
+
+    model = load(checkpoint, device=device, progress=not quiet)
+    with tempfile.TemporaryDirectory() as folder, progress("images", len(images), quiet) as advance:
         path = Path(folder) / "tokens.safetensors" if out == "-" else Path(out)
-        save_tokens(path, found, [stem(image) for image in images], config, loaded.tokenizer_sha256)
+        encode_to(model, images, path, advance)
         if out == "-":
             sys.stdout.buffer.write(path.read_bytes())
         elif not quiet:
@@ -64,30 +130,27 @@ def encode(
 
 @tokens_app.command()
 def decode(
-    file: TokensIn,
-    out: editing_options.Out = None,
+    *,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A token file, or - for standard input.")],
+    out: options.ImagesOut = None,
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Make images of a token file. Its last scales may be missing, and its metadata too."""
-    from varcli.checkpoints.safetensors_io import file_sha256
-    from varcli.checkpoints.token_files import load_tokens
+    """Decode the images of a token file. Its last scales may be missing, and its metadata too."""
     from varcli.outputs.open import open_sink
-    from varcli.sampling.reconstruction import rebuilt
+    from varcli.pipelines.model import load
+    from varcli.pipelines.tokens import decode_file
 
-    loaded = load(checkpoint, device, quiet)
+    model = load(checkpoint, device=device, progress=not quiet)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(file)
         if file == "-":
             path = Path(folder) / "standard input"
             path.write_bytes(sys.stdin.buffer.read())
-        found = load_tokens(path, loaded.tokenizer.config, loaded.tokenizer_sha256)
-        inputs = (file_sha256(path),)
-        maps = [idx_Bl.clone().to(loaded.device) for idx_Bl in found.maps]
-    with open_sink(out, several=len(found.names) > 1) as output:
-        for number, name in enumerate(found.names):
-            pixels = rebuilt(loaded.tokenizer, [idx_Bl[number : number + 1] for idx_Bl in maps])
-            made = output.add(pixels, loaded.made(("tokens", "decode", file), name, number, inputs))
-            if made and not quiet:
-                result(str(made))
+        count, images = decode_file(model, path, file)
+    with open_sink(out, several=count > 1) as sink:
+        for image in images:
+            written = sink.add(image.array, image.provenance)
+            if written and not quiet:
+                result(str(written))

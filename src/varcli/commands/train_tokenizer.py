@@ -22,7 +22,7 @@ SHOWN = 8
 """Images in a preview."""
 
 
-def tokenizer(  # noqa: PLR0917 (a command's options are its arguments)
+def tokenizer(
     data: shared.Data,
     out: shared.RunFolder,
     sides: shared.SidesText = SIDES,

@@ -19,7 +19,7 @@ SHOWN = 10
 """Classes in a preview, two images of each."""
 
 
-def transformer(  # noqa: PLR0917 (a command's options are its arguments)
+def transformer(
     data: shared.Data,
     out: shared.RunFolder,
     tokenizer: Annotated[Path, Option(metavar="FILE", help="A tokenizer or model file; its weights stay as they are.")],
@@ -101,7 +101,7 @@ def transformer(  # noqa: PLR0917 (a command's options are its arguments)
     shared.finish(stage, run, out / "model.safetensors", as_json)
 
 
-def _tokens(  # noqa: PLR0917 (each a thing of its own)
+def _tokens(
     stage: "TransformerStage", images: "ImageSet", crops: int, folder: Path, workers: int, quiet: bool
 ) -> "TokenCache | None":
     """Return the token maps of images, from the run's folder or computed now; None of none."""

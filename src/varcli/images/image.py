@@ -50,9 +50,14 @@ class Image:
         levels = to_8_bits(self.array)
         return PIL.Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
 
+    @property
+    def raster(self) -> Raster:
+        """The image as it goes into a file."""
+        return Raster(self.array, self.info)
+
     def png(self) -> bytes:
         """The content of a PNG file, its provenance inside."""
-        return png_bytes(Raster(self.array, self.info), self.provenance)
+        return png_bytes(self.raster, self.provenance)
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG, whole or not at all, and return its path.
@@ -63,6 +68,6 @@ class Image:
         """
         path = Path(path)
         if path.suffix.lower() != ".png":
-            raise UsageError(f"images are saved as .png, which keeps them exact and holds their provenance (got {path})")
+            raise UsageError(f"images are saved as .png, which is lossless and holds their provenance (got {path})")
         write_atomically(path, self.png())
         return path

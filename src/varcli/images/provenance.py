@@ -101,6 +101,14 @@ class EditProvenance(Provenance):
     inputs: tuple[str, ...]
     """sha256 of the files it was made from, in the order of the command."""
 
+    @classmethod
+    def of(
+        cls, provenance: Provenance, *, command: tuple[str, ...], source: str, inputs: tuple[str, ...]
+    ) -> "EditProvenance":
+        """A sampled image's provenance with what it was made from."""
+        sampled = {field.name: getattr(provenance, field.name) for field in fields(Provenance)}
+        return cls(**sampled, command=command, source=source, inputs=inputs)
+
 
 def provenance_from_json(text: str, name: str) -> Provenance:
     """Return the provenance that `Provenance.to_json` wrote; `name` is where it was found, for messages.

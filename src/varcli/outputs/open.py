@@ -53,7 +53,9 @@ def find_sink(out: str | None, *, several: bool) -> Sink:
     if kind == "folder":
         return FolderSink(path)
     if several:
-        raise UsageError(f"--out {out} is one file, but there are several images; use a folder, .npz, .tar, or - for a tar stream")
+        raise UsageError(
+            f"--out {out} is one file, but there are several images; use a folder, .npz, .tar, or - for a tar stream"
+        )
     return FolderSink(path.parent, path.name)
 
 
@@ -84,7 +86,9 @@ def _kind(out: str | None) -> str:
     if ending in (".png", ".npz", ".tar"):
         return ending
     if ending in _OTHER_FILES or there == "file":
-        raise UsageError(f"--out must be a folder, a name ending in .png, .npz or .tar, or - for standard output (got {out})")
+        raise UsageError(
+            f"--out must be a folder, a name ending in .png, .npz or .tar, or - for standard output (got {out})"
+        )
     return "folder"
 
 

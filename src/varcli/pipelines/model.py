@@ -12,17 +12,19 @@ import torch
 from varcli import __version__
 from varcli.acceleration.devices import pick_device, pick_dtype, precision_reason, prepare
 from varcli.checkpoints.registry import presets, registry, resolve_checkpoint
-from varcli.checkpoints.store import Checkpoint, load_model, load_tokenizer, read_metadata
+from varcli.checkpoints.store import Checkpoint, load_model, load_tokenizer, read_config, read_metadata
 from varcli.classes import ClassEntry, ClassTable, imagenet, parse_classes
-from varcli.config import SampleConfig
+from varcli.config import SampleConfig, TokenizerConfig
 from varcli.errors import CheckpointError, UsageError
 from varcli.images.image import Image
 from varcli.images.provenance import Provenance
 from varcli.pipelines.requests import SampleRequest, class_requests, request
 from varcli.sampling.batching import BatchSampler
+from varcli.sampling.editing import EditConfig
 
 if TYPE_CHECKING:
     from varcli.models.tokenizer import Tokenizer
+    from varcli.pipelines.edit import EditTask, ImageInput
 
 ClassName = str | int | None
 """A class as users name it: index, name, or None for "no class"."""
@@ -86,6 +88,11 @@ class Model:
         if "classes" not in self.metadata:
             raise CheckpointError(f"{self.path} is a tokenizer without a transformer, and a model is needed")
         return ClassTable.from_json(self.metadata["classes"])
+
+    @cached_property
+    def tokenizer_config(self) -> TokenizerConfig:
+        """Shape of the tokenizer: image size, sides of the token maps, codebook size."""
+        return read_config(self.path, self.metadata, TokenizerConfig, "tokenizer_config")
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -216,8 +223,161 @@ class Model:
     def _images(
         self, requests: Iterable[SampleRequest], config: SampleConfig, batch_size: int | None
     ) -> Iterator[Image]:
-        for request, pixels in self.sampler(config, batch_size).images(requests):
-            yield Image(pixels.copy(), request.provenance)  # a view would keep its whole batch in memory
+        for wanted, pixels in self.sampler(config, batch_size).images(requests):
+            yield Image(pixels.copy(), wanted.provenance)  # a view would keep its whole batch in memory
+
+    # --- editing -----------------------------------------------------------------------------------
+
+    def inpaint(
+        self,
+        image: "ImageInput",
+        mask: "ImageInput | None" = None,
+        *,
+        label: ClassName = None,
+        box: str | Sequence[int] | None = None,
+        alpha: bool = False,
+        fit_mask: bool = False,
+        seed: int = 0,
+        best_of: int = 1,
+        feather: int | None = None,
+        composite: bool = True,
+        released_rule: bool = False,
+        preset: str = "looks",
+        **settings: Any,
+    ) -> Image:
+        """Fill a hole in an image so that it goes with the rest.
+
+        Args:
+            image: a file, Pillow's image or an array (height, width[, channels]) of uint8, of any size.
+            mask: of the same size, white (or True) where to fill.
+            label: class to paint: index, name, or None.
+            box: instead of a mask, (left, top, right, bottom) in pixels.
+            alpha: instead, fill where the mask, or without one the image, is transparent.
+            fit_mask: resize a mask of another size.
+            seed: of the first candidate.
+            best_of: candidates; the one of best seam and likelihood is returned.
+            feather: pixels outside the hole over which new fades into old; None is half a token.
+            composite: take kept pixels from the image, bit by bit.
+            released_rule: follow the released demonstration exactly.
+            preset: "looks" or "metrics"; `settings` override it.
+            settings: fields of `SampleConfig`.
+
+        Returns:
+            The image in its own size, channels and bits.
+
+        Raises:
+            InputError: an image cannot be read, or the mask marks nothing or everything.
+            UsageError: not exactly one of mask, box and alpha says where.
+        """
+        from varcli.pipelines.edit import fill_task
+
+        task = fill_task("inpaint", image, mask, alpha=alpha, box=box, fit_mask=fit_mask)
+        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+
+    def edit(
+        self,
+        image: "ImageInput",
+        label: ClassName,
+        mask: "ImageInput | None" = None,
+        *,
+        box: str | Sequence[int] | None = None,
+        alpha: bool = False,
+        fit_mask: bool = False,
+        seed: int = 0,
+        best_of: int = 1,
+        feather: int | None = None,
+        composite: bool = True,
+        released_rule: bool = False,
+        preset: str = "looks",
+        **settings: Any,
+    ) -> Image:
+        """Repaint a region of an image with an object of another class; arguments as for `inpaint`."""
+        from varcli.pipelines.edit import fill_task
+
+        task = fill_task("edit", image, mask, alpha=alpha, box=box, fit_mask=fit_mask)
+        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+
+    def outpaint(
+        self,
+        image: "ImageInput",
+        *,
+        pad: str | Sequence[int] | None = None,
+        to: str | tuple[int, int] | None = None,
+        label: ClassName = None,
+        seed: int = 0,
+        best_of: int = 1,
+        feather: int | None = None,
+        composite: bool = True,
+        released_rule: bool = False,
+        preset: str = "looks",
+        **settings: Any,
+    ) -> Image:
+        """Extend an image beyond its borders.
+
+        Args:
+            image: as for `inpaint`, like the rest.
+            pad: pixels to add: (left, top, right, bottom).
+            to: (width, height) to reach, the image in the middle.
+            label: class to paint: index, name, or None.
+            seed: of the first candidate.
+            best_of: candidates; the one of best seam and likelihood is returned.
+            feather: pixels inside the image over which new fades into old.
+            composite: take kept pixels from the image, bit by bit.
+            released_rule: follow the released demonstration exactly.
+            preset: "looks" or "metrics".
+            settings: fields of `SampleConfig`.
+
+        Raises:
+            InputError: the image cannot be read.
+            UsageError: not exactly one of `pad` and `to` is given.
+        """
+        from varcli.pipelines.edit import outpaint_task
+
+        task = outpaint_task(image, pad=pad, to=to)
+        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+
+    def _edited(
+        self,
+        task: "EditTask",
+        label: ClassName,
+        seed: int,
+        best_of: int,
+        rule: EditConfig,
+        preset: str,
+        settings: dict[str, Any],
+    ) -> Image:
+        from varcli.pipelines.edit import edit_images
+
+        config = self.settings(preset, **settings)
+        return next(edit_images(self, task, label, [seed], config, rule, best_of=best_of)).image
+
+    # --- the tokenizer alone -----------------------------------------------------------------------
+
+    def reconstruct(self, image: "ImageInput") -> Image:
+        """Encode and decode the largest square in the middle of an image: (P, P, 3) of the tokenizer's size P."""
+        from varcli.pipelines.tokens import reconstruct
+
+        return reconstruct(self, image).after
+
+    def encode(self, image: "ImageInput") -> "list[torch.Tensor]":
+        """Encode the largest square in the middle of an image.
+
+        Returns:
+            Token maps, one per scale, coarse to fine: (1, side²) int64.
+        """
+        from varcli.pipelines.tokens import encode
+
+        return encode(self, image)
+
+    def decode(self, tokens: "Sequence[torch.Tensor]") -> list[Image]:
+        """Decode token maps (B, side²) or (B, side, side), coarse to fine; the last scales may be missing."""
+        from varcli.pipelines.tokens import decode
+
+        return list(decode(self, tokens))
+
+
+def _rule(feather: int | None, composite: bool, released_rule: bool) -> EditConfig:
+    return EditConfig(feather=feather, composite=composite, released_rule=released_rule)
 
 
 def _spec(name: ClassName) -> str:

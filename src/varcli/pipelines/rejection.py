@@ -82,5 +82,7 @@ class RejectionSampler:
     def _best(self, candidates: list[SampleRequest]) -> list[tuple[SampleRequest, Pixels]]:
         ids = {request.provenance.class_id for request in candidates}
         if None in ids or len(ids) > 1:
-            raise UsageError("--best-of cannot be used with --class none or random: a classifier needs a class to judge")
+            raise UsageError(
+                "--best-of cannot be used with --class none or random: a classifier needs a class to judge"
+            )
         return best_candidates(self.sampler, self.classifier, candidates, self.kept)

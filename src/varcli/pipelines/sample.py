@@ -106,7 +106,7 @@ def sample_to(
     """
     group = group or ProcessGroup()
     check_outputs(out, grid, growth)
-    entries = parse_classes(
+    entries: Iterable[ClassEntry | None] = parse_classes(
         classes,
         model.classes,
         lines,
@@ -115,8 +115,8 @@ def sample_to(
     )
     total = None
     if "-" not in map(str.strip, classes):
-        entries = list(entries)
-        total = len(entries) * count
+        entries = known = list(entries)
+        total = len(known) * count
         if grid:
             check_sheet(total)
     if growth and total != 1:

@@ -35,7 +35,7 @@ class EditConfig:
     """Width in the image's pixels over which the new fades into the kept; None is half a token."""
     composite: bool = True
     """Whether kept pixels come from the image; otherwise from the tokenizer's idea of them."""
-    paper: bool = False
+    released_rule: bool = False
     """Follow the released rule: the image's tokens as they are, nothing grown, nothing put back."""
 
 
@@ -196,14 +196,14 @@ class Editor:
         """
         pixels, device = self.tokenizer.config.pixels, block_weight(self.transformer).device
         values = given.astype(np.float32) / np.float32(step(given))
-        square = shrunk(values if self.rule.paper else pull_push_fill(values, ~hole), pixels)
+        square = shrunk(values if self.rule.released_rule else pull_push_fill(values, ~hole), pixels)
         hole_PP = torch.from_numpy(shrunk_mask(hole, pixels).copy()).to(device)
-        rule = keep_as_released if self.rule.paper else keep_by_coverage
+        rule = keep_as_released if self.rule.released_rule else keep_by_coverage
         return Keep(encode(self.tokenizer, square), rule(hole_PP, self.tokenizer.config.sides))
 
     def _scales(self, row: int, seed: int, keep: Keep) -> Iterator[ScaleResult]:
         # Guiding "no class" away from "no class" changes nothing and costs a second pass.
-        guided = self.rule.paper or row != self.transformer.config.null_class
+        guided = self.rule.released_rule or row != self.transformer.config.null_class
         config = self.config if guided else replace(self.config, cfg=0)
         return generate(self.tokenizer, self.transformer, [row], [seed], config, keep=keep)
 
@@ -219,7 +219,7 @@ class Editor:
 
     @property
     def _composites(self) -> bool:
-        return self.rule.composite and not self.rule.paper
+        return self.rule.composite and not self.rule.released_rule
 
     def _composite(self, given: Levels, made: Levels, hole: Mask) -> Levels:
         if not self._composites:

@@ -1,0 +1,327 @@
+"""Editing: an image and what to fill of it in, the edited image out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from varcli.config import SampleConfig
+from varcli.console import progress
+from varcli.errors import UsageError
+from varcli.files import write_atomically
+from varcli.images.contact_sheet import contact_sheet, save_growth
+from varcli.images.editable import SourceImage, read_source_image, source_image
+from varcli.images.image import Image
+from varcli.images.masks import (
+    Mask,
+    box_mask,
+    check_mask,
+    fitted_mask,
+    grey_mask,
+    marked,
+    parse_box,
+    parse_margins,
+    parse_target,
+    transparent_mask,
+)
+from varcli.images.png16 import to_8_bits
+from varcli.images.provenance import EditProvenance, png_bytes, setting_options
+from varcli.images.tiling import count_tiles, tile_side
+from varcli.outputs.open import open_sink
+from varcli.pipelines.model import ClassName, Model
+from varcli.pipelines.requests import SampleRequest, request
+from varcli.sampling.editing import EditConfig, Edited, Editor, best
+
+ImageInput = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Image
+"""An image as users have it: a file, "-" for standard input, or one in memory, (height, width[, channels]) uint8."""
+
+# --- what to edit ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EditTask:
+    """What is to be edited, and where."""
+
+    words: tuple[str, ...]
+    """The command, its image and its region, as a user types them."""
+    image: SourceImage
+    mask: Mask
+    """(height, width), True where to fill."""
+    source: str
+    """Name of the results: the image's file name without folder and suffix."""
+    inputs: tuple[str, ...]
+    """sha256 of the files."""
+    opaque: bool = False
+    """Whether what is filled becomes opaque."""
+    side: int | None = None
+    """Side of the squares that go through the model, in the image's pixels; None is the hole with its context."""
+
+
+def read_input(image: ImageInput, name: str = "image") -> SourceImage:
+    """Read an image of a file, of standard input, or from memory.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if isinstance(image, str | Path):
+        return read_source_image(str(image))
+    if isinstance(image, Image):
+        return source_image(image.png(), name)
+    content = BytesIO()
+    (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(_levels(image))).save(content, "PNG")
+    return source_image(content.getvalue(), name)
+
+
+def _levels(array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    levels = array.astype(np.uint8) * 255 if array.dtype == bool else array
+    return levels[:, :, 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels
+
+
+def word(image: ImageInput) -> str:
+    """An image as the command line names it; "-" if it is in memory."""
+    return str(image) if isinstance(image, str | Path) else "-"
+
+
+def stem(image: ImageInput) -> str:
+    """Name of an image's results: its file name without folder and suffix."""
+    return "image" if word(image) == "-" else Path(word(image)).stem
+
+
+def fill_task(
+    command: str,
+    image: ImageInput,
+    mask: ImageInput | None = None,
+    *,
+    alpha: bool = False,
+    box: str | Sequence[int] | None = None,
+    fit_mask: bool = False,
+) -> EditTask:
+    """Describe filling what a mask, a box or transparency marks.
+
+    Args:
+        command: "inpaint" or "edit".
+        image: the image.
+        mask: white where to fill.
+        alpha: fill where the mask, or without one the image, is transparent.
+        box: left, top, right, bottom in pixels, or text with percentages.
+        fit_mask: resize a mask of another size.
+
+    Raises:
+        UsageError: not exactly one of these says where.
+        InputError: an image cannot be used, or the mask marks nothing or everything.
+    """
+    if (box is not None) + (mask is not None or alpha) != 1:
+        raise UsageError("exactly one of a mask file, --alpha and --box must say where to fill")
+    if fit_mask and mask is None:
+        raise UsageError("--fit-mask needs a mask file: nothing else can have another size")
+    if isinstance(image, str) and image == mask == "-":
+        raise UsageError("standard input holds the image or the mask, not both (got - for each)")
+    typed = box if isinstance(box, str) or box is None else ",".join(map(str, box))
+    words: list[str] = [command, word(image)]
+    if mask is not None:
+        words += ["--mask", word(mask)] if command == "edit" else [word(mask)]
+    words += ["--alpha"] * alpha + (["--box", typed] if typed is not None else []) + ["--fit-mask"] * fit_mask
+    source = read_input(image)
+    task = EditTask(
+        words=tuple(words),
+        image=source,
+        mask=box_mask((0, 0, 0, 0), source.size),
+        source=stem(image),
+        inputs=(source.sha256,),
+    )
+    if typed is not None:
+        return replace(task, mask=box_mask(parse_box(typed, source.size), source.size))
+    marks = source if mask is None else read_input(mask, "mask")
+    region = fitted_mask(transparent_mask(marks) if alpha else grey_mask(marks), source.size, marks.name, fit_mask)
+    check_mask(region, marks.name)
+    inputs = (source.sha256,) if mask is None else (source.sha256, marks.sha256)
+    return replace(task, mask=region, inputs=inputs, opaque=mask is None)
+
+
+def outpaint_task(
+    image: ImageInput, *, pad: str | Sequence[int] | None = None, to: str | tuple[int, int] | None = None
+) -> EditTask:
+    """Describe extending an image beyond its borders.
+
+    Args:
+        image: the image.
+        pad: what to add left, top, right, bottom, in pixels, or text with percentages.
+        to: width and height to reach, the image in the middle.
+
+    Raises:
+        UsageError: not exactly one of the two is given, or it makes no sense.
+        InputError: the image cannot be read.
+    """
+    if (pad is None) == (to is None):
+        raise UsageError("exactly one of --pad and --to must say how far to extend the image")
+    source = read_input(image)
+    if to is not None:
+        typed = to if isinstance(to, str) else f"{to[0]}x{to[1]}"
+        words, margins = ("--to", typed), parse_target(typed, source.size)
+    else:
+        typed = pad if isinstance(pad, str) else ",".join(map(str, pad or ()))
+        words, margins = ("--pad", typed), parse_margins(typed, source.size)
+    left, top = margins[:2]
+    width, height = source.size
+    padded = source.padded(margins)
+    return EditTask(
+        words=("outpaint", word(image), *words),
+        image=padded,
+        mask=~box_mask((left, top, left + width, top + height), padded.size),
+        source=stem(image),
+        inputs=(source.sha256,),
+        opaque=True,
+        side=min(source.size),
+    )
+
+
+# --- editing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EditResult:
+    """An edited image and how good it seems."""
+
+    image: Image
+    chosen: Edited
+    """Seam and likelihood, and how the image grew."""
+    candidates: Sequence[Edited]
+    """What it was chosen from, itself included."""
+
+
+def edit_images(
+    model: Model,
+    task: EditTask,
+    label: ClassName,
+    seeds: Sequence[int],
+    config: SampleConfig,
+    rule: EditConfig | None = None,
+    *,
+    best_of: int = 1,
+    growing: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> Iterator[EditResult]:
+    """Edit an image once per seed.
+
+    Args:
+        model: what fills.
+        task: what to fill.
+        label: index or name of the class to paint, "random", or None.
+        seeds: of each image's first candidate; the candidates' seeds count up from it.
+        config: settings of sampling.
+        rule: how the result is put back into the image.
+        best_of: candidates per image; the one of best seam and likelihood is kept.
+        growing: also keep the image after each scale.
+        advance: called after each square.
+
+    Raises:
+        UsageError: the label means several classes.
+        InputError: the model does not know it.
+        RunError: memory runs out.
+    """
+    rule = rule or EditConfig()
+    entry, common = model.one_class(label), model.provenance(config)
+    side = _square_side(model, task, rule)
+    editor = Editor(model.prepared.tokenizer, model.prepared.transformer, config, rule)
+    for seed in seeds:
+        wanted = request(entry, seed, model.classes, common)
+        candidates = [
+            editor.edit(
+                task.image.seen(),
+                task.mask,
+                side,
+                wanted.label,
+                seed + i,
+                scored=best_of > 1,
+                growing=growing,
+                advance=advance,
+            )
+            for i in range(best_of)
+        ]
+        chosen = best(candidates) if best_of > 1 else candidates[0]
+        raster = task.image.replaced(chosen.pixels, task.mask if task.opaque else None)
+        yield EditResult(
+            Image(raster.levels, _provenance(task, wanted, chosen.seed, rule), raster.info), chosen, candidates
+        )
+
+
+def _square_side(model: Model, task: EditTask, rule: EditConfig) -> int:
+    """Side of the squares that go through the model, in the image's pixels."""
+    whole = max(task.mask.shape)
+    return tile_side(task.mask, model.tokenizer_config.pixels, whole if rule.released_rule else task.side)
+
+
+def _provenance(task: EditTask, wanted: SampleRequest, seed: int, rule: EditConfig) -> EditProvenance:
+    feather = [] if rule.feather is None else ["--feather", str(rule.feather)]
+    how = [*feather, *["--no-composite"] * (not rule.composite), *["--released-rule"] * rule.released_rule]
+    common = replace(wanted.provenance, seed=seed)
+    command = (*task.words, *how, *setting_options(common))
+    return EditProvenance.of(common, command=command, source=task.source, inputs=task.inputs)
+
+
+def edit_to(
+    model: Model,
+    task: EditTask,
+    out: str | None,
+    label: ClassName,
+    config: SampleConfig,
+    rule: EditConfig,
+    *,
+    count: int = 1,
+    seed: int = 0,
+    best_of: int = 1,
+    grid: Path | None = None,
+    growth: Path | None = None,
+    quiet: bool = True,
+) -> Iterator[tuple[EditResult, Path | None]]:
+    """Edit an image and write the results; yields each with its file, None where it went to standard output.
+
+    Args:
+        model: what fills.
+        task: what to fill.
+        out: a .png file, a folder, or "-" for standard output; None is the current folder.
+        label: index or name of the class to paint, "random", or None.
+        config: settings of sampling.
+        rule: how results are put back into the image.
+        count: images, each from its own seed.
+        seed: of the first candidate; the next ones count up from it.
+        best_of: candidates per image.
+        grid: also write a contact sheet, .png: what to fill, and the results.
+        growth: also write the image growing, .png or .gif.
+        quiet: show no progress bar.
+
+    Raises:
+        VarError: the label is unknown, a place cannot be written, or memory runs out.
+    """
+    seeds = range(seed, seed + count * best_of, best_of)
+    model.one_class(label)
+    model.load_weights()
+    squares = count * best_of * count_tiles(task.mask, _square_side(model, task, rule))
+    shown, labels = [marked(task.image.pixels(), task.mask)], ["to fill"]
+    with open_sink(out, several=count > 1) as sink, progress("squares", squares, quiet) as advance:
+        results = edit_images(
+            model, task, label, seeds, config, rule, best_of=best_of, growing=growth is not None, advance=advance
+        )
+        for result in results:
+            provenance = result.image.provenance
+            path = sink.add(result.image.raster, provenance)
+            if growth:
+                _save_growth(growth, result)
+            if grid:
+                shown.append(to_8_bits(result.chosen.pixels))
+                labels.append(f"{provenance.class_name}, seed {provenance.seed}")
+            yield result, path
+    if grid:
+        write_atomically(grid, png_bytes(contact_sheet(shown, labels)))
+
+
+def _save_growth(path: Path, result: EditResult) -> None:
+    """Write the image growing: scale by scale, or square by square as a strip of several squares."""
+    frames, squares = result.chosen.frames, len(result.chosen.seams)
+    step = len(frames) // squares if squares > 1 and path.suffix.lower() == ".png" else 1
+    frames = frames[step - 1 :: step]
+    save_growth(path, frames, [f"step {i + 1}" for i in range(len(frames))], result.image.provenance)
