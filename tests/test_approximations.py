@@ -52,7 +52,7 @@ def tokens_of(models, config, rows=(0, 3), seeds=(5, 6), **options):
 
 
 def test_nothing_is_approximated_unless_asked_for(small, monkeypatch):
-    monkeypatch.setattr("varcli.sampling.sampler.DraftModel", None)
+    monkeypatch.setattr("varcli.sampling.sampler.ApproximateScaleModel", None)
     assert len(tokens_of(small, SampleConfig())) == len(SIDES)
 
 

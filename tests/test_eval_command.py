@@ -189,7 +189,7 @@ class Nearness(nn.Module):
 
 def test_a_tokenizer_is_measured_by_lpips_where_its_weights_are(measure, tmp_path, monkeypatch):
     monkeypatch.setattr("varcli.models.lpips.LPIPS", Nearness)
-    monkeypatch.setattr("varcli.commands.eval_opening.PerceptualDistance", Nearness)
+    monkeypatch.setattr("varcli.commands.eval_opening.LPIPS", Nearness)
     photographs(tmp_path / "photographs")
     found, err = measure("photographs", "--tokenizer")
     assert found["metrics"]["lpips"] == pytest.approx(0.25)
@@ -233,7 +233,7 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     reference = photographs(tmp_path / "photographs")
     wanted, _ = measure("--num", COUNT, "--reference", reference, "--seed", 0)
     monkeypatch.setattr(feature_pass, "ROUNDS", {"cpu": 8})
-    monkeypatch.setattr(feature_pass, "SAVE_PICTURES", 8)
+    monkeypatch.setattr(feature_pass, "SAVE_IMAGES", 8)
     seen = []
     whole = Projection.features
 

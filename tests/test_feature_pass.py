@@ -99,7 +99,7 @@ def test_a_run_that_ended_early_goes_on_to_the_same_figures(tmp_path, whole, err
 
 def test_one_killed_between_saves_goes_on_from_the_last(tmp_path, whole, monkeypatch):
     path = tmp_path / "measurement.safetensors"
-    monkeypatch.setattr(feature_pass, "SAVE_PICTURES", 16)
+    monkeypatch.setattr(feature_pass, "SAVE_IMAGES", 16)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         first = FeaturePass(PLAN, "same", path)
         killed.setattr(first, "save", lambda save=first.save: save() if first._unsaved >= 16 else None)

@@ -74,7 +74,7 @@ def _tell(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> N
         write_atomically(out, (json.dumps(found.facts(), indent=1, sort_keys=True) + "\n").encode())
     if as_json:
         facts = found.facts()
-        del facts["pictures"]  # they are for the file: nobody wants them on a terminal
+        del facts["images"]  # they are for the file: nobody wants them on a terminal
         result(json.dumps(facts, sort_keys=True))
     else:
         table(("", ""), list(found.lines()))
