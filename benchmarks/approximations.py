@@ -5,8 +5,8 @@
 Speed: seconds an image, pixels included, all taking turns in every round; medians of the rounds. Price, of the late
 scales: logits from the same tokens, which were drawn without any approximation (mean difference in standard
 deviations of the logits, how often the best token is the same, and the KL divergence in nats), and how many tokens
-are the same when each draws its own with the same numbers. Without a checkpoint the models have the released d16's shape
-and random weights: right for speed, and little more than noise for the price.
+are the same when each draws its own with the same numbers. Without a checkpoint the models have the released d16's
+shape and random weights: right for speed, and little more than noise for the price.
 """
 
 import argparse

@@ -21,6 +21,7 @@ from varcli.acceleration.triton_selection import gpu_block, norm_kernel
 from varcli.benchmarking.flops import decoder_operations, transformer_operations
 from varcli.benchmarking.samplers import Models, Wanted
 from varcli.benchmarking.timing import hardware, matmul_rate
+from varcli.config import SampleConfig
 from varcli.errors import RunError
 from varcli.images.provenance import Provenance
 from varcli.outputs.async_writer import AsyncWriter
@@ -214,8 +215,8 @@ def frozen() -> Iterator[None]:
 
 
 PROVENANCE = Provenance(
-    checkpoint="random", checkpoint_sha256="0" * 64, class_id=None, class_name="none", seed=0, cfg=1.5, top_k=900,
-    top_p=0.96, smooth=False, device="cuda", dtype="bf16", version="0",
+    checkpoint="random", checkpoint_sha256="0" * 64, class_id=None, class_name="none", seed=0,
+    settings=SampleConfig(), device="cuda", dtype="bf16", version="0",
 )  # fmt: skip
 
 
@@ -223,7 +224,7 @@ PROVENANCE = Provenance(
 class File:
     """An image on its way into a file."""
 
-    made: Provenance
+    provenance: Provenance
 
 
 def whole_pipeline(run: Run, models: Models, batch: int) -> Row:

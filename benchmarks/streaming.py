@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from tables import print_rows
 
+from varcli.config import SampleConfig
 from varcli.images.provenance import Provenance
 from varcli.outputs.async_writer import AsyncWriter
 from varcli.outputs.open import open_sink
@@ -36,7 +37,7 @@ PLACES = ("folder", "samples.npz", "samples.tar", "-")
 class Item:
     """One image to be put down."""
 
-    made: Provenance
+    provenance: Provenance
 
 
 def photograph(pixels: int) -> "Pixels":
@@ -50,8 +51,8 @@ def photograph(pixels: int) -> "Pixels":
 def items(count: int) -> list[Item]:
     """Return so many images' provenances."""
     common = {"checkpoint": "x", "checkpoint_sha256": "0" * 64, "class_id": 207, "class_name": "golden retriever"}
-    settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "device": "cuda", "dtype": "bf16"}
-    return [Item(Provenance(**common, **settings, seed=seed, version="0")) for seed in range(count)]
+    computed = {"device": "cuda", "dtype": "bf16", "version": "0"}
+    return [Item(Provenance(**common, **computed, settings=SampleConfig(), seed=seed)) for seed in range(count)]
 
 
 def seconds(place: str, wanted: list[Item], pixels: "Pixels", threads: bool) -> float:
@@ -65,7 +66,7 @@ def seconds(place: str, wanted: list[Item], pixels: "Pixels", threads: bool) -> 
                         writer.put(item, writer.prepare(item, pixels))
             else:
                 for item in wanted:
-                    output.add(pixels, item.made)
+                    output.add(pixels, item.provenance)
         return time.perf_counter() - start
 
 

@@ -21,7 +21,7 @@ from varcli.outputs.sinks import Sink
 
 @dataclass(frozen=True)
 class Item:
-    made: Provenance
+    provenance: Provenance
 
 
 class Slow(Sink):
@@ -43,7 +43,7 @@ class Slow(Sink):
 
 
 def write(output, seeds, told, ahead=4):
-    with AsyncWriter(output, lambda item, path: told.append((item.made.seed, path)), ahead) as writer:
+    with AsyncWriter(output, lambda item, path: told.append((item.provenance.seed, path)), ahead) as writer:
         for seed in seeds:
             item = Item(made(seed))
             writer.put(item, writer.prepare(item, image(seed)))

@@ -18,14 +18,14 @@ from varcli.errors import CheckpointError, InputError, RunError, UsageError
 
 EDITING = (
     "--class -c --count -n --seed --best-of --feather --composite --released-rule --checkpoint -m --cfg --top-k "
-    "--top-p --smooth --out -o --grid --growth --device --dtype --json --quiet -q "
+    "--top-p --smooth --approximate --out -o --grid --growth --device --dtype --json --quiet -q "
 )
 OPTIONS = {
     "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --approximate "
-    "--out -o --grid --growth --batch-size --device --dtype --quantize --best --classifier --nproc "
+    "--out -o --grid --growth --batch-size --device --dtype --quantize --best-of --classifier --nproc "
     "--resume --json --quiet -q",
-    "eval": "--fid --is --kid --prc --num -n --reference -r --tokenizer --checkpoint -m --seed --cfg --top-k --top-p "
-    "--smooth --preset --approximate --reject --classifier --resize --skip-bad --inception --lpips-weights "
+    "eval": "--fid --is --kid --prc --num-images -n --reference -r --tokenizer --checkpoint -m --seed --cfg --top-k --top-p "
+    "--smooth --preset --approximate --best-of --classifier --resize --skip-bad --inception --lpips-weights "
     "--save-stats --save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
     "eval stats": "--out -o --features --resize --skip-bad --inception --device --nproc --quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
@@ -34,7 +34,7 @@ OPTIONS = {
     "reconstruct": "--out -o --checkpoint -m --grid --growth --device --json --quiet -q",
     "report": "--out -o",
     "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "
-    "--json --quiet -q",
+    "--json --quiet -q --cfg --top-k --top-p --smooth",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }
@@ -93,7 +93,7 @@ def test_version(capsys):
         (["sample", "-c", "1", "-n", "0"], 2, "Invalid value for '--count' / '-n': "),
         (["sample", "-c", "1", "--preset", "best"], 2, "'best' is not one of 'metrics', 'looks'."),
         (["sample", "-c", "1", "--dtype", "int8"], 2, "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'."),
-        (["sample", "-c", "1", "--top-k", "-3"], 2, "top-k: -3; 0 (off) or more"),
+        (["sample", "-c", "1", "--top-k", "-3"], 2, "--top-k must be 0 (off) or more (got -3)"),
         (["sample", "-c", "1", "--device", "tpu"], 2, "device: tpu; auto, cpu, cuda, cuda:1 or mps"),
         (["sample", "-c", "20-10"], 2, "class range: 20-10; the smaller index first, 10-20"),
         (["sample", "-c", "golden retreiver"], 3, "class: golden retreiver; close to it: 207 golden retriever"),
@@ -101,7 +101,11 @@ def test_version(capsys):
         (["sample", "-c", "1", "-m", "tiny46"], 4, "checkpoint: tiny46; no such file, and the names are tiny64"),
         (["sample", "-c", "1", "-m", "{foreign}"], 4, "checkpoint: {foreign}; cannot be read: "),
         (["sample", "-c", "1", "-m", "{truncated}"], 4, "checkpoint: {truncated}; cannot be read: "),
-        (["sample", "-c", "1", "-o", "{foreign}"], 2, "out: {foreign}; a folder, a name ending in .png"),
+        (
+            ["sample", "-c", "1", "-o", "{foreign}"],
+            2,
+            "--out must be a folder, a name ending in .png, .npz or .tar, or - for standard output (got {foreign})",
+        ),
         (
             ["sample", "-c", "1", "-q", "-o", "/dev/full"],
             5,

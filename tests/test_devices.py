@@ -30,9 +30,7 @@ def test_auto_takes_bf16_on_processors_made_for_it(monkeypatch, has, expected):
         ("aarch64", False, False, False, False),
     ],
 )
-def test_bf16_counts_where_the_processor_has_it(
-    monkeypatch, machine, avx512, amx, onednn, expected
-):
+def test_bf16_counts_where_the_processor_has_it(monkeypatch, machine, avx512, amx, onednn, expected):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)

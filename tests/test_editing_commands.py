@@ -204,7 +204,7 @@ def test_results_say_how_they_were_made(var, capsys):
     made = read_provenance("out.png")
     assert isinstance(made, EditProvenance) and len(made.inputs) == 1
     assert cli.run(["show", "out.png"]) == 0
-    again = capsys.readouterr().out.splitlines()[-1].split("again")[1].strip()
+    again = capsys.readouterr().out.splitlines()[-1].split("command")[1].strip()
     first = pixels("out.png")
     assert cli.run([*shlex.split(again)[1:], "-o", "again.png"]) == 0
     assert np.array_equal(pixels("again.png"), first)
@@ -277,39 +277,67 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
     "mistake",
     [
         (["inpaint", "in.png"], 2, "mask: exactly one of a mask file, --alpha and --box"),
-        (["inpaint", "in.png", "mask.png", "--box", "0,0,5,5"], 2, "mask: exactly one"),
+        (["inpaint", "in.png", "mask.png", "--box", "0,0,5,5"], 2, "exactly one of a mask file, --alpha and --box"),
         (["inpaint", "in.png", "--box", "0,0,60,40"], 2, "box: 0,0,60,40 is all of the image"),
         (["inpaint", "in.png", "--box", "0,0,5"], 2, "box: 0,0,5; left,top,right,bottom"),
         (["inpaint", "-", "-"], 2, "mask: - like the image"),
         (["inpaint", "in.png", "small.png"], 3, "mask: small.png has 30 × 20 for an image of 60 × 40"),
-        (["inpaint", "in.png", "black.png"], 3, "mask: black.png marks nothing"),
-        (["inpaint", "in.png", "white.png"], 3, "mask: white.png marks all of the image"),
-        (["inpaint", "in.png", "mask.png", "--alpha"], 3, "mask: mask.png has no alpha channel"),
-        (["inpaint", "in.png", "--box", "0,0,5,5", "--fit-mask"], 2, "fit-mask: without a mask file"),
+        (["inpaint", "in.png", "black.png"], 3, "the mask black.png marks nothing"),
+        (["inpaint", "in.png", "white.png"], 3, "the mask white.png marks the whole image"),
+        (
+            ["inpaint", "in.png", "mask.png", "--alpha"],
+            3,
+            "--alpha needs an image with an alpha channel; mask.png has none",
+        ),
+        (["inpaint", "in.png", "--box", "0,0,5,5", "--fit-mask"], 2, "--fit-mask needs a mask file"),
         (["inpaint", "none.png", "mask.png"], 3, "image: none.png cannot be read; No such file"),
         (["inpaint", "in.png", "none.png"], 3, "image: none.png cannot be read; No such file"),
         (["inpaint", "cut.png", "mask.png"], 3, "image: cut.png cannot be read; "),
         (["inpaint", "notes.txt", "mask.png"], 3, "image: notes.txt; no image"),
         (["inpaint", "moving.gif", "mask.png"], 3, "image: moving.gif has 2 frames"),
         (["inpaint", "in.png", "mask.png", "-c", "zebra"], 3, "class not known: 340 zebra; the nearest of"),
-        (["inpaint", "in.png", "mask.png", "-c", "1,207"], 2, "class: 1,207; exactly one, or none"),
-        (["inpaint", "in.png", "mask.png", "-c", "-"], 2, "class: -; exactly one"),
-        (["inpaint", "in.png", "mask.png", "-o", "x.npz"], 2, "out: x.npz; a .png file"),
-        (["inpaint", "in.png", "mask.png", "-o", "x.png", "-n", "2"], 2, "out: x.png for several"),
-        (["inpaint", "in.png", "mask.png", "-o", "-", "--json"], 2, "json: with --out -"),
+        (
+            ["inpaint", "in.png", "mask.png", "-c", "1,207"],
+            2,
+            "--class takes exactly one class here, or none (got 1,207)",
+        ),
+        (["inpaint", "in.png", "mask.png", "-c", "-"], 2, "(got -)"),
+        (
+            ["inpaint", "in.png", "mask.png", "-o", "x.npz"],
+            2,
+            "--out must be a .png file, a folder, or - for standard output (got x.npz)",
+        ),
+        (
+            ["inpaint", "in.png", "mask.png", "-o", "x.png", "-n", "2"],
+            2,
+            "--out x.png is one file, but there are several images",
+        ),
+        (["inpaint", "in.png", "mask.png", "-o", "-", "--json"], 2, "--json cannot be used with --out -"),
         (["inpaint", "in.png", "mask.png", "-o", "no/x.png"], 5, "output: no/x.png cannot be written"),
-        (["inpaint", "in.png", "mask.png", "--released-rule", "--feather", "3"], 2, "paper: with --feather"),
-        (["inpaint", "in.png", "mask.png", "--no-composite", "--feather", "3"], 2, "feather: with --no-composite"),
-        (["inpaint", "in.png", "mask.png", "-n", "2", "--growth", "x.gif"], 2, "scales: 2 images; exactly one"),
-        (["inpaint", "in.png", "mask.png", "--grid", "x.jpg"], 2, "grid: x.jpg; a name ending in .png"),
-        (["inpaint", "in.png", "mask.png", "--top-p", "3"], 2, "top-p: 3.0; between"),
+        (
+            ["inpaint", "in.png", "mask.png", "--released-rule", "--feather", "3"],
+            2,
+            "--released-rule cannot be used with --feather",
+        ),
+        (
+            ["inpaint", "in.png", "mask.png", "--no-composite", "--feather", "3"],
+            2,
+            "--feather cannot be used with --no-composite",
+        ),
+        (
+            ["inpaint", "in.png", "mask.png", "-n", "2", "--growth", "x.gif"],
+            2,
+            "--growth shows exactly one image (got 2 images)",
+        ),
+        (["inpaint", "in.png", "mask.png", "--grid", "x.jpg"], 2, "--grid must be a name ending in .png (got x.jpg)"),
+        (["inpaint", "in.png", "mask.png", "--top-p", "3"], 2, "--top-p must be between 0 (off) and 1 (got 3)"),
         (["inpaint", "in.png", "mask.png", "-m", "nothing"], 4, "checkpoint: nothing; "),
-        (["outpaint", "in.png"], 2, "size: exactly one of --pad and --to"),
-        (["outpaint", "in.png", "--pad", "1,1,1,1", "--to", "90x90"], 2, "size: exactly one"),
-        (["outpaint", "in.png", "--pad", "0,0,0,0"], 2, "pad: 0,0,0,0; 0 or more"),
-        (["outpaint", "in.png", "--to", "50x90"], 2, "to: 50x90; more than the image's 60x40"),
+        (["outpaint", "in.png"], 2, "exactly one of --pad and --to"),
+        (["outpaint", "in.png", "--pad", "1,1,1,1", "--to", "90x90"], 2, "exactly one of --pad and --to"),
+        (["outpaint", "in.png", "--pad", "0,0,0,0"], 2, "--pad must be 0 or more on each side"),
+        (["outpaint", "in.png", "--to", "50x90"], 2, "--to must be larger than the image's 60x40 (got 50x90)"),
         (["edit", "in.png", "--mask", "mask.png"], 2, "Missing option '--class' / '-c'."),
-        (["edit", "in.png", "-c", "1"], 2, "mask: exactly one"),
+        (["edit", "in.png", "-c", "1"], 2, "exactly one of a mask file, --alpha and --box"),
     ],
     ids=lambda mistake: " ".join(mistake[0]),
 )

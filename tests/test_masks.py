@@ -39,7 +39,7 @@ def test_transparent_is_what_to_fill_with_alpha():
     layer = np.full((1, 3, 4), 255, np.uint8)
     layer[0, :, 3] = (0, 127, 128)
     assert transparent_mask(given(layer)).tolist() == [[True, True, False]]
-    with pytest.raises(InputError, match=r"^mask: mask.png has no alpha channel; "):
+    with pytest.raises(InputError, match=r"^--alpha needs an image with an alpha channel; mask.png has none"):
         transparent_mask(given(layer[:, :, :3]))
 
 
@@ -57,21 +57,25 @@ def test_boxes_and_margins():
 @pytest.mark.parametrize(
     ("parse", "text", "message"),
     [
-        (parse_box, "1,2,3", "box: 1,2,3; left,top,right,bottom in pixels or percent"),
-        (parse_box, "1,2,3,x", "box: 1,2,3,x; left,top"),
-        (parse_box, "nan%,2,3,4", "box: nan%,2,3,4; left,top"),
-        (parse_box, "inf%,2,3,4", "box: inf%,2,3,4; left,top"),
-        (parse_box, "5,0,5,9", "box: 5,0,5,9; left < right and top < bottom within 100 × 50 pixels"),
-        (parse_box, "0,0,101,9", "box: 0,0,101,9; left < right"),
-        (parse_box, "-1,0,9,9", "box: -1,0,9,9; left < right"),
-        (parse_box, "0,0,100%,50", "box: 0,0,100%,50 is all of the image"),
-        (parse_margins, "0,0,0,0", "pad: 0,0,0,0; 0 or more on each side, and some of it"),
-        (parse_margins, "-1,0,2,0", "pad: -1,0,2,0; 0 or more"),
-        (parse_margins, "0,0,0,99999999", "pad: 0,0,0,99999999 makes 100 × 100000049 pixels; at most 89 million"),
-        (parse_target, "200", "to: 200; width x height in pixels, such as 1024x256"),
-        (parse_target, "200x40", "to: 200x40; more than the image's 100x50"),
-        (parse_target, "100x50", "to: 100x50; more than"),
-        (parse_target, "99999x99999", "to: 99999x99999 makes 99999 × 99999 pixels; at most"),
+        (
+            parse_box,
+            "1,2,3",
+            "--box must be left,top,right,bottom in pixels or percent, such as 16,0,48,32 or 25%,0%,75%,50% (got 1,2,3)",
+        ),
+        (parse_box, "1,2,3,x", "--box must be left,top"),
+        (parse_box, "nan%,2,3,4", "--box must be left,top"),
+        (parse_box, "inf%,2,3,4", "--box must be left,top"),
+        (parse_box, "5,0,5,9", "--box must have left < right and top < bottom within 100 × 50 pixels (got 5,0,5,9)"),
+        (parse_box, "0,0,101,9", "--box must have left < right"),
+        (parse_box, "-1,0,9,9", "--box must have left < right"),
+        (parse_box, "0,0,100%,50", "--box 0,0,100%,50 is the whole image"),
+        (parse_margins, "0,0,0,0", "--pad must be 0 or more on each side, and more than 0 on one (got 0,0,0,0)"),
+        (parse_margins, "-1,0,2,0", "--pad must be 0 or more"),
+        (parse_margins, "0,0,0,99999999", "--pad 0,0,0,99999999 makes 100 × 100000049 pixels; at most 89 million"),
+        (parse_target, "200", "--to must be width x height in pixels, such as 1024x256 (got 200)"),
+        (parse_target, "200x40", "--to must be larger than the image's 100x50 (got 200x40)"),
+        (parse_target, "100x50", "--to must be larger than"),
+        (parse_target, "99999x99999", "--to 99999x99999 makes 99999 × 99999 pixels; at most"),
     ],
 )
 def test_mistakes(parse, text, message):
@@ -83,14 +87,16 @@ def test_mistakes(parse, text, message):
 def test_masks_of_another_size():
     marks = box_mask((0, 0, 5, 5), (10, 10))
     assert fitted_mask(marks, (10, 10), "m.png", fit=False) is marks
-    with pytest.raises(InputError, match=r"^mask: m.png has 10 × 10 for an image of 100 × 50; .*--fit-mask"):
+    with pytest.raises(
+        InputError, match=r"^the mask must be of the image.s size, 100 × 50 \(m.png is 10 × 10\); --fit-mask"
+    ):
         fitted_mask(marks, SIZE, "m.png", fit=False)
     fitted = fitted_mask(marks, SIZE, "m.png", fit=True)
     assert (fitted ^ box_mask((0, 0, 50, 25), SIZE)).sum() < 12  # a rounded corner
 
 
 def test_empty_and_full_masks():
-    for marks, message in ((np.zeros((4, 4), bool), "marks nothing"), (np.ones((4, 4), bool), "marks all")):
+    for marks, message in ((np.zeros((4, 4), bool), "marks nothing"), (np.ones((4, 4), bool), "marks the whole")):
         with pytest.raises(InputError, match=message):
             check_mask(marks, "m.png")
     check_mask(np.eye(4, dtype=bool), "m.png")

@@ -96,10 +96,10 @@ def test_one_image_has_the_name_it_was_given(here, out):
 @pytest.mark.parametrize(
     ("out", "several", "kind", "words"),
     [
-        ("x.png", True, UsageError, "a folder, .npz or .tar"),
-        ("x.jpg", False, UsageError, "out: x.jpg; a folder, a name ending in"),
+        ("x.png", True, UsageError, "use a folder, .npz, .tar"),
+        ("x.jpg", False, UsageError, "--out must be a folder, a name ending in"),
         ("x.tar.gz", True, UsageError, "x.tar.gz"),
-        ("file", True, UsageError, "out: file;"),
+        ("file", True, UsageError, "(got file)"),
         ("absent/x.png", False, RunError, "there is no folder absent"),
         ("absent/x.npz", True, RunError, "there is no folder absent"),
         ("absent/x.tar", True, RunError, "there is no folder absent"),
@@ -127,7 +127,7 @@ def test_folder_without_permission_is_refused_before_any_image(here, out):
 
 def test_file_of_an_option_is_checked_early(here):
     check_file("grid", here / "x.PNG", (".png",))
-    with pytest.raises(UsageError, match=r"^grid: x\.jpg; a name ending in \.png$"):
+    with pytest.raises(UsageError, match=r"^--grid must be a name ending in \.png \(got x\.jpg\)$"):
         check_file("grid", Path("x.jpg"), (".png",))
     with pytest.raises(UsageError, match=r"a name ending in \.png or \.gif"):
         check_file("scales", Path("x"), (".png", ".gif"))
@@ -165,7 +165,7 @@ def test_resume_is_not_fooled_by_a_file_of_the_same_name(here, content):
     assert read_provenance(Path("207-golden_retriever-0.png")) == MADE
 
 
-def test_resume_knows_a_image_whose_checkpoint_moved(here):
+def test_resume_knows_an_image_whose_checkpoint_moved(here):
     put("folder", [0])
     with open_sink("folder", several=True, resume=True) as output:
         assert output.has(made(checkpoint="/elsewhere/tiny64.safetensors", device="cuda", version="9"))

@@ -1,6 +1,5 @@
 """PNGs that say where they come from, and files that are there whole or not at all."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -67,9 +66,9 @@ def test_image_without_provenance_is_plain():
         assert opened.text == {}
 
 
-def test_settings_are_what_decides_a_image():
+def test_settings_are_what_decides_an_image():
     same = {"checkpoint": "elsewhere.safetensors", "class_name": "Hund", "device": "cuda", "version": "9"}
-    assert dataclasses.replace(MADE, **same).settings() == MADE.settings()
+    assert made(**same).identity() == MADE.identity()
     others = {
         "checkpoint_sha256": "00",
         "class_id": None,
@@ -79,11 +78,11 @@ def test_settings_are_what_decides_a_image():
         "top_p": 0.5,
         "smooth": True,
         "approximate": "guidance",
-        "dtype": "bfloat16",
+        "dtype": "bf16",
     }
-    assert same.keys() | others.keys() == {field.name for field in dataclasses.fields(MADE)}
+    assert same.keys() | others.keys() == MADE.to_dict().keys()
     for name, value in others.items():
-        assert dataclasses.replace(MADE, **{name: value}).settings() != MADE.settings()
+        assert made(**{name: value}).identity() != MADE.identity()
 
 
 def with_text(text):
@@ -131,7 +130,7 @@ def test_command_makes_the_image_again():
     words = shlex.split(reproduction_command(other))
     assert words[words.index("--class") + 1] == "none"
     assert words[words.index("--checkpoint") + 1] == "my models/a'b.safetensors"
-    assert words[-1] == "--smooth"
+    assert "--smooth" in words
 
 
 def test_command_is_quoted_as_windows_does(monkeypatch):
@@ -226,6 +225,6 @@ def test_what_older_files_do_not_mention():
 
 
 def test_approximations_and_int8_are_in_the_command():
-    words = reproduction_command(dataclasses.replace(MADE, approximate="guidance,cache", dtype="int8"))
+    words = reproduction_command(made(approximate="guidance,cache", dtype="int8"))
     assert "--quantize int8" in words
     assert "--approximate guidance,cache" in words

@@ -79,7 +79,7 @@ def test_guidance_mixes_the_two_rows_equally_everywhere(models):
     torch.testing.assert_close(guided, 4 * with_class - 3 * without, atol=1e-4, rtol=1e-4)
 
 
-def test_a_image_is_its_seeds_and_classes_and_all_tokens_are_drawn(models):
+def test_an_image_is_its_seeds_and_classes_and_all_tokens_are_drawn(models):
     marks = []
     f_BCHW = scan(*models, [1, 2, 1], [0, 0, 1], SampleConfig(), mark=marks.append)
     assert f_BCHW.shape == (3, 8, 4, 4)

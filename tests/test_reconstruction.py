@@ -155,9 +155,9 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
         (["tokens", "encode", "none.png", "-o", "t.safetensors"], 3, "image: none.png cannot be read"),
         (["tokens", "encode", "a.png", "-o", "no/t.safetensors"], 5, "no/t.safetensors cannot be written"),
         (["reconstruct", "none.png"], 3, "image: none.png cannot be read"),
-        (["reconstruct", "a.png", "b.png", "--growth", "x.gif"], 2, "scales: 2 images; exactly one"),
-        (["reconstruct", "a.png", "-o", "-", "--json"], 2, "json: with --out -"),
-        (["reconstruct", "a.png", "-o", "x.npz"], 2, "out: x.npz; a .png file"),
+        (["reconstruct", "a.png", "b.png", "--growth", "x.gif"], 2, "--growth shows exactly one image (got 2 images)"),
+        (["reconstruct", "a.png", "-o", "-", "--json"], 2, "--json cannot be used with --out -"),
+        (["reconstruct", "a.png", "-o", "x.npz"], 2, "--out must be a .png file"),
     ],
 )
 def test_mistakes(var, tmp_path, arguments, code, message):

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from varcli.commands.election import AT_ONCE, Election, surest
-from varcli.commands.series import SampleRequest
 
 from support.provenances import made
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
+from varcli.pipelines.rejection import CLASSIFIER_BATCH, RejectionSampler, best_candidates
+from varcli.pipelines.requests import SampleRequest
 
 
 class Seeds:
@@ -32,7 +32,7 @@ class Sure:
     of: list
 
     def confidence(self, pixels_BPP3, rows):
-        assert len(pixels_BPP3) == len(rows) <= AT_ONCE
+        assert len(pixels_BPP3) == len(rows) <= CLASSIFIER_BATCH
         return np.array([self.of[pixels[0, 0, 0]] for pixels in pixels_BPP3])
 
 
@@ -45,17 +45,17 @@ def seeds(found):
 
 
 def test_the_surest_stay_in_their_order():
-    assert seeds(surest(Seeds(), Sure([0.1, 0.9, 0.5, 0.95, 0.2]), candidates(5), 3)) == [1, 2, 3]
+    assert seeds(best_candidates(Seeds(), Sure([0.1, 0.9, 0.5, 0.95, 0.2]), candidates(5), 3)) == [1, 2, 3]
 
 
 def test_of_equally_sure_ones_the_first_stay():
-    assert seeds(surest(Seeds(), Sure([0.5] * 5), candidates(5), 2)) == [0, 1]
+    assert seeds(best_candidates(Seeds(), Sure([0.5] * 5), candidates(5), 2)) == [0, 1]
 
 
 def test_more_candidates_than_are_looked_at_at_once():
     sure = np.random.RandomState(0).permutation(100) / 100
     wanted = sorted(np.argsort(-sure)[:7])
-    found = surest(Seeds(), Sure(sure), candidates(100), 7)
+    found = best_candidates(Seeds(), Sure(sure), candidates(100), 7)
     assert seeds(found) == wanted
     assert [pixels[0, 0, 0] for _, pixels in found] == wanted
     assert all(pixels.base is None for _, pixels in found), "a view keeps its whole batch in memory"
@@ -63,19 +63,19 @@ def test_more_candidates_than_are_looked_at_at_once():
 
 def test_one_process_makes_each_candidate_once():
     sampler = Seeds()
-    election = Election(sampler, Sure([0.1, 0.9, 0.5, 0.8]), 2, ProcessGroup())
-    chosen = (image for group in election.chosen([candidates(4), candidates(4)]) for image in group)
-    assert seeds(election.images(chosen)) == [1, 3, 1, 3]
+    rejection = RejectionSampler(sampler, Sure([0.1, 0.9, 0.5, 0.8]), 2, ProcessGroup())
+    chosen = (image for group in rejection.select([candidates(4), candidates(4)]) for image in group)
+    assert seeds(rejection.images(chosen)) == [1, 3, 1, 3]
     assert sampler.made == [0, 1, 2, 3] * 2
 
 
 def test_batches_are_not_made_once_more_by_another_process():
-    election = Election(Seeds(batch_size=8), Sure([]), 2, ProcessGroup(0, 2))
-    with pytest.raises(UsageError, match="best: with several processes in 16 bits on a GPU"):
-        list(election.chosen([candidates(4)]))
+    rejection = RejectionSampler(Seeds(batch_size=8), Sure([]), 2, ProcessGroup(0, 2))
+    with pytest.raises(UsageError, match="--best-of with several processes needs images"):
+        list(rejection.select([candidates(4)]))
 
 
 def test_no_class():
-    election = Election(Seeds(), Sure([]), 2, ProcessGroup())
-    with pytest.raises(UsageError, match="best: with none or random"):
-        list(election.chosen([candidates(4, class_id=None)]))
+    rejection = RejectionSampler(Seeds(), Sure([]), 2, ProcessGroup())
+    with pytest.raises(UsageError, match="--best-of cannot be used with --class none or random"):
+        list(rejection.select([candidates(4, class_id=None)]))

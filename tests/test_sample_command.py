@@ -53,7 +53,7 @@ def pngs(folder):
     return {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
 
 
-def test_a_image_a_class_in_the_current_folder(sample, capsys, tmp_path):
+def test_an_image_a_class_in_the_current_folder(sample, capsys, tmp_path):
     sample("-c", "golden retriever")
     out, err = capsys.readouterr()
     assert out == "207-golden_retriever-0.png\n"
@@ -97,7 +97,7 @@ def test_show_gives_the_command_that_makes_it_again(sample, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_neither_batch_nor_order_changes_a_image(sample, dtype):
+def test_neither_batch_nor_order_changes_an_image(sample, dtype):
     sample("-c", "1,207", "-n", 3, "--out", "a", "--batch-size", 1, "--dtype", dtype)
     sample("-c", "207,1", "-n", 3, "--out", "b", "--batch-size", 64, "--dtype", dtype)
     for seed in (2, 1, 0):
@@ -136,7 +136,7 @@ def test_presets_and_what_overrides_them(sample):
     sample("-c", 1, "--out", "metrics.png", "--preset", "metrics")
     sample("-c", 1, "--out", "mixed.png", "--preset", "metrics", "--top-k", 0, "--top-p", 0)
     settings = {
-        name: (made.cfg, made.top_k, made.top_p)
+        name: (made.settings.cfg, made.settings.top_k, made.settings.top_p)
         for name in ("default", "metrics", "mixed")
         for made in [read_provenance(Path(f"{name}.png"))]
     }

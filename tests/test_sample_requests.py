@@ -1,9 +1,12 @@
 """Which images are wanted."""
 
 import pytest
-from varcli.commands.series import candidates
+
+from varcli.pipelines.requests import candidate_count
 
 
-@pytest.mark.parametrize(("kept", "fraction", "drawn"), [(10, 1, 10), (10, 0.5, 20), (9, 0.9, 10), (1, 0.3, 4)])
-def test_of_how_many_some_are_the_best(kept, fraction, drawn):
-    assert candidates(kept, fraction) == drawn
+@pytest.mark.parametrize(
+    ("kept", "best_of", "sampled"), [(10, 1, 10), (10, 2, 20), (9, 1 / 0.9, 10), (1, 3.3, 4), (4, 1.25, 5)]
+)
+def test_candidates_are_a_whole_number(kept, best_of, sampled):
+    assert candidate_count(kept, best_of) == sampled

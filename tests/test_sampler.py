@@ -138,7 +138,7 @@ def images(models, wanted, config, batch_size):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_image_does_not_depend_on_its_batch(dtype):
+def test_an_image_does_not_depend_on_its_batch(dtype):
     models = reference.load("mini")
     prepare(models.tokenizer, models.transformer, torch.device("cpu"), dtype)
     wanted = [Wanted(row, seed) for row in (0, 3, 10) for seed in (0, 1)]

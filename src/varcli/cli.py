@@ -6,7 +6,7 @@ reader of our output closed the pipe.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any
@@ -34,6 +34,20 @@ COMMANDS = {
     "train": ("train", "train_app", "Train a tokenizer, then a transformer on its tokens."),
 }
 """Module, name and purpose of each command, in the order of the help; imported only when it is needed."""
+
+RENAMED: dict[str, tuple[str, Callable[[float], float] | None]] = {
+    "--accumulate": ("--grad-accum", None),
+    "--batch": ("--batch-size", None),
+    "--best": ("--best-of", lambda kept: 1 / kept),
+    "--draft": ("--approximate", None),
+    "--enlarge": ("--resize-ratio", None),
+    "--num": ("--num-images", None),
+    "--paper": ("--released-rule", None),
+    "--reject": ("--best-of", lambda rejected: 1 / (1 - rejected)),
+    "--scales": ("--growth", None),
+    "--store": ("--save-dtype", None),
+}
+"""Options of the version before, the option that each is now, and how its value converts; gone in the next version."""
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 """What a shell reports of a program that Ctrl-C or a closed pipe ended."""
@@ -124,9 +138,10 @@ def var(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own if None); return the exit code."""
-    distributed.remember_command_line(sys.argv[1:] if arguments is None else arguments)
+    words = _with_new_names(sys.argv[1:] if arguments is None else arguments)
+    distributed.remember_command_line(words)
     try:
-        code = app(arguments, prog_name="var", standalone_mode=False) or 0
+        code = app(words, prog_name="var", standalone_mode=False) or 0
     except VarError as error:
         return _failed(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -135,6 +150,30 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED and not distributed.launched():
         console.note("interrupted")
     return int(code)
+
+
+def _with_new_names(arguments: Sequence[str]) -> list[str]:
+    """The command line with renamed options under their new names, each with a note to the user."""
+    words = list(arguments)
+    for i, word in enumerate(words[: words.index("--")] if "--" in words else words):
+        flag, joined, value = word.partition("=")
+        if flag not in RENAMED:
+            continue
+        name, convert = RENAMED[flag]
+        words[i] = f"{name}{joined}{value}"
+        if convert is None:
+            console.note(f"{flag} is now {name}; the old name goes in the next version")
+            continue
+        try:
+            changed = f"{convert(float(value if joined else words[i + 1])):g}"
+        except (ValueError, ArithmeticError, IndexError):
+            continue  # for the new option to refuse
+        if joined:
+            words[i] = f"{name}={changed}"
+        else:
+            words[i + 1] = changed
+        console.note(f"{flag} is now {name} {changed}; the old name goes in the next version")
+    return words
 
 
 def _failed(message: str, code: int) -> int:

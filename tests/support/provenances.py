@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from varcli.config import SampleConfig
 from varcli.images.provenance import Provenance
 
 MADE = Provenance(
@@ -12,10 +13,7 @@ MADE = Provenance(
     class_id=207,
     class_name="golden retriever",
     seed=0,
-    cfg=1.5,
-    top_k=900,
-    top_p=0.96,
-    smooth=False,
+    settings=SampleConfig(cfg=1.5, top_k=900, top_p=0.96),
     device="cpu",
     dtype="fp32",
     version="0.1.0",
@@ -23,8 +21,10 @@ MADE = Provenance(
 
 
 def made(seed=0, **changes):
-    """Provenance of the image of this seed."""
-    return dataclasses.replace(MADE, seed=seed, **changes)
+    """Provenance of the image of this seed; `changes` are of its settings or its own."""
+    names = {field.name for field in dataclasses.fields(SampleConfig)} & changes.keys()
+    settings = dataclasses.replace(MADE.settings, **{name: changes.pop(name) for name in names})
+    return dataclasses.replace(MADE, seed=seed, settings=settings, **changes)
 
 
 def image(seed=0, height=8, width=8):

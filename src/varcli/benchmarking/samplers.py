@@ -50,7 +50,7 @@ class BenchSampler:
 class Wanted:
     """An image to be made."""
 
-    row: int
+    label: int
     seed: int
 
 

@@ -79,7 +79,7 @@ def convert(files: Released, out: Converted, sides: Sides = None) -> None:
     """Turn released .pth files into one file for `--checkpoint`; nothing in them is ever run."""
     from varcli.checkpoints import conversion
 
-    conversion.convert(files, out, None if sides is None else options.parse_numbers("sides", sides))
+    conversion.convert(files, out, None if sides is None else options.parse_numbers("--sides", sides))
     result(str(out))
 
 

@@ -55,22 +55,26 @@ def reconstruct(
     from varcli.pipelines.tokens import reconstruct as reconstruct_image
     from varcli.pipelines.tokens import save_pairs
 
-    for image in set(images) - {"-"}:
-        read_source_image(image)  # before a checkpoint is downloaded
+    sources = [read_source_image(image) for image in images]  # before a checkpoint is downloaded
     model = load(checkpoint, device=device, progress=not quiet)
     pairs, lines = [], []
     opened = nullcontext() if out is None else open_sink(out, several=len(images) > 1)
     with opened as sink, progress("images", len(images), quiet) as advance:
-        for number, image in enumerate(images):
-            pair = reconstruct_image(model, image, number, growth=growth)
+        for number, source in enumerate(sources):
+            pair = reconstruct_image(model, source, number, growth=growth)
             path = sink.add(pair.after.array, pair.after.provenance) if sink else None
             psnr = None if pair.psnr == math.inf else pair.psnr
-            facts = {"image": image, "path": path and str(path), "psnr": psnr, "bits_per_pixel": pair.bits_per_pixel}
+            facts = {
+                "image": images[number],
+                "path": path and str(path),
+                "psnr": psnr,
+                "bits_per_pixel": pair.bits_per_pixel,
+            }
             pairs.append(pair)
             lines.append(facts)
             advance()
     if grid:
-        save_pairs(grid, images, pairs)
+        save_pairs(grid, sources, pairs)
     if as_json:
         for facts in lines:
             result(json.dumps(facts, sort_keys=True))
@@ -115,13 +119,15 @@ def encode(
         raise UsageError("--out - is a terminal; send tokens to a file or a pipe")
     if out != "-":
         check_writable(Path(out))
+    from varcli.images.editable import read_source_image
     from varcli.pipelines.model import load
     from varcli.pipelines.tokens import encode_to
 
+    sources = [read_source_image(image) for image in images]  # before a checkpoint is downloaded
     model = load(checkpoint, device=device, progress=not quiet)
     with tempfile.TemporaryDirectory() as folder, progress("images", len(images), quiet) as advance:
         path = Path(folder) / "tokens.safetensors" if out == "-" else Path(out)
-        encode_to(model, images, path, advance)
+        encode_to(model, sources, path, advance)
         if out == "-":
             sys.stdout.buffer.write(path.read_bytes())
         elif not quiet:

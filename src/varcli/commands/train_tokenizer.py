@@ -74,11 +74,11 @@ def tokenizer(
 ) -> None:
     """Train a tokenizer: images to token maps and back."""
     config = TokenizerConfig(
-        sides=parse_numbers("sides", sides),
+        sides=parse_numbers("--sides", sides),
         codebook_size=codebook_size,
         codebook_width=codebook_width,
         base_width=base_width,
-        multipliers=parse_numbers("multipliers", multipliers),
+        multipliers=parse_numbers("--multipliers", multipliers),
         encoder_blocks=encoder_blocks,
     )
     training = shared.changed(

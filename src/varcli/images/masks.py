@@ -32,7 +32,7 @@ def transparent_mask(given: SourceImage) -> Mask:
     """
     alpha = given.alpha()
     if alpha is None:
-        raise InputError(f"mask: {given.name} has no alpha channel; an image with one, or a grey mask without --alpha")
+        raise InputError(f"--alpha needs an image with an alpha channel; {given.name} has none")
     return alpha < _HALF
 
 
@@ -54,8 +54,10 @@ def fitted_mask(mask: Mask, size: tuple[int, int], name: str, fit: bool) -> Mask
     if (width, height) == size:
         return mask
     if not fit:
-        sizes = f"{width} × {height} for an image of {size[0]} × {size[1]}"
-        raise InputError(f"mask: {name} has {sizes}; the same size, or --fit-mask to resize it")
+        raise InputError(
+            f"the mask must be of the image's size, {size[0]} × {size[1]} ({name} is {width} × {height}); "
+            "--fit-mask resizes it"
+        )
     grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     return np.asarray(grey) >= _HALF
 
@@ -63,9 +65,9 @@ def fitted_mask(mask: Mask, size: tuple[int, int], name: str, fit: bool) -> Mask
 def check_mask(mask: Mask, name: str) -> None:
     """Raise InputError where a mask marks nothing, or everything."""
     if not mask.any():
-        raise InputError(f"mask: {name} marks nothing; white is what to fill (with --alpha: transparent)")
+        raise InputError(f"the mask {name} marks nothing: white is what to fill (with --alpha: transparent)")
     if mask.all():
-        raise InputError(f"mask: {name} marks all of the image; some must stay, or it is `var sample`")
+        raise InputError(f"the mask {name} marks the whole image: some of it must stay, or use `var sample`")
 
 
 def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -74,12 +76,12 @@ def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
     Raises:
         UsageError: it is no box, reaches beyond the image, or is empty or all of it.
     """
-    left, top, right, bottom = _four("box", text, size)
+    left, top, right, bottom = _four("--box", text, size)
     width, height = size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise UsageError(f"box: {text}; left < right and top < bottom within {width} × {height} pixels")
+        raise UsageError(f"--box must have left < right and top < bottom within {width} × {height} pixels (got {text})")
     if (right - left, bottom - top) == size:
-        raise UsageError(f"box: {text} is all of the image; some must stay, or it is `var sample`")
+        raise UsageError(f"--box {text} is the whole image: some of it must stay, or use `var sample`")
     return left, top, right, bottom
 
 
@@ -89,10 +91,10 @@ def parse_margins(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]
     Raises:
         UsageError: they are no margins, or all are 0.
     """
-    margins = _four("pad", text, size)
+    margins = _four("--pad", text, size)
     if min(margins) < 0 or not any(margins):
-        raise UsageError(f"pad: {text}; 0 or more on each side, and some of it")
-    _check_canvas("pad", text, size[0] + margins[0] + margins[2], size[1] + margins[1] + margins[3])
+        raise UsageError(f"--pad must be 0 or more on each side, and more than 0 on one (got {text})")
+    _check_canvas("--pad", text, size[0] + margins[0] + margins[2], size[1] + margins[1] + margins[3])
     return margins
 
 
@@ -104,11 +106,11 @@ def parse_target(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """
     parts = text.lower().replace("×", "x").split("x")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"to: {text}; width x height in pixels, such as 1024x256")
+        raise UsageError(f"--to must be width x height in pixels, such as 1024x256 (got {text})")
     width, height = map(int, parts)
     if width < size[0] or height < size[1] or (width, height) == size:
-        raise UsageError(f"to: {text}; more than the image's {size[0]}x{size[1]}")
-    _check_canvas("to", text, width, height)
+        raise UsageError(f"--to must be larger than the image's {size[0]}x{size[1]} (got {text})")
+    _check_canvas("--to", text, width, height)
     across, down = width - size[0], height - size[1]
     return across // 2, down // 2, across - across // 2, down - down // 2
 
@@ -116,7 +118,9 @@ def parse_target(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
 def _check_canvas(option: str, text: str, width: int, height: int) -> None:
     most = Image.MAX_IMAGE_PIXELS or width * height
     if width * height > most:
-        raise UsageError(f"{option}: {text} makes {width} × {height} pixels; at most {most // 10**6} million")
+        raise UsageError(
+            f"{option} {text} makes {width} × {height} pixels; at most {most // 10**6} million are possible"
+        )
 
 
 def _four(option: str, text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -128,8 +132,10 @@ def _four(option: str, text: str, size: tuple[int, int]) -> tuple[int, int, int,
             for part, whole in zip(parts, size * 2, strict=True)
         )
     except (ValueError, OverflowError) as error:
-        message = f"{option}: {text}; left,top,right,bottom in pixels or percent, such as 16,0,48,32 or 25%,0%,75%,50%"
-        raise UsageError(message) from error
+        raise UsageError(
+            f"{option} must be left,top,right,bottom in pixels or percent, "
+            f"such as 16,0,48,32 or 25%,0%,75%,50% (got {text})"
+        ) from error
     return left, top, right, bottom
 
 

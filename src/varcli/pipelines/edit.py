@@ -36,7 +36,7 @@ from varcli.pipelines.model import ClassName, Model
 from varcli.pipelines.requests import SampleRequest, request
 from varcli.sampling.editing import EditConfig, Edited, Editor, best
 
-ImageInput = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Image
+ImageInput = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Image | SourceImage
 """An image as users have it: a file, "-" for standard input, or one in memory, (height, width[, channels]) uint8."""
 
 # --- what to edit ----------------------------------------------------------------------------------
@@ -67,6 +67,8 @@ def read_input(image: ImageInput, name: str = "image") -> SourceImage:
     Raises:
         InputError: it cannot be read.
     """
+    if isinstance(image, SourceImage):
+        return image
     if isinstance(image, str | Path):
         return read_source_image(str(image))
     if isinstance(image, Image):
@@ -83,6 +85,8 @@ def _levels(array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
 
 def word(image: ImageInput) -> str:
     """An image as the command line names it; "-" if it is in memory."""
+    if isinstance(image, SourceImage):
+        return "-" if image.name == "standard input" else image.name
     return str(image) if isinstance(image, str | Path) else "-"
 
 

@@ -16,10 +16,11 @@ from varcli.images.contact_sheet import contact_sheet, save_growth
 from varcli.images.decode import square_crop
 from varcli.images.editable import SourceImage
 from varcli.images.image import Image
-from varcli.images.provenance import EditProvenance, Pixels, png_bytes
+from varcli.images.provenance import EditProvenance, png_bytes
 from varcli.pipelines.edit import ImageInput, read_input, stem, word
 from varcli.pipelines.model import Model
 from varcli.sampling import reconstruction
+from varcli.sampling.sampler import Pixels
 
 NOT_SAMPLED = SampleConfig(cfg=0, top_k=0, top_p=0)
 """Settings of images that are decoded and not sampled."""
