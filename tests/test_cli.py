@@ -24,8 +24,8 @@ OPTIONS = {
     "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --approximate "
     "--out -o --grid --growth --batch-size --device --dtype --quantize --best-of --classifier --nproc "
     "--resume --json --quiet -q",
-    "eval": "--fid --is --kid --prc --num-images -n --reference -r --tokenizer --checkpoint -m --seed --cfg --top-k --top-p "
-    "--smooth --preset --approximate --best-of --classifier --resize --skip-bad --inception --lpips-weights "
+    "eval": "--fid --is --kid --prc --num-images -n --reference -r --tokenizer --checkpoint -m --seed --cfg --top-k "
+    "--top-p --smooth --preset --approximate --best-of --classifier --resize --skip-bad --inception --lpips-weights "
     "--save-stats --save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
     "eval stats": "--out -o --features --resize --skip-bad --inception --device --nproc --quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
@@ -112,8 +112,8 @@ def test_version(capsys):
             "output: /dev/full cannot be written; No space left on device",
         ),
         (["sample", "-c", "1", "-o", "{foreign}/x.png"], 5, "output: {foreign}/x.png cannot be written; "),
-        (["report", "{foreign}"], 3, "evaluation result: {foreign}; no JSON at line 1"),
-        (["report", "{foreign}", "-o", "report.pdf"], 2, "out: report.pdf; a name ending in .html or .md"),
+        (["report", "{foreign}"], 3, "evaluation result {foreign} is not JSON at line 1"),
+        (["report", "{foreign}", "-o", "report.pdf"], 2, "--out must end in .html or .md (got report.pdf)"),
         (["show", "{foreign}"], 3, "image: {foreign}; a PNG written by var sample"),
         (["classes", "zeppelin"], 3, "class: zeppelin; no name has these words"),
     ],

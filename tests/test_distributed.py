@@ -53,13 +53,13 @@ def test_one_process_needs_no_torch():
 
 def test_one_process_is_its_own_group():
     with process_group() as group:
-        assert group == ProcessGroup(rank=0, count=1) and group.is_main
+        assert group == ProcessGroup(rank=0, world_size=1) and group.is_main
         assert group.device("auto") == "auto" and group.device("cuda:1") == "cuda:1"
         group.barrier()
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    group = ProcessGroup(rank=5, count=8, local_rank=1)
+    group = ProcessGroup(rank=5, world_size=8, local_rank=1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert group.device("auto") == "auto"

@@ -7,7 +7,7 @@ import torch
 
 from varcli.distributed import ProcessGroup
 from varcli.errors import InputError, RunError
-from varcli.evaluation import feature_pass
+from varcli.evaluation import feature_pass, statistics
 from varcli.evaluation.extractors import Features
 from varcli.evaluation.feature_pass import FeaturePass, fingerprint
 from varcli.evaluation.statistics import EvalPlan
@@ -19,9 +19,9 @@ PLAN = EvalPlan(count=COUNT, metrics=("fid", "is", "kid"), classes=3)
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     """Let features be few and rounds short."""
-    for module in ("statistics", "measurement"):
-        monkeypatch.setattr(f"varcli.evaluation.{module}.POOL", WIDTH)
-        monkeypatch.setattr(f"varcli.evaluation.{module}.LOGITS", CLASSES)
+    for module in (statistics, feature_pass):
+        monkeypatch.setattr(module, "POOL", WIDTH)
+        monkeypatch.setattr(module, "LOGITS", CLASSES)
     monkeypatch.setattr(feature_pass, "ROUNDS", {"cpu": 8})
 
 

@@ -60,7 +60,7 @@ def test_boxes_and_margins():
         (
             parse_box,
             "1,2,3",
-            "--box must be left,top,right,bottom in pixels or percent, such as 16,0,48,32 or 25%,0%,75%,50% (got 1,2,3)",
+            "--box must be left,top,right,bottom in pixels or percent, such as 16,0",
         ),
         (parse_box, "1,2,3,x", "--box must be left,top"),
         (parse_box, "nan%,2,3,4", "--box must be left,top"),
@@ -87,9 +87,7 @@ def test_mistakes(parse, text, message):
 def test_masks_of_another_size():
     marks = box_mask((0, 0, 5, 5), (10, 10))
     assert fitted_mask(marks, (10, 10), "m.png", fit=False) is marks
-    with pytest.raises(
-        InputError, match=r"^the mask must be of the image.s size, 100 × 50 \(m.png is 10 × 10\); --fit-mask"
-    ):
+    with pytest.raises(InputError, match=r"must be of the image.s size, 100 × 50 \(m.png is 10 × 10\); --fit-mask"):
         fitted_mask(marks, SIZE, "m.png", fit=False)
     fitted = fitted_mask(marks, SIZE, "m.png", fit=True)
     assert (fitted ^ box_mask((0, 0, 50, 25), SIZE)).sum() < 12  # a rounded corner

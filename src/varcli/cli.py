@@ -25,7 +25,7 @@ COMMANDS = {
     "reconstruct": ("tokens", "reconstruct", "Encode and decode images with the tokenizer."),
     "tokens": ("tokens", "tokens_app", "Encode images to token files and decode them."),
     "eval": ("eval", "evaluate", "Measure images: FID, inception score, KID, precision and recall."),
-    "eval stats": ("eval_stats", "eval_stats", "Compute reference statistics for FID."),
+    "eval stats": ("eval", "eval_stats", "Compute reference statistics for FID."),
     "report": ("report", "report", "Put evaluations and training runs on one page."),
     "bench": ("bench", "bench", "Benchmark sampling on this machine."),
     "show": ("show", "show", "Show an image's settings and the command that reproduces it."),

@@ -1,44 +1,99 @@
 """`var eval`: FID, inception score, KID, precision and recall that can be compared with the paper's."""
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from typer import Exit
+from typer import Argument, Exit, Option
 
-from varcli.commands import eval_options, options
-from varcli.commands.eval_ask import Ask, check
-from varcli.console import note, result, table
+from varcli.commands import options
+from varcli.console import notes, result, table
 from varcli.distributed import launch, launched, process_group
+from varcli.errors import UsageError
 
 if TYPE_CHECKING:
     from varcli.evaluation.results import Result
+
+Resize = Annotated[
+    int | None,
+    Option("--resize", metavar="SIDE", min=1, help="Crop and resize images to this many pixels a side, as ADM does."),
+]
+SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
+InceptionFile = Annotated[
+    Path | None,
+    Option("--inception", envvar="VAR_INCEPTION", metavar="FILE", help="InceptionV3's weights, instead of a download."),
+]
 
 
 @options.expand
 def evaluate(
     *,
-    paths: eval_options.Images = None,
-    fid: eval_options.Fid = False,
-    inception_score: eval_options.InceptionScore = False,
-    kid: eval_options.Kid = False,
-    prc: eval_options.Prc = False,
-    num: eval_options.Num = None,
-    reference: eval_options.Reference = None,
-    tokenizer: eval_options.Tokenizer = False,
+    paths: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="PATH",
+            help="Existing images: folders, zips, .npz (arr_0), WebDataset .tar, image files, or - for paths on "
+            "stdin. Without any, images are sampled with the checkpoint.",
+        ),
+    ] = None,
+    fid: Annotated[bool, Option("--fid", help="Fréchet inception distance.")] = False,
+    inception_score: Annotated[bool, Option("--is", help="Inception score.")] = False,
+    kid: Annotated[bool, Option("--kid", help="Kernel inception distance.")] = False,
+    prc: Annotated[
+        bool, Option("--prc", help="Precision and recall, k = 3 on Inception features, as ADM does.")
+    ] = False,
+    num_images: Annotated[
+        int | None,
+        Option(
+            "--num-images",
+            "-n",
+            min=2,
+            help="Images to sample, equally many per class.",
+            show_default="50000, for a checkpoint without published figures as many as the reference has",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        Option(
+            "--reference",
+            "-r",
+            metavar="NAME|PATH",
+            help="What to measure against: imagenet-256, imagenet-512 or tiny64, an .npz of statistics, or images.",
+            show_default="the checkpoint's; for existing images the one of their size",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        bool, Option("--tokenizer", help="Measure the checkpoint's tokenizer instead, on images encoded and decoded.")
+    ] = False,
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     seed: options.Seed = 0,
     settings: options.Settings,
     preset: options.Preset = "metrics",
     best_of: options.BestOf = 1,
     classifier: options.Classifier = options.DEFAULT_CLASSIFIER,
-    resize: eval_options.Resize = None,
-    skip_bad: eval_options.SkipBad = False,
-    inception: eval_options.InceptionFile = None,
-    lpips_weights: eval_options.LpipsWeights = None,
-    save_stats: eval_options.SaveStats = None,
-    save_images: eval_options.SaveImages = None,
-    out: eval_options.ResultFile = None,
+    resize: Resize = None,
+    skip_bad: SkipBad = False,
+    inception: InceptionFile = None,
+    lpips_weights: Annotated[
+        Path | None,
+        Option(
+            "--lpips-weights",
+            metavar="DIR",
+            help="Folder of LPIPS's two weight files.",
+            show_default="torch.hub's cache",
+        ),
+    ] = None,
+    save_stats: Annotated[
+        Path | None, Option("--save-stats", metavar="FILE", help="Also write the images' statistics, .npz.")
+    ] = None,
+    save_images: Annotated[
+        str | None, Option("--save-images", metavar="PATH", help="Also write sampled images: a folder, .npz or .tar.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option("--out", "-o", metavar="FILE", help="Also write the result, .json, with some images, for `var report`."),
+    ] = None,
     batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -47,37 +102,139 @@ def evaluate(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure images: those that a checkpoint makes, 50 of each class as in the paper, or those at PATH.
+    """Measure images: those that a checkpoint samples, 50 per class as in the paper, or those at PATH.
 
-    Without --fid, --is, --kid or --prc: FID and inception score. Killed, the same command goes on where it was (but for
-    --tokenizer).
+    Without --fid, --is, --kid or --prc: FID and inception score. If it is killed, the same command goes on where it was
+    (except with --tokenizer).
     """
-    given = dict(locals())
-    ask = Ask.of(given)
-    check(ask)
+    sampled = not (paths or tokenizer)
+    only_sampled = {"num-images": num_images, "save-images": save_images, "best-of": best_of if best_of > 1 else None}
+    for name, value in {**only_sampled, **settings}.items():
+        if value is not None and not sampled:
+            raise UsageError(f"--{name.replace('_', '-')} is for images to be sampled, not for images that exist")
+    if resize and sampled:
+        raise UsageError("--resize is for images that exist: sampled ones have the model's size")
+    if tokenizer and (inception_score or kid or prc):
+        raise UsageError("--tokenizer cannot be used with --is, --kid or --prc: it measures FID, PSNR, SSIM and LPIPS")
+    asked = {"fid": fid, "is": inception_score, "kid": kid, "prc": prc}
+    metrics = tuple(name for name, wanted in asked.items() if wanted)
+    if save_stats and metrics and not fid:
+        raise UsageError("--save-stats needs --fid: it writes the statistics that FID is computed from")
+    _check_outputs(out, save_stats, save_images, shared=nproc > 1 or launched())
     if nproc > 1 and not launched():
         raise Exit(launch(nproc))
-    from varcli.commands.evaluating import evaluated
+    from varcli.pipelines import evaluate as pipeline
+    from varcli.pipelines.model import load
+
+    def report(found: "Result") -> None:
+        _report(found, out, as_json=as_json, quiet=quiet)
 
     with process_group() as group:
-        found, forget = evaluated(ask, group)
-        if found:
-            _tell(found, out, as_json=as_json, quiet=quiet)
-        forget()
+        silent = quiet or not group.is_main
+        where = group.device(device)
+        model = None
+        if sampled or tokenizer:
+            model = load(checkpoint, device=where, dtype=dtype, quantize=quantize, progress=not silent)
+        pipeline.evaluate(
+            model or paths or [],
+            metrics or None,
+            reference=reference,
+            tokenizer=tokenizer,
+            num_images=num_images,
+            seed=seed,
+            config=model.settings(preset, **settings) if model else None,
+            best_of=best_of,
+            classifier=classifier,
+            batch_size=batch_size,
+            paths=paths or [],
+            resize=resize,
+            skip_bad=skip_bad,
+            lines=sys.stdin,
+            inception=inception,
+            lpips_weights=lpips_weights,
+            device=where,
+            save_stats=save_stats,
+            save_images=save_images,
+            thumbnails=out is not None,
+            group=group,
+            report=report,
+            note=notes(silent),
+            quiet=silent,
+        )
 
 
-def _tell(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:
-    """Write the result where it is wanted, what makes it incomparable beside it."""
+def eval_stats(
+    *,
+    data: Annotated[list[str], Argument(metavar="PATH", help="Folders, zips, .npz, .tar, image files, or - .")],
+    out: Annotated[Path, Option("--out", "-o", metavar="FILE", help="The .npz to write.")],
+    features: Annotated[
+        bool, Option("--features", help="Also keep each image's features, for KID, precision and recall.")
+    ] = False,
+    resize: Resize = None,
+    skip_bad: SkipBad = False,
+    inception: InceptionFile = None,
+    device: options.Device = "auto",
+    nproc: options.Processes = 1,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compute reference statistics for `var eval --reference`: mean and covariance of the images' features."""
+    from varcli.outputs.open import check_file
+
+    check_file("out", out, (".npz",))
+    if nproc > 1 and not launched():
+        raise Exit(launch(nproc))
+    from varcli.pipelines.evaluate import compute_statistics
+
+    with process_group() as group:
+        silent = quiet or not group.is_main
+        note = notes(silent)
+        warnings = compute_statistics(
+            data,
+            out,
+            features=features,
+            resize=resize,
+            skip_bad=skip_bad,
+            lines=sys.stdin,
+            inception=inception,
+            device=group.device(device),
+            group=group,
+            note=note,
+            quiet=silent,
+        )
+        if not silent:
+            result(str(out))
+        for warning in warnings:
+            note(f"warning: {warning}")
+
+
+def _check_outputs(out: Path | None, save_stats: Path | None, save_images: str | None, *, shared: bool) -> None:
+    """Check that everything to be written can be, before anything is downloaded or computed."""
+    from varcli.outputs.open import check_file, check_sink, find_sink
+    from varcli.outputs.sinks import StreamSink
+
+    if save_images:
+        check_sink(save_images)
+        sink = find_sink(save_images, several=True)
+        if isinstance(sink, StreamSink):
+            raise UsageError(f"--save-images must be a folder, .npz or .tar: stdout has the result (got {save_images})")
+        if sink.archive and shared:
+            raise UsageError(f"--save-images must be a folder with several processes (got {save_images})")
+    for option, path, suffix in (("out", out, ".json"), ("save-stats", save_stats, ".npz")):
+        if path:
+            check_file(option, path, (suffix,))
+
+
+def _report(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:
+    """Write and print the result, with what makes it incomparable beside it."""
     if out:
         from varcli.files import write_atomically
 
         write_atomically(out, (json.dumps(found.facts(), indent=1, sort_keys=True) + "\n").encode())
     if as_json:
         facts = found.facts()
-        del facts["images"]  # they are for the file: nobody wants them on a terminal
+        del facts["images"]  # thumbnails are for the file
         result(json.dumps(facts, sort_keys=True))
     else:
         table(("", ""), list(found.lines()))
-    if not quiet:
-        for warning in found.warnings:
-            note(f"warning: {warning}")
+    for warning in found.warnings:
+        notes(quiet)(f"warning: {warning}")

@@ -68,7 +68,7 @@ class FeaturePass:
         """
         self.plan, self.path, self.group = plan, path, group or ProcessGroup()
         self.statistics = Statistics(plan)
-        self.seconds = {"pictures": 0.0, "features": 0.0}
+        self.seconds = {"images": 0.0, "features": 0.0}
         self.notice = ""
         """Why the file there could not be gone on with, if so; for the user."""
         self._facts = {
@@ -125,10 +125,10 @@ class FeaturePass:
         found = []
         clock = time.perf_counter()
         for given, pixels_BHW3, rows in make(mine):
-            clock = self._took("pictures", clock)
+            clock = self._took("images", clock)
             found.append(([places[rank] for rank in given], rows, inception.features(pixels_BHW3)))
             clock = self._took("features", clock)
-        clock = self._took("pictures", clock)
+        clock = self._took("images", clock)
         share = {
             "pool_RN": torch.zeros(len(ranks), POOL),
             "logits_RV": torch.zeros(len(ranks), LOGITS),

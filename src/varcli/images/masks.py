@@ -118,9 +118,7 @@ def parse_target(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
 def _check_canvas(option: str, text: str, width: int, height: int) -> None:
     most = Image.MAX_IMAGE_PIXELS or width * height
     if width * height > most:
-        raise UsageError(
-            f"{option} {text} makes {width} × {height} pixels; at most {most // 10**6} million are possible"
-        )
+        raise UsageError(f"{option} {text} makes {width} × {height} pixels; at most {most // 10**6} million")
 
 
 def _four(option: str, text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:

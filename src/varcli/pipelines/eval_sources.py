@@ -1,4 +1,4 @@
-"""What `var eval` measures: images it makes, images that exist, or images taken through a tokenizer."""
+"""What `var eval` measures: sampled images, existing images, or a tokenizer's reconstructions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,63 +30,63 @@ from varcli.sampling.reconstruction import there_and_back
 from varcli.sampling.sampler import Pixels
 
 BATCH = 32
-"""Images handed over at a time, where nothing else says how many."""
+"""Images per batch, where nothing else decides."""
 
 
-class Subject(ABC):
-    """Images to measure; an image's rank is its number among them."""
+class EvalSource(ABC):
+    """Images to measure, each known by its rank: its place in their order."""
 
     what: str
-    """Kind of it, as results name it."""
+    """Kind of source, as results name it."""
     side: int
     """Pixels a side."""
     classes: ClassTable
-    """Classes they are of; empty where that is not known."""
-    rows: Sequence[int]
-    """Each image's row of that table, -1 where it has none."""
+    """Classes of the images; empty where they are not known."""
+    labels: Sequence[int]
+    """Index of each image's class in that table, -1 where it is not known."""
     unit = 1
-    """How many of neighbouring rank are best made together."""
+    """How many images of neighbouring rank are best made together."""
     checkpoint: Mapping[str, Any] | None = None
-    """What made them, as results say it."""
+    """The checkpoint that sampled or reconstructed them, as results say it."""
     source: Mapping[str, Any] | None = None
-    """Where they lie, as results say it."""
+    """Their paths, as results say it."""
 
     def __init__(self) -> None:
         self.gallery = Gallery()
-        """Some of them, for a report."""
+        """Thumbnails of some of them, for a report."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return all that decides the images."""
+        """Everything that decides the images."""
 
     @abstractmethod
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
         """Yield the images of these ranks, in batches."""
 
-    def shown(self, ranks: Sequence[int]) -> Iterator[Batch]:
-        """Yield the images of these ranks, some of which stay in the gallery."""
+    def watched(self, ranks: Sequence[int]) -> Iterator[Batch]:
+        """Yield the images of these ranks; the gallery keeps thumbnails of some."""
         return self.gallery.watched(self.make(ranks))
 
     @contextmanager
     def ready(self, resumed: bool) -> Iterator[None]:
-        """Do what belongs around the measuring, which goes on where an earlier run was if `resumed`."""
+        """Wrap the measuring, which goes on where an earlier run was if `resumed`."""
         yield
 
     def join(self, group: ProcessGroup) -> None:
-        """Take in what other processes found out; to be called by all, the first one has it then."""
+        """Collect what other ranks found in the main one; to be called by all."""
         for found in group.gather(self.gallery.found):
             self.gallery.found |= found
 
     def warnings(self) -> Iterator[str]:
         """Yield what makes their figures incomparable."""
-        yield from comparability.imbalance(self.rows, [entry.name for entry in self.classes.entries])
+        yield from comparability.imbalance(self.labels, [entry.name for entry in self.classes.entries])
 
 
-class Samples(Subject):
-    """Images made with a checkpoint, class after class."""
+class Samples(EvalSource):
+    """Images sampled with a checkpoint, class after class."""
 
     what = "samples"
 
@@ -101,114 +101,109 @@ class Samples(Subject):
         classifier: Classifier | None = None,
         save_images: str | None = None,
     ) -> None:
-        """Take images to be made.
+        """Take images to be sampled.
 
         Args:
-            sampler: makes them.
+            sampler: samples them.
             classes: the checkpoint's.
-            candidates: those of each row of its class table, in order.
-            kept: how many of each are measured: the first ones, or those that a classifier is surest of.
-            preset: how published figures were made.
-            classifier: chooses them; None where there are as many candidates.
-            save_images: place where they are kept too.
+            candidates: requests of each label, in order.
+            kept: how many of each label are measured: the first ones, or those of highest confidence.
+            preset: settings of published figures.
+            classifier: chooses among candidates; None where all are measured.
+            save_images: path where they are also written.
         """
         super().__init__()
         self.sampler, self.classes, self.kept = sampler, classes, kept
         # In the order of their files' names, in which files of them would be measured.
         ordered = {
-            row: sorted(images, key=lambda image: image_filename(image.provenance))
-            for row, images in candidates.items()
+            label: sorted(requests, key=lambda request: image_filename(request.provenance))
+            for label, requests in candidates.items()
         }
-        self.candidates = dict(sorted(ordered.items(), key=lambda of_row: image_filename(of_row[1][0].provenance)))
+        self.candidates = dict(sorted(ordered.items(), key=lambda item: image_filename(item[1][0].provenance)))
         self.preset, self.classifier, self.save_images = preset, classifier, save_images
         self.side = sampler.tokenizer.config.pixels
-        self.rows = [row for row in self.candidates for _ in range(kept[row])]
+        self.labels = [label for label in self.candidates for _ in range(kept[label])]
         self.unit = max(kept.values()) if classifier else sampler.batch_size
-        self.output: Sink | None = None
-        self.origin: Provenance = next(iter(candidates.values()))[0].provenance
+        self.sink: Sink | None = None
+        self.provenance: Provenance = next(iter(candidates.values()))[0].provenance
         self.checkpoint = {
-            "name": self.origin.checkpoint,
-            "sha256": self.origin.checkpoint_sha256,
-            **asdict(self.origin.settings),
-            **{name: getattr(self.origin, name) for name in ("seed", "device", "dtype")},
+            "name": self.provenance.checkpoint,
+            "sha256": self.provenance.checkpoint_sha256,
+            **asdict(self.provenance.settings),
+            **{name: getattr(self.provenance, name) for name in ("seed", "device", "dtype")},
         }
-        self._first = {row: rank for rank, row in reversed(list(enumerate(self.rows)))}
+        self._first = {label: rank for rank, label in reversed(list(enumerate(self.labels)))}
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides the images."""
-        drawn = {row: len(images) for row, images in self.candidates.items()}
+        """Everything that decides the images, under the names that unfinished runs know."""
+        common = self.provenance.identity().to_dict()
+        common["draft"] = common.pop("approximate")
+        drawn = {label: len(requests) for label, requests in self.candidates.items()}
         chosen = self.classifier and self.classifier.sha256
         place = self.save_images and str(Path(self.save_images).resolve())  # another one lacks what is done
-        asked = {"drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place}
-        return {"made": self._made()} | asked
-
-    def _made(self) -> dict[str, Any]:
-        """All that the images have in common, as unfinished runs name it."""
-        facts = self.origin.identity().to_dict()
-        facts["draft"] = facts.pop("approximate")
-        return facts
+        return {"made": common, "drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place}
 
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
         """Yield the images of these ranks, in batches."""
-        made = self._chosen(ranks) if self.classifier else self._all(ranks)
-        while batch := list(islice(made, BATCH)):
-            found, images, pixels = zip(*batch, strict=True)
-            yield found, np.stack(pixels), [image.label for image in images]
+        sampled = self._best(ranks) if self.classifier else self._all(ranks)
+        while batch := list(islice(sampled, BATCH)):
+            found, requests, pixels = zip(*batch, strict=True)
+            yield found, np.stack(pixels), [request.label for request in requests]
 
     def _all(self, ranks: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
-        wanted = [self.candidates[self.rows[rank]][rank - self._first[self.rows[rank]]] for rank in ranks]
-        for rank, (image, pixels) in zip(ranks, self.sampler.images(wanted), strict=True):
-            self._keep(image, pixels)
-            yield rank, image, pixels
+        requests = [self.candidates[self.labels[rank]][rank - self._first[self.labels[rank]]] for rank in ranks]
+        for rank, (request, pixels) in zip(ranks, self.sampler.images(requests), strict=True):
+            self._save(request, pixels)
+            yield rank, request, pixels
 
-    def _chosen(self, ranks: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
+    def _best(self, ranks: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
         assert self.classifier is not None
-        for row, of_class in groupby(ranks, key=self.rows.__getitem__):
-            chosen = best_candidates(self.sampler, self.classifier, self.candidates[row], self.kept[row])
+        for label, of_class in groupby(ranks, key=self.labels.__getitem__):
+            best = best_candidates(self.sampler, self.classifier, self.candidates[label], self.kept[label])
             for rank in of_class:
-                image, pixels = chosen[rank - self._first[row]]
-                self._keep(image, pixels)
-                yield rank, image, pixels
+                request, pixels = best[rank - self._first[label]]
+                self._save(request, pixels)
+                yield rank, request, pixels
 
-    def _keep(self, image: SampleRequest, pixels: Pixels) -> None:
-        if self.output and not self.output.has(image.provenance):
-            self.output.add(pixels, image.provenance)
+    def _save(self, request: SampleRequest, pixels: Pixels) -> None:
+        if self.sink and not self.sink.has(request.provenance):
+            self.sink.add(pixels, request.provenance)
 
     @contextmanager
     def ready(self, resumed: bool) -> Iterator[None]:
-        """Keep the images where that is asked for, while this lasts."""
+        """Keep the sink of the images open while this lasts, if they are to be written."""
         if self.save_images is None:
             yield
             return
-        output = find_sink(self.save_images, several=True)
-        output.open(resumed)
-        with output:
-            self.output = output
+        sink = find_sink(self.save_images, several=True)
+        sink.open(resumed)
+        with sink:
+            self.sink = sink
             yield
-            self.output = None
+            self.sink = None
 
     def warnings(self) -> Iterator[str]:
         """Yield what makes their figures incomparable."""
         yield from super().warnings()
         yield from comparability.other_settings(asdict(self.sampler.config), asdict(self.preset))
-        yield from comparability.other_precision(self.origin.dtype)
+        yield from comparability.other_precision(self.provenance.dtype)
         if self.classifier:
             yield from comparability.rejection(self.classifier.name)
 
 
-class Given(Subject):
+class ExistingImages(EvalSource):
     """Images that exist."""
 
-    what = "pictures"
+    what = "images"
 
     def __init__(self, images: ImageSet, paths: Sequence[str]) -> None:
         super().__init__()
         self.images = images
-        self.side, self.classes, self.rows = images.side, images.classes, images.labels
+        self.side, self.classes, self.labels = images.side, images.classes, images.labels
         self.source = {"paths": list(paths)}
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides the images."""
+        """Everything that decides the images."""
         return {"pictures": self.images.fingerprint()}
 
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
@@ -216,7 +211,7 @@ class Given(Subject):
         return self.images.batches(ranks, BATCH)
 
     def join(self, group: ProcessGroup) -> None:
-        """Take in which images other processes could not read."""
+        """Collect which images other ranks could not read."""
         super().join(group)
         found = group.gather(self.images.skipped)
         self.images.skipped = sorted({name for names in found for name in names})
@@ -228,8 +223,8 @@ class Given(Subject):
         yield from comparability.skipped(self.images.skipped)
 
 
-class Rebuilt(Given):
-    """Images that exist, taken through a tokenizer and back."""
+class Reconstructed(ExistingImages):
+    """Existing images, encoded and decoded by a tokenizer."""
 
     what = "tokenizer"
 
@@ -241,27 +236,27 @@ class Rebuilt(Given):
         reconstructions: Reconstructions,
         checkpoint: Mapping[str, Any],
     ) -> None:
-        """Take images, a tokenizer in evaluation mode, and where to count what each image lost."""
+        """Take images, a tokenizer in evaluation mode, and what sums up the losses."""
         super().__init__(images, paths)
         self.tokenizer, self.reconstructions, self.checkpoint = tokenizer, reconstructions, checkpoint
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides the images."""
+        """Everything that decides the images."""
         assert self.checkpoint is not None
         return super().identity() | {"tokenizer": self.checkpoint["sha256"]}
 
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
-        """Yield the images of these ranks, rebuilt, in batches."""
+        """Yield reconstructions of the images of these ranks, in batches."""
         for found, before_BPP3, rows in super().make(ranks):
             after_BPP3, tokens = there_and_back(self.tokenizer, before_BPP3)
             self.reconstructions.add(before_BPP3, after_BPP3, tokens)
             yield found, after_BPP3, rows
 
     def join(self, group: ProcessGroup) -> None:
-        """Take in what other processes counted."""
+        """Collect what other ranks summed up."""
         super().join(group)
         self.reconstructions.join(group)
 
     def warnings(self) -> Iterator[str]:
-        """Yield what makes their figures incomparable; JPEG images are what a tokenizer is there for."""
+        """Yield what makes their figures incomparable; JPEG is no fault in a tokenizer's input."""
         yield from comparability.skipped(self.images.skipped)

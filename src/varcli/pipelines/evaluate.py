@@ -1,0 +1,506 @@
+"""`varcli.evaluate`: images measured against a reference, with everything that is to be known of the figures."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from varcli import __version__
+from varcli.acceleration.devices import pick_device
+from varcli.checkpoints.registry import cache_folder, presets, registry
+from varcli.config import SampleConfig
+from varcli.console import progress
+from varcli.distributed import ProcessGroup
+from varcli.errors import CheckpointError, InputError, UsageError
+from varcli.evaluation import comparability, statistics
+from varcli.evaluation import metrics as figures_of
+from varcli.evaluation.classifier import Classifier
+from varcli.evaluation.extractors import Inception
+from varcli.evaluation.feature_pass import FeaturePass, fingerprint
+from varcli.evaluation.reconstruction import Reconstructions
+from varcli.evaluation.references import (
+    Reference,
+    find_inception,
+    find_reference,
+    holds_images,
+    read_reference,
+    references,
+    save_reference,
+)
+from varcli.evaluation.results import ClassSpread, Origin, Published, ReferenceOrigin, Result
+from varcli.evaluation.statistics import EvalPlan, Statistics
+from varcli.files import file_sha256
+from varcli.images.dataset import ImageSet, open_images
+from varcli.models.lpips import LPIPS
+from varcli.pipelines.eval_sources import EvalSource, ExistingImages, Reconstructed, Samples
+from varcli.pipelines.model import Model
+from varcli.pipelines.requests import candidate_count, class_requests
+
+DEFAULT_COUNT = 2_000
+"""Images where neither a paper nor a reference says how many."""
+
+MAX_CACHED_FEATURES = 10_000
+"""Up to so many images a reference's features are kept with its statistics, for KID, precision and recall."""
+
+Source = Model | str | Path | Sequence[str | Path] | Iterable[NDArray[np.uint8]]
+"""What is measured: a model, paths of images, or arrays (height, width, 3)."""
+
+
+def evaluate(
+    source: Source,
+    metrics: Sequence[str] | None = None,
+    *,
+    reference: str | None = None,
+    tokenizer: bool = False,
+    num_images: int | None = None,
+    seed: int = 0,
+    config: SampleConfig | None = None,
+    best_of: float = 1,
+    classifier: str = "resnet101",
+    batch_size: int | None = None,
+    paths: Sequence[str | Path] = (),
+    resize: int | None = None,
+    skip_bad: bool = False,
+    lines: Iterable[str] = (),
+    inception: Path | None = None,
+    lpips_weights: Path | None = None,
+    device: str = "auto",
+    save_stats: Path | None = None,
+    save_images: str | None = None,
+    thumbnails: bool = False,
+    group: ProcessGroup | None = None,
+    report: Callable[[Result], None] = lambda result: None,
+    note: Callable[[str], None] = lambda line: None,
+    quiet: bool = True,
+) -> Result:
+    """Measure images against a reference. An interrupted evaluation goes on where it was when called again.
+
+    Args:
+        source: a model, from which images are sampled; paths of folders, zips, .npz, .tar or image files; or arrays
+            (height, width, 3) of uint8 of one size.
+        metrics: some of "fid", "is", "kid" and "prc"; None is FID and, of images that are no reconstructions,
+            inception score.
+        reference: a name, a file of statistics, or images; None is the usual one.
+        tokenizer: measure the model's tokenizer instead, on `paths` encoded and decoded.
+        num_images: images to sample, equally many per class; None is 50 000, or as many as the reference has.
+        seed: of each class's first image.
+        config: settings of sampling; None is the model's preset for measuring.
+        best_of: candidates per image that is measured, of which the classifier's favourites are kept.
+        classifier: a torchvision model or a TorchScript file.
+        batch_size: images at a time on a GPU in 16 bits.
+        paths: images for the tokenizer; none are those held out of a bundled model's training.
+        resize: crop and resize images to this side, as ADM does.
+        skip_bad: leave out images that cannot be read.
+        lines: paths, where "-" is among the images.
+        inception: file of the network's weights; None downloads them at the first use.
+        lpips_weights: folder of LPIPS's weights.
+        device: where features are computed; a model's own device where there is a model.
+        save_stats: also write the images' statistics, .npz.
+        save_images: also write the images sampled: a folder, .npz or .tar.
+        thumbnails: keep some images in the result, for a report.
+        group: the ranks that share the work; None is this process alone.
+        report: called with the result, by the main rank, before the saved state of the run is deleted.
+        note: takes remarks for the user.
+        quiet: show no progress bar and no notes on references.
+
+    Raises:
+        VarError: a checkpoint, a reference, weights or images cannot be used, or a file cannot be written.
+    """
+    begun = time.monotonic()
+    group = group or ProcessGroup()
+    model = source if isinstance(source, Model) else None
+    chosen = tuple(metrics or (("fid",) if tokenizer else ("fid", "is")))
+    where = model.device if model else pick_device(device)
+    evaluator = Evaluator(Inception(find_inception(inception, progress=not quiet), where), group, note, quiet)
+    with tempfile.TemporaryDirectory() as folder:
+        images: EvalSource
+        target: Reference | None
+        if model is None:
+            given = _paths(source, Path(folder))
+            images = ExistingImages(evaluator.images(given, resize, skip_bad, lines), [str(path) for path in given])
+            usual = {known.pixels: name for name, known in references().items()}.get(images.side)
+            target = evaluator.usual_reference(reference, usual, chosen, resize)
+        elif tokenizer:
+            rebuilt = _reconstructed(model, evaluator, paths, resize, skip_bad, lines, lpips_weights, note)
+            images = rebuilt
+            if reference:
+                target = evaluator.reference(reference, features=False, resize=resize)
+            else:
+                target = evaluator.reference_of(rebuilt.images, "the same images", features=False)
+        else:
+            entry = registry().get(model.name)
+            target = evaluator.usual_reference(reference, entry.reference if entry else None, chosen, resize)
+            count = group.broadcast(num_images or _usual_count(model, target))
+            images = _samples(model, count, seed, config, best_of, classifier, batch_size, save_images, group, note)
+        plan = EvalPlan(count=len(images), metrics=chosen, classes=len(images.classes))
+        if group.is_main:
+            figures_of.check(plan, target)
+        if thumbnails:
+            images.gallery.open(len(images))
+        measured, state = evaluator.measure(images, plan, "images", resumable=not tokenizer)
+        result: Result | None = None
+        if group.is_main:
+            figures_of.check_found(measured.statistics, target)
+            seconds = measured.seconds | {"total": time.monotonic() - begun}
+            result = _result(images, target, evaluator, measured.statistics, model, chosen, best_of, resize, seconds)
+            if save_stats:
+                evaluator.save_statistics(save_stats, measured.statistics, images.side)
+            report(result)
+            if state:
+                state.unlink(missing_ok=True)
+    told = group.broadcast(result)
+    assert told is not None
+    return told
+
+
+def compute_statistics(
+    paths: Sequence[str | Path],
+    out: Path,
+    *,
+    features: bool = False,
+    resize: int | None = None,
+    skip_bad: bool = False,
+    lines: Iterable[str] = (),
+    inception: Path | None = None,
+    device: str = "auto",
+    group: ProcessGroup | None = None,
+    note: Callable[[str], None] = lambda line: None,
+    quiet: bool = True,
+) -> list[str]:
+    """Write statistics of images, against which others can be measured; returns warnings.
+
+    Args:
+        paths: folders, zips, .npz, .tar or image files.
+        out: the .npz to write.
+        features: keep each image's features, for KID, precision and recall.
+        resize: crop and resize images to this side, as ADM does.
+        skip_bad: leave out images that cannot be read.
+        lines: paths, where "-" is among the images.
+        inception: file of the network's weights; None downloads them at the first use.
+        device: where features are computed.
+        group: the ranks that share the work.
+        note: takes remarks for the user.
+        quiet: show no progress bar.
+
+    Raises:
+        VarError: images or weights cannot be used, or the file cannot be written.
+    """
+    group = group or ProcessGroup()
+    network = Inception(find_inception(inception, progress=not quiet), pick_device(device))
+    evaluator = Evaluator(network, group, note, quiet)
+    images = evaluator.images(paths, resize, skip_bad, lines)
+    evaluator.write_statistics(images, features, out, "images")
+    return list(comparability.skipped(images.skipped))
+
+
+# --- measuring -------------------------------------------------------------------------------------
+
+
+class Evaluator:
+    """Measures images with one network, on any number of ranks, and reads or makes references."""
+
+    def __init__(self, extractor: Inception, group: ProcessGroup, note: Callable[[str], None], quiet: bool) -> None:
+        self.extractor, self.group, self.note, self.quiet = extractor, group, note, quiet
+
+    def measure(
+        self, source: EvalSource, plan: EvalPlan, label: str, resumable: bool = True
+    ) -> tuple[FeaturePass, Path | None]:
+        """Measure all images; returns the pass, and the file from which a killed run goes on.
+
+        To be called by all ranks; the main one has the statistics.
+
+        Raises:
+            VarError: images cannot be had, or the file cannot be written.
+        """
+        decided = asdict(plan) | source.identity()
+        identity = fingerprint(version=__version__, extractor=self.extractor.sha256, **decided)
+        path = cache_folder() / "measurements" / f"{identity[:16]}.safetensors" if resumable else None
+        measured = FeaturePass(plan, identity, path, self.group)
+        done = measured.statistics.count
+        if measured.notice:
+            self.note(measured.notice)
+        if done:
+            self.note(f"{label}: going on after {done} of {plan.count}")
+        resumed = bool(self.group.broadcast(done))
+        with source.ready(resumed), progress(label, plan.count, self.quiet) as advance:
+            advance(done)
+            try:
+                measured.run(source.watched, self.extractor, advance, source.unit)
+            except KeyboardInterrupt:
+                if path:
+                    self.note(f"{measured.statistics.count} images are measured; the same command goes on from there")
+                raise
+        source.join(self.group)
+        return measured, path
+
+    def images(
+        self, paths: Sequence[str | Path], resize: int | None, skip_bad: bool, lines: Iterable[str] = ()
+    ) -> ImageSet:
+        """Open images that exist; what stdin lists is read by the main rank, for all of them."""
+        listed = "-" in map(str, paths)
+        names = self.group.broadcast(list(lines) if listed and self.group.is_main else [])
+        return open_images(paths, resize=resize, skip_bad=skip_bad, lines=names)
+
+    # --- references --------------------------------------------------------------------------------
+
+    def usual_reference(
+        self, name: str | None, usual: str | None, chosen: Sequence[str], resize: int | None
+    ) -> Reference | None:
+        """The reference that was named, or the usual one; None where no metric needs one.
+
+        Raises:
+            UsageError: there is none.
+        """
+        needing = {"fid", "kid", "prc"} & set(chosen)
+        if not needing:
+            return None
+        name = name or usual
+        if name is None:
+            raise UsageError(
+                f"no reference is known for these images: give --reference, one of {', '.join(references())}, "
+                "a file of statistics, or images"
+            )
+        return self.reference(name, features=bool(needing - {"fid"}), resize=resize)
+
+    def reference(self, name: str, features: bool, resize: int | None) -> Reference | None:
+        """Open what to measure against; what takes long to compute is cached. The main rank has it.
+
+        To be called by all ranks.
+
+        Args:
+            name: a reference known by name, a file of statistics, or a path of images.
+            features: whether KID, precision or recall need the images' features.
+            resize: side to which images of a path are cropped and resized.
+
+        Raises:
+            VarError: there is no such reference, or it cannot be used.
+        """
+        path = self.group.broadcast(find_reference(name, progress=not self.quiet) if self.group.is_main else None)
+        assert path is not None
+        if self.group.broadcast(holds_images(path) if self.group.is_main else False):
+            images = open_images([path], resize=resize)
+            measured = self.reference_of(images, name, features)
+            return measured and replace(measured, sha256=_reference_sha256(name, path, images), path=None)
+        read = read_reference(path, name) if self.group.is_main else None
+        if read:
+            read.check_extractor(self.extractor.sha256)
+        if not self.group.broadcast(features and read is not None and read.pool is None and read.path is not None):
+            return read
+        batch = self.reference_of(open_images([path]), name, features)  # ADM's: statistics of all, images of some
+        return read and batch and replace(read, pool=batch.pool)
+
+    def reference_of(self, images: ImageSet, name: str, features: bool) -> Reference | None:
+        """Images as a reference: measured once, then read from the cache; as `reference` does."""
+        features = features or len(images) <= MAX_CACHED_FEATURES
+        decided = {"pictures": images.fingerprint(), "features": features}
+        identity = fingerprint(version=__version__, extractor=self.extractor.sha256, **decided)
+        path = cache_folder() / "references" / f"{identity[:16]}.npz"
+        if not self.group.broadcast(path.is_file()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.note(f"measuring the reference {name} first, once: {len(images)} images")
+            self.write_statistics(images, features, path, "reference")
+        return read_reference(path, name) if self.group.is_main else None
+
+    def write_statistics(self, images: ImageSet, features: bool, path: Path, label: str) -> None:
+        """Measure images and write their statistics as a reference, with their features if asked for."""
+        plan = EvalPlan(count=len(images), metrics=("fid", "kid") if features else ("fid",))
+        measured, state = self.measure(ExistingImages(images, []), plan, label)
+        if self.group.is_main:
+            self.save_statistics(path, measured.statistics, images.side)
+            if state:
+                state.unlink(missing_ok=True)
+        self.group.barrier()
+
+    def save_statistics(self, path: Path, found: Statistics, side: int) -> None:
+        """Write statistics of images of a size as a reference file."""
+        pool = found.pool.numpy() if found.plan.keeps_table else None
+        save_reference(path, found.moments(), pixels=side, extractor=self.extractor.sha256, pool=pool)
+
+
+def _reference_sha256(name: str, path: Path, images: ImageSet) -> str:
+    """What tells a reference of images from others: the hash of its file, or of a folder's content."""
+    known = references().get(name)
+    if known and known.sha256:
+        return known.sha256
+    return file_sha256(path) if path.is_file() else images.fingerprint()
+
+
+# --- what is measured ------------------------------------------------------------------------------
+
+
+def _paths(source: Any, folder: Path) -> list[str | Path]:
+    """Paths of images that exist; those in memory are put into a file in `folder`."""
+    if isinstance(source, str | Path):
+        return [source]
+    given = list(source)
+    if not given or isinstance(given[0], str | Path):
+        return given
+    np.savez(folder / "images.npz", arr_0=np.stack([np.asarray(image) for image in given]))
+    return [folder / "images.npz"]
+
+
+def _samples(
+    model: Model,
+    count: int,
+    seed: int,
+    config: SampleConfig | None,
+    best_of: float,
+    classifier: str,
+    batch_size: int | None,
+    save_images: str | None,
+    group: ProcessGroup,
+    note: Callable[[str], None],
+) -> Samples:
+    config = config or model.settings("metrics")
+    common = model.provenance(config, device=model.device.type if group.world_size > 1 else None)
+    each, more = divmod(count, len(model.classes))
+    kept = {label: each + (label < more) for label in range(len(model.classes)) if each or label < more}
+    candidates = {
+        label: next(class_requests([entry], candidate_count(kept[label], best_of), seed, model.classes, common))
+        for label, entry in enumerate(model.classes.entries)
+        if label in kept
+    }
+    return Samples(
+        sampler=model.sampler(config, batch_size, note),
+        classes=model.classes,
+        candidates=candidates,
+        kept=kept,
+        preset=presets(model.name)["metrics"],
+        classifier=Classifier(classifier, model.classes, model.device) if best_of > 1 else None,
+        save_images=save_images,
+    )
+
+
+def _usual_count(model: Model, reference: Reference | None) -> int:
+    """How many images to sample where nobody says: the paper's number, else as many as the reference has."""
+    entry = registry().get(model.name)
+    if entry and entry.fid:
+        return comparability.PAPER
+    return min(comparability.PAPER, reference.count or DEFAULT_COUNT) if reference else DEFAULT_COUNT
+
+
+def _reconstructed(
+    model: Model,
+    evaluator: Evaluator,
+    paths: Sequence[str | Path],
+    resize: int | None,
+    skip_bad: bool,
+    lines: Iterable[str],
+    lpips_weights: Path | None,
+    note: Callable[[str], None],
+) -> Reconstructed:
+    side = model.tokenizer_config.pixels
+    if not paths:
+        entry = registry().get(model.name)
+        known = references().get(entry.reference or "") if entry else None
+        if known is None or not known.bundled:
+            raise UsageError(
+                "--tokenizer needs images that the tokenizer was not trained on, such as ImageNet's validation set"
+            )
+        paths = [known.path]
+    images = evaluator.images(paths, resize, skip_bad, lines)
+    if images.side != side:
+        raise InputError(f"the tokenizer takes images of {side} pixels a side (got {images.side}): --resize {side}")
+    config = model.tokenizer_config
+    distance = _lpips(lpips_weights, model.device, note)
+    losses = Reconstructions(config.codebook_size, len(config.sides), distance, model.device)
+    facts = {"name": model.name, "sha256": model.metadata["tokenizer_sha256"], "device": str(model.device)}
+    return Reconstructed(images, [str(path) for path in paths], model.tokenizer, losses, facts | {"dtype": "fp32"})
+
+
+def _lpips(folder: Path | None, device: torch.device, note: Callable[[str], None]) -> LPIPS | None:
+    """LPIPS where its weights are there; a folder that was named must have them."""
+    try:
+        return LPIPS(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
+    except CheckpointError as error:
+        if folder:
+            raise
+        note(f"without LPIPS, as {error}".replace(", or train with --lpips 0", ""))
+        return None
+
+
+# --- the result ------------------------------------------------------------------------------------
+
+
+def _result(
+    source: EvalSource,
+    reference: Reference | None,
+    evaluator: Evaluator,
+    found: Statistics,
+    model: Model | None,
+    chosen: Sequence[str],
+    best_of: float,
+    resize: int | None,
+    seconds: dict[str, float],
+) -> Result:
+    """Everything that is to be known of the figures."""
+    sampled = source if isinstance(source, Samples) else None
+    entry = registry().get(model.name) if model else None
+
+    figures: dict[str, Any] = dict(figures_of.figures(found, reference))
+    if isinstance(source, Reconstructed):
+        figures = {name.replace("fid", "rfid"): value for name, value in figures.items()}
+        figures |= source.reconstructions.figures()
+
+    warnings = list(comparability.few_images(found.count, figures.get("fid_bias", figures.get("rfid_bias"))))
+    warnings += source.warnings()
+    if reference:
+        warnings += comparability.other_size(source.side, reference.pixels)
+        warnings += comparability.small_reference(reference.count)
+        if sampled and entry and entry.fid:
+            warnings += comparability.other_reference(reference.name, entry.reference or "")
+
+    protocol: dict[str, Any] = {}
+    if "is" in chosen:
+        protocol |= {"is_splits": statistics.SPLITS, "is_shuffle_seed": statistics.SEED}
+    if "kid" in chosen:
+        protocol |= {"kid_subsets": figures_of.KID_SUBSETS, "kid_subset_size": figures_of.KID_SUBSET_SIZE}
+    if "prc" in chosen:
+        protocol |= {"prc_k": figures_of.PRC_NEIGHBORS}
+    if sampled and sampled.classifier:
+        protocol |= {"best_of": best_of, "classifier": sampled.classifier.name}
+    protocol |= {"pixels": source.side, "resize": resize}
+
+    published = None
+    if sampled and entry and entry.fid is not None:
+        band, fid = entry.fid_band, figures.get("fid")
+        inside = band[0] <= round(fid, 2) <= band[1] if band and fid is not None and not warnings else None
+        published = Published(fid=entry.fid, inception_score=entry.inception_score, band=band, inside=inside)
+
+    spreads = None
+    if entries := source.classes.entries:
+        spreads = [
+            ClassSpread(id=entries[label].id, name=entries[label].name, n=count, spread=spread)
+            for label, (count, spread) in found.spreads().items()
+        ]
+
+    origin = None
+    if reference:
+        origin = ReferenceOrigin(
+            name=reference.name, sha256=reference.sha256, n=reference.count, pixels=reference.pixels
+        )
+    return Result(
+        version=__version__,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        what=source.what,
+        checkpoint=source.checkpoint,
+        source=source.source,
+        n=found.count,
+        classes=len({label for label in source.labels if label >= 0}) or None,
+        reference=origin,
+        extractor=Origin(name=evaluator.extractor.name, sha256=evaluator.extractor.sha256),
+        protocol=protocol,
+        metrics=figures,
+        published=published,
+        per_class=spreads,
+        warnings=warnings,
+        seconds=seconds,
+        images=source.gallery.images(),
+    )
