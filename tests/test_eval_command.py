@@ -21,8 +21,9 @@ from torch import nn
 from support import extractors, small
 from varcli import cli
 from varcli.classes import imagenet
-from varcli.evaluation import feature_pass, metrics
+from varcli.evaluation import comparability, feature_pass, metrics
 from varcli.evaluation.extractors import Features
+from varcli.pipelines import evaluate as pipeline
 
 NAMES = {class_id: imagenet().by_id(class_id).name for class_id in small.CLASSES}
 EACH = 8
@@ -64,8 +65,7 @@ def measure(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("VAR_INCEPTION", str(tmp_path / "inception.pth"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("varcli.evaluation.extractors.Inception", Projection)
-    monkeypatch.setattr("varcli.commands.evaluating.Inception", Projection)
+    monkeypatch.setattr(pipeline, "Inception", Projection)
     monkeypatch.setattr(metrics, "frechet_distance", mean_distance)
     monkeypatch.setattr(metrics, "frechet_infinity", lambda statistics, reference: 0.5)
     monkeypatch.setattr(metrics, "ENOUGH_FOR_A_LINE", COUNT)
@@ -96,7 +96,7 @@ def photographs(folder, count=COUNT, side=16, seed=5):
 
 def test_images_made_measure_as_the_same_images_in_files(measure, tmp_path):
     reference = photographs(tmp_path / "photographs")
-    made, _ = measure("--num", COUNT, "--reference", reference, "--fid", "--is", "--prc")
+    made, _ = measure("--num-images", COUNT, "--reference", reference, "--fid", "--is", "--prc")
     sample("-c", "all", "-n", EACH, "-o", "made")
     sample("-c", "all", "-n", EACH, "-o", "made.npz")
     for place in ("made", "made.npz"):
@@ -112,7 +112,7 @@ def test_images_made_measure_as_the_same_images_in_files(measure, tmp_path):
 
 
 def test_by_default_fid_and_inception_score(measure, tmp_path):
-    found, _ = measure("--num", COUNT, "--reference", photographs(tmp_path / "photographs"))
+    found, _ = measure("--num-images", COUNT, "--reference", photographs(tmp_path / "photographs"))
     names = {"fid", "fid_infinity", "fid_bias", "inception_score", "inception_score_std"}
     assert found["metrics"].keys() == names
     assert found["protocol"]["is_splits"] == 10
@@ -160,7 +160,7 @@ def test_a_tokenizer_is_measured_by_what_it_loses(measure, tmp_path):
 
 
 def test_images_made_are_kept_where_asked(measure, tmp_path):
-    measure("--num", COUNT, "--is", "--save-images", "made")
+    measure("--num-images", COUNT, "--is", "--save-images", "made")
     sample("-c", "all", "-n", EACH, "-o", "wanted")
     found, wanted = ({path.name: path.read_bytes() for path in Path(place).iterdir()} for place in ("made", "wanted"))
     assert found.keys() == wanted.keys()
@@ -168,7 +168,7 @@ def test_images_made_are_kept_where_asked(measure, tmp_path):
 
 
 def test_a_file_for_reports_has_images(measure, tmp_path):
-    found, _ = measure("--num", COUNT, "--is", "--out", "result.json")
+    found, _ = measure("--num-images", COUNT, "--is", "--out", "result.json")
     kept = json.loads(Path("result.json").read_text())
     assert len(kept.pop("images")) == 24
     assert kept == found
@@ -188,8 +188,7 @@ class Nearness(nn.Module):
 
 
 def test_a_tokenizer_is_measured_by_lpips_where_its_weights_are(measure, tmp_path, monkeypatch):
-    monkeypatch.setattr("varcli.models.lpips.LPIPS", Nearness)
-    monkeypatch.setattr("varcli.commands.eval_opening.LPIPS", Nearness)
+    monkeypatch.setattr(pipeline, "LPIPS", Nearness)
     photographs(tmp_path / "photographs")
     found, err = measure("photographs", "--tokenizer")
     assert found["metrics"]["lpips"] == pytest.approx(0.25)
@@ -211,7 +210,7 @@ def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(Redness()), str(tmp_path / "redness.pt"))
-    rejecting = ("--num", 10, "--is", "--reject", 0.5, "--classifier", "redness.pt", "--save-images", "kept")
+    rejecting = ("--num-images", 10, "--is", "--best-of", 2, "--classifier", "redness.pt", "--save-images", "kept")
     found, _ = measure(*rejecting)
     sample("-c", "all", "-n", 4, "-o", "drawn")
 
@@ -223,7 +222,7 @@ def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
         drawn = sorted(Path("drawn").glob(f"{class_id}-*"), key=redness)
         assert {path.name for path in Path("kept").glob(f"{class_id}-*")} == {path.name for path in drawn[2:]}
     assert found["n"] == 10
-    assert found["protocol"]["rejected"] == 0.5
+    assert found["protocol"]["best_of"] == 2
 
 
 # --- going on --------------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
 
 def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     reference = photographs(tmp_path / "photographs")
-    wanted, _ = measure("--num", COUNT, "--reference", reference, "--seed", 0)
+    wanted, _ = measure("--num-images", COUNT, "--reference", reference, "--seed", 0)
     monkeypatch.setattr(feature_pass, "ROUNDS", {"cpu": 8})
     monkeypatch.setattr(feature_pass, "SAVE_IMAGES", 8)
     seen = []
@@ -244,11 +243,13 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
         return whole(self, pixels_BHW3)
 
     monkeypatch.setattr(Projection, "features", interrupted)
-    assert cli.run(["eval", "--num", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
+    assert (
+        cli.run(["eval", "-n", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
+    )
     assert sum(seen) == 24
     assert "24 images are measured; the same command goes on from there" in capsys.readouterr().err
     monkeypatch.setattr(Projection, "features", whole)
-    found, err = measure("--num", COUNT, "--reference", reference, "--seed", 0)
+    found, err = measure("--num-images", COUNT, "--reference", reference, "--seed", 0)
     assert f"images: going on after 24 of {COUNT}" in err
     assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9)
     assert not list((tmp_path / "cache").rglob("measurements/*"))
@@ -258,7 +259,18 @@ def test_two_processes_find_what_one_finds(model, tmp_path):
     """For real: two processes that talk through gloo, and the true network with random weights."""
     weights = extractors.save(tmp_path / "inception.pth")
     places = {"VAR_INCEPTION": str(weights), "XDG_CACHE_HOME": str(tmp_path / "cache"), "VAR_CHECKPOINT": str(model)}
-    command = [sys.executable, "-m", "varcli", "eval", "--num", "15", "--is", "--prc", "--reference", "photographs"]
+    command = [
+        sys.executable,
+        "-m",
+        "varcli",
+        "eval",
+        "--num-images",
+        "15",
+        "--is",
+        "--prc",
+        "--reference",
+        "photographs",
+    ]
     photographs(tmp_path / "photographs", 6)
     found = []
     for processes in ("1", "2"):
@@ -279,20 +291,19 @@ def test_whether_the_paper_is_met_is_said_only_of_what_can_be_compared(measure, 
 
     entry = dataclasses.replace(registry.registry()["var-d16"], fid=3.3, fid_band=(0, 1e9), reference="photographs")
     known = dict(registry.registry()) | {str(model): entry}
-    for place in ("evaluating", "eval_opening"):
-        monkeypatch.setattr(f"varcli.commands.{place}.registry", lambda: known)
-    monkeypatch.setattr("varcli.evaluation.comparability.FEW", 10)  # so few are enough here
+    monkeypatch.setattr(pipeline, "registry", lambda: known)
+    monkeypatch.setattr(comparability, "FEW", 10)  # so few are enough here
     photographs(tmp_path / "photographs")
     photographs(tmp_path / "others")
-    found, _ = measure("--num", COUNT, "--reference", "photographs")
+    found, _ = measure("--num-images", COUNT, "--reference", "photographs")
     assert found["published"] == {"fid": 3.3, "inception_score": 274.4, "band": [0, 1e9], "inside": True}
     for changed in (("--cfg", 2), ("--reference", "others")):
-        found, _ = measure("--num", COUNT, "--reference", "photographs", *changed)
+        found, _ = measure("--num-images", COUNT, "--reference", "photographs", *changed)
         assert found["published"]["inside"] is None
 
 
 def test_what_is_incomparable_is_said_twice(measure, tmp_path):
-    arguments = ("--num", COUNT - 1, "--cfg", 4, "--is")
+    arguments = ("--num-images", COUNT - 1, "--cfg", 4, "--is")
     found, err = measure(*arguments)
     for words in ("only 39 images", "classes are not balanced", "cfg 4.0 instead of 1.5"):
         assert any(words in warning for warning in found["warnings"])
@@ -325,32 +336,44 @@ def test_block_of_text(measure, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["photographs", "--num", "9"], 2, "num: with images that exist; it is for images to be made"),
-        (["photographs", "--cfg", "2"], 2, "cfg: with images that exist"),
-        (["photographs", "--cfg", "0"], 2, "cfg: with images that exist"),
-        (["--is", "--save-stats", "s.npz"], 2, "save-stats: without --fid; statistics are what FID is of"),
-        (["--save-images", "-"], 2, "save-images: -; a folder, .npz or .tar: the result goes to stdout"),
-        (["--save-images", "one.png"], 2, "one.png for several images; a folder, .npz or .tar"),
-        (["--top-p", "2", "--fid"], 2, "top-p: 2.0; between 0 (off) and 1"),
-        (["--resize", "64"], 2, "resize: without images"),
-        (["--reject", "1"], 2, "reject: 1; a fraction between 0 and 1"),
-        (["--tokenizer", "--kid"], 2, "tokenizer: with --is, --kid or --prc"),
-        (["--tokenizer"], 2, "tokenizer: without images; name some it was not trained on"),
-        (["--out", "result.txt"], 2, "out: result.txt; a name ending in .json"),
-        (["--save-stats", "s.json"], 2, "save-stats: s.json; a name ending in .npz"),
-        (["--save-images", "x.npz", "--nproc", "2"], 2, "save-images: x.npz with several processes; a folder"),
-        (["--quantize", "int8"], 2, "quantize: int8 with --dtype fp32; one or the other"),
-        (["photographs", "--fid"], 2, "reference: none is known for this; --reference with tiny64"),
-        (["--fid"], 2, "reference: none is known for this"),
+        (
+            ["photographs", "--num-images", "9"],
+            2,
+            "--num-images is for images to be sampled, not for images that exist",
+        ),
+        (["photographs", "--cfg", "2"], 2, "--cfg is for images to be sampled"),
+        (["photographs", "--cfg", "0"], 2, "--cfg is for images to be sampled"),
+        (["--is", "--save-stats", "s.npz"], 2, "--save-stats needs --fid"),
+        (["--save-images", "-"], 2, "--save-images must be a folder, .npz or .tar: stdout has the result (got -)"),
+        (["--save-images", "one.png"], 2, "one.png is one file, but there are several images"),
+        (["--top-p", "2", "--fid"], 2, "--top-p must be between 0 (off) and 1 (got 2)"),
+        (["--resize", "64"], 2, "--resize is for images that exist"),
+        (["--best-of", "0.5"], 2, "Invalid value for '--best-of': "),
+        (["--tokenizer", "--kid"], 2, "--tokenizer cannot be used with --is, --kid or --prc"),
+        (["--tokenizer"], 2, "--tokenizer needs images that the tokenizer was not trained on"),
+        (["--out", "result.txt"], 2, "--out must be a name ending in .json (got result.txt)"),
+        (["--save-stats", "s.json"], 2, "--save-stats must be a name ending in .npz (got s.json)"),
+        (
+            ["--save-images", "x.npz", "--nproc", "2"],
+            2,
+            "--save-images must be a folder with several processes",
+        ),
+        (["--quantize", "int8"], 2, "--quantize int8 sets the precision, so leave --dtype out (got --dtype fp32)"),
+        (["photographs", "--fid"], 2, "no reference is known for these images: give --reference, one of tiny64"),
+        (["--fid"], 2, "no reference is known for these images"),
         (["nowhere", "--is"], 3, "nowhere"),
         (["photographs", "-r", "nowhere"], 3, "reference: nowhere; no such file, and the names are"),
         (["photographs", "-r", "empty.npz"], 3, "empty.npz"),
         (["photographs", "-r", "photographs", "--kid"], 3, "kid takes 1000 or more"),
         (["odd", "--is"], 3, "--resize"),
         (["broken", "--is"], 3, "1 of 2 images cannot be read"),
-        (["--is", "--num", "5"], 3, "is takes"),
+        (["--is", "--num-images", "5"], 3, "is takes"),
         (["--is", "--inception", "nowhere.pth"], 4, "inception weights: nowhere.pth; no such file"),
-        (["--is", "--num", "10", "--reject", "0.5", "--classifier", "nobody"], 2, "classifier: nobody; a model of"),
+        (
+            ["--is", "-n", "10", "--best-of", "2", "--classifier", "nobody"],
+            2,
+            "classifier: nobody; a model of",
+        ),
     ],
 )
 def test_mistakes(measure, tmp_path, arguments, code, message):

@@ -117,7 +117,7 @@ def provenance_from_json(text: str, name: str) -> Provenance:
         InputError: the text is no provenance.
     """
     try:
-        facts = json.loads(text)
+        facts = dict(json.loads(text))
         if "draft" in facts:  # the name of `approximate` in early files
             facts["approximate"] = facts.pop("draft")
         facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
