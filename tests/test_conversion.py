@@ -124,7 +124,7 @@ def test_unusual_configuration_and_sides_of_a_known_grid(tmp_path):
     [
         (None, InputError, "give the sides with --sides"),
         ((1, 2, 3), UsageError, "make 14 tokens; the transformer has"),
-        ((3, 2, 1), ValueError, "they begin with 1 and grow"),
+        ((3, 2, 1), ValueError, "sides must begin with 1 and grow"),
     ],
 )
 def test_sides_that_do_not_fit(released, tmp_path, sides, error, line):

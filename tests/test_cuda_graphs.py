@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Wanted:
-    row: int
+    label: int
     seed: int
 
 
@@ -274,7 +274,7 @@ def test_batches_are_padded_and_recorded_for_each_size(small, recording):
         images = [(w, pixels.copy()) for w, pixels in recording.images(wanted)]
         assert [w for w, _ in images] == wanted
         for w, pixels in images:
-            _, expected = naive.sample(*small, w.row, w.seed, SampleConfig())
+            _, expected = naive.sample(*small, w.label, w.seed, SampleConfig())
             assert (torch.from_numpy(pixels).int() - expected.int()).abs().max() <= 1
     assert set(recording.runners) == {1, 4}
     assert set(recording.runners[4].recordings) >= {"class", "decoder"} and not recording.runners[1].recordings

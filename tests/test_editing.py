@@ -42,7 +42,7 @@ def test_paper_mode_equals_the_original(original):
         keep_44 = original.outputs[f"edit.{i}.keep_mask"].numpy()
         mask = np.kron(keep_44, np.ones((16, 16))) == 0
         config = SampleConfig(cfg=edit["cfg"], top_k=1, top_p=0)
-        edited = editor(original, config, paper=True).edit(given, mask, 64, edit["label"], 0)
+        edited = editor(original, config, released_rule=True).edit(given, mask, 64, edit["label"], 0)
         expected = original.outputs[f"edit.{i}.image"][0].permute(1, 2, 0).numpy()
         assert np.abs(edited.pixels / 255 - expected).max() < 0.51 / 255
 

@@ -276,12 +276,12 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "mistake",
     [
-        (["inpaint", "in.png"], 2, "mask: exactly one of a mask file, --alpha and --box"),
+        (["inpaint", "in.png"], 2, "exactly one of a mask file, --alpha and --box"),
         (["inpaint", "in.png", "mask.png", "--box", "0,0,5,5"], 2, "exactly one of a mask file, --alpha and --box"),
-        (["inpaint", "in.png", "--box", "0,0,60,40"], 2, "box: 0,0,60,40 is all of the image"),
-        (["inpaint", "in.png", "--box", "0,0,5"], 2, "box: 0,0,5; left,top,right,bottom"),
-        (["inpaint", "-", "-"], 2, "mask: - like the image"),
-        (["inpaint", "in.png", "small.png"], 3, "mask: small.png has 30 × 20 for an image of 60 × 40"),
+        (["inpaint", "in.png", "--box", "0,0,60,40"], 2, "--box 0,0,60,40 is the whole image"),
+        (["inpaint", "in.png", "--box", "0,0,5"], 2, "--box must be left,top,right,bottom"),
+        (["inpaint", "-", "-"], 2, "standard input holds the image or the mask, not both"),
+        (["inpaint", "in.png", "small.png"], 3, "the mask must be of the image's size, 60 × 40 (small.png is 30 × 20)"),
         (["inpaint", "in.png", "black.png"], 3, "the mask black.png marks nothing"),
         (["inpaint", "in.png", "white.png"], 3, "the mask white.png marks the whole image"),
         (

@@ -243,9 +243,7 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
         return whole(self, pixels_BHW3)
 
     monkeypatch.setattr(Projection, "features", interrupted)
-    assert (
-        cli.run(["eval", "-n", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
-    )
+    assert cli.run(["eval", "-n", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
     assert sum(seen) == 24
     assert "24 images are measured; the same command goes on from there" in capsys.readouterr().err
     monkeypatch.setattr(Projection, "features", whole)

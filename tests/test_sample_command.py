@@ -20,9 +20,10 @@ from torch import nn
 from support import small
 from varcli import cli
 from varcli.classes import imagenet
-from varcli.images import contact_sheet
 from varcli.images.contact_sheet import MAX_IMAGES
 from varcli.images.provenance import read_provenance
+from varcli.pipelines import model as model_pipeline
+from varcli.pipelines import sample as sample_pipeline
 
 TABLE = [imagenet().by_id(class_id) for class_id in small.CLASSES]
 
@@ -202,7 +203,7 @@ def test_a_class_known_by_a_part_of_its_name_is_told(sample, capsys):
     sample("-c", "dais", "--dtype", "fp32")
     assert capsys.readouterr() == (
         "985-daisy-0.png\n",
-        "var: class: dais; taken for 985 daisy, the only one this checkpoint knows with such a name\n",
+        "var: --class dais is taken to be 985 daisy, the only class with such a name here\n",
     )
     sample("-c", "dais", "--quiet")
     assert capsys.readouterr() == ("", "")
@@ -213,7 +214,7 @@ def test_nothing_left_to_do_is_said(sample, capsys):
         for quiet in ((), ("--quiet",)):
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--quiet")
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--resume", *quiet)
-            said = "" if quiet else "var: nothing left to do; 2 of 2 images were there\n"
+            said = "" if quiet else "var: nothing left to do: all 2 images are there\n"
             assert capsys.readouterr() == (f"{out}\n" if Path(out).is_file() and not quiet else "", said)
 
 
@@ -233,12 +234,12 @@ def test_stdin_is_answered_line_by_line(sample, capsys, monkeypatch):
 
 
 def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, capsys, monkeypatch):
-    monkeypatch.setattr(contact_sheet, "MAX_IMAGES", 2)
+    monkeypatch.setattr(sample_pipeline, "MAX_IMAGES", 2)
     monkeypatch.setattr(sys, "stdin", iter(["1\n"] * 4))
     assert cli.run(["sample", "-c", "-", "--grid", "grid.png"]) == 2
     out, err = capsys.readouterr()
     assert out == "1-goldfish-0.png\n1-goldfish-1.png\n"
-    assert err.splitlines()[1:] == ["var: error: grid: 3 images; at most 2"]
+    assert err.splitlines()[1:] == ["var: error: --grid can show at most 2 images (got 3)"]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_places_are_checked_before_a_checkpoint_is_downloaded(sample, monkeypatc
     def download(*_, **__):
         raise AssertionError("several gigabytes")
 
-    monkeypatch.setattr("varcli.commands.sample.resolve_checkpoint", download)
+    monkeypatch.setattr(model_pipeline, "resolve_checkpoint", download)
     (tmp_path / "file").touch()
     assert cli.run(["sample", "-c", "1", *places]) == code
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -280,26 +281,26 @@ def test_contact_sheet_and_growing_image(sample, capsys):
     [
         (["-c", "tench"], 3, "class not known: 0 tench; the nearest of the 5 this checkpoint knows are 1 goldfish"),
         (["-c", "0"], 3, "var-d16 knows all 1000: --checkpoint var-d16"),
-        (["-c", "1", "-o", "-", "--json"], 2, "json: with --out -; stdout can carry"),
-        (["-c", "1", "--resume", "--grid", "g.png"], 2, "resume: with --grid or --growth; "),
-        (["-c", "1", "--grid", "g.jpg"], 2, "grid: g.jpg; a name ending in .png"),
+        (["-c", "1", "-o", "-", "--json"], 2, "--json cannot be used with --out -: stdout can carry"),
+        (["-c", "1", "--resume", "--grid", "g.png"], 2, "--resume cannot be used with --grid or --growth"),
+        (["-c", "1", "--grid", "g.jpg"], 2, "--grid must be a name ending in .png (got g.jpg)"),
         (["-c", "1", "--grid", "no/g.png"], 5, "there is no folder no"),
-        (["-c", "1", "--growth", "g.webp"], 2, "scales: g.webp; a name ending in .png or .gif"),
-        (["-c", "1,207", "--growth", "g.gif"], 2, "scales: 2 images; exactly one"),
-        (["-c", "-", "--growth", "g.gif"], 2, "scales: any number of images; exactly one"),
-        (["-c", "1", "-n", str(MAX_IMAGES + 1), "--grid", "g.png"], 2, f"grid: {MAX_IMAGES + 1} images; "),
-        (["-c", "1", "-n", "2", "-o", "x.png"], 2, "out: x.png for several images; "),
+        (["-c", "1", "--growth", "g.webp"], 2, "--growth must be a name ending in .png or .gif (got g.webp)"),
+        (["-c", "1,207", "--growth", "g.gif"], 2, "--growth shows exactly one image (got 2 images)"),
+        (["-c", "-", "--growth", "g.gif"], 2, "--growth shows exactly one image (got any number of images)"),
+        (["-c", "1", "-n", str(MAX_IMAGES + 1), "--grid", "g.png"], 2, f"(got {MAX_IMAGES + 1})"),
+        (["-c", "1", "-n", "2", "-o", "x.png"], 2, "--out x.png is one file, but there are several images"),
         (["-c", "1", "-o", "no/x.png"], 5, "there is no folder no"),
-        (["-c", "1", "--cfg", "-1"], 2, "cfg: -1.0; 0 (no guidance) or more"),
-        (["-c", "1", "--top-p", "1.5"], 2, "top-p: 1.5; between 0 (off) and 1"),
-        (["-c", "1", "--quantize", "int8", "--dtype", "bf16"], 2, "quantize: int8 with --dtype bf16; one or the other"),
+        (["-c", "1", "--cfg", "-1"], 2, "--cfg must be 0 (no guidance) or more (got -1)"),
+        (["-c", "1", "--top-p", "1.5"], 2, "--top-p must be between 0 (off) and 1 (got 1.5)"),
+        (["-c", "1", "--quantize", "int8", "--dtype", "bf16"], 2, "--quantize int8 sets the precision"),
         (
             ["-c", "1", "--approximate", "cash"],
             2,
-            "approximate: cash; some of guidance, tokens, cache, with commas between",
+            "--approximate takes some of guidance, tokens, cache, separated by commas, or all (got cash)",
         ),
-        (["-c", "-", "--nproc", "2"], 2, "class: - with several processes; "),
-        (["-c", "1", "--growth", "g.gif", "--nproc", "2"], 2, "scales: with several processes; "),
+        (["-c", "-", "--nproc", "2"], 2, "--class - needs one process"),
+        (["-c", "1", "--growth", "g.gif", "--nproc", "2"], 2, "--growth needs one process"),
         (["-c", "1", "--nproc", "0"], 2, "Invalid value for '--nproc'"),
         (["-c", "1", "--device", "cuda:99"], 2, "device: cuda:99; this machine has cpu"),
         (["-c", "1", "-m", "no.safetensors"], 4, "checkpoint: no.safetensors; no such file, and the names are tiny64"),
@@ -342,7 +343,7 @@ def redness(tmp_path):
 
 
 def test_the_best_of_several_are_kept(sample, redness):
-    sample("-c", "207,963", "-n", 2, "--best", 0.5, "--classifier", redness, "-o", "best")
+    sample("-c", "207,963", "-n", 2, "--best-of", 2, "--classifier", redness, "-o", "best")
     sample("-c", "207,963", "-n", 4, "-o", "drawn")
 
     def red(path):
@@ -356,16 +357,16 @@ def test_the_best_of_several_are_kept(sample, redness):
 
 
 def test_the_best_go_on_too(sample, redness, capsys):
-    asked = ("-c", "207,963", "-n", 2, "--best", 0.5, "--classifier", redness, "-o", "best.npz")
+    asked = ("-c", "207,963", "-n", 2, "--best-of", 2, "--classifier", redness, "-o", "best.npz")
     sample(*asked)
     before = Path("best.npz").read_bytes()
     sample(*asked, "--resume")
-    assert "nothing left to do; 4 of 4 images were there" in capsys.readouterr().err
+    assert "nothing left to do: all 4 images are there" in capsys.readouterr().err
     assert Path("best.npz").read_bytes() == before
 
 
 def test_two_processes_judge_together(sample, redness):
-    asked = ["-c", "207,963,985", "-n", "1", "--best", "0.5", "--classifier", str(redness), "--dtype", "fp32"]
+    asked = ["-c", "207,963,985", "-n", "1", "--best-of", "2", "--classifier", str(redness), "--dtype", "fp32"]
     sample(*asked, "-o", "alone.npz")
     command = [
         sys.executable,
@@ -389,5 +390,5 @@ def test_two_processes_judge_together(sample, redness):
 def test_a_classifier_needs_a_class(model, redness, monkeypatch, capsys, wanted):
     monkeypatch.setenv("VAR_CHECKPOINT", str(model))
     monkeypatch.chdir(redness.parent)
-    assert cli.run(["sample", "-c", wanted, "-n", "9", "--best", "0.5", "--classifier", str(redness), "-o", "x"]) == 2
-    assert "best: with none or random; classes, of which" in capsys.readouterr().err
+    assert cli.run(["sample", "-c", wanted, "-n", "9", "--best-of", "2", "--classifier", str(redness), "-o", "x"]) == 2
+    assert "--best-of cannot be used with --class none or random" in capsys.readouterr().err

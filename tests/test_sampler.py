@@ -21,7 +21,7 @@ GREEDY = SampleConfig(cfg=0, top_k=1, top_p=0)
 
 @dataclass(frozen=True)
 class Wanted:
-    row: int
+    label: int
     seed: int
 
 
@@ -134,7 +134,7 @@ def test_kept_tokens_survive(small):
 
 def images(models, wanted, config, batch_size):
     sampler = BatchSampler(*models, config, batch_size)
-    return {(w.row, w.seed): pixels.tobytes() for w, pixels in sampler.images(wanted)}
+    return {(w.label, w.seed): pixels.tobytes() for w, pixels in sampler.images(wanted)}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -94,7 +94,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
     ("more", "code", "message"),
     [
         (["--sides", "1,x"], 2, "sides: 1,x; whole numbers"),
-        (["--sides", "2,4"], 2, "sides: 2,4; they begin with 1"),
+        (["--sides", "2,4"], 2, "sides must begin with 1"),
         (["--base-width", "40"], 2, "base width: 40; a multiple of 32"),
         (["--holdout", "8"], 2, "--holdout must be at least 0"),
         (["--batch", "0"], 2, "batch: 0; at least 1"),

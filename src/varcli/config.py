@@ -39,10 +39,11 @@ def progress_ratio(scale: int, count: int) -> float:
 
 
 def check_sides(sides: Sequence[int]) -> None:
-    """Raise ValueError unless sides begin at 1 and grow strictly."""
+    """Raise ConfigError unless sides begin with 1 and grow strictly."""
     growing = all(a < b for a, b in pairwise(sides))
     if not sides or sides[0] != 1 or not growing:
-        raise ValueError(f"sides: {','.join(map(str, sides))}; they begin with 1 and grow, e.g. 1,2,3,4,6,8")
+        given = ",".join(map(str, sides))
+        raise ConfigError(f"sides must begin with 1 and grow, e.g. 1,2,3,4,6,8 (got {given})")
 
 
 def sides_of_length(length: int) -> tuple[int, ...]:

@@ -64,8 +64,9 @@ def bench(
 
     Settings are those for metrics, classes take turns. Times are until the pixels are there; PNGs come on top.
     """
-    from varcli.acceleration.devices import pick_device, pick_dtype
+    from varcli.acceleration.devices import pick_device
     from varcli.benchmarking.results import BenchPlan, run_benchmark
+    from varcli.pipelines.model import pick_precision
 
     _check_chart(out)
     config = replace(presets(checkpoint)["metrics"], **settings)
@@ -74,7 +75,7 @@ def bench(
         load=lambda: _models(checkpoint, random, quiet),
         config=config,
         device=where,
-        precision=quantize or pick_dtype(dtype, where),
+        precision=pick_precision(dtype, quantize, where),
         batch=batch_size,
         others=_others(vs),
         rounds=rounds,

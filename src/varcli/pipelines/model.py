@@ -51,11 +51,21 @@ def load(
         UsageError: this machine has no such device or precision.
         CheckpointError: there is no such checkpoint, or it cannot be read.
     """
+    where = pick_device(device)
+    precision = pick_precision(dtype, quantize, where)
+    path = resolve_checkpoint(str(checkpoint), progress=progress)
+    return Model(str(checkpoint), path, where, precision, chosen=dtype == "auto")
+
+
+def pick_precision(dtype: str, quantize: str | None, device: torch.device) -> str:
+    """The precision of a model on a device: fp32, bf16, fp16 or int8.
+
+    Raises:
+        UsageError: two precisions are asked for, or the device has not the one that is.
+    """
     if quantize and dtype != "auto":
         raise UsageError(f"--quantize {quantize} sets the precision, so leave --dtype out (got --dtype {dtype})")
-    where = pick_device(device)
-    path = resolve_checkpoint(str(checkpoint), progress=progress)
-    return Model(str(checkpoint), path, where, quantize or pick_dtype(dtype, where), chosen=dtype == "auto")
+    return quantize or pick_dtype(dtype, device)
 
 
 class Model:
