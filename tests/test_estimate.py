@@ -1,7 +1,6 @@
 """The plan of a training run says what will be."""
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from test_training import TOKENIZER, TOKENIZER_TRAINING, TRANSFORMER, TRANSFORMER_TRAINING
@@ -9,14 +8,15 @@ from varcli.classes import ClassEntry, ClassTable
 from varcli.config import transformer_recipe
 from varcli.models.tokenizer import Tokenizer
 from varcli.training.estimate import estimate, expected_losses
-from varcli.training.transformer import TransformerStage
+from varcli.training.transformer import TransformerStage, build_transformer
 
 
 @pytest.fixture
 def stage():
     classes = ClassTable(tuple(ClassEntry(i, str(i), str(i), ()) for i in range(2)))
     tokenizer = Tokenizer(TOKENIZER)
-    return TransformerStage(TRANSFORMER, TRANSFORMER_TRAINING, tokenizer, classes, torch.device("cpu"), half=False)
+    model = build_transformer(TRANSFORMER, TRANSFORMER_TRAINING)
+    return TransformerStage(model, TRANSFORMER_TRAINING, tokenizer, classes, bf16=False)
 
 
 def test_expected_losses_are_the_published_ones():

@@ -15,7 +15,20 @@ from varcli.cli import run
 
 SHAPE = ["--sides", "1,2,4", "--base-width", "32", "--multipliers", "1,1", "--encoder-blocks", "1"]
 SMALL = [*SHAPE, "--codebook-size", "32", "--codebook-width", "8", "--lpips", "0"]
-PACE = ["--batch", "4", "--epochs", "1", "--holdout", "2", "--device", "cpu", "--workers", "0", "--base-lr", "0.05"]
+PACE = [
+    "--batch-size",
+    "4",
+    "--epochs",
+    "1",
+    "--holdout",
+    "2",
+    "--device",
+    "cpu",
+    "--workers",
+    "0",
+    "--base-lr",
+    "0.05",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +54,7 @@ def test_from_images_to_images(data, tokenizer, tmp_path, capsys):
     figures = json.loads(printed.out)
     assert figures["step"] == 5  # 18 images, 4 an update
     assert {"validation_loss", "validation_accuracy_last", "images_per_second"} <= figures.keys()
-    assert "update 5/5" in printed.err
+    assert "step 5/5" in printed.err
     with Image.open(tmp_path / "run" / "samples" / "0000005.png") as sheet:
         assert sheet.width > 300
     image = tmp_path / "dog.png"
@@ -93,13 +106,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["--sides", "1,x"], 2, "sides: 1,x; whole numbers"),
+        (["--sides", "1,x"], 2, "--sides must be whole numbers"),
         (["--sides", "2,4"], 2, "sides must begin with 1"),
-        (["--base-width", "40"], 2, "base width: 40; a multiple of 32"),
+        (["--base-width", "40"], 2, "base width must be a multiple of 32 (got 40)"),
         (["--holdout", "8"], 2, "--holdout must be at least 0"),
-        (["--batch", "0"], 2, "batch: 0; at least 1"),
-        (["--epochs", "inf"], 2, "epochs: inf; a finite number"),
-        (["--grad-accum", "3"], 2, "accumulate: 3; it divides the batch of 4"),
+        (["--batch-size", "0"], 2, "--batch-size must be at least 1 (got 0)"),
+        (["--epochs", "inf"], 2, "--epochs must be a finite number (got inf)"),
+        (["--grad-accum", "3"], 2, "--grad-accum must divide the batch of 4 (got 3)"),
         (["--lpips", "1", "--lpips-weights", "nowhere"], 4, "LPIPS weights"),
         (["--device", "cuda:9"], 2, "device: cuda:9"),
     ],

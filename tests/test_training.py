@@ -18,12 +18,13 @@ from varcli.images.dataset import open_images
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
+from varcli.training import tokenizer as tokenizer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
-from varcli.training.loop import Run, only_run, train
+from varcli.training.loop import Run, only_run, train, update
 from varcli.training.optim import initialize_transformer
-from varcli.training.tokenizer import TokenizerStage
-from varcli.training.transformer import TransformerStage
+from varcli.training.tokenizer import TokenizerStage, build_tokenizer
+from varcli.training.transformer import TransformerStage, build_transformer
 
 CPU = torch.device("cpu")
 TOKENIZER = TokenizerConfig(
@@ -42,7 +43,7 @@ def images(tmp_path_factory):
 
 def tokenizer_stage(images, **changes):
     training = dataclasses.replace(TOKENIZER_TRAINING, **changes)
-    return TokenizerStage(TOKENIZER, training, *images.split(2), CPU, half=False)
+    return TokenizerStage(*build_tokenizer(TOKENIZER, training.seed), training, *images.split(2), bf16=False)
 
 
 def tokens(folder, images, **changes):
@@ -55,7 +56,8 @@ def tokens(folder, images, **changes):
 def transformer_stage(folder, images, **changes):
     tokenizer, cache = tokens(folder, images)
     training = dataclasses.replace(TRANSFORMER_TRAINING, **changes)
-    return TransformerStage(TRANSFORMER, training, tokenizer, images.classes, CPU, half=False, tokens=cache, held=cache)
+    model = build_transformer(TRANSFORMER, training)
+    return TransformerStage(model, training, tokenizer, images.classes, bf16=False, tokens=cache, held=cache)
 
 
 def run(folder, steps=6, **changes):
@@ -68,22 +70,21 @@ class Killed(Exception):  # noqa: N818 (what happens, not what is wrong)
 
 
 def kill_at(stage, step):
-    """Make a stage die in the middle of an update, as if the process were gone."""
-    update = stage.update
+    """Make a stage die in the middle of a step, as if the process were gone."""
+    apply = stage.apply_gradients
 
-    def dying(batch, number, steps):
-        metrics = update(batch, number, steps)
+    def dying(number, steps):
+        apply(number, steps)
         if number == step:
             raise Killed
-        return metrics
 
-    stage.update = dying
+    stage.apply_gradients = dying
     return stage
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
 def test_killed_and_resumed_ends_bit_identical(kind, tmp_path, images, monkeypatch):
-    monkeypatch.setattr("varcli.training.tokenizer.REVIVE_EVERY", 2)
+    monkeypatch.setattr(tokenizer_training, "REVIVE_EVERY", 2)
 
     def stage():
         return tokenizer_stage(images) if kind == "tokenizer" else transformer_stage(tmp_path / "cache", images)
@@ -108,14 +109,14 @@ def test_ctrl_c_saves_first(tmp_path, images):
     import signal
 
     stage = tokenizer_stage(images)
-    update = stage.update
+    prepare = stage.prepare
 
     def interrupted(batch, number, steps):
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(batch, number, steps)
+        return prepare(batch, number, steps)
 
-    stage.update = interrupted
+    stage.prepare = interrupted
     with pytest.raises(KeyboardInterrupt):
         train(stage, run(tmp_path))
     assert load_tensors(tmp_path / "state.safetensors")[1]["step"] == "2"
@@ -129,16 +130,16 @@ def test_other_settings_are_refused(tmp_path, images):
 
 def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, images):
     stage = tokenizer_stage(images)
-    update = stage.update
+    prepare = stage.prepare
 
     def poisoned(batch, number, steps):
         if number == 4:
             with torch.no_grad():
                 stage.model.decoder.conv_out.bias.fill_(math.nan)
-        return update(batch, number, steps)
+        return prepare(batch, number, steps)
 
-    stage.update = poisoned
-    with pytest.raises(RunError, match="at update 5"):
+    stage.prepare = poisoned
+    with pytest.raises(RunError, match="at step 5"):
         train(stage, run(tmp_path))
     tensors, metadata = load_tensors(tmp_path / "state.safetensors")
     assert metadata["step"] == "3"
@@ -149,13 +150,13 @@ def test_non_finite_gradient_changes_no_weight(images):
     stage = tokenizer_stage(images)
     stage.model.decoder.conv_out.bias.register_hook(lambda gradient: gradient * math.nan)
     before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items() if "ema" not in name}
-    metrics = stage.update(next(stage.batches(range(1))), 1, 10)
+    metrics = update(stage, next(stage.batches(range(1))), 1, 10)
     assert not metrics["loss"].isfinite()
     assert all(torch.equal(before[name], stage.model.state_dict()[name]) for name in before)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, images):
-    with only_run(tmp_path), pytest.raises(RunError, match="in use by another run"):
+    with only_run(tmp_path), pytest.raises(RunError, match="another run is using"):
         train(tokenizer_stage(images), run(tmp_path))
 
 
@@ -165,7 +166,7 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, images):
     def starving(batch, number, steps):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30 GiB.")
 
-    stage.update = starving
+    stage.prepare = starving
     with pytest.raises(RunError, match="a batch of 4 does not fit"):
         train(stage, run(tmp_path))
 
@@ -180,7 +181,7 @@ def test_every_transformer_option_changes_the_result(name, value, tmp_path, imag
     for changes in ({}, {name: value}):
         stage = transformer_stage(tmp_path, images, **changes)
         for step, batch in enumerate(stage.batches(range(4))):
-            stage.update(batch, step, 4)
+            update(stage, batch, step, 4)
         ends.append(stage.average.model.blocks[0].ffn.fc1.weight)
     assert not torch.equal(*ends)
 
@@ -226,7 +227,7 @@ def test_accumulation_changes_rounding_only(tmp_path, images):
     at_once = tokenizer_stage(images, gan=0.0, scale_drop=0.0)
     in_parts = tokenizer_stage(images, gan=0.0, scale_drop=0.0, accumulate=2)
     batch = next(at_once.batches(range(1)))
-    norms = [float(stage.update(batch, 1, 10)["gradient_norm"]) for stage in (at_once, in_parts)]
+    norms = [float(update(stage, batch, 1, 10)["gradient_norm"]) for stage in (at_once, in_parts)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     after = [stage.model.quant_conv.bias.detach() for stage in (at_once, in_parts)]
     assert torch.allclose(*after, atol=2e-5)
@@ -250,7 +251,7 @@ def test_every_tokenizer_option_changes_the_result(name, value, images):
     for changes in ({}, {name: value}):
         stage = tokenizer_stage(images, **changes)
         for step, batch in enumerate(stage.batches(range(4))):
-            stage.update(batch, step, 4)
+            update(stage, batch, step, 4)
         ends.append(stage.model.decoder.conv_out.weight)
     assert not torch.equal(*ends)
 
@@ -258,13 +259,13 @@ def test_every_tokenizer_option_changes_the_result(name, value, images):
 def test_dead_codes_are_revived(images):
     stage = tokenizer_stage(images, gan=0.0)
     batch = next(stage.batches(range(1)))
-    stage.update(batch, 0, 1000)
+    update(stage, batch, 0, 1000)
     weight = stage.model.quantize.embedding.weight
     with torch.no_grad():
         weight[:16] = 1e3
         stage.model.quantize.ema_vocab_hit_SV[:, 16:] = 1.0
         stage.model.quantize.ema_vocab_hit_SV[:, :16] = 0.0
-    stage.update(batch, 99, 1000)
+    update(stage, batch, 99, 1000)
     assert float(weight[:16].detach().abs().max()) < 10
     assert float(stage.optimizer.state[weight]["exp_avg"][:16].abs().max()) == 0
 
@@ -285,7 +286,8 @@ def test_one_unreadable_image_is_replaced_and_many_stop_the_run(tmp_path, images
     assert torch.equal(pixels[0], pixels[1])
     assert [len(n) for n in names] == [1, 0]
     assert names[0][0].endswith("a/a_0.png")
-    stage = TokenizerStage(TOKENIZER, TOKENIZER_TRAINING, broken, broken.subset([]), CPU, half=False)
+    models = build_tokenizer(TOKENIZER, TOKENIZER_TRAINING.seed)
+    stage = TokenizerStage(*models, TOKENIZER_TRAINING, broken, broken.subset([]), bf16=False)
     with pytest.raises(InputError, match=r"1 of 4, .*a_0\.png"):
         train(stage, run(tmp_path / "run"))
 

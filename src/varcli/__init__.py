@@ -14,17 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from varcli.images.image import Image as Image
+    from varcli.pipelines.evaluate import evaluate as evaluate
     from varcli.pipelines.model import Model as Model
     from varcli.pipelines.model import load as load
+    from varcli.pipelines.train import train_tokenizer as train_tokenizer
+    from varcli.pipelines.train import train_transformer as train_transformer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Image": "varcli.images.image",
     "Model": "varcli.pipelines.model",
+    "evaluate": "varcli.pipelines.evaluate",
     "load": "varcli.pipelines.model",
+    "train_tokenizer": "varcli.pipelines.train",
+    "train_transformer": "varcli.pipelines.train",
 }
-__all__ = ["Image", "Model", "__version__", "load"]
+__all__ = ["Image", "Model", "__version__", "evaluate", "load", "train_tokenizer", "train_transformer"]
 
 
 def __getattr__(name: str) -> Any:

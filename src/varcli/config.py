@@ -62,6 +62,10 @@ HEAD_WIDTH = 64
 """Channels of one attention head, the same at every depth."""
 
 
+PRESET_S, RECIPE_S = "the preset's", "the recipe's"
+"""Where options get their defaults, as `--help` says it."""
+
+
 def option(default: Any, help: str, *flags: str, metavar: str | None = None, shown: str | None = None) -> Any:
     """Declare a field that is also a command-line option.
 
@@ -94,27 +98,30 @@ def _require_finite(config: Any) -> None:
 class TokenizerConfig:
     """Shape of a multi-scale residual VQVAE (paper, section 3.2). Defaults: the released one."""
 
-    sides: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    """Sides s_1 … s_K of the token maps."""
-    codebook_size: int = 4096
-    """V, the number of codebook rows."""
-    codebook_width: int = 32
-    """C, the channels of a codebook row and of the feature map."""
-    base_width: int = 160
-    """Channels at full resolution; a multiple of 32, the number of groups of every GroupNorm."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels of each level as multiples of base_width; each level after the first halves the resolution."""
-    encoder_blocks: int = 2
-    """Residual blocks a level in the encoder; the decoder has one more."""
+    sides: tuple[int, ...] = option(GRID_256, "Sides s_1 … s_K of the token maps, coarse to fine.", metavar="1,2,3,…")
+    codebook_size: int = option(4096, "V, rows of the codebook.")
+    codebook_width: int = option(32, "C, channels of a codebook row and of the feature map.")
+    base_width: int = option(160, "Channels at full resolution, a multiple of 32: each GroupNorm has 32 groups.")
+    multipliers: tuple[int, ...] = option(
+        (1, 1, 2, 2, 4),
+        "Channels of each level as multiples of the base width; the resolution halves from level to level.",
+        metavar="1,2,…",
+    )
+    encoder_blocks: int = option(2, "Residual blocks per level in the encoder; the decoder has one more.")
     kernel_count: int = 4
     """Convolutions φ shared among the scales."""
 
     def __post_init__(self) -> None:
         check_sides(self.sides)
-        _require(self.base_width > 0 and self.base_width % 32 == 0, f"base width: {self.base_width}; a multiple of 32")
-        _require(len(self.multipliers) > 0 and min(self.multipliers) > 0, "multipliers: each must be at least 1")
+        _require(
+            self.base_width > 0 and self.base_width % 32 == 0,
+            f"base width must be a multiple of 32 (got {self.base_width})",
+        )
+        _require(len(self.multipliers) > 0 and min(self.multipliers) > 0, "each of the multipliers must be at least 1")
         for name in ("codebook_size", "codebook_width", "encoder_blocks", "kernel_count"):
-            _require(getattr(self, name) > 0, f"{name.replace('_', ' ')}: {getattr(self, name)}; at least 1")
+            _require(
+                getattr(self, name) > 0, f"{name.replace('_', ' ')} must be at least 1 (got {getattr(self, name)})"
+            )
 
     @property
     def downsampling(self) -> int:
@@ -148,13 +155,15 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         check_sides(self.sides)
-        _require(self.depth > 0, f"depth: {self.depth}; at least 1")
+        _require(self.depth > 0, f"depth must be at least 1 (got {self.depth})")
         _require(
             self.width > 0 and self.width % HEAD_WIDTH == 0,
-            f"width: {self.width}; a multiple of {HEAD_WIDTH}, the head width",
+            f"width must be a multiple of {HEAD_WIDTH}, the channels of a head (got {self.width})",
         )
         for name in ("codebook_size", "codebook_width", "class_count"):
-            _require(getattr(self, name) > 0, f"{name.replace('_', ' ')}: {getattr(self, name)}; at least 1")
+            _require(
+                getattr(self, name) > 0, f"{name.replace('_', ' ')} must be at least 1 (got {getattr(self, name)})"
+            )
 
     @property
     def heads(self) -> int:
@@ -171,8 +180,6 @@ class TransformerConfig:
         """Row of the class table that means "no class"."""
         return self.class_count
 
-
-PRESET_S = "the preset's"
 
 APPROXIMATIONS = ("guidance", "tokens", "cache")
 """Approximations of sampling: no guidance in the last scales, fewer tokens there, fewer keys and values kept."""
@@ -237,38 +244,40 @@ class SampleConfig:
 class TrainingConfig:
     """What both training stages ask. Everything here shapes the result, so a resumed run must agree."""
 
-    epochs: float
-    """Passes over the training images."""
-    batch: int = 768
-    """Images an update."""
-    accumulate: int = 1
-    """Parts a batch is computed in, to save memory."""
-    base_lr: float = 1e-4
-    """Learning rate for 256 images an update; it grows in proportion to the batch."""
-    final_lr: float
-    """Learning rate at the end, as a fraction."""
-    weight_decay: float
-    """Decoupled weight decay at the start."""
-    ema: float = 0.9999
-    """Decay of the weights' moving average, which is what the checkpoint holds."""
-    enlarge: float = 1.125
-    """Shorter side before the random crop, as a multiple of the image's side."""
-    seed: int = 0
-    """Of the initial weights, the order, the crops and every draw in between."""
+    epochs: float = option(200, "Passes over the training images.", shown=RECIPE_S)
+    batch: int = option(768, "Images per step.", "--batch-size", shown=RECIPE_S)
+    accumulate: int = option(
+        1, "Parts in which a batch is computed, to save memory.", "--grad-accum", metavar="N", shown=RECIPE_S
+    )
+    base_lr: float = option(
+        1e-4, "Learning rate for 256 images per step; it grows in proportion to the batch.", shown=RECIPE_S
+    )
+    final_lr: float = option(0.1, "Learning rate at the end, as a fraction of the peak.", shown=RECIPE_S)
+    weight_decay: float = option(0.05, "Decoupled weight decay at the start.", shown=RECIPE_S)
+    ema: float = option(
+        0.9999, "Decay of the moving average of the weights, which the checkpoint holds; 0 is off.", shown=RECIPE_S
+    )
+    enlarge: float = option(
+        1.125,
+        "Shorter side before the random crop, as a multiple of the model's image size.",
+        "--resize-ratio",
+        shown=RECIPE_S,
+    )
+    seed: int = option(0, "Random seed.", shown=RECIPE_S)
 
     def __post_init__(self) -> None:
         _require_finite(self)
-        _require(self.epochs > 0, f"epochs: {self.epochs}; more than 0")
-        _require(self.batch > 0, f"batch: {self.batch}; at least 1")
+        _require(self.epochs > 0, f"--epochs must be more than 0 (got {self.epochs:g})")
+        _require(self.batch > 0, f"--batch-size must be at least 1 (got {self.batch})")
         _require(
             self.accumulate > 0 and self.batch % self.accumulate == 0,
-            f"accumulate: {self.accumulate}; it divides the batch of {self.batch}",
+            f"--grad-accum must divide the batch of {self.batch} (got {self.accumulate})",
         )
-        _require(self.base_lr > 0, f"base lr: {self.base_lr}; more than 0")
-        _require(0 <= self.final_lr <= 1, f"final lr: {self.final_lr}; a fraction between 0 and 1")
-        _require(self.weight_decay >= 0, f"weight decay: {self.weight_decay}; 0 or more")
-        _require(0 <= self.ema < 1, f"ema: {self.ema}; from 0 (off) to below 1")
-        _require(self.enlarge >= 1, f"enlarge: {self.enlarge}; 1 (no margin) or more")
+        _require(self.base_lr > 0, f"--base-lr must be more than 0 (got {self.base_lr:g})")
+        _require(0 <= self.final_lr <= 1, f"--final-lr must be a fraction between 0 and 1 (got {self.final_lr:g})")
+        _require(self.weight_decay >= 0, f"--weight-decay must be 0 or more (got {self.weight_decay:g})")
+        _require(0 <= self.ema < 1, f"--ema must be 0 (off) or more, and less than 1 (got {self.ema:g})")
+        _require(self.enlarge >= 1, f"--resize-ratio must be 1 (no margin) or more (got {self.enlarge:g})")
 
     @property
     def lr(self) -> float:
@@ -276,7 +285,7 @@ class TrainingConfig:
         return self.base_lr * self.batch / 256
 
     def steps(self, images: int) -> int:
-        """Return the updates of a run over that many images."""
+        """Steps of a run over that many images."""
         return math.ceil(self.epochs * images / self.batch)
 
 
@@ -284,48 +293,46 @@ class TrainingConfig:
 class TokenizerTrainingConfig(TrainingConfig):
     """How to train a tokenizer (paper, equation 5)."""
 
-    epochs: float = 250
-    final_lr: float = 0.3
-    weight_decay: float = 0.005
-    lpips: float = 1.0
-    """λ_P, weight of the perceptual distance; 0 needs no VGG weights."""
-    gan: float = 0.4
-    """λ_G, weight of the adversarial loss; 0 is off."""
-    gan_start: float = 0.22
-    """When the adversarial loss sets in, as a fraction of the training."""
-    scale_drop: float = 0.0
-    """Probability that an update leaves out the last scales, which keeps the coarse ones in use."""
+    epochs: float = option(250, "Passes over the training images.", shown=RECIPE_S)
+    final_lr: float = option(0.3, "Learning rate at the end, as a fraction of the peak.", shown=RECIPE_S)
+    weight_decay: float = option(0.005, "Decoupled weight decay.", shown=RECIPE_S)
+    lpips: float = option(1.0, "λ_P, weight of the perceptual distance; 0 needs no VGG weights.", shown=RECIPE_S)
+    gan: float = option(0.4, "λ_G, weight of the adversarial loss; 0 is off.", shown=RECIPE_S)
+    gan_start: float = option(0.22, "Start of the adversarial loss, as a fraction of training.", shown=RECIPE_S)
+    scale_drop: float = option(
+        0.0, "Probability that a step leaves out the last scales, which keeps the coarse ones in use.", shown=RECIPE_S
+    )
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
-        _require(self.lpips >= 0, f"lpips: {self.lpips}; 0 (off) or more")
-        _require(self.gan >= 0, f"gan: {self.gan}; 0 (off) or more")
-        _require(0 <= self.gan_start <= 1, f"gan start: {self.gan_start}; a fraction between 0 and 1")
-        _require(0 <= self.scale_drop <= 1, f"scale drop: {self.scale_drop}; a probability")
+        _require(self.lpips >= 0, f"--lpips must be 0 (off) or more (got {self.lpips:g})")
+        _require(self.gan >= 0, f"--gan must be 0 (off) or more (got {self.gan:g})")
+        _require(0 <= self.gan_start <= 1, f"--gan-start must be a fraction between 0 and 1 (got {self.gan_start:g})")
+        _require(0 <= self.scale_drop <= 1, f"--scale-drop must be a probability (got {self.scale_drop:g})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerTrainingConfig(TrainingConfig):
     """How to train a transformer (paper, section 4 and appendix)."""
 
-    epochs: float = 200
-    final_lr: float = 0.1
-    weight_decay: float = 0.05
-    final_weight_decay: float = 0.05
-    """Decoupled weight decay at the end."""
-    gamma_init: float = 1e-3
-    """Factor of the initial weights behind the gates γ: deeper models start closer to the identity."""
-    crops: int = 4
-    """Random crops an image whose tokens are cached, epochs taking turns; 1 is the centre alone.
-
-    Differs: the released recipe draws a new crop every time, and computes tokens anew for it.
-    """
+    final_weight_decay: float = option(0.05, "Decoupled weight decay at the end.", shown=RECIPE_S)
+    gamma_init: float = option(
+        1e-3,
+        "Factor of the initial weights behind the gates γ, smaller in deeper models.",
+        shown=RECIPE_S,
+    )
+    crops: int = option(
+        4, "Cached random crops per image, used in turn by the epochs; 1 is the centre alone.", shown=RECIPE_S
+    )
+    """Differs: the released recipe draws a new crop every time, and computes tokens anew for it."""
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
-        _require(self.final_weight_decay >= 0, f"final weight decay: {self.final_weight_decay}; 0 or more")
-        _require(self.gamma_init > 0, f"gamma init: {self.gamma_init}; more than 0")
-        _require(self.crops > 0, f"crops: {self.crops}; at least 1")
+        _require(
+            self.final_weight_decay >= 0, f"--final-weight-decay must be 0 or more (got {self.final_weight_decay:g})"
+        )
+        _require(self.gamma_init > 0, f"--gamma-init must be more than 0 (got {self.gamma_init:g})")
+        _require(self.crops > 0, f"--crops must be at least 1 (got {self.crops})")
 
 
 def transformer_recipe(depth: int) -> TransformerTrainingConfig:

@@ -1,14 +1,210 @@
-"""`var train`: the two stages of training as commands."""
+"""`var train`: the two stages of training."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
-from varcli.commands.train_tokenizer import tokenizer
-from varcli.commands.train_transformer import transformer
+from varcli import console
+from varcli.commands import options
+from varcli.config import (
+    TokenizerConfig,
+    TokenizerTrainingConfig,
+    TrainingConfig,
+    TransformerTrainingConfig,
+    transformer_recipe,
+)
+
+if TYPE_CHECKING:
+    from varcli.training.estimate import TrainingEstimate
+    from varcli.training.metrics_log import Metrics
 
 train_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train a tokenizer, then a transformer on its tokens. A stopped run goes on with the same command.",
 )
-train_app.command("tokenizer")(tokenizer)
-train_app.command("transformer")(transformer)
+
+Data = Annotated[
+    list[Path],
+    Argument(metavar="DATA...", help="Images with labels: folders of class folders, zips, tar shards or .npz files."),
+]
+RunFolder = Annotated[
+    Path, Option("--out", "-o", metavar="DIR", help="Folder of the run; the same command goes on with a stopped one.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of both stages that do not change the result."""
+
+    holdout: Annotated[
+        int, Option("--holdout", metavar="N", min=0, help="Keep the last N images of each class for validation.")
+    ] = 0
+    validate_every: Annotated[
+        int,
+        Option(
+            "--validate-every",
+            metavar="N",
+            min=1,
+            help="Validate, write the checkpoint and draw preview images every N steps.",
+        ),
+    ] = 1000
+    save_every: Annotated[
+        int, Option("--save-every", metavar="N", min=1, help="Save resumable state every N steps.")
+    ] = 500
+    device: options.Device = "auto"
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16"], Option("--dtype", help="Precision; auto uses bf16 where it is faster.")
+    ] = "auto"
+    workers: Annotated[
+        int | None,
+        Option(
+            "--workers",
+            min=0,
+            help="Processes that read images ahead.",
+            show_default="one less than cores, 8 at most",
+        ),
+    ] = None
+    tensorboard: Annotated[bool, Option("--tensorboard", help="Also write figures for TensorBoard.")] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what the run will take, and stop.")] = False
+    as_json: options.Json = False
+    quiet: options.Quiet = False
+
+
+@train_app.command("tokenizer")
+@options.expand
+def tokenizer(
+    *,
+    data: Data,
+    out: RunFolder,
+    shape: Annotated[dict[str, Any], TokenizerConfig],
+    recipe: Annotated[dict[str, Any], TokenizerTrainingConfig],
+    lpips_weights: Annotated[
+        Path | None,
+        Option(
+            "--lpips-weights",
+            metavar="DIR",
+            help="Folder of LPIPS's two weight files.",
+            show_default="torch.hub's cache",
+        ),
+    ] = None,
+    run: RunOptions,
+) -> None:
+    """Train a tokenizer: images to token maps and back."""
+    for name in {"sides", "multipliers"} & shape.keys():
+        shape[name] = options.parse_numbers(f"--{name}", shape[name])
+    config, training = TokenizerConfig(**shape), TokenizerTrainingConfig(**recipe)
+    from varcli.pipelines import train as pipeline
+
+    shared: dict[str, Any] = {
+        "config": config,
+        "training": training,
+        "holdout": run.holdout,
+        "device": run.device,
+        "dtype": run.dtype,
+    }
+    if run.dry_run:
+        _show_estimate(pipeline.estimate_tokenizer(data, **shared), training, run.as_json)
+        return
+    figures = pipeline.train_tokenizer(
+        data,
+        out,
+        **shared,
+        lpips_weights=lpips_weights,
+        validate_every=run.validate_every,
+        save_every=run.save_every,
+        workers=run.workers,
+        tensorboard=run.tensorboard,
+        report=_report(run.quiet),
+        note=console.note,
+    )
+    _finish(figures, out / "tokenizer.safetensors", run.as_json)
+
+
+@train_app.command("transformer")
+@options.expand
+def transformer(
+    *,
+    data: Data,
+    out: RunFolder,
+    tokenizer: Annotated[
+        Path, Option("--tokenizer", metavar="FILE", help="A tokenizer or model file; its weights stay as they are.")
+    ],
+    depth: Annotated[int, Option("--depth", help="Number of blocks, the one dial of the published models.")] = 16,
+    width: Annotated[
+        int | None, Option("--width", help="Channels, a multiple of 64.", show_default="64 × depth")
+    ] = None,
+    shared_adaln: Annotated[bool, Option("--shared-adaln", help="One modulation for all blocks, as in d36.")] = False,
+    recipe: Annotated[dict[str, Any], TransformerTrainingConfig],
+    save_dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        Option("--save-dtype", help="Precision of the weights in the checkpoint file."),
+    ] = "fp32",
+    run: RunOptions,
+) -> None:
+    """Train a transformer on the token maps of a tokenizer."""
+    training = replace(transformer_recipe(depth), **recipe)
+    from varcli.pipelines import train as pipeline
+
+    shared: dict[str, Any] = {"depth": depth, "width": width, "shared_adaln": shared_adaln, "training": training}
+    shared |= {"holdout": run.holdout, "device": run.device, "dtype": run.dtype}
+    if run.dry_run:
+        _show_estimate(pipeline.estimate_transformer(data, tokenizer, **shared), training, run.as_json)
+        return
+    figures = pipeline.train_transformer(
+        data,
+        tokenizer,
+        out,
+        **shared,
+        save_dtype=save_dtype,
+        validate_every=run.validate_every,
+        save_every=run.save_every,
+        workers=run.workers,
+        tensorboard=run.tensorboard,
+        report=_report(run.quiet),
+        note=console.note,
+        quiet=run.quiet,
+    )
+    _finish(figures, out / "model.safetensors", run.as_json)
+
+
+def _report(quiet: bool) -> Any:
+    """What prints figures as they come, one line on stderr."""
+
+    def report(step: int, steps: int, figures: "Metrics") -> None:
+        if not quiet:
+            shown = [f"{name} {value:.4g}" for name, value in figures.items() if name not in ("step", "images_seen")]
+            console.note(f"step {step}/{steps}: " + ", ".join(shown))
+
+    return report
+
+
+def _finish(figures: "Metrics", checkpoint: Path, as_json: bool) -> None:
+    """Print where the checkpoint is."""
+    console.result(json.dumps({"checkpoint": str(checkpoint), **figures}) if as_json else str(checkpoint))
+
+
+def _show_estimate(found: "TrainingEstimate", recipe: TrainingConfig, as_json: bool) -> None:
+    """Print an estimate and the recipe behind it, one line per figure or as JSON."""
+    if as_json:
+        console.result(json.dumps(asdict(found) | {"recipe": asdict(recipe)}))
+        return
+    duration = f"{found.seconds / 3600:.1f} hours" if found.seconds >= 3600 else f"{found.seconds / 60:.1f} minutes"
+    settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(recipe).items())
+    console.result(f"recipe           {settings}")
+    console.result(f"parameters       {found.parameters / 1e6:.2f} M")
+    console.result(f"training set     {found.images} images")
+    console.result(f"steps            {found.steps} ({found.images_seen} images seen)")
+    console.result(f"operations       {found.flops:.3g} FLOP")
+    state, activations = found.state_bytes / 2**30, found.activation_bytes / 2**30
+    console.result(f"memory           {state:.2f} GiB state, {activations:.2f} GiB activations")
+    console.result(f"speed            {found.images_per_second:.1f} images/s here, {duration} in all")
+    if found.expected_loss is not None:
+        console.result(
+            f"expected loss    {found.expected_loss:.2f} mean, {found.expected_loss_last:.2f} last scale "
+            "(scaling laws: ImageNet 256, the released tokenizer)"
+        )

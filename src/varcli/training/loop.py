@@ -1,4 +1,4 @@
-"""The one training loop: resume, update, log, validate, save.
+"""The one training loop, for both stages: resume, step, log, validate, save.
 
 A run lives in a folder:
 
@@ -11,7 +11,7 @@ A run lives in a folder:
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,20 +24,40 @@ from torch import Tensor
 
 from varcli.acceleration.devices import out_of_memory
 from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
+from varcli.config import TrainingConfig
 from varcli.errors import RunError, UsageError
 from varcli.files import cannot_write
+from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
 
 
 class Stage(Protocol):
-    """What is trained: a tokenizer or a transformer with all that belongs to its updates."""
+    """A stage of training: its losses, and what follows a step. `update` is the skeleton that both share."""
+
+    device: torch.device
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The recipe."""
 
     def batches(self, steps: range) -> Iterator[Any]:
-        """Yield what each update of `steps` needs."""
+        """Yield what each step of `steps` needs."""
 
-    def update(self, batch: Any, step: int, steps: int) -> dict[str, Tensor]:
-        """Make one update and return figures, the loss among them; leave the weights alone if it is not finite."""
+    def prepare(self, batch: Any, step: int, steps: int) -> Sequence[Any]:
+        """Set the schedules of a step, and split its batch into `training.accumulate` parts."""
+
+    def add_gradients(self, part: Any) -> dict[str, Tensor]:
+        """Add the gradients of a part of the batch; returns its figures, the loss among them."""
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients together, which are clipped where the recipe clips them."""
+
+    def apply_gradients(self, step: int, steps: int) -> None:
+        """Let the optimizers step, then the moving average, then what else follows a step."""
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients."""
 
     def validate(self) -> Metrics:
         """Return figures of the averaged weights on held-out images."""
@@ -75,8 +95,30 @@ class Run:
         return self.folder / "state.safetensors"
 
 
+def update(stage: Stage, batch: Any, step: int, steps: int) -> dict[str, Tensor]:
+    """One step of training: schedule, gradients of the batch in parts, clipping, optimizer, moving average.
+
+    Returns:
+        Figures averaged over the parts. The loss is NaN, and the weights are as before, if it or a gradient is
+        not finite.
+    """
+    optim.seed_step(stage.training.seed, step)
+    totals: dict[str, Tensor] = {}
+    for part in stage.prepare(batch, step, steps):
+        for name, value in stage.add_gradients(part).items():
+            totals[name] = totals.get(name, torch.zeros((), device=stage.device)) + value.detach()
+    metrics = {name: total / stage.training.accumulate for name, total in totals.items()}
+    metrics["gradient_norm"] = stage.gradient_norm()
+    if metrics["loss"].isfinite() and metrics["gradient_norm"].isfinite():
+        stage.apply_gradients(step, steps)
+    else:
+        metrics["loss"] = torch.full_like(metrics["loss"], torch.nan)
+    stage.clear_gradients()
+    return metrics
+
+
 class StopSignal:
-    """Remembers Ctrl-C and SIGTERM while an update runs, so that the run can save before it ends."""
+    """Remembers Ctrl-C and SIGTERM while a step runs, so that the run can save before it ends."""
 
     def __enter__(self) -> "StopSignal":
         self.received = False
@@ -96,7 +138,7 @@ class StopSignal:
 
 
 def resume(stage: Stage, run: Run) -> int:
-    """Return the update to begin with, having loaded the state of a run that was under way.
+    """Load the state of a run that was under way; returns the step to begin with.
 
     Raises:
         UsageError: the folder holds a run with other settings.
@@ -109,7 +151,7 @@ def resume(stage: Stage, run: Run) -> int:
     different = sorted(key for key in begun.keys() | given.keys() if begun.get(key) != given.get(key))
     if different:
         was = ", ".join(f"{key} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
-        raise UsageError(f"run folder: {run.folder} was begun with {was}; use the same again or another --out")
+        raise UsageError(f"the run in {run.folder} was begun with {was}; use the same again, or another --out")
     stage.load_tensors(tensors)
     return int(metadata["step"])
 
@@ -123,7 +165,7 @@ def save_state(stage: Stage, run: Run, step: int) -> None:
 def train(stage: Stage, run: Run) -> Metrics:
     """Train from the beginning, or from where the folder's run stopped, to the end; return the last figures.
 
-    Ctrl-C and SIGTERM end the run after the update under way, its state saved.
+    Ctrl-C and SIGTERM end the run after the step under way, with its state saved.
 
     Raises:
         RunError: the loss is not finite, memory does not suffice, or another run is under way in the folder;
@@ -136,29 +178,29 @@ def train(stage: Stage, run: Run) -> Metrics:
 
 
 def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
-    """Make the updates from `start` on; return the last figures. A finished run gets its checkpoint anew."""
-    journal = MetricsLog(run.folder, start, run.batch)
+    """Take the steps from `start` on; returns the last figures. A finished run has its checkpoint written anew."""
+    log = MetricsLog(run.folder, start, run.batch)
     remaining = range(start, run.steps)
     if not remaining:
         conclude(stage, run, start)
     with StopSignal() as stop:
         for step, batch in zip(remaining, stage.batches(remaining), strict=True):
             done = step + 1
-            metrics = stage.update(batch, step, run.steps)
+            metrics = update(stage, batch, step, run.steps)
             if not math.isfinite(metrics["loss"].item()):
                 kept = f"; {run.folder} keeps the last good state" if run.state_file.exists() else ""
-                raise RunError(f"loss: not finite at update {done}{kept}; try a lower --base-lr in another --out")
-            journal.add(metrics)
+                raise RunError(f"the loss is not finite at step {done}{kept}; try a lower --base-lr in another --out")
+            log.add(metrics)
             last = done == run.steps
             validating = last or done % run.validate_every == 0
             if validating or done % run.log_every == 0:
-                journal.write(done, conclude(stage, run, done) if validating else {})
-                run.report(done, journal.last)
+                log.write(done, conclude(stage, run, done) if validating else {})
+                run.report(done, log.last)
             if last or done % run.save_every == 0 or stop.received:
                 save_state(stage, run, done)
             if stop.received and not last:
                 raise KeyboardInterrupt
-    return journal.last
+    return log.last
 
 
 @contextmanager
@@ -172,7 +214,7 @@ def only_run(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise RunError(f"run folder: {folder} is in use by another run; wait for it or use another --out") from None
+        raise RunError(f"another run is using {folder}; wait for it, or use another --out") from None
     with lock:
         yield
 
@@ -189,8 +231,9 @@ def memory_explained(batch: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        advice = "a larger --grad-accum computes it in parts"
-        raise RunError(f"memory: a batch of {batch} does not fit; {advice}") from error
+        raise RunError(
+            f"a batch of {batch} does not fit into memory; a larger --grad-accum computes it in parts"
+        ) from error
 
 
 def make_folder(folder: Path) -> None:

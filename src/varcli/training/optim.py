@@ -1,6 +1,6 @@
 """What a killed run needs to go on: weights, their average, optimizer moments, all without pickle.
 
-Randomness needs no saving: every update seeds torch from the run's seed and its own number.
+Randomness needs no saving: every step seeds torch from the run's seed and its own number.
 """
 
 import copy
@@ -118,7 +118,7 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Make all of torch's random draws of one update a function of the run's seed and the update's number."""
+    """Make all of torch's random draws of one step a function of the run's seed and the step's number."""
     torch.manual_seed(mixed_seed(seed, step))
 
 
@@ -134,7 +134,7 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 class MovingAverage(Generic[Model]):
-    """A copy of a model whose weights trail the trained ones, which evens out the last updates."""
+    """A copy of a model whose weights trail the trained ones, which evens out the last steps."""
 
     def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
@@ -188,16 +188,16 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
                 optimizer.state[parameter][key.rpartition(".")[2]] = like.copy_(value)
 
 
-def identity(images: str, device: torch.device, half: bool, **configs: Any) -> dict[str, Any]:
+def identity(images: str, device: torch.device, bf16: bool, **configs: Any) -> dict[str, Any]:
     """Return all that shapes a run's result, by name, for a resumed run to compare.
 
     Args:
         images: fingerprint of the training images.
         device: where it trains, since devices round differently.
-        half: whether the network runs in bf16.
+        bf16: whether the network runs in bf16.
         configs: configurations, or anything JSON holds.
     """
-    found: dict[str, Any] = {"pictures": images, "device": device.type, "bf16": half}
+    found: dict[str, Any] = {"pictures": images, "device": device.type, "bf16": bf16}
     for kind, config in configs.items():
         found |= (
             dataclasses.asdict(config)

@@ -7,7 +7,7 @@ Shapes: B images of P × P pixels, C codebook channels, V codebook rows, S scale
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,41 +27,61 @@ from varcli.training.optim import cosine_factor
 
 BETAS = (0.5, 0.9)
 HIT_DECAY = 0.99
-"""How slowly the record of codebook hits forgets."""
+"""Decay per step of the record of codebook hits."""
 REVIVE_EVERY = 100
-"""Updates between looks for codebook rows that nobody uses."""
+"""Steps between searches for dead codebook rows."""
 REVIVE_UNTIL = 0.9
-"""Part of the training after which rows are left alone, to settle."""
+"""Fraction of training after which rows are left alone, to settle."""
 DEAD = 0.01
 """A row is dead when it is hit less than this part of what even use would give."""
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
+def build_tokenizer(config: TokenizerConfig, seed: int) -> tuple[Tokenizer, PatchDiscriminator]:
+    """A plain tokenizer and its adversary, with the initial weights of a seed."""
+    torch.manual_seed(seed)
+    return Tokenizer(config), PatchDiscriminator()
+
+
 class TokenizerStage:
-    """A tokenizer, its adversary and their optimizers."""
+    """A tokenizer, its adversary, their optimizers and losses."""
 
     def __init__(
         self,
-        config: TokenizerConfig,
+        model: Tokenizer,
+        adversary: PatchDiscriminator,
         training: TokenizerTrainingConfig,
         images: ImageSet,
         held: ImageSet,
-        device: torch.device,
         *,
-        half: bool,
+        bf16: bool,
         workers: int = 0,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.config, self.training, self.device, self.half = config, training, device, half
+        """Take models on their device, warm-started and parallelized if at all.
+
+        Args:
+            model: the tokenizer to train.
+            adversary: tells its reconstructions from images.
+            training: the recipe.
+            images: training images.
+            held: images held out for validation.
+            bf16: run the networks in bf16 autocast.
+            workers: processes that read images ahead.
+            warn: told of images that cannot be read.
+        """
+        self.config, self.training, self.bf16 = model.config, training, bf16
+        self.device = model.quant_conv.weight.device
         self.images, self.held, self.workers = images, held, workers
         self.perceptual: Perceptual | None = None
         self.unreadable = Unreadable(len(images), warn)
-        torch.manual_seed(training.seed)
-        self.model = Tokenizer(config).to(device).to(memory_format=torch.channels_last)
+        self.adversarial = False
+        self.scales: int | None = None
+        self.model = model.to(memory_format=torch.channels_last)
         self.average = optim.MovingAverage(self.model, training.ema)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=("quantize.embedding",))
-        self.adversary = PatchDiscriminator().to(device).to(memory_format=torch.channels_last)
+        self.adversary = adversary.to(memory_format=torch.channels_last)
         self.adversary_optimizer = optim.adamw(self.adversary, BETAS)
 
     def batches(self, steps: range) -> Iterator[Batch]:
@@ -71,47 +91,45 @@ class TokenizerStage:
         chosen = draws(len(self.images), training.batch, steps, training.seed)
         yield from loader(crops, chosen, self.workers)
 
-    def update(self, batch: Batch, step: int, steps: int) -> dict[str, Tensor]:
-        """Make one update of the tokenizer and, once it has begun, of its adversary."""
+    def prepare(self, batch: Batch, step: int, steps: int) -> Sequence[Tensor]:
+        """Set learning rates, whether the adversary takes part, and how many scales the step uses."""
+        training = self.training
         pixels, unreadable = batch
         self.unreadable.add(itertools.chain(*unreadable))
-        optim.seed_step(self.training.seed, step)
+        parts = pixels.chunk(training.accumulate)
         if step == 0:
-            self.begin_codebook(pixels.chunk(self.training.accumulate)[0])
-        factor = cosine_factor(step, steps, self.training.final_lr)
+            self.begin_codebook(parts[0])
+        rate = training.lr * cosine_factor(step, steps, training.final_lr)
         for optimizer in (self.optimizer, self.adversary_optimizer):
-            optim.set_rates(optimizer, self.training.lr * factor, self.training.weight_decay)
-        adversarial = self.training.gan > 0 and step >= self.training.gan_start * steps
-        scales = self.draw_scales(step)
-        totals: dict[str, Tensor] = {}
-        for part in pixels.chunk(self.training.accumulate):
-            for name, value in self.accumulate_gradients(part, scales, adversarial).items():
-                totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value.detach()
-        metrics = {name: total / self.training.accumulate for name, total in totals.items()}
-        metrics["gradient_norm"] = torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.adversary))
-        if metrics["loss"].isfinite() and metrics["gradient_norm"].isfinite():
-            self.apply_gradients(step, steps, adversarial)
-        else:
-            metrics["loss"] = torch.full_like(metrics["loss"], torch.nan)
-        return metrics
+            optim.set_rates(optimizer, rate, training.weight_decay)
+        self.adversarial = training.gan > 0 and step >= training.gan_start * steps
+        self.scales = self.draw_scales(step)
+        return parts
 
     def trial_loss(self, count: int) -> Tensor:
         """Return the reconstruction loss of `count` random images, with its gradient."""
         pixels = torch.randint(256, (count, 3, self.config.pixels, self.config.pixels), dtype=torch.uint8)
         image = to_unit(pixels, self.device)
-        made, quantized, f_BCHW = self.reconstruct(image, None)
-        return F.mse_loss(made, image) + quantization_loss(quantized, f_BCHW)
+        decoded, quantized, f_BCHW = self.reconstruct(image, None)
+        return F.mse_loss(decoded, image) + quantization_loss(quantized, f_BCHW)
 
-    def apply_gradients(self, step: int, steps: int, adversarial: bool) -> None:
-        """Let the optimizers step and clear the gradients."""
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients, the adversary's included; the recipe does not clip."""
+        return torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.adversary))
+
+    def apply_gradients(self, step: int, steps: int) -> None:
+        """Let the optimizers and the moving average step, and revive dead codebook rows now and then."""
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        if adversarial:
+        if self.adversarial:
             self.adversary_optimizer.step()
-        self.adversary_optimizer.zero_grad()
         self.average.update(self.model, step)
         if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < REVIVE_UNTIL * steps:
             self.revive_codes()
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of both networks."""
+        self.optimizer.zero_grad()
+        self.adversary_optimizer.zero_grad()
 
     def draw_scales(self, step: int) -> int | None:
         """Return how many scales this update uses: all (None), or fewer where scale_drop strikes."""
@@ -120,45 +138,48 @@ class TokenizerStage:
             return None
         return generator.randint(1, max(len(self.config.sides) - 1, 1))
 
-    def accumulate_gradients(self, pixels: Tensor, scales: int | None, adversarial: bool) -> dict[str, Tensor]:
-        """Add the gradients of a part of the batch and return its figures."""
-        image = to_unit(pixels, self.device)
-        made, quantized, f_BCHW = self.reconstruct(image, scales)
-        squared = F.mse_loss(made, image)
+    def add_gradients(self, part: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of a part of the batch (B, 3, P, P) uint8; returns its figures.
+
+        Source: equation 5.
+        """
+        image = to_unit(part, self.device)
+        decoded, quantized, f_BCHW = self.reconstruct(image, self.scales)
+        squared = F.mse_loss(decoded, image)
         metrics = {"squared_error": squared, "quantization": quantization_loss(quantized, f_BCHW)}
         pull = squared
         if self.perceptual is not None:
-            metrics["perceptual"] = self.perceptual(made, image)
+            metrics["perceptual"] = self.perceptual(decoded, image)
             pull = squared + self.training.lpips * metrics["perceptual"]
         loss = pull + metrics["quantization"]
-        if adversarial:
+        if self.adversarial:
             self.adversary.requires_grad_(False)
-            push = -self.adversary(augment(made)).mean()
+            push = -self.adversary(augment(decoded)).mean()
             weight = adaptive_weight(pull, push, self.model.decoder.conv_out.weight)
             metrics["adversarial"] = push
             loss = loss + self.training.gan * weight * push
             self.adversary.requires_grad_(True)
         (loss / self.training.accumulate).backward()
-        if adversarial:
-            metrics["adversary"] = self.accumulate_adversary_gradients(image, made.detach())
+        if self.adversarial:
+            metrics["adversary"] = self.add_adversary_gradients(image, decoded.detach())
         self.note_hits(quantized)
         return metrics | {"loss": loss}
 
-    def accumulate_adversary_gradients(self, image: Tensor, made: Tensor) -> Tensor:
+    def add_adversary_gradients(self, image: Tensor, decoded: Tensor) -> Tensor:
         """Add the adversary's gradients and return its loss."""
-        loss = discriminator_loss(self.adversary(augment(image)), self.adversary(augment(made)))
+        loss = discriminator_loss(self.adversary(augment(image)), self.adversary(augment(decoded)))
         (loss / self.training.accumulate).backward()
         return loss
 
     def reconstruct(self, image: Tensor, scales: int | None) -> tuple[Tensor, Quantized, Tensor]:
         """Return pixels with a straight-through gradient, the quantized features, and the features."""
-        with autocast(self.device, self.half):
+        with autocast(self.device, self.bf16):
             f_BCHW = self.model.features(image).float()
         quantized = self.model.quantize.quantize(f_BCHW, scales)
         straight_BCHW = f_BCHW + (quantized.f_hats[-1] - f_BCHW).detach()
-        with autocast(self.device, self.half):
-            made = self.model.decode_features(straight_BCHW).float()
-        return made, quantized, f_BCHW
+        with autocast(self.device, self.bf16):
+            decoded = self.model.decode_features(straight_BCHW).float()
+        return decoded, quantized, f_BCHW
 
     @torch.no_grad()
     def begin_codebook(self, pixels: Tensor) -> None:

@@ -3,7 +3,7 @@
 Shapes: B images, L tokens of all scales, l of one, C codebook channels, V codebook rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,62 +30,84 @@ VALIDATION_BATCH = 64
 Batch = tuple[Tensor, Tensor]
 
 
+def build_transformer(config: TransformerConfig, training: TransformerTrainingConfig) -> Transformer:
+    """A plain transformer with the initial weights of the recipe's seed."""
+    torch.manual_seed(training.seed)
+    model = Transformer(config)
+    initialize_transformer(model, training.gamma_init)
+    return model
+
+
 class TransformerStage:
-    """A transformer, its frozen tokenizer and its optimizer."""
+    """A transformer, its frozen tokenizer, its optimizer and loss."""
 
     def __init__(
         self,
-        config: TransformerConfig,
+        model: Transformer,
         training: TransformerTrainingConfig,
         tokenizer: Tokenizer,
         classes: ClassTable,
-        device: torch.device,
         *,
-        half: bool,
-        store: torch.dtype = torch.float32,
+        bf16: bool,
+        save_dtype: torch.dtype = torch.float32,
         tokens: TokenCache | None = None,
         held: TokenCache | None = None,
     ) -> None:
-        self.config, self.training, self.device, self.half = config, training, device, half
-        self.classes, self.tokens, self.held, self.store = classes, tokens, held, store
-        self.tokenizer = tokenizer.to(device).eval().requires_grad_(False)
-        torch.manual_seed(training.seed)
-        self.model = Transformer(config)
-        initialize_transformer(self.model, training.gamma_init)
-        self.model.to(device)
+        """Take a model on its device, warm-started and parallelized if at all.
+
+        Args:
+            model: the transformer to train.
+            training: the recipe.
+            tokenizer: makes the tokens; its weights stay as they are.
+            classes: the model's class table.
+            bf16: run the network in bf16 autocast.
+            save_dtype: precision of the weights in the checkpoint.
+            tokens: token maps of the training images; None only estimates.
+            held: token maps of images held out for validation.
+        """
+        self.model, self.config, self.training, self.bf16 = model, model.config, training, bf16
+        self.device = model.head.weight.device
+        self.classes, self.tokens, self.held, self.save_dtype = classes, tokens, held, save_dtype
+        self.tokenizer = tokenizer.to(self.device).eval().requires_grad_(False)
         self.average = optim.MovingAverage(self.model, training.ema)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
 
     def batches(self, steps: range) -> Iterator[Batch]:
-        """Yield tokens (B, L) and class rows (B)."""
+        """Yield tokens (B, L) and labels (B,) of each step."""
         assert self.tokens is not None, "a stage without tokens only plans"
         for chosen in draws(len(self.tokens), self.training.batch, steps, self.training.seed):
             yield self.tokens.batch(chosen)
 
-    def update(self, batch: Batch, step: int, steps: int) -> dict[str, Tensor]:
-        """Make one update of the transformer."""
+    def prepare(self, batch: Batch, step: int, steps: int) -> Sequence[Batch]:
+        """Set learning rate and weight decay of the step."""
         training = self.training
-        optim.seed_step(training.seed, step)
         rate = training.lr * optim.linear_factor(step, steps, training.final_lr)
         decay = optim.weight_decay(step, steps, training.weight_decay, training.final_weight_decay)
         optim.set_rates(self.optimizer, rate, decay)
         self.model.train()
-        totals: dict[str, Tensor] = {}
-        for tokens, rows in zip(*(part.chunk(training.accumulate) for part in batch), strict=True):
-            label_B = self.model.drop_labels(rows.to(self.device))
-            figures = self.figures(self.model, tokens.to(self.device), label_B)
-            (figures["loss"] / training.accumulate).backward()
-            for name, value in figures.items():
-                totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value.detach()
-        metrics = {name: total / training.accumulate for name, total in totals.items()}
-        metrics["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        if metrics["loss"].isfinite() and metrics["gradient_norm"].isfinite():
-            self.optimizer.step()
-            self.average.update(self.model, step)
-        else:
-            metrics["loss"] = torch.full_like(metrics["loss"], torch.nan)
+        tokens_BL, label_B = batch
+        return list(zip(tokens_BL.chunk(training.accumulate), label_B.chunk(training.accumulate), strict=True))
+
+    def add_gradients(self, part: Batch) -> dict[str, Tensor]:
+        """Add the gradients of a part of the batch, some of its labels dropped; returns its figures."""
+        tokens_BL, label_B = part
+        label_B = self.model.drop_labels(label_B.to(self.device))
+        figures = self.figures(self.model, tokens_BL.to(self.device), label_B)
+        (figures["loss"] / self.training.accumulate).backward()
+        return figures
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients before they are clipped to `CLIP`."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+
+    def apply_gradients(self, step: int, steps: int) -> None:
+        """Let the optimizer and the moving average step."""
+        self.optimizer.step()
+        self.average.update(self.model, step)
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients."""
         self.optimizer.zero_grad()
-        return metrics
 
     def trial_loss(self, count: int) -> Tensor:
         """Return the loss of `count` random images, with its gradient."""
@@ -101,7 +123,7 @@ class TransformerStage:
         parts = spans(self.config.sides)
         with torch.no_grad():
             teacher_BLC = self.tokenizer.quantize.teacher_input([tokens_BL[:, span] for span in parts])
-        with autocast(self.device, self.half):
+        with autocast(self.device, self.bf16):
             logits_BLV = model(label_B, teacher_BLC)
         loss_N = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten(), reduction="none")
         loss_BL = loss_N.view(tokens_BL.shape)
@@ -121,8 +143,8 @@ class TransformerStage:
         sums: dict[str, float] = {}
         for first in range(0, len(self.held), VALIDATION_BATCH):
             numbers = range(first, min(first + VALIDATION_BATCH, len(self.held)))
-            tokens, rows = self.held.batch([(i, 0) for i in numbers])
-            figures = self.figures(self.average.model, tokens.to(self.device), rows.to(self.device))
+            tokens, labels = self.held.batch([(i, 0) for i in numbers])
+            figures = self.figures(self.average.model, tokens.to(self.device), labels.to(self.device))
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(numbers)
         return {name: total / len(self.held) for name, total in sums.items()}
@@ -144,4 +166,4 @@ class TransformerStage:
         """Write the averaged transformer with its tokenizer to model.safetensors."""
         facts = {"step": step, "images_seen": step * self.training.batch, **figures}
         file = folder / "model.safetensors"
-        save_model(file, self.tokenizer, self.average.model, self.classes, facts, self.store)
+        save_model(file, self.tokenizer, self.average.model, self.classes, facts, self.save_dtype)

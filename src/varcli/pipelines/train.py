@@ -1,0 +1,367 @@
+"""`varcli.train_tokenizer` and `varcli.train_transformer`: from images to a checkpoint, resumable."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varcli.acceleration.devices import DTYPES, pick_device
+from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256
+from varcli.config import (
+    PRESETS,
+    TokenizerConfig,
+    TokenizerTrainingConfig,
+    TransformerConfig,
+    TransformerTrainingConfig,
+    transformer_recipe,
+)
+from varcli.console import progress
+from varcli.errors import UsageError
+from varcli.files import write_atomically
+from varcli.images.contact_sheet import contact_sheet
+from varcli.images.dataset import ImageSet, open_images
+from varcli.images.provenance import png_bytes
+from varcli.models.lpips import LPIPS
+from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
+from varcli.training import optim
+from varcli.training.data import CacheSettings, TokenCache, open_cache
+from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
+from varcli.training.loop import Run, train
+from varcli.training.metrics_log import Metrics
+from varcli.training.tokenizer import TokenizerStage, build_tokenizer
+from varcli.training.transformer import TransformerStage, build_transformer
+
+PREVIEW_IMAGES = 8
+"""Images in a tokenizer's preview."""
+
+PREVIEW_CLASSES = 10
+"""Classes in a transformer's preview, two images of each."""
+
+Report = Callable[[int, int, Metrics], None]
+"""Called with the step, the steps in all, and figures."""
+
+
+def train_tokenizer(
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    config: TokenizerConfig | None = None,
+    training: TokenizerTrainingConfig | None = None,
+    lpips_weights: Path | None = None,
+    holdout: int = 0,
+    validate_every: int = 1000,
+    save_every: int = 500,
+    device: str = "auto",
+    dtype: str = "auto",
+    workers: int | None = None,
+    tensorboard: bool = False,
+    report: Report = lambda step, steps, figures: None,
+    note: Callable[[str], None] = lambda line: None,
+) -> Metrics:
+    """Train a tokenizer (paper, section 3.2); a stopped run goes on when called again.
+
+    Args:
+        data: images with labels: folders of class folders, zips, tar shards or .npz files.
+        out: folder of the run; tokenizer.safetensors in it is the checkpoint.
+        config: shape of the tokenizer; None is the released one.
+        training: the recipe; None is the default.
+        lpips_weights: folder of LPIPS's two weight files; None is torch.hub's cache.
+        holdout: the last images of each class kept for validation.
+        validate_every: steps between validations, checkpoints and preview images.
+        save_every: steps that a killed run loses at most.
+        device: auto, cpu, cuda or mps.
+        dtype: fp32, bf16, or auto: bf16 where it is faster.
+        workers: processes that read images ahead; None is one less than cores, 8 at most.
+        tensorboard: also write figures for TensorBoard.
+        report: called with figures as they come.
+        note: takes remarks for the user.
+
+    Returns:
+        The last figures.
+
+    Raises:
+        VarError: images or weights cannot be used, the folder holds another run, or the loss is not finite.
+    """
+    training = training or TokenizerTrainingConfig()
+    stage, images = _tokenizer_stage(data, config, training, holdout, device, dtype, workers, note)
+    if training.lpips > 0:
+        folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
+        stage.perceptual = LPIPS(folder).to(stage.device)
+    identity = optim.identity(images.fingerprint(), stage.device, stage.bf16, model=stage.config, training=training)
+    steps = training.steps(len(images))
+    run = Run(
+        folder=Path(out),
+        steps=steps,
+        batch=training.batch,
+        identity=identity,
+        validate_every=validate_every,
+        save_every=save_every,
+        preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
+        report=_reporter(Path(out), steps, report, tensorboard),
+    )
+    return train(stage, run)
+
+
+def estimate_tokenizer(
+    data: Sequence[str | Path],
+    *,
+    config: TokenizerConfig | None = None,
+    training: TokenizerTrainingConfig | None = None,
+    holdout: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> TrainingEstimate:
+    """What training a tokenizer will take; arguments as for `train_tokenizer`."""
+    training = training or TokenizerTrainingConfig()
+    stage, images = _tokenizer_stage(data, config, training, holdout, device, dtype, 0, lambda line: None)
+    return estimate(stage, training, len(images))
+
+
+def _tokenizer_stage(
+    data: Sequence[str | Path],
+    config: TokenizerConfig | None,
+    training: TokenizerTrainingConfig,
+    holdout: int,
+    device: str,
+    dtype: str,
+    workers: int | None,
+    note: Callable[[str], None],
+) -> tuple[TokenizerStage, ImageSet]:
+    where = pick_device(device)
+    optim.make_deterministic(where)
+    images, held = _images(data).split(holdout)
+    model, adversary = build_tokenizer(config or TokenizerConfig(), training.seed)
+    # A warm start loads weights here, before the model is moved.
+    model, adversary = model.to(where), adversary.to(where)
+    # Parallelism wraps the models here; the stage makes their average and optimizers of what it gets.
+    bf16 = _in_bf16(dtype, where, on_cpu=False)
+    stage = TokenizerStage(
+        model, adversary, training, images, held, bf16=bf16, workers=_worker_count(workers), warn=note
+    )
+    return stage, images
+
+
+def train_transformer(
+    data: Sequence[str | Path],
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    depth: int = 16,
+    width: int | None = None,
+    shared_adaln: bool = False,
+    training: TransformerTrainingConfig | None = None,
+    holdout: int = 0,
+    validate_every: int = 1000,
+    save_every: int = 500,
+    device: str = "auto",
+    dtype: str = "auto",
+    save_dtype: str = "fp32",
+    workers: int | None = None,
+    tensorboard: bool = False,
+    report: Report = lambda step, steps, figures: None,
+    note: Callable[[str], None] = lambda line: None,
+    quiet: bool = True,
+) -> Metrics:
+    """Train a transformer on the token maps of a tokenizer (paper, section 3.1); a stopped run goes on.
+
+    Args:
+        data: images with labels: folders of class folders, zips, tar shards or .npz files.
+        tokenizer: file of a tokenizer or model; its weights stay as they are.
+        out: folder of the run; model.safetensors in it is the checkpoint.
+        depth: number of blocks, the one dial of the published models.
+        width: channels, a multiple of 64; None is 64 × depth.
+        shared_adaln: one modulation for all blocks, as in d36.
+        training: the recipe; None is the published one of the nearest depth.
+        holdout: the last images of each class kept for validation.
+        validate_every: steps between validations, checkpoints and preview images.
+        save_every: steps that a killed run loses at most.
+        device: auto, cpu, cuda or mps.
+        dtype: fp32, bf16, or auto: bf16 where it is faster.
+        save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
+        workers: processes that read images ahead; None is one less than cores, 8 at most.
+        tensorboard: also write figures for TensorBoard.
+        report: called with figures as they come.
+        note: takes remarks for the user.
+        quiet: show no progress bar while tokens are computed.
+
+    Returns:
+        The last figures.
+
+    Raises:
+        VarError: images or the tokenizer cannot be used, the folder holds another run, or the loss is not finite.
+    """
+    training = training or transformer_recipe(depth)
+    stage, images, held = _transformer_stage(
+        data, tokenizer, depth, width, shared_adaln, training, holdout, device, dtype, save_dtype
+    )
+    ahead = _worker_count(workers)
+    stage.held = _tokens(stage, held, 1, Path(out), ahead, note, quiet)
+    stage.tokens = _tokens(stage, images, training.crops, Path(out), ahead, note, quiet)
+    sha256 = tokenizer_sha256(stage.tokenizer)
+    identity = optim.identity(
+        images.fingerprint(), stage.device, stage.bf16, model=stage.config, training=training, tokenizer=sha256
+    )
+    steps = training.steps(len(images))
+    run = Run(
+        folder=Path(out),
+        steps=steps,
+        batch=training.batch,
+        identity=identity,
+        validate_every=validate_every,
+        save_every=save_every,
+        preview=lambda folder, step: _preview_samples(stage, folder, step),
+        report=_reporter(Path(out), steps, report, tensorboard),
+    )
+    return train(stage, run)
+
+
+def estimate_transformer(
+    data: Sequence[str | Path],
+    tokenizer: str | Path,
+    *,
+    depth: int = 16,
+    width: int | None = None,
+    shared_adaln: bool = False,
+    training: TransformerTrainingConfig | None = None,
+    holdout: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> TrainingEstimate:
+    """What training a transformer will take; arguments as for `train_transformer`."""
+    training = training or transformer_recipe(depth)
+    stage, images, _ = _transformer_stage(
+        data, tokenizer, depth, width, shared_adaln, training, holdout, device, dtype, "fp32"
+    )
+    return estimate(stage, training, len(images), expected_losses(depth))
+
+
+def _transformer_stage(
+    data: Sequence[str | Path],
+    tokenizer: str | Path,
+    depth: int,
+    width: int | None,
+    shared_adaln: bool,
+    training: TransformerTrainingConfig,
+    holdout: int,
+    device: str,
+    dtype: str,
+    save_dtype: str,
+) -> tuple[TransformerStage, ImageSet, ImageSet]:
+    where = pick_device(device)
+    optim.make_deterministic(where)
+    images, held = _images(data).split(holdout)
+    trained = load_tokenizer(Path(tokenizer)).to(where)
+    config = TransformerConfig(
+        depth=depth,
+        width=64 * depth if width is None else width,
+        sides=trained.config.sides,
+        codebook_size=trained.config.codebook_size,
+        codebook_width=trained.config.codebook_width,
+        class_count=len(images.classes),
+        shared_adaln=shared_adaln,
+    )
+    model = build_transformer(config, training)
+    # A warm start loads weights here, before the model is moved.
+    model = model.to(where)
+    # Parallelism wraps the model here; the stage makes its average and optimizer of what it gets.
+    bf16 = _in_bf16(dtype, where, on_cpu=True)
+    stage = TransformerStage(model, training, trained, images.classes, bf16=bf16, save_dtype=DTYPES[save_dtype])
+    return stage, images, held
+
+
+# --- what both stages take -------------------------------------------------------------------------
+
+
+def _images(data: Sequence[str | Path]) -> ImageSet:
+    return open_images([Path(path) for path in data], require_labels=True, read_headers=False)
+
+
+def _worker_count(workers: int | None) -> int:
+    """How many processes read images ahead."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores - 1)
+
+
+def _in_bf16(dtype: str, device: torch.device, on_cpu: bool) -> bool:
+    """Whether to train in bf16; "auto" does on CUDA, and `on_cpu` where the processor computes in it."""
+    if dtype != "auto":
+        return dtype == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return on_cpu and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _tokens(
+    stage: TransformerStage,
+    images: ImageSet,
+    crops: int,
+    folder: Path,
+    workers: int,
+    note: Callable[[str], None],
+    quiet: bool,
+) -> TokenCache | None:
+    """Token maps of images, from the run's folder or computed now; None of no images."""
+    if not len(images):
+        return None
+    settings = CacheSettings(enlarge=stage.training.enlarge, crops=crops, seed=stage.training.seed)
+    with progress("token maps", crops * len(images), quiet) as advance:
+        return open_cache(
+            folder, stage.tokenizer, images, settings, stage.device, workers=workers, warn=note, progress=advance
+        )
+
+
+def _reporter(folder: Path, steps: int, report: Report, tensorboard: bool) -> Callable[[int, Metrics], None]:
+    """What takes figures as they come, to the caller and to TensorBoard.
+
+    Raises:
+        UsageError: TensorBoard is asked for and not installed.
+    """
+    writer_class: Any = None
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError("--tensorboard needs another package: pip install 'varcli[tensorboard]'") from None
+        writer_class = SummaryWriter
+    writers: list[Any] = []
+
+    def log(step: int, figures: Metrics) -> None:
+        if writer_class is not None:
+            if not writers:  # only now is the folder known to be this run's; what a killed run wrote later goes
+                writers.append(writer_class(str(folder / "tensorboard"), purge_step=step))
+            for name, value in figures.items():
+                writers[0].add_scalar(name.replace("validation_", "validation/"), value, step)
+            writers[0].flush()
+        report(step, steps, figures)
+
+    return log
+
+
+def _preview_reconstructions(stage: TokenizerStage, folder: Path, step: int) -> None:
+    """Write images, each above what the averaged tokenizer makes of it."""
+    pixels = stage.examples(PREVIEW_IMAGES)
+    model = stage.average.model
+    decoded = decode(model, model.quantize.f_hats(model.encode(pixels))[-1])
+    labels = ["image"] * len(pixels) + ["reconstruction"] * len(decoded)
+    _write_sheet(folder, step, [*to_pixels(pixels), *decoded], labels, len(pixels))
+
+
+def _preview_samples(stage: TransformerStage, folder: Path, step: int) -> None:
+    """Write images of classes spread over the table, sampled with the averaged weights."""
+    entries = stage.classes.entries
+    shown = min(PREVIEW_CLASSES, len(entries))
+    images, names = [], []
+    for seed in (0, 1):
+        for label in (i * len(entries) // shown for i in range(shown)):
+            *_, last = generate(stage.tokenizer, stage.average.model, [label], [seed], PRESETS["looks"])
+            images.append(decode(stage.tokenizer, last.f_hat)[0])
+            names.append(entries[label].name)
+    _write_sheet(folder, step, images, names, shown)
+
+
+def _write_sheet(folder: Path, step: int, images: Sequence[Pixels], labels: Sequence[str], columns: int) -> None:
+    write_atomically(folder / f"{step:07d}.png", png_bytes(contact_sheet(images, labels, columns)))
