@@ -5,7 +5,7 @@ default:
     @just --list
 
 # Everything that must pass before a change goes in.
-check: lint types layers test
+check: lint types layers test-all
 
 # Style and format.
 lint:
@@ -20,12 +20,20 @@ types:
 layers:
     lint-imports
 
-# The tests.
+# The quick tests; `just test -m ""` runs all.
 test *arguments:
-    pytest {{arguments}}
+    pytest -m "not slow" {{arguments}}
 
-# Mend what can be mended by itself: style, format, and what the README takes from the program.
+# All tests, as CI runs them.
+test-all *arguments:
+    pytest --durations=20 {{arguments}}
+
+# The documentation as a site, in site/.
+docs:
+    mkdocs build --strict
+
+# Fix style, format, and what README and docs take from the program.
 fix:
     ruff check --fix
     ruff format
-    python tests/support/readme.py
+    python tests/support/generated.py

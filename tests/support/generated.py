@@ -1,4 +1,4 @@
-"""The parts of the README that the program itself writes; as a script, puts them in.
+"""The parts of README and docs that the program itself writes; as a script, puts them in.
 
 Between `<!-- begin: COMMAND -->` and `<!-- end -->` stands what the command prints.
 """
@@ -10,13 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COLUMNS = 100
 PART = re.compile(r"(?<=<!-- begin: )(.+?)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def printed(command):
-    """Return what a `var …` command prints, as wide as the README shows it, on any machine."""
+    """Return what a `var …` command prints, as wide as the page shows it, on any machine."""
     plain = {"COLUMNS": str(COLUMNS), "NO_COLOR": "1", "TERM": "dumb", "PYTHONUTF8": "1"}
     forced = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH")  # what Typer and Rich also look at
     environment = {name: value for name, value in os.environ.items() if name not in forced} | plain
@@ -27,7 +28,7 @@ def printed(command):
 
 
 def filled(text):
-    """Return the README with all parts as the program prints them now."""
+    """Return a page with all parts as the program prints them now."""
 
     def fill(part):
         content = printed(part[1])
@@ -37,4 +38,5 @@ def filled(text):
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
