@@ -21,8 +21,9 @@ from torch import nn
 from support import extractors, small
 from varcli import cli
 from varcli.classes import imagenet
-from varcli.evaluation import comparability, feature_pass, metrics
-from varcli.evaluation.extractors import Features
+from varcli.evaluation import comparability, distances, feature_pass
+from varcli.evaluation.extractors import EXTRACTORS, Features
+from varcli.evaluation.statistics import FeatureShape
 from varcli.pipelines import evaluate as pipeline
 
 NAMES = {class_id: imagenet().by_id(class_id).name for class_id in small.CLASSES}
@@ -34,6 +35,7 @@ class Projection:
     """Features of images by a fixed random projection: another image has other features."""
 
     name, device, sha256 = "projection", torch.device("cpu"), "0f" * 32
+    figure, shape = "fid", FeatureShape(pool=2048, classes=1008)
 
     def __init__(self, weights, device):
         self.weights = weights
@@ -65,10 +67,10 @@ def measure(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("VAR_INCEPTION", str(tmp_path / "inception.pth"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "Inception", Projection)
-    monkeypatch.setattr(metrics, "frechet_distance", mean_distance)
-    monkeypatch.setattr(metrics, "frechet_infinity", lambda statistics, reference: 0.5)
-    monkeypatch.setattr(metrics, "ENOUGH_FOR_A_LINE", COUNT)
+    monkeypatch.setitem(EXTRACTORS, "inception-v3-compat", Projection)
+    monkeypatch.setattr(distances, "frechet_distance", mean_distance)
+    monkeypatch.setattr(distances, "frechet_infinity", lambda statistics, reference: 0.5)
+    monkeypatch.setattr(distances, "ENOUGH_FOR_A_LINE", COUNT)
 
     def run(*arguments, code=0):
         assert cli.run(["eval", "--device", "cpu", "--dtype", "fp32", "--json", *map(str, arguments)]) == code
@@ -139,7 +141,7 @@ def test_statistics_kept_are_a_reference(measure, tmp_path):
 
 def test_eval_stats(measure, tmp_path, capsys):
     photographs(tmp_path / "photographs")
-    assert cli.run(["eval", "stats", "photographs", "-o", "made.npz", "--device", "cpu", "--features"]) == 0
+    assert cli.run(["eval", "stats", "photographs", "-o", "made.npz", "--device", "cpu", "--keep-features"]) == 0
     assert capsys.readouterr().out == "made.npz\n"
     assert not list((tmp_path / "cache").rglob("measurements/*"))
     found, _ = measure("photographs", "--fid", "--prc", "--reference", "made.npz")
@@ -328,6 +330,33 @@ def test_block_of_text(measure, tmp_path, capsys):
     assert lines["reference"].startswith("photographs, sha256 ")
 
 
+# --- another extractor -----------------------------------------------------------------------------
+
+
+class Brightness:
+    """An extractor made up for this test: the mean of each channel."""
+
+    name, figure, device, sha256 = "brightness", "fd_brightness", torch.device("cpu"), "b1" * 32
+    shape = FeatureShape(pool=3)
+
+    def __init__(self, weights, device):
+        pass
+
+    def features(self, pixels_BHW3):
+        return Features(torch.from_numpy(pixels_BHW3.mean((1, 2), dtype=np.float32)))
+
+
+def test_an_extractor_is_one_object(measure, tmp_path, monkeypatch):
+    monkeypatch.setitem(EXTRACTORS, "brightness", Brightness)
+    monkeypatch.setattr(pipeline, "find_weights", lambda name, given, progress: None)
+    one, other = photographs(tmp_path / "one"), photographs(tmp_path / "other", seed=6)
+    found, _ = measure(one, "--features", "brightness", "--reference", other)
+    assert found["extractor"] == {"name": "brightness", "sha256": "b1" * 32}
+    assert {"fd_brightness", "fd_brightness_infinity"} <= found["metrics"].keys()
+    measure(one, "--features", "brightness", "--is", code=3)
+    measure(one, "--features", "darkness", code=2)
+
+
 # --- mistakes --------------------------------------------------------------------------------------
 
 
@@ -347,7 +376,7 @@ def test_block_of_text(measure, tmp_path, capsys):
         (["--top-p", "2", "--fid"], 2, "--top-p must be between 0 (off) and 1 (got 2)"),
         (["--resize", "64"], 2, "--resize is for images that exist"),
         (["--best-of", "0.5"], 2, "Invalid value for '--best-of': "),
-        (["--tokenizer", "--kid"], 2, "--tokenizer cannot be used with --is, --kid or --prc"),
+        (["--tokenizer", "--kid"], 2, "--tokenizer cannot be used with --kid: it measures FID"),
         (["--tokenizer"], 2, "--tokenizer needs images that the tokenizer was not trained on"),
         (["--out", "result.txt"], 2, "--out must be a name ending in .json (got result.txt)"),
         (["--save-stats", "s.json"], 2, "--save-stats must be a name ending in .npz (got s.json)"),
@@ -362,11 +391,11 @@ def test_block_of_text(measure, tmp_path, capsys):
         (["nowhere", "--is"], 3, "nowhere"),
         (["photographs", "-r", "nowhere"], 3, "reference: nowhere; no such file, and the names are"),
         (["photographs", "-r", "empty.npz"], 3, "empty.npz"),
-        (["photographs", "-r", "photographs", "--kid"], 3, "kid takes 1000 or more"),
+        (["photographs", "-r", "photographs", "--kid"], 3, "--kid needs at least 1000 images"),
         (["odd", "--is"], 3, "--resize"),
         (["broken", "--is"], 3, "1 of 2 images cannot be read"),
-        (["--is", "--num-images", "5"], 3, "is takes"),
-        (["--is", "--inception", "nowhere.pth"], 4, "inception weights: nowhere.pth; no such file"),
+        (["--is", "--num-images", "5"], 3, "--is needs at least 10 images"),
+        (["--is", "--inception", "nowhere.pth"], 4, "there is no weights file nowhere.pth"),
         (
             ["--is", "-n", "10", "--best-of", "2", "--classifier", "nobody"],
             2,
@@ -410,4 +439,4 @@ def test_too_few_are_left_when_bad_ones_are_left_out(measure, tmp_path):
         path.write_bytes(path.read_bytes()[:400])
     found, err = measure("broken", "--is", "--skip-bad", code=3)
     assert found is None
-    assert "var: error: images: 8; is takes 10 or more" in err
+    assert "var: error: --is needs at least 10 images (got 8)" in err

@@ -8,14 +8,14 @@ from support import loopback_hub as fake_hub
 from varcli.checkpoints.registry import registry
 from varcli.errors import CheckpointError, InputError
 from varcli.evaluation import references as module
-from varcli.evaluation.references import Asset, find_inception, find_reference, inception_weights, references
+from varcli.evaluation.references import Asset, find_reference, find_weights, references, weights
 from varcli.files import file_sha256
 
 
 def test_references_are_whole():
     assert list(references()) == ["tiny64", "imagenet-256", "imagenet-512"]
     assert [reference.pixels for reference in references().values()] == [64, 256, 512]
-    for material in (*references().values(), inception_weights()):
+    for material in (*references().values(), weights("inception-v3-compat"), weights("dinov2")):
         assert bool(material.bundled) != bool(material.address)
         assert material.sha256 is None or re.fullmatch("[0-9a-f]{64}", material.sha256)
     assert all(reference.note for reference in references().values())
@@ -27,10 +27,10 @@ def test_every_checkpoint_has_a_reference_of_its_size():
 
 
 def test_weights_are_named_after_their_hash():
-    weights = inception_weights()
-    (digits,) = re.findall(r"-([0-9a-f]{8})\.pth$", weights.address)
-    assert weights.sha256.startswith(digits)
-    assert weights.path.name == "weights-inception-2015-12-05-6726825d.pth"
+    asset = weights("inception-v3-compat")
+    (digits,) = re.findall(r"-([0-9a-f]{8})\.pth$", asset.address)
+    assert asset.sha256.startswith(digits)
+    assert asset.path.name == "weights-inception-2015-12-05-6726825d.pth"
 
 
 def test_shipped_reference_is_as_registered():
@@ -68,9 +68,11 @@ def test_neither_name_nor_path():
 
 def test_given_weights_are_taken(tmp_path):
     (tmp_path / "weights.pth").touch()
-    assert find_inception(tmp_path / "weights.pth") == tmp_path / "weights.pth"
-    with pytest.raises(CheckpointError, match=r"absent\.pth; no such file; https://github\.com/toshas/torch-fidelity"):
-        find_inception(tmp_path / "absent.pth")
+    assert find_weights("inception-v3-compat", tmp_path / "weights.pth") == tmp_path / "weights.pth"
+    with pytest.raises(
+        CheckpointError, match=r"no weights file .*absent\.pth; https://github\.com/toshas/torch-fidelity"
+    ):
+        find_weights("inception-v3-compat", tmp_path / "absent.pth")
 
 
 def test_first_use_downloads(tmp_path, monkeypatch):
@@ -80,23 +82,23 @@ def test_first_use_downloads(tmp_path, monkeypatch):
         server.files = {"a.npz": b"statistics", "w.pth": b"weights"}
         known = {"a": Asset(name="a", address=f"{server.url}/FoundationVision/var/resolve/main/a.npz")}
         monkeypatch.setattr(module, "references", lambda: known)
-        weights = Asset(name="inception", address=f"{server.url}/FoundationVision/var/resolve/main/w.pth")
-        monkeypatch.setattr(module, "inception_weights", lambda: weights)
+        asset = Asset(name="inception", address=f"{server.url}/FoundationVision/var/resolve/main/w.pth")
+        monkeypatch.setattr(module, "weights", lambda extractor: asset)
         assert find_reference("a").read_bytes() == b"statistics"
-        assert find_inception().read_bytes() == b"weights"
+        assert find_weights("dinov2").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize(
-    ("find", "option"), [(find_inception, "--inception FILE or VAR_INCEPTION"), (find_reference, "--reference FILE")]
+    ("find", "option"), [(find_weights, "--inception FILE or VAR_INCEPTION"), (find_reference, "--reference FILE")]
 )
 def test_offline_says_what_to_do(tmp_path, monkeypatch, find, option):
     monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
-    nowhere = Asset(name="x", address="http://127.0.0.1:9/x.pth", bytes=5)
-    monkeypatch.setattr(module, "inception_weights", lambda: nowhere)
+    nowhere = Asset(name="x", address="http://127.0.0.1:9/x.pth", bytes=5, option=option)
+    monkeypatch.setattr(module, "weights", lambda extractor: nowhere)
     monkeypatch.setattr(module, "references", lambda: {"x": nowhere})
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(CheckpointError, match=r"cannot download x\.pth from http://127\.0\.0\.1:9/x\.pth") as caught:
-        find(*(["x"] if find is find_reference else []))
+        find("x")
     assert option in str(caught.value)
     assert f"put it at {tmp_path / 'x.pth'}" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -7,21 +7,19 @@ import torch
 
 from varcli.distributed import ProcessGroup
 from varcli.errors import InputError, RunError
-from varcli.evaluation import feature_pass, statistics
+from varcli.evaluation import feature_pass
 from varcli.evaluation.extractors import Features
 from varcli.evaluation.feature_pass import FeaturePass, fingerprint
-from varcli.evaluation.statistics import EvalPlan
+from varcli.evaluation.statistics import EvalPlan, FeatureShape
 
 COUNT, WIDTH, CLASSES = 41, 6, 5
+SHAPE = FeatureShape(pool=WIDTH, classes=CLASSES)
 PLAN = EvalPlan(count=COUNT, metrics=("fid", "is", "kid"), classes=3)
 
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-    """Let features be few and rounds short."""
-    for module in (statistics, feature_pass):
-        monkeypatch.setattr(module, "POOL", WIDTH)
-        monkeypatch.setattr(module, "LOGITS", CLASSES)
+    """Let rounds be short."""
     monkeypatch.setattr(feature_pass, "ROUNDS", {"cpu": 8})
 
 
@@ -57,7 +55,7 @@ def assert_equal(found, expected):
 @pytest.fixture
 def whole():
     """The measurement of all images in one go."""
-    done = FeaturePass(PLAN, "same")
+    done = FeaturePass(PLAN, SHAPE, "same")
     done.run(make, Sums())
     assert done.statistics.count == COUNT
     return done
@@ -83,16 +81,16 @@ def killing(after, error=KeyboardInterrupt):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, InputError("an image"), MemoryError()])
 def test_a_run_that_ended_early_goes_on_to_the_same_figures(tmp_path, whole, error):
     path = tmp_path / "kept" / "measurement.safetensors"
-    first = FeaturePass(PLAN, "same", path)
+    first = FeaturePass(PLAN, SHAPE, "same", path)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         first.run(killing(20, error), Sums())
     assert first.statistics.count == 16  # the rounds that were finished
-    second, asked = FeaturePass(PLAN, "same", path), []
+    second, asked = FeaturePass(PLAN, SHAPE, "same", path), []
     assert second.statistics.count == 16 and not second.notice
     second.run(lambda ranks: (asked.extend(ranks), make(ranks))[1], Sums())
     assert sorted(asked) == list(range(16, COUNT))
     assert_equal(second, whole)
-    third = FeaturePass(PLAN, "same", path)
+    third = FeaturePass(PLAN, SHAPE, "same", path)
     third.run(killing(0), Sums())  # nothing is left to be made
     assert_equal(third, whole)
 
@@ -101,10 +99,10 @@ def test_one_killed_between_saves_goes_on_from_the_last(tmp_path, whole, monkeyp
     path = tmp_path / "measurement.safetensors"
     monkeypatch.setattr(feature_pass, "SAVE_IMAGES", 16)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        first = FeaturePass(PLAN, "same", path)
+        first = FeaturePass(PLAN, SHAPE, "same", path)
         killed.setattr(first, "save", lambda save=first.save: save() if first._unsaved >= 16 else None)
         first.run(killing(30), Sums())
-    second = FeaturePass(PLAN, "same", path)
+    second = FeaturePass(PLAN, SHAPE, "same", path)
     assert second.statistics.count == 16
     second.run(make, Sums())
     assert_equal(second, whole)
@@ -113,13 +111,13 @@ def test_one_killed_between_saves_goes_on_from_the_last(tmp_path, whole, monkeyp
 def test_time_too_makes_it_save(tmp_path, monkeypatch):
     path, seen = tmp_path / "measurement.safetensors", []
     monkeypatch.setattr(feature_pass, "SAVE_SECONDS", 0)
-    FeaturePass(PLAN, "same", path).run(make, Sums(), lambda count: seen.append((count, path.exists())))
+    FeaturePass(PLAN, SHAPE, "same", path).run(make, Sums(), lambda count: seen.append((count, path.exists())))
     assert seen == [(8, False), (8, True), (8, True), (8, True), (8, True), (1, True)]
 
 
 def test_half_added_sums_are_not_saved(tmp_path, monkeypatch):
     path = tmp_path / "measurement.safetensors"
-    first = FeaturePass(PLAN, "same", path)
+    first = FeaturePass(PLAN, SHAPE, "same", path)
 
     def interrupted(row_B, pool_BN):
         raise KeyboardInterrupt
@@ -134,18 +132,18 @@ def test_half_added_sums_are_not_saved(tmp_path, monkeypatch):
 def test_a_damaged_file_is_said_and_made_anew(tmp_path, whole, content):
     path = tmp_path / "measurement.safetensors"
     path.write_bytes(content)
-    again = FeaturePass(PLAN, "same", path)
+    again = FeaturePass(PLAN, SHAPE, "same", path)
     assert again.notice == f"{path} is damaged: measuring anew"
     again.run(make, Sums())
     assert_equal(again, whole)
-    assert FeaturePass(PLAN, "same", path).statistics.count == COUNT
+    assert FeaturePass(PLAN, SHAPE, "same", path).statistics.count == COUNT
 
 
 def test_a_truncated_file_is_said(tmp_path):
     path = tmp_path / "measurement.safetensors"
-    FeaturePass(PLAN, "same", path).run(make, Sums())
+    FeaturePass(PLAN, SHAPE, "same", path).run(make, Sums())
     path.write_bytes(path.read_bytes()[:-9])
-    assert FeaturePass(PLAN, "same", path).notice == f"{path} is damaged: measuring anew"
+    assert FeaturePass(PLAN, SHAPE, "same", path).notice == f"{path} is damaged: measuring anew"
 
 
 @pytest.mark.parametrize(
@@ -153,8 +151,8 @@ def test_a_truncated_file_is_said(tmp_path):
 )
 def test_another_measurements_file_is_not_gone_on_with(tmp_path, plan, identity):
     path = tmp_path / "measurement.safetensors"
-    FeaturePass(PLAN, "same", path).run(make, Sums())
-    other = FeaturePass(plan, identity, path)
+    FeaturePass(PLAN, SHAPE, "same", path).run(make, Sums())
+    other = FeaturePass(plan, SHAPE, identity, path)
     assert other.notice == f"{path} is of another measurement: measuring anew"
     assert other.statistics.count == 0
 
@@ -167,21 +165,21 @@ def test_fingerprints_tell_facts_apart():
 def test_a_place_that_cannot_be_written_is_told_before_work(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunError, match="cannot be written"):
-        FeaturePass(PLAN, "same", tmp_path / "folder")
+        FeaturePass(PLAN, SHAPE, "same", tmp_path / "folder")
 
 
 # --- images --------------------------------------------------------------------------------------
 
 
 def test_images_that_cannot_be_had_are_left_out(whole):
-    found = FeaturePass(PLAN, "same")
+    found = FeaturePass(PLAN, SHAPE, "same")
     found.run(lambda ranks: make([rank for rank in ranks if rank != 5]), Sums())
     assert found.statistics.count == COUNT - 1
     assert not found.statistics.present[5]
 
 
 def test_the_time_is_counted(whole):
-    found = FeaturePass(PLAN, "same")
+    found = FeaturePass(PLAN, SHAPE, "same")
 
     def slow(ranks):
         time.sleep(0.01)
@@ -194,7 +192,7 @@ def test_the_time_is_counted(whole):
 
 @pytest.mark.parametrize("unit", [1, 4, 5])
 def test_what_belongs_together_is_made_together(whole, unit):
-    asked, found = [], FeaturePass(PLAN, "same")
+    asked, found = [], FeaturePass(PLAN, SHAPE, "same")
     found.run(lambda ranks: (asked.append(ranks), make(ranks))[1], Sums(), unit=unit)
     assert all(ranks[0] % unit == 0 for ranks in asked)
     assert_equal(found, whole)
@@ -229,8 +227,8 @@ class Threads(ProcessGroup):
 def test_two_processes_find_what_one_finds(tmp_path, whole, unit):
     path, asked = tmp_path / "measurement.safetensors", [[], []]
     with pytest.raises(KeyboardInterrupt):
-        FeaturePass(PLAN, "same", path).run(killing(10), Sums())
-    both = [FeaturePass(PLAN, "same", path, Threads(rank, 2)) for rank in (0, 1)]
+        FeaturePass(PLAN, SHAPE, "same", path).run(killing(10), Sums())
+    both = [FeaturePass(PLAN, SHAPE, "same", path, Threads(rank, 2)) for rank in (0, 1)]
     threads = [
         threading.Thread(
             target=each.run,

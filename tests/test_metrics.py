@@ -3,14 +3,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch_fidelity import calculate_metrics
+from torch_fidelity import FeatureExtractorInceptionV3, calculate_metrics
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from support import extractors as random_inception
 from varcli.errors import InputError
-from varcli.evaluation import metrics
+from varcli.evaluation import distances, metrics
 from varcli.evaluation.extractors import Inception
-from varcli.evaluation.statistics import EvalPlan, Statistics
+from varcli.evaluation.statistics import EvalPlan, FeatureShape, Statistics
 
 ALL = ("fid", "is", "kid", "prc")
 SUBSET = 10
@@ -58,7 +58,7 @@ def ours(folders):
     _, pixels, weights = folders
     extractor = Inception(weights, torch.device("cpu"))
     first, second = (extractor.features(each) for each in pixels)
-    statistics = Statistics(EvalPlan(count=23, metrics=ALL))
+    statistics = Statistics(EvalPlan(count=23, metrics=ALL), Inception.shape)
     order = np.random.RandomState(5).permutation(23)
     for chunk in np.array_split(order, 4):
         statistics.add(chunk.tolist(), [-1] * len(chunk), first.pool_BN[chunk], first.logits_BV[chunk])
@@ -72,30 +72,59 @@ def reference_of(pool_PN):
 
 def test_fid_is_torch_fidelitys(ours, theirs):
     statistics, reference = ours
-    found = metrics.frechet_distance(statistics.moments(), reference)
+    found = distances.frechet_distance(statistics.moments(), reference)
     assert found == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
 def test_inception_score_is_torch_fidelitys(ours, theirs):
-    mean, deviation = metrics.inception_score(ours[0].splits())
+    mean, deviation = distances.inception_score(ours[0].splits())
     assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-6)
 
 
 def test_kid_is_torch_fidelitys(ours, theirs):
     """To a millionth of the kernel's averages, all above 1, whose difference it is: rounding shows no less there."""
-    mean, deviation = metrics.kernel_distance(ours[0].pool, ours[1].pool, SUBSET)
+    mean, deviation = distances.kernel_distance(ours[0].pool, ours[1].pool, SUBSET)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
     assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], abs=1e-6)
 
 
 def test_precision_and_recall_are_torch_fidelitys(ours, theirs, monkeypatch):
     expected = pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
-    assert metrics.precision_recall(ours[0].pool, ours[1].pool) == expected
-    monkeypatch.setattr(metrics, "LARGE_TABLE", 1)
-    assert metrics.precision_recall(ours[0].pool, ours[1].pool) == expected
+    assert distances.precision_recall(ours[0].pool, ours[1].pool) == expected
+    monkeypatch.setattr(distances, "LARGE_TABLE", 1)
+    assert distances.precision_recall(ours[0].pool, ours[1].pool) == expected
     assert 0 < theirs["precision"] < 1
     assert theirs["precision"] != theirs["recall"]
+
+
+def test_sfid_is_the_distance_of_adms_features(folders):
+    """Against torch-fidelity's own network, and a distance from eigenvalues in numpy."""
+    _, pixels, weights = folders
+    extractor = Inception(weights, torch.device("cpu"))
+    network = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
+    ).eval()
+    kept = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda block, inputs, output: kept.append(output))
+    sides = []
+    for each in pixels:
+        kept.clear()
+        with torch.inference_mode():
+            network(torch.from_numpy(each).permute(0, 3, 1, 2))
+        spatial = kept[0][:, :7].permute(0, 2, 3, 1).flatten(1)
+        assert spatial.shape == (len(each), 2023)
+        features = extractor.features(each)
+        assert torch.linalg.norm(features.spatial_BF - spatial) < 1e-5 * torch.linalg.norm(spatial)
+        statistics = Statistics(EvalPlan(count=len(each), metrics=("sfid",)), Inception.shape)
+        statistics.add(range(len(each)), [-1] * len(each), features.pool_BN, features.logits_BV, features.spatial_BF)
+        sides.append((statistics, spatial.numpy().astype(np.float64)))
+    (statistics, ours), (other, theirs) = sides
+    reference = SimpleNamespace(name="reference", spatial=other.spatial_moments())
+    covariances = [np.cov(side, rowvar=False) for side in (ours, theirs)]
+    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(min=0)).sum()
+    expected = np.square(ours.mean(0) - theirs.mean(0)).sum() + np.trace(sum(covariances)) - 2 * roots
+    assert metrics.figures(statistics, reference)["sfid"] == pytest.approx(expected, rel=1e-4)
 
 
 # --- the Fréchet distance itself, of fewer features ------------------------------------------------
@@ -103,10 +132,8 @@ def test_precision_and_recall_are_torch_fidelitys(ours, theirs, monkeypatch):
 WIDTH = 12
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    """Let features be few, so that distances are quick."""
-    monkeypatch.setattr("varcli.evaluation.statistics.POOL", WIDTH)
+SHAPE = FeatureShape(pool=WIDTH, classes=1)
+SHAPE_OF_DINOV2 = FeatureShape(pool=1024)
 
 
 def drawn(count, seed, stretch=1.0):
@@ -116,58 +143,58 @@ def drawn(count, seed, stretch=1.0):
 
 
 def statistics_of(pool_PN, names=("fid",)):
-    statistics = Statistics(EvalPlan(count=len(pool_PN), metrics=names))
+    statistics = Statistics(EvalPlan(count=len(pool_PN), metrics=names), SHAPE)
     statistics.add(list(range(len(pool_PN))), [-1] * len(pool_PN), pool_PN, torch.zeros(len(pool_PN), 1))
     return statistics
 
 
-def test_the_symmetric_form_is_the_same_distance(narrow):
+def test_the_symmetric_form_is_the_same_distance():
     given, reference = statistics_of(drawn(60, 0)).moments(), reference_of(drawn(50, 1, stretch=1.5))
-    root = metrics._root(reference.covariance)
+    root = distances._root(reference.covariance)
     assert np.allclose(root @ root, reference.covariance)
-    found = metrics._distance_by_root(given, reference.mean, root)
-    assert found == pytest.approx(metrics.frechet_distance(given, reference), rel=1e-9)
+    found = distances._distance_by_root(given, reference.mean, root)
+    assert found == pytest.approx(distances.frechet_distance(given, reference), rel=1e-9)
 
 
-def test_fid_infinity_is_nearer_the_truth_than_fid(narrow):
+def test_fid_infinity_is_nearer_the_truth_than_fid():
     reference, few = reference_of(drawn(100_000, 1)), statistics_of(drawn(100, 3))
-    fid = metrics.frechet_distance(few.moments(), reference)
-    infinity = metrics.frechet_infinity(few, reference)
+    fid = distances.frechet_distance(few.moments(), reference)
+    infinity = distances.frechet_infinity(few, reference)
     assert abs(infinity) < 0.3 * fid  # both are of one distribution, at no distance
 
 
-def test_equal_images_are_at_no_distance(narrow):
+def test_equal_images_are_at_no_distance():
     pool = drawn(40, 0)
-    assert metrics.frechet_distance(statistics_of(pool).moments(), reference_of(pool)) == pytest.approx(0, abs=1e-5)
-    assert metrics.precision_recall(pool, pool) == (1, 1)
+    assert distances.frechet_distance(statistics_of(pool).moments(), reference_of(pool)) == pytest.approx(0, abs=1e-5)
+    assert distances.precision_recall(pool, pool) == (1, 1)
 
 
-def test_fewer_images_than_features_have_a_distance_too(narrow):
+def test_fewer_images_than_features_have_a_distance_too():
     given, reference = statistics_of(drawn(9, 0)), reference_of(drawn(5, 1))
-    assert metrics.frechet_distance(given.moments(), reference) > 0
-    assert np.isfinite(metrics.frechet_infinity(given, reference))
+    assert distances.frechet_distance(given.moments(), reference) > 0
+    assert np.isfinite(distances.frechet_infinity(given, reference))
 
 
-def test_rounding_below_zero_does_no_harm(narrow):
+def test_rounding_below_zero_does_no_harm():
     given, reference = statistics_of(drawn(60, 0)), reference_of(drawn(50, 1))
     least = np.linalg.eigvalsh(reference.covariance)[0]
     reference.covariance -= 1.001 * least * np.eye(WIDTH)
-    assert np.isfinite(metrics.frechet_distance(given.moments(), reference))
-    assert np.isfinite(metrics.frechet_infinity(given, reference))
+    assert np.isfinite(distances.frechet_distance(given.moments(), reference))
+    assert np.isfinite(distances.frechet_infinity(given, reference))
 
 
-def test_statistics_without_a_distance_are_an_input_error(narrow):
+def test_statistics_without_a_distance_are_an_input_error():
     reference = reference_of(drawn(50, 1))
     reference.mean = reference.mean + 1e200
-    with pytest.raises(InputError, match="reference: a Fréchet distance of inf"), np.errstate(over="ignore"):
-        metrics.frechet_distance(statistics_of(drawn(60, 0)).moments(), reference)
+    with pytest.raises(InputError, match="the Fréchet distance is inf"), np.errstate(over="ignore"):
+        distances.frechet_distance(statistics_of(drawn(60, 0)).moments(), reference)
 
 
-def test_the_function_is_torch_fidelitys(narrow):
+def test_the_function_is_torch_fidelitys():
     given, reference = statistics_of(drawn(60, 0)).moments(), reference_of(drawn(50, 1))
     sides = [{"mu": side.mean, "sigma": side.covariance} for side in (given, reference)]
     assert (
-        metrics.frechet_distance(given, reference)
+        distances.frechet_distance(given, reference)
         == fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
     )
 
@@ -175,12 +202,11 @@ def test_the_function_is_torch_fidelitys(narrow):
 # --- all together ----------------------------------------------------------------------------------
 
 
-def test_figures_are_those_the_plan_names(narrow, monkeypatch):
-    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 20)
+def test_figures_are_those_the_plan_names():
     reference = reference_of(drawn(40, 1))
     assert list(metrics.figures(statistics_of(drawn(40, 0), ("prc",)), reference)) == ["precision", "recall"]
     assert list(metrics.figures(statistics_of(drawn(40, 0)), reference)) == ["fid"]
-    enough = statistics_of(drawn(metrics.ENOUGH_FOR_A_LINE, 0))
+    enough = statistics_of(drawn(distances.ENOUGH_FOR_A_LINE, 0))
     assert list(metrics.figures(enough, reference)) == ["fid", "fid_infinity", "fid_bias"]
     assert list(metrics.figures(statistics_of(drawn(7, 0)), reference)) == ["fid"]
 
@@ -188,23 +214,47 @@ def test_figures_are_those_the_plan_names(narrow, monkeypatch):
 @pytest.mark.parametrize(
     ("wanted", "count", "reference", "message"),
     [
-        (("fid",), 50, None, "reference: none; fid is measured against one"),
-        (("kid",), 999, (5000, 5000), "images: 999; kid takes 1000 or more"),
-        (("kid",), 5000, (999, 999), "reference: some has 999 images; kid takes 1000 or more"),
-        (("kid",), 5000, None, "reference: none; kid is measured against one"),
-        (("prc",), 3, (5000, 5000), "images: 3; prc takes 4 or more"),
-        (("prc",), 50, (3, 3), "reference: some has 3 images; prc takes 4 or more"),
-        (("prc",), 50, (5000, None), "reference: some has statistics alone; prc takes its images"),
+        (("fid",), 50, None, "--fid is measured against a reference: give --reference"),
+        (("kid",), 999, (5000, 5000), "--kid needs at least 1000 images (got 999)"),
+        (("kid",), 5000, (999, 999), "--kid needs at least 1000 reference images (some has 999)"),
+        (("kid",), 5000, None, "--kid is measured against a reference: give --reference"),
+        (("prc",), 3, (5000, 5000), "--prc needs at least 4 images (got 3)"),
+        (("prc",), 50, (3, 3), "--prc needs at least 4 reference images (some has 3)"),
+        (("prc",), 50, (5000, None), "the reference some has statistics alone, and --prc needs its images"),
+        (("sfid",), 50, (5000, None), "the reference some has no spatial statistics, which --sfid needs"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before(wanted, count, reference, message):
-    target = reference and SimpleNamespace(name="some", pool=reference[1] and torch.zeros(reference[1], 1))
+    pool = reference and reference[1] and torch.zeros(reference[1], 1)
+    target = reference and SimpleNamespace(name="some", pool=pool, spatial=None)
     with pytest.raises(InputError) as refused:
-        metrics.check(EvalPlan(count=count, metrics=wanted), target)
+        metrics.check(EvalPlan(count=count, metrics=wanted), Inception.shape, target)
     assert str(refused.value) == message
 
 
 def test_what_can_be_measured_passes():
-    metrics.check(EvalPlan(count=50), SimpleNamespace(name="some", pool=None))
-    metrics.check(EvalPlan(count=50, metrics=("is",)), None)
-    metrics.check(EvalPlan(count=1000, metrics=ALL), SimpleNamespace(name="some", pool=torch.zeros(1000, 1)))
+    metrics.check(EvalPlan(count=50), Inception.shape, SimpleNamespace(name="some", pool=None))
+    metrics.check(EvalPlan(count=50, metrics=("is",)), Inception.shape, None)
+    whole = SimpleNamespace(name="some", pool=torch.zeros(1000, 1))
+    metrics.check(EvalPlan(count=1000, metrics=ALL), Inception.shape, whole)
+
+
+@pytest.mark.parametrize("name", ["is", "sfid"])
+def test_features_that_an_extractor_lacks_are_said_before(name):
+    with pytest.raises(InputError, match=f"--{name} needs Inception's features: leave --features out"):
+        metrics.check(EvalPlan(count=50, metrics=(name,)), SHAPE_OF_DINOV2, None)
+
+
+def test_a_metric_is_one_row(monkeypatch):
+    row = metrics.Metric(
+        name="largest",
+        help="The largest mean of a feature.",
+        needs=frozenset({"moments"}),
+        figures={"largest": metrics.Figure("largest mean", 3)},
+        compute=lambda statistics, reference: {"largest": float(statistics.moments().mean.max())},
+        reference=False,
+    )
+    monkeypatch.setitem(metrics.METRICS, "largest", row)
+    pool = drawn(40, 0)
+    found = metrics.figures(statistics_of(pool, ("largest",)), None)
+    assert found == {"largest": pytest.approx(float(pool.double().mean(0).max()), rel=1e-9)}

@@ -9,10 +9,12 @@ import pytest
 from support.provenances import image
 from varcli.errors import InputError, RunError
 from varcli.evaluation.references import holds_images, read_reference, save_reference
-from varcli.evaluation.statistics import POOL, Moments
+from varcli.evaluation.statistics import FeatureShape, Moments
 from varcli.files import file_sha256
 from varcli.images.dataset import open_images
 
+POOL = 2048
+SHAPE = FeatureShape(pool=POOL)
 RANDOM = np.random.RandomState(0)
 MEAN, COVARIANCE = RANDOM.rand(POOL), np.diag(RANDOM.rand(POOL))
 MOMENTS = Moments(50, MEAN, COVARIANCE)
@@ -64,17 +66,17 @@ def test_batches_as_adm_has_them(tmp_path):
     images = reference.images()
     assert (len(images), images.side) == (5, 8)
     assert reference.pixels == 8
-    reference.check_extractor("b" * 64)  # nothing is known against it
+    reference.check_extractor("inception", "b" * 64, SHAPE)  # nothing is known against it
     np.savez(tmp_path / "wide.npz", np.zeros((5, 8, 6, 3), np.uint8), **arrays)
     assert read_reference(tmp_path / "wide.npz").pixels is None
 
 
 def test_other_weights_are_refused(saved):
     reference = read_reference(saved)
-    reference.check_extractor("a" * 64)
-    with pytest.raises(InputError, match=r"ours.npz was made with Inception weights a{12}, these are b{12}; make stat"):
-        reference.check_extractor("b" * 64)
-    dataclasses.replace(reference, extractor=None).check_extractor("b" * 64)
+    reference.check_extractor("inception", "a" * 64, SHAPE)
+    with pytest.raises(InputError, match=r"was made with weights a{12}, and those of inception are b{12}; make stat"):
+        reference.check_extractor("inception", "b" * 64, SHAPE)
+    dataclasses.replace(reference, extractor=None).check_extractor("inception", "b" * 64, SHAPE)
 
 
 def write(path, **arrays):
@@ -99,7 +101,7 @@ GOOD = {"mu": MEAN, "sigma": COVARIANCE}
         (lambda path: path.touch() or path, "is no .npz of statistics"),
         (lambda path: write(path, sigma=COVARIANCE), "has no mu;"),
         (lambda path: write(path, arr_0=MEAN), "has no mu and no sigma;"),
-        (lambda path: write(path, mu=MEAN[:64], sigma=COVARIANCE), "has a mu of float64 (64,), not floats (2048,)"),
+        (lambda path: write(path, mu=MEAN[:64], sigma=COVARIANCE), "not floats (64, 64)"),
         (lambda path: write(path, mu=MEAN, sigma=MEAN), "has a sigma of float64 (2048,)"),
         (lambda path: write(path, mu=MEAN.astype(int), sigma=COVARIANCE), "has a mu of int64"),
         (lambda path: write(path, mu=MEAN.astype("U5"), sigma=COVARIANCE), "has a mu of <U5"),

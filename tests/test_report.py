@@ -8,7 +8,8 @@ import pytest
 
 from support.evaluations import evaluation, tokenizer, write_run
 from varcli.errors import InputError
-from varcli.evaluation.results import FIGURES, Figure, ReferenceOrigin, Result
+from varcli.evaluation.metrics import Figure
+from varcli.evaluation.results import FIGURES, ReferenceOrigin, Result
 from varcli.report import charts, load, page, tables
 from varcli.report.load import label_results, parse, read_runs
 

@@ -4,18 +4,15 @@ import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from varcli.errors import CheckpointError, InputError
-from varcli.evaluation.metrics import inception_score
-from varcli.evaluation.statistics import POOL, QUARTERS, SPLITS, EvalPlan, Statistics, parts
+from varcli.evaluation.distances import inception_score
+from varcli.evaluation.metrics import SPLITS
+from varcli.evaluation.statistics import QUARTERS, EvalPlan, FeatureShape, Statistics, parts
 
 COUNT, WIDTH, CLASSES = 73, 16, 20
 """As many images as divide neither into splits nor into quarters."""
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """Let features be few, so that sums are quick."""
-    monkeypatch.setattr("varcli.evaluation.statistics.POOL", WIDTH)
-    monkeypatch.setattr("varcli.evaluation.statistics.LOGITS", CLASSES)
+SHAPE = FeatureShape(pool=WIDTH, classes=CLASSES, spatial=5)
 
 
 @pytest.fixture
@@ -29,7 +26,7 @@ def features():
 def added(features, order, chunks=1, **plan):
     """Return statistics to which images were added in an order, in so many chunks."""
     pool, logits, rows = features
-    statistics = Statistics(EvalPlan(count=COUNT, **plan))
+    statistics = Statistics(EvalPlan(count=COUNT, **plan), SHAPE)
     for ranks in np.array_split(np.array(order), chunks):
         statistics.add(ranks.tolist(), [rows[rank] for rank in ranks], pool[ranks], logits[ranks])
     return statistics
@@ -91,7 +88,7 @@ def test_a_classs_spread_is_its_distance_to_its_mean(features):
 
 
 def test_a_classs_only_image_has_no_spread(features):
-    statistics = Statistics(EvalPlan(count=10, classes=1))
+    statistics = Statistics(EvalPlan(count=10, classes=1), SHAPE)
     statistics.add([3], [0], features[0][:1], features[1][:1])
     assert statistics.spreads() == {0: (1, 0.0)}
 
@@ -113,7 +110,7 @@ def test_what_is_there_is_known(features):
 def test_sums_go_on_from_what_was_kept(features):
     plan = {"metrics": ("fid", "is", "kid"), "classes": 3}
     first = added(features, ORDER[:30], 2, **plan)
-    second = Statistics(first.plan)
+    second = Statistics(first.plan, SHAPE)
     assert second.fits(first.tensors())
     second.load(first.tensors())
     for statistics in (first, second):
@@ -130,18 +127,17 @@ def test_sums_go_on_from_what_was_kept(features):
 )
 def test_sums_of_another_plan_do_not_fit(features, other):
     plan = EvalPlan(**{"count": COUNT} | other)
-    assert not Statistics(plan).fits(added(features, ORDER).tensors())
+    assert not Statistics(plan, SHAPE).fits(added(features, ORDER).tensors())
 
 
 def test_what_is_not_asked_for_is_not_kept():
-    assert set(Statistics(EvalPlan(count=SPLITS, metrics=("is",))).tensors()) == {
+    assert set(Statistics(EvalPlan(count=SPLITS, metrics=("is",)), SHAPE).tensors()) == {
         "present_P",
         "split_S",
         "chance_SV",
         "certainty_S",
     }
-    assert Statistics(EvalPlan(count=50_000)).tensors()["quarter_QNN"].shape == (QUARTERS, WIDTH, WIDTH)
-    assert POOL == 2048
+    assert Statistics(EvalPlan(count=50_000), SHAPE).tensors()["quarter_QNN"].shape == (QUARTERS, WIDTH, WIDTH)
 
 
 # --- mistakes --------------------------------------------------------------------------------------
@@ -150,10 +146,10 @@ def test_what_is_not_asked_for_is_not_kept():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_refused_and_not_added(features, value):
     pool, logits, rows = features
-    statistics = Statistics(EvalPlan(count=COUNT))
+    statistics = Statistics(EvalPlan(count=COUNT), SHAPE)
     for part in (pool, logits):
         part[5, 3] = value
-        with pytest.raises(CheckpointError, match="features that are not finite"):
+        with pytest.raises(CheckpointError, match="features are not finite"):
             statistics.add(list(range(COUNT)), rows, pool, logits)
         part[5, 3] = 0
     assert statistics.count == 0
@@ -161,5 +157,5 @@ def test_features_that_are_not_finite_are_refused_and_not_added(features, value)
 
 @pytest.mark.parametrize(("metric", "count"), [("fid", 1), ("is", 9), ("fid", 0)])
 def test_fewer_images_than_a_metric_needs_are_refused(metric, count):
-    with pytest.raises(InputError, match=rf"images: {count}; {metric} takes \d+ or more"):
+    with pytest.raises(InputError, match=rf"--{metric} needs at least \d+ images \(got {count}\)"):
         EvalPlan(count=count, metrics=(metric,))

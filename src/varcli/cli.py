@@ -138,7 +138,7 @@ def var(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own if None); return the exit code."""
-    words = _with_new_names(sys.argv[1:] if arguments is None else arguments)
+    words = with_new_names(sys.argv[1:] if arguments is None else arguments)
     distributed.remember_command_line(words)
     try:
         code = app(words, prog_name="var", standalone_mode=False) or 0
@@ -152,9 +152,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return int(code)
 
 
-def _with_new_names(arguments: Sequence[str]) -> list[str]:
+def with_new_names(arguments: Sequence[str]) -> list[str]:
     """The command line with renamed options under their new names, each with a note to the user."""
     words = list(arguments)
+    if (
+        words[:2] == ["eval", "stats"]
+        and "--features" in words[:-1]
+        and words[words.index("--features") + 1]
+        not in (
+            "inception-v3-compat",
+            "dinov2",
+        )
+    ):
+        words[words.index("--features")] = "--keep-features"
+        console.note("--features is now --keep-features; the old name goes in the next version")
     for i, word in enumerate(words[: words.index("--")] if "--" in words else words):
         flag, joined, value = word.partition("=")
         if flag not in RENAMED:

@@ -2,15 +2,18 @@
 
 import json
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
 from varcli.commands import options
+from varcli.config import option
 from varcli.console import notes, result, table
 from varcli.distributed import launch, launched, process_group
 from varcli.errors import UsageError
+from varcli.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
     from varcli.evaluation.results import Result
@@ -20,10 +23,27 @@ Resize = Annotated[
     Option("--resize", metavar="SIDE", min=1, help="Crop and resize images to this many pixels a side, as ADM does."),
 ]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
+Features = Annotated[
+    str,
+    Option("--features", metavar="NAME", help="Feature extractor: inception-v3-compat, or dinov2 for FD-DINOv2."),
+]
+DEFAULT_FEATURES = "inception-v3-compat"
 InceptionFile = Annotated[
     Path | None,
-    Option("--inception", envvar="VAR_INCEPTION", metavar="FILE", help="InceptionV3's weights, instead of a download."),
+    Option("--inception", envvar="VAR_INCEPTION", metavar="FILE", help="Inception's weights, instead of a download."),
 ]
+DinoFile = Annotated[
+    Path | None,
+    Option("--dinov2", envvar="VAR_DINOV2", metavar="FILE", help="DINOv2's weights, instead of a download."),
+]
+Metrics = Annotated[
+    dict[str, Any],
+    make_dataclass(
+        "Metrics",
+        [(f"metric_{row.name}", bool, option(False, row.help, f"--{row.name}")) for row in METRICS.values()],
+    ),
+]
+"""One flag per row of the metrics."""
 
 
 @options.expand
@@ -37,12 +57,8 @@ def evaluate(
             "stdin. Without any, images are sampled with the checkpoint.",
         ),
     ] = None,
-    fid: Annotated[bool, Option("--fid", help="Fréchet inception distance.")] = False,
-    inception_score: Annotated[bool, Option("--is", help="Inception score.")] = False,
-    kid: Annotated[bool, Option("--kid", help="Kernel inception distance.")] = False,
-    prc: Annotated[
-        bool, Option("--prc", help="Precision and recall, k = 3 on Inception features, as ADM does.")
-    ] = False,
+    metrics: Metrics,
+    features: Features = DEFAULT_FEATURES,
     num_images: Annotated[
         int | None,
         Option(
@@ -75,6 +91,7 @@ def evaluate(
     resize: Resize = None,
     skip_bad: SkipBad = False,
     inception: InceptionFile = None,
+    dinov2: DinoFile = None,
     lpips_weights: Annotated[
         Path | None,
         Option(
@@ -104,8 +121,8 @@ def evaluate(
 ) -> None:
     """Measure images: those that a checkpoint samples, 50 per class as in the paper, or those at PATH.
 
-    Without --fid, --is, --kid or --prc: FID and inception score. If it is killed, the same command goes on where it was
-    (except with --tokenizer).
+    Without a metric's option: FID and inception score. If it is killed, the same command goes on where it was (except
+    with --tokenizer).
     """
     sampled = not (paths or tokenizer)
     only_sampled = {"num-images": num_images, "save-images": save_images, "best-of": best_of if best_of > 1 else None}
@@ -114,11 +131,11 @@ def evaluate(
             raise UsageError(f"--{name.replace('_', '-')} is for images to be sampled, not for images that exist")
     if resize and sampled:
         raise UsageError("--resize is for images that exist: sampled ones have the model's size")
-    if tokenizer and (inception_score or kid or prc):
-        raise UsageError("--tokenizer cannot be used with --is, --kid or --prc: it measures FID, PSNR, SSIM and LPIPS")
-    asked = {"fid": fid, "is": inception_score, "kid": kid, "prc": prc}
-    metrics = tuple(name for name, wanted in asked.items() if wanted)
-    if save_stats and metrics and not fid:
+    chosen = tuple(name.removeprefix("metric_") for name in metrics)
+    if tokenizer and set(chosen) - {"fid", "sfid"}:
+        others = " or ".join(f"--{name}" for name in chosen if name not in ("fid", "sfid"))
+        raise UsageError(f"--tokenizer cannot be used with {others}: it measures FID, PSNR, SSIM and LPIPS")
+    if save_stats and chosen and "fid" not in chosen:
         raise UsageError("--save-stats needs --fid: it writes the statistics that FID is computed from")
     _check_outputs(out, save_stats, save_images, shared=nproc > 1 or launched())
     if nproc > 1 and not launched():
@@ -137,7 +154,7 @@ def evaluate(
             model = load(checkpoint, device=where, dtype=dtype, quantize=quantize, progress=not silent)
         pipeline.evaluate(
             model or paths or [],
-            metrics or None,
+            chosen or None,
             reference=reference,
             tokenizer=tokenizer,
             num_images=num_images,
@@ -150,7 +167,8 @@ def evaluate(
             resize=resize,
             skip_bad=skip_bad,
             lines=sys.stdin,
-            inception=inception,
+            features=features,
+            weights=dinov2 if features == "dinov2" else inception,
             lpips_weights=lpips_weights,
             device=where,
             save_stats=save_stats,
@@ -167,12 +185,14 @@ def eval_stats(
     *,
     data: Annotated[list[str], Argument(metavar="PATH", help="Folders, zips, .npz, .tar, image files, or - .")],
     out: Annotated[Path, Option("--out", "-o", metavar="FILE", help="The .npz to write.")],
-    features: Annotated[
-        bool, Option("--features", help="Also keep each image's features, for KID, precision and recall.")
+    features: Features = DEFAULT_FEATURES,
+    keep_features: Annotated[
+        bool, Option("--keep-features", help="Also keep each image's features, for KID, precision and recall.")
     ] = False,
     resize: Resize = None,
     skip_bad: SkipBad = False,
     inception: InceptionFile = None,
+    dinov2: DinoFile = None,
     device: options.Device = "auto",
     nproc: options.Processes = 1,
     quiet: options.Quiet = False,
@@ -191,11 +211,12 @@ def eval_stats(
         warnings = compute_statistics(
             data,
             out,
-            features=features,
+            keep_features=keep_features,
             resize=resize,
             skip_bad=skip_bad,
             lines=sys.stdin,
-            inception=inception,
+            features=features,
+            weights=dinov2 if features == "dinov2" else inception,
             device=group.device(device),
             group=group,
             note=note,
@@ -219,9 +240,9 @@ def _check_outputs(out: Path | None, save_stats: Path | None, save_images: str |
             raise UsageError(f"--save-images must be a folder, .npz or .tar: stdout has the result (got {save_images})")
         if sink.archive and shared:
             raise UsageError(f"--save-images must be a folder with several processes (got {save_images})")
-    for option, path, suffix in (("out", out, ".json"), ("save-stats", save_stats, ".npz")):
+    for name, path, suffix in (("out", out, ".json"), ("save-stats", save_stats, ".npz")):
         if path:
-            check_file(option, path, (suffix,))
+            check_file(name, path, (suffix,))
 
 
 def _report(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:

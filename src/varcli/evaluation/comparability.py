@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from varcli.evaluation.statistics import POOL
-
 FEW = 10_000
 """Below so many images the bias of FID is larger than what models differ by."""
 PAPER = 50_000
@@ -18,7 +16,7 @@ PAPER = 50_000
 def few_images(count: int, bias: float | None) -> Iterable[str]:
     """Warn where so few images bias figures; `bias` is by how much FID, if that was estimated."""
     if count < FEW:
-        rough = "at most about" if count < 2 * POOL else "about"  # FID∞ of few images is too low
+        rough = "at most about" if count < 4096 else "about"  # FID∞ of few images is too low
         what = "figures of so few are biased" if bias is None else f"FID is biased upwards, by {rough} {bias:.3g}"
         yield f"only {count} images: {what}; published figures are of {PAPER}"
 

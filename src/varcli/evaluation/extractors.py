@@ -1,11 +1,7 @@
-"""Features of images by torch-fidelity's InceptionV3, the port of TensorFlow's that published figures rest on.
+"""Feature extractors: networks that see images for the metrics. One class each, listed in `EXTRACTORS`.
 
-The network is torch-fidelity's; what runs it is faster: normalization is folded into the convolutions, which
-on a CPU are oneDNN's with weights laid out beforehand, and the resizing is done one axis after the other. The
-features agree to float32's rounding, the figures to six digits and more.
-
-Shapes: B images, H × W pixels, N features of the last pooling, V classes of the network's own, O × C × K × L
-the weights of a convolution.
+Shapes: B images, H × W pixels, N features, V classes of the network's own, F spatial features, O × C × K × L the
+weights of a convolution.
 """
 
 import hashlib
@@ -14,14 +10,18 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
-from varcli.errors import CheckpointError
+from varcli.acceleration.onednn import PackedConvolution
+from varcli.errors import CheckpointError, UsageError
+from varcli.evaluation.statistics import FeatureShape
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever is deprecated in what it imports is not our user's affair
@@ -42,19 +42,57 @@ LARGE_BATCH = 128
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the metrics see of some images, on the device where it was computed."""
+    """What the metrics see of some images, float32, on the device where it was computed."""
 
     pool_BN: Tensor
-    """The last pooling, float32 (B, 2048): for FID, KID, precision and recall."""
-    logits_BV: Tensor
-    """Class scores without the bias, float32 (B, 1008): for the inception score."""
+    """For Fréchet distances, KID, precision and recall."""
+    logits_BV: Tensor | None = None
+    """Class scores without the bias: for the inception score."""
+    spatial_BF: Tensor | None = None
+    """Features that tell places apart: for sFID."""
+
+
+class Extractor(Protocol):
+    """A network that computes features, with weights from a file that is read without running any code in it."""
+
+    name: str
+    """As `--features` takes it."""
+    figure: str
+    """Name of its Fréchet distance in results."""
+    shape: FeatureShape
+    sha256: str
+    """Of the weights file."""
+    device: torch.device
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        """Read the weights and move them to a device.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is not this network's.
+        """
+
+    def features(self, pixels_BHW3: Pixels) -> Features:
+        """Features of images of any size; on a GPU without waiting for it."""
+
+
+# --- Inception -------------------------------------------------------------------------------------
 
 
 class Inception:
-    """The network, with weights from a file that is read without running any code in it."""
+    """torch-fidelity's InceptionV3, the port of TensorFlow's that published figures rest on.
+
+    The network is torch-fidelity's; what runs it is faster: normalization is folded into the convolutions, which
+    on a CPU are oneDNN's with weights packed beforehand, and the resizing is done one axis after the other. The
+    features agree to float32's rounding, the figures to six digits and more.
+
+    Its spatial features are ADM's: the first 7 channels of the 1 × 1 branch of the 17 × 17 block Mixed_6d, which
+    TensorFlow's graph calls mixed_6/conv, in the order of that graph, row by row and channels last (arXiv 2103.03841).
+    """
 
     name = "inception-v3-compat"
     """What torch-fidelity calls it."""
+    figure = "fid"
+    shape = FeatureShape(pool=2048, classes=1008, spatial=17 * 17 * 7)
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         """Read the weights and move them to a device.
@@ -68,16 +106,20 @@ class Inception:
         network = _network(weights, content)
         *blocks, _ = network.children()  # in the order of its forward pass; the last one is its classifier
         self._trunk = _folded(nn.Sequential(*blocks)).to(device).to(memory_format=torch.channels_last)
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)  # by now the folded one
         self._classifier_VN = network.fc.weight.to(device)
         self._batch = BATCHES.get(device.type, LARGE_BATCH)
 
     @torch.inference_mode()
     def features(self, pixels_BHW3: Pixels) -> Features:
-        """Return the features of images of any size; on a GPU without waiting for it."""
+        """Features of images of any size; on a GPU without waiting for it."""
         pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHW3))
-        found = [self._pool(part.to(self.device, non_blocking=True)) for part in pixels.split(self._batch)]
-        pool_BN = torch.cat(found)
-        return Features(pool_BN, F.linear(pool_BN, self._classifier_VN))
+        self._spatial: list[Tensor] = []
+        pool_BN = torch.cat([self._pool(part.to(self.device, non_blocking=True)) for part in pixels.split(self._batch)])
+        return Features(pool_BN, F.linear(pool_BN, self._classifier_VN), torch.cat(self._spatial))
+
+    def _keep_spatial(self, block: nn.Module, inputs: object, branch_BCHW: Tensor) -> None:
+        self._spatial.append(branch_BCHW[:, :7].permute(0, 2, 3, 1).flatten(1))
 
     def _pool(self, pixels_BHW3: Tensor) -> Tensor:
         """Return the pooled features of one batch."""
@@ -105,9 +147,6 @@ def resized(pixels_BHW3: Tensor) -> Tensor:
     return pixels_BHW3
 
 
-# --- convolutions ----------------------------------------------------------------------------------
-
-
 class FoldedConvolution(nn.Module):
     """Convolution, normalization and ReLU in one."""
 
@@ -122,19 +161,13 @@ class FoldedConvolution(nn.Module):
         self.register_buffer("weight_OCKL", weight_OCKL.float())
         self.register_buffer("bias_O", (norm.bias - norm.running_mean * gain_O).float())
         self.stride, self.padding = list(convolution.stride), list(convolution.padding)
-        self.packed: Tensor | None = None
+        self.packed = PackedConvolution(self.weight_OCKL, self.bias_O, self.stride, self.padding)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the result, by oneDNN on a CPU that has it."""
-        if x_BCHW.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return F.relu_(F.conv2d(x_BCHW, self.weight_OCKL, self.bias_O, self.stride, self.padding))
-        shape = self.padding, self.stride, [1, 1], 1
-        if self.packed is None:
-            arrange = torch.ops.mkldnn._reorder_convolution_weight
-            self.packed = arrange(self.weight_OCKL, *shape, list(x_BCHW.shape))
-        convolve = torch.ops.mkldnn._convolution_pointwise
-        result_BCHW: Tensor = convolve(x_BCHW, self.packed, self.bias_O, *shape, "relu", [], "")
-        return result_BCHW
+        """The result, by oneDNN on a CPU that has it."""
+        if x_BCHW.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            return self.packed(x_BCHW)
+        return F.relu_(F.conv2d(x_BCHW, self.weight_OCKL, self.bias_O, self.stride, self.padding))
 
 
 def _folded(module: nn.Sequential) -> nn.Sequential:
@@ -151,14 +184,11 @@ def _blocks(module: nn.Module) -> Iterator[tuple[nn.Module, str, BasicConv2d]]:
                 yield parent, name, child
 
 
-# --- the file --------------------------------------------------------------------------------------
-
-
 def _read(weights: Path) -> bytes:
     try:
         return weights.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"inception weights: {weights}; cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"the weights {weights} cannot be read: {error.strerror or error}") from error
 
 
 def _network(weights: Path, content: bytes) -> FeatureExtractorInceptionV3:
@@ -172,5 +202,91 @@ def _network(weights: Path, content: bytes) -> FeatureExtractorInceptionV3:
         return FeatureExtractorInceptionV3(Inception.name, asked, feature_extractor_weights_path=copy)
     except Exception as error:  # torch raises many kinds for a foreign file
         raise CheckpointError(
-            f"inception weights: {weights}; not the state dict of torch-fidelity's {Inception.name}"
+            f"the weights {weights} are not the state dict of torch-fidelity's {Inception.name}"
         ) from error
+
+
+# --- DINOv2 ----------------------------------------------------------------------------------------
+
+
+class DinoV2:
+    """DINOv2's class token, whose Fréchet distance is FD-DINOv2; the published figures are those of ViT-L/14.
+
+    Images are resized to 224 pixels by Pillow's bicubic filter and normalized with ImageNet's mean and deviation.
+
+    Source: Stein et al. 2023, "Exposing flaws of generative model evaluation metrics", arXiv 2306.04675. The network is
+    timm's ViT; the position embedding of 37 × 37 patches is interpolated to 16 × 16 as DINOv2's own code does it.
+    """
+
+    name = "dinov2"
+    figure = "fd_dinov2"
+    shape = FeatureShape(pool=1024)
+    side: ClassVar = 224
+    """Pixels a side that the network sees."""
+    patch: ClassVar = 14
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        """Read the weights of dinov2_vitl14_pretrain.pth, or of another size of ViT, and move them to a device.
+
+        Raises:
+            UsageError: timm is not installed.
+            CheckpointError: the file cannot be read, or is not this network's.
+        """
+        try:
+            from timm.models.vision_transformer import VisionTransformer
+        except ImportError:
+            raise UsageError("--features dinov2 needs another package: pip install 'varcli[dinov2]'") from None
+        content = _read(weights)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.device = device
+        try:
+            tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            width = tensors["cls_token"].shape[-1]
+            depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+            tensors["pos_embed"] = _interpolated(tensors["pos_embed"], self.side // self.patch)
+            tensors.pop("mask_token", None)  # of training alone
+            network = VisionTransformer(
+                img_size=self.side,
+                patch_size=self.patch,
+                embed_dim=width,
+                depth=depth,
+                num_heads=width // 64,
+                init_values=1e-5,
+                num_classes=0,
+            )
+            network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        except Exception as error:  # torch raises many kinds for a foreign file
+            raise CheckpointError(f"the weights {weights} are not the state dict of DINOv2") from error
+        self.shape = FeatureShape(pool=width)
+        self._network = network.eval().requires_grad_(False).to(device)
+        mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self._mean, self._deviation = (torch.tensor(level).view(3, 1, 1).to(device) for level in (mean, deviation))
+        self._batch = BATCHES.get(device.type, LARGE_BATCH)
+
+    @torch.inference_mode()
+    def features(self, pixels_BHW3: Pixels) -> Features:
+        """The class tokens of images of any size."""
+        size = (self.side, self.side)
+        resized_B = [
+            np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)) for pixels in pixels_BHW3
+        ]
+        pixels = torch.from_numpy(np.stack(resized_B)).permute(0, 3, 1, 2)
+        tokens = []
+        for part in pixels.split(self._batch):
+            image_B3PP = (part.to(self.device).float() / 255 - self._mean) / self._deviation
+            tokens.append(self._network.forward_features(image_B3PP)[:, 0])
+        return Features(torch.cat(tokens))
+
+
+def _interpolated(position_1LD: Tensor, side: int) -> Tensor:
+    """DINOv2's position embedding for side × side patches: bicubic, with the offset of 0.1 its own code has."""
+    own, patches_1ND = position_1LD[:, :1].float(), position_1LD[:, 1:].float()
+    trained = round(patches_1ND.shape[1] ** 0.5)
+    patches_1DHW = patches_1ND.unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
+    scale = (side + 0.1) / trained
+    patches_1Dss = F.interpolate(patches_1DHW, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([own, patches_1Dss.flatten(2).transpose(1, 2)], dim=1)
+
+
+EXTRACTORS: dict[str, type[Any]] = {extractor.name: extractor for extractor in (Inception, DinoV2)}
+"""All extractors by name; each has its weights under `[weights]` in checkpoints.toml."""

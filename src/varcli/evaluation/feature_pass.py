@@ -23,12 +23,12 @@ from torch import Tensor
 
 from varcli.distributed import ProcessGroup
 from varcli.errors import RunError, VarError
-from varcli.evaluation.extractors import Inception, Pixels
-from varcli.evaluation.statistics import LOGITS, POOL, EvalPlan, Statistics
+from varcli.evaluation.extractors import Extractor, Pixels
+from varcli.evaluation.statistics import EvalPlan, FeatureShape, Statistics
 from varcli.files import check_writable, replacing
 
 Batch = tuple[Sequence[int], Pixels, Sequence[int]]
-"""Ranks, pixels (B, H, W, 3), and rows of the class table, -1 where no class is known."""
+"""Ranks, pixels (B, H, W, 3), and labels, -1 where no class is known."""
 
 Make = Callable[[Sequence[int]], Iterable[Batch]]
 """Yields the images of given ranks, in any order; one that cannot be had may be missing."""
@@ -52,12 +52,18 @@ class FeaturePass:
     """Statistics of a plan's images, in memory and in a file."""
 
     def __init__(
-        self, plan: EvalPlan, identity: str, path: Path | None = None, group: ProcessGroup | None = None
+        self,
+        plan: EvalPlan,
+        shape: FeatureShape,
+        identity: str,
+        path: Path | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Begin, or go on where an earlier run left the file.
 
         Args:
             plan: what is to be measured.
+            shape: how many features the extractor has.
             identity: a fingerprint of the images, the extractor and all else that decides the figures. A file
                 with another one is not gone on with.
             path: where to keep what is done; without it a killed run begins anew.
@@ -67,7 +73,7 @@ class FeaturePass:
             RunError: the file cannot be written.
         """
         self.plan, self.path, self.group = plan, path, group or ProcessGroup()
-        self.statistics = Statistics(plan)
+        self.statistics = Statistics(plan, shape)
         self.seconds = {"images": 0.0, "features": 0.0}
         self.notice = ""
         """Why the file there could not be gone on with, if so; for the user."""
@@ -86,7 +92,7 @@ class FeaturePass:
     def run(
         self,
         make: Make,
-        inception: Inception,
+        extractor: Extractor,
         advance: Callable[[int], None] = lambda count: None,
         unit: int = 1,
     ) -> None:
@@ -96,7 +102,7 @@ class FeaturePass:
 
         Args:
             make: yields images.
-            inception: computes their features.
+            extractor: computes their features.
             advance: told how many each round added.
             unit: so many images of neighbouring rank are best made together, by one process.
 
@@ -104,13 +110,13 @@ class FeaturePass:
             VarError: images cannot be had, features are not finite, or the file cannot be written.
         """
         missing: list[int] = self.group.broadcast((~self.statistics.present).nonzero().flatten().tolist())
-        size = self.group.world_size * ceil(ROUNDS.get(inception.device.type, LARGE_ROUND) / unit) * unit
+        size = self.group.world_size * ceil(ROUNDS.get(extractor.device.type, LARGE_ROUND) / unit) * unit
         try:
             for start in range(0, len(missing), size):
                 ranks = missing[start : start + size]
                 share = ceil(len(ranks) / self.group.world_size / unit) * unit
                 mine = ranks[self.group.rank * share : (self.group.rank + 1) * share]
-                self._add(ranks, self.group.sum(self._measure(ranks, mine, make, inception)), advance)
+                self._add(ranks, self.group.sum(self._measure(ranks, mine, make, extractor)), advance)
         except BaseException:
             with suppress(VarError):  # what ended the run is to be told
                 self.save()
@@ -118,26 +124,31 @@ class FeaturePass:
         self.save()
 
     def _measure(
-        self, ranks: Sequence[int], mine: Sequence[int], make: Make, inception: Inception
+        self, ranks: Sequence[int], mine: Sequence[int], make: Make, extractor: Extractor
     ) -> dict[str, Tensor]:
         """Return the features of this process's share of a round, with zeros where another process's stand."""
+        shape = self.statistics.shape
         places = {rank: place for place, rank in enumerate(ranks)}
         found = []
         clock = time.perf_counter()
         for given, pixels_BHW3, rows in make(mine):
             clock = self._took("images", clock)
-            found.append(([places[rank] for rank in given], rows, inception.features(pixels_BHW3)))
+            found.append(([places[rank] for rank in given], rows, extractor.features(pixels_BHW3)))
             clock = self._took("features", clock)
         clock = self._took("images", clock)
         share = {
-            "pool_RN": torch.zeros(len(ranks), POOL),
-            "logits_RV": torch.zeros(len(ranks), LOGITS),
+            "pool_RN": torch.zeros(len(ranks), shape.pool),
+            "logits_RV": torch.zeros(len(ranks), shape.classes),
+            "spatial_RF": torch.zeros(len(ranks), shape.spatial if "spatial" in self.plan.needs else 0),
             "row_R": torch.zeros(len(ranks), dtype=torch.int64),
             "there_R": torch.zeros(len(ranks), dtype=torch.int64),
         }
         for at, rows, features in found:  # only now, so that a GPU need not be waited for after each batch
             share["pool_RN"][at] = features.pool_BN.cpu()
-            share["logits_RV"][at] = features.logits_BV.cpu()
+            if features.logits_BV is not None:
+                share["logits_RV"][at] = features.logits_BV.cpu()
+            if features.spatial_BF is not None and "spatial" in self.plan.needs:
+                share["spatial_RF"][at] = features.spatial_BF.cpu()
             share["row_R"][at] = torch.as_tensor(rows)
             share["there_R"][at] = 1
         self._took("features", clock)
@@ -153,9 +164,11 @@ class FeaturePass:
         if not self.group.is_main:
             return
         there_R = round_["there_R"].bool()
-        pool_RN, logits_RV, row_R = (round_[name][there_R] for name in ("pool_RN", "logits_RV", "row_R"))
+        pool_RN, logits_RV, spatial_RF, row_R = (
+            round_[name][there_R] for name in ("pool_RN", "logits_RV", "spatial_RF", "row_R")
+        )
         unsaved, self._unsaved = self._unsaved + len(row_R), 0  # half-added sums are not to be saved
-        self.statistics.add(torch.tensor(ranks)[there_R].tolist(), row_R.tolist(), pool_RN, logits_RV)
+        self.statistics.add(torch.tensor(ranks)[there_R].tolist(), row_R.tolist(), pool_RN, logits_RV, spatial_RF)
         self._unsaved = unsaved
         advance(len(row_R))
         if unsaved >= SAVE_IMAGES or time.monotonic() - self._saved_at >= SAVE_SECONDS:
@@ -175,7 +188,7 @@ class FeaturePass:
             with replacing(self.path) as temporary:
                 save_file(self.statistics.tensors(), temporary, self._facts)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot write: {self.path}; {getattr(error, 'strerror', None) or error}") from error
+            raise RunError(f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
         self._unsaved, self._saved_at = 0, time.monotonic()
 
     def _resume(self, path: Path) -> None:

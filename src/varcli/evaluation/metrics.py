@@ -1,21 +1,91 @@
-"""Figures from statistics, by torch-fidelity's own functions wherever they take what we have.
+"""The metrics of `var eval`: one row each. No torch here, since the command line is made from them.
 
-Shapes: P images, N features, S splits of the inception score, V classes of the network.
+To add a metric, add a row: its name, help, what it needs of the statistics, its figures and how they are computed.
 """
 
-from dataclasses import replace
-from typing import Protocol
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch_fidelity.metric_fid import fid_statistics_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from varcli.errors import InputError
-from varcli.evaluation.statistics import SEED, EvalPlan, SplitSums, Statistics
+
+if TYPE_CHECKING:
+    from varcli.evaluation.distances import Target
+    from varcli.evaluation.statistics import EvalPlan, FeatureShape, Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """How a figure is written."""
+
+    title: str
+    digits: int
+    """After the decimal point."""
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """A row: everything that is to be known of a metric."""
+
+    name: str
+    """As users type it: the option is `--` and this."""
+    help: str
+    needs: frozenset[str]
+    """Some of "moments", "spatial", "classes" and "table": the sums it is computed from."""
+    figures: Mapping[str, Figure]
+    """Its figures by their names in a result."""
+    compute: Callable[["Statistics", "Target | None"], dict[str, float]]
+    """Its figures of statistics, against a reference."""
+    least: int = 2
+    """Images that it takes at least."""
+    reference: bool = True
+    """Whether it is measured against a reference."""
+    protocol: Callable[[], dict[str, Any]] = dict
+    """What else decides its figures."""
+
+
+def _fid(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
+    from varcli.evaluation import distances
+
+    assert reference is not None
+    figures = {"fid": distances.frechet_distance(statistics.moments(), reference)}
+    if statistics.count >= distances.ENOUGH_FOR_A_LINE:
+        figures["fid_infinity"] = distances.frechet_infinity(statistics, reference)
+        figures["fid_bias"] = figures["fid"] - figures["fid_infinity"]
+    return figures
+
+
+def _sfid(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
+    from varcli.evaluation import distances
+
+    assert reference is not None and reference.spatial is not None
+    return {"sfid": distances.frechet_distance(statistics.spatial_moments(), reference.spatial)}
+
+
+def _inception_score(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
+    from varcli.evaluation import distances
+
+    mean, deviation = distances.inception_score(statistics.splits())
+    return {"inception_score": mean, "inception_score_std": deviation}
+
+
+def _kid(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
+    from varcli.evaluation import distances
+
+    mean, deviation = distances.kernel_distance(statistics.pool, distances.table(reference))
+    return {"kid": mean, "kid_std": deviation}
+
+
+def _precision_recall(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
+    from varcli.evaluation import distances
+
+    precision, recall = distances.precision_recall(statistics.pool, distances.table(reference))
+    return {"precision": precision, "recall": recall}
+
+
+SPLITS, SPLIT_SEED = 10, 2020
+"""Splits of the inception score and the seed of the shuffle before, torch-fidelity's."""
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 """Of kernel distances, torch-fidelity's."""
@@ -23,188 +93,120 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 PRC_NEIGHBORS = 3
 """The k of precision and recall, as ADM and the paper have it."""
 
-ENOUGH_FOR_A_LINE = 1000
-"""Images below which nothing is said of FID for any number of them: the line would be drawn through noise."""
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="fid",
+            help="Fréchet distance of features: FID, or FD-DINOv2 with --features dinov2.",
+            needs=frozenset({"moments"}),
+            figures={
+                "fid": Figure("FID", 2, lower_is_better=True),
+                "fd_dinov2": Figure("FD-DINOv2", 2, lower_is_better=True),
+            },
+            compute=_fid,
+        ),
+        Metric(
+            name="sfid",
+            help="FID of Inception's spatial features, as ADM defines it.",
+            needs=frozenset({"spatial"}),
+            figures={"sfid": Figure("sFID", 2, lower_is_better=True)},
+            compute=_sfid,
+        ),
+        Metric(
+            name="is",
+            help="Inception score.",
+            needs=frozenset({"classes"}),
+            figures={"inception_score": Figure("inception score", 2)},
+            compute=_inception_score,
+            least=SPLITS,
+            reference=False,
+            protocol=lambda: {"is_splits": SPLITS, "is_shuffle_seed": SPLIT_SEED},
+        ),
+        Metric(
+            name="kid",
+            help="Kernel distance of features (KID).",
+            needs=frozenset({"table"}),
+            figures={"kid": Figure("KID", 5, lower_is_better=True)},
+            compute=_kid,
+            least=KID_SUBSET_SIZE,
+            protocol=lambda: {"kid_subsets": KID_SUBSETS, "kid_subset_size": KID_SUBSET_SIZE},
+        ),
+        Metric(
+            name="prc",
+            help="Precision and recall, k = 3 on the features, as ADM does.",
+            needs=frozenset({"table"}),
+            figures={"precision": Figure("precision", 4), "recall": Figure("recall", 4)},
+            compute=_precision_recall,
+            least=PRC_NEIGHBORS + 1,
+            protocol=lambda: {"prc_k": PRC_NEIGHBORS},
+        ),
+    )
+}
+"""All metrics, in the order in which they are shown."""
 
-LARGE_TABLE = 10_000
-"""Images from which on all distances are not held at once."""
+
+def needs(names: Collection[str]) -> frozenset[str]:
+    """The sums that metrics are computed from."""
+    return frozenset().union(*(METRICS[name].needs for name in names))
 
 
-class Gaussian(Protocol):
-    """Mean and covariance of features: one side of a Fréchet distance."""
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """(N,)."""
-
-    @property
-    def covariance(self) -> NDArray[np.float64]:
-        """(N, N)."""
-
-
-class Target(Gaussian, Protocol):
-    """What images are measured against."""
-
-    @property
-    def name(self) -> str:
-        """By which errors speak of it."""
-
-    @property
-    def pool(self) -> Tensor | NDArray[np.float32] | None:
-        """Features of its images (P, N), for KID, precision and recall."""
-
-
-def check(plan: EvalPlan, reference: Target | None, subset_size: int = KID_SUBSET_SIZE) -> None:
-    """Find out, before long work, whether a plan's figures can be had against a reference.
+def check(plan: "EvalPlan", shape: "FeatureShape", reference: "Target | None") -> None:
+    """Check, before long work, that a plan's figures can be computed against a reference.
 
     Raises:
-        InputError: there is no reference where one is needed, it has no images, or images are too few.
+        InputError: the extractor lacks features, there is no reference where one is needed, it lacks statistics or
+            images, or images are too few.
     """
-    for metric, least in (("fid", 0), ("kid", subset_size), ("prc", PRC_NEIGHBORS + 1)):
-        if metric not in plan.metrics:
+    for name in plan.metrics:
+        metric = METRICS[name]
+        lacking = {"classes": not shape.classes, "spatial": not shape.spatial}
+        if any(lacking.get(need) for need in metric.needs):
+            raise InputError(f"--{name} needs Inception's features: leave --features out")
+        if plan.count < metric.least:
+            raise InputError(f"--{name} needs at least {metric.least} images (got {plan.count})")
+        if not metric.reference:
             continue
         if reference is None:
-            raise InputError(f"reference: none; {metric} is measured against one")
-        if plan.count < least:
-            raise InputError(f"images: {plan.count}; {metric} takes {least} or more")
-        if not least:
-            continue
-        if reference.pool is None:
-            raise InputError(f"reference: {reference.name} has statistics alone; {metric} takes its images")
-        if len(reference.pool) < least:
-            raise InputError(
-                f"reference: {reference.name} has {len(reference.pool)} images; {metric} takes {least} or more"
-            )
+            raise InputError(f"--{name} is measured against a reference: give --reference")
+        if "spatial" in metric.needs and reference.spatial is None:
+            raise InputError(f"the reference {reference.name} has no spatial statistics, which --{name} needs")
+        if "table" in metric.needs:
+            if reference.pool is None:
+                raise InputError(f"the reference {reference.name} has statistics alone, and --{name} needs its images")
+            if len(reference.pool) < metric.least:
+                raise InputError(
+                    f"--{name} needs at least {metric.least} reference images ({reference.name} has "
+                    f"{len(reference.pool)})"
+                )
 
 
-def check_found(statistics: Statistics, reference: Target | None) -> None:
-    """Find out whether the images that could be read are enough, where some could not.
+def check_read(statistics: "Statistics", reference: "Target | None") -> None:
+    """Check that the images that could be read are enough, where some could not.
 
     Raises:
         InputError: they are not.
     """
     if statistics.count == statistics.plan.count:
         return
-    check(replace(statistics.plan, count=statistics.count), reference)
+    check(replace(statistics.plan, count=statistics.count), statistics.shape, reference)
     if "is" in statistics.plan.metrics and not statistics.splits().count_S.all():
-        raise InputError(f"images: {statistics.count} that could be read; more, for the inception score's splits")
+        raise InputError(f"only {statistics.count} images could be read: too few for the splits of the inception score")
 
 
-def figures(statistics: Statistics, reference: Target | None) -> dict[str, float]:
-    """Return all figures of the statistics' plan by name, against a reference that `check` found fit."""
-    wanted, found = statistics.plan.metrics, dict[str, float]()
-    if "fid" in wanted:
-        assert reference is not None
-        found["fid"] = frechet_distance(statistics.moments(), reference)
-        if statistics.count >= ENOUGH_FOR_A_LINE:
-            found["fid_infinity"] = frechet_infinity(statistics, reference)
-            found["fid_bias"] = found["fid"] - found["fid_infinity"]
-    if "is" in wanted:
-        found["inception_score"], found["inception_score_std"] = inception_score(statistics.splits())
-    if "kid" in wanted:
-        found["kid"], found["kid_std"] = kernel_distance(statistics.pool, _pool(reference))
-    if "prc" in wanted:
-        found["precision"], found["recall"] = precision_recall(statistics.pool, _pool(reference))
+def figures(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
+    """All figures of a plan's metrics by name, against a reference that `check` let pass."""
+    found: dict[str, float] = {}
+    for name, metric in METRICS.items():
+        if name in statistics.plan.metrics:
+            found |= metric.compute(statistics, reference)
     return found
 
 
-def _pool(reference: Target | None) -> Tensor:
-    assert reference is not None and reference.pool is not None
-    return torch.as_tensor(reference.pool)
-
-
-# --- Fréchet distance ------------------------------------------------------------------------------
-
-
-def frechet_distance(given: Gaussian, reference: Gaussian) -> float:
-    """Return the Fréchet distance of two Gaussians, FID where they are of Inception's features.
-
-    Raises:
-        InputError: the reference holds what has no distance.
-    """
-    sides = [{"mu": side.mean, "sigma": side.covariance} for side in (given, reference)]
-    (distance,) = fid_statistics_to_metric(*sides, verbose=False).values()
-    return _finite(distance)
-
-
-def frechet_infinity(statistics: Statistics, reference: Gaussian) -> float:
-    """Return FID as it would be of infinitely many images.
-
-    A line through FID against 1/n, by least squares, at a quarter, a half and all of the images: its value
-    at 0. With fewer images than features that is far too low.
-
-    Source: Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score and where to find them",
-    section 4.
-    Differs: FID of a part is the mean over all four quarters or both halves, which is much less noisy.
-    """
-    root_NN = _root(reference.covariance)
-    inverses, distances = [], []
-    for size in NESTED:
-        parts = [statistics.moments(quarters) for quarters in size]
-        inverses.append(np.mean([1 / part.count for part in parts]))
-        distances.append(np.mean([_distance_by_root(part, reference.mean, root_NN) for part in parts]))
-    _, infinity = np.polyfit(inverses, distances, deg=1)
-    return _finite(float(infinity))
-
-
-NESTED = (((0,), (1,), (2,), (3,)), ((0, 1), (2, 3)), ((0, 1, 2, 3),))
-"""Quarters of which FID is taken, and what they are put together to."""
-
-
-def _root(covariance_NN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the symmetric square root of a covariance; what rounding made negative counts as 0."""
-    values_N, vectors_NN = np.linalg.eigh(covariance_NN)
-    return (vectors_NN * np.sqrt(values_N.clip(min=0))) @ vectors_NN.T
-
-
-def _distance_by_root(given: Gaussian, mean_N: NDArray[np.float64], root_NN: NDArray[np.float64]) -> float:
-    """Return the Fréchet distance to a Gaussian of this mean and this root of its covariance.
-
-    The product of both covariances has the eigenvalues of root · covariance · root, which is symmetric:
-    a tenth of the work.
-    """
-    values_N = np.linalg.eigvalsh(root_NN @ given.covariance @ root_NN)
-    traces = np.trace(given.covariance) + np.square(root_NN).sum()
-    return float(np.square(given.mean - mean_N).sum() + traces - 2 * np.sqrt(values_N.clip(min=0)).sum())
-
-
-def _finite(distance: float) -> float:
-    if not np.isfinite(distance):
-        raise InputError(f"reference: a Fréchet distance of {distance}; statistics of images")
-    return distance
-
-
-# --- the others ------------------------------------------------------------------------------------
-
-
-def inception_score(sums: SplitSums) -> tuple[float, float]:
-    """Return mean and standard deviation over splits of exp of the mean KL divergence of p from the split's mean.
-
-    Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 4.
-    """
-    mean_SV = sums.chance_SV / sums.count_S[:, None]
-    entropy_S = -torch.xlogy(mean_SV, mean_SV).sum(1)
-    score_S = (sums.certainty_S / sums.count_S + entropy_S).exp()
-    return float(score_S.mean()), float(score_S.std(correction=0))
-
-
-def kernel_distance(pool_PN: Tensor, reference_PN: Tensor, subset_size: int = KID_SUBSET_SIZE) -> tuple[float, float]:
-    """Return mean and standard deviation over random subsets of the squared kernel distance, KID.
-
-    Source: Bińkowski et al. 2018, "Demystifying MMD GANs", section 3.
-    """
-    settings = {"kid_subsets": KID_SUBSETS, "kid_subset_size": subset_size, "rng_seed": SEED, "verbose": False}
-    mean, deviation = kid_features_to_metric(pool_PN, reference_PN, **settings).values()
-    return mean, deviation
-
-
-def precision_recall(pool_PN: Tensor, reference_PN: Tensor) -> tuple[float, float]:
-    """Return the share of images among the reference's neighbours, and of the reference among theirs.
-
-    Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric", section 3; on Inception's
-    features, as ADM measures them, and not on VGG16's.
-    """
-    large = max(len(pool_PN), len(reference_PN)) > LARGE_TABLE
-    settings = {"prc_neighborhood": PRC_NEIGHBORS, "save_cpu_ram": large, "verbose": False}
-    precision, recall, _ = prc_features_to_metric(pool_PN, reference_PN, **settings).values()
-    return precision, recall
+def protocol(names: Collection[str]) -> dict[str, Any]:
+    """What decides the figures of metrics beside images, reference and network."""
+    decided: dict[str, Any] = {}
+    for name, metric in METRICS.items():
+        if name in names:
+            decided |= metric.protocol()
+    return decided

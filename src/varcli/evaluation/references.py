@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from varcli.checkpoints.registry import cache_folder, listed
 from varcli.errors import CheckpointError, InputError
-from varcli.evaluation.statistics import POOL, Moments
+from varcli.evaluation.statistics import FeatureShape, Moments
 from varcli.files import cannot_write, file_sha256, replacing
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.sources import PIXELS, square_side
@@ -36,6 +36,8 @@ class Asset:
     """Size; None where it is not known before the first download."""
     sha256: str | None = None
     """Of its bytes; None where it is not known before the first download."""
+    option: str = "--reference FILE"
+    """How a user gives it instead."""
 
     @property
     def path(self) -> Path:
@@ -51,9 +53,9 @@ def references() -> Mapping[str, Asset]:
     return {name: Asset(name=name, **facts) for name, facts in listed()["references"].items()}
 
 
-def inception_weights() -> Asset:
-    """Return what is known of the weights that features are computed with."""
-    return Asset(name="inception", **listed()["weights"]["inception"])
+def weights(extractor: str) -> Asset:
+    """What is known of the weights of a feature extractor."""
+    return Asset(name=extractor, **listed()["weights"][extractor])
 
 
 def find_reference(reference: str, progress: bool = True) -> Path:
@@ -65,23 +67,24 @@ def find_reference(reference: str, progress: bool = True) -> Path:
         RunError: what was downloaded cannot be stored.
     """
     if reference in references():
-        return _fetched(references()[reference], "--reference FILE", progress)
+        return _fetched(references()[reference], references()[reference].option, progress)
     if not Path(reference).exists():
         raise InputError(f"reference: {reference}; no such file, and the names are {', '.join(references())}")
     return Path(reference)
 
 
-def find_inception(given: Path | None = None, progress: bool = True) -> Path:
-    """Return the file of the weights that features are computed with: the one given, else the known one.
+def find_weights(extractor: str, given: Path | None = None, progress: bool = True) -> Path:
+    """Return the file of a feature extractor's weights: the one given, else the known one, downloaded if need be.
 
     Raises:
         CheckpointError: the given one is not there, or the known one cannot be downloaded.
         RunError: what was downloaded cannot be stored.
     """
+    asset = weights(extractor)
     if given is None:
-        return _fetched(inception_weights(), "--inception FILE or VAR_INCEPTION=FILE", progress)
+        return _fetched(asset, asset.option, progress)
     if not given.is_file():
-        raise CheckpointError(f"inception weights: {given}; no such file; {inception_weights().address} is the one")
+        raise CheckpointError(f"there is no weights file {given}; {asset.address} is the published one")
     return given
 
 
@@ -122,6 +125,8 @@ class Reference:
     """sha256 of the weights its features were computed with, likewise."""
     pool: NDArray[np.float32] | None = None
     """Features of its images (P, N), for KID, precision and recall; None where they were not kept."""
+    spatial: Moments | None = None
+    """Of the spatial features, for sFID; None where it has none."""
     path: Path | None = None
     """Its file, where images are in it too: ADM's batches have statistics of all and images of some."""
 
@@ -129,16 +134,20 @@ class Reference:
         """Return the images in its file, None where it has none."""
         return open_images([self.path]) if self.path else None
 
-    def check_extractor(self, sha256: str) -> None:
-        """Find out whether features of a network with these weights may be compared with it.
+    def check_extractor(self, name: str, sha256: str, shape: FeatureShape) -> None:
+        """Check that features of a network with these weights may be compared with it.
 
         Raises:
-            InputError: it was made with other weights.
+            InputError: it was made with other weights, or by another network.
         """
         if self.extractor not in (None, sha256):
             raise InputError(
-                f"reference: {self.name} was made with Inception weights {str(self.extractor)[:12]}, these are "
+                f"the reference {self.name} was made with weights {str(self.extractor)[:12]}, and those of {name} are "
                 f"{sha256[:12]}; {_ADVICE}"
+            )
+        if len(self.mean) != shape.pool:
+            raise InputError(
+                f"the reference {self.name} has {len(self.mean)} features, and {name} has {shape.pool}; {_ADVICE}"
             )
 
 
@@ -166,24 +175,37 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
         if missing := [key for key in ("mu", "sigma") if key not in stored.files]:
             raise _unusable(path, f"has no {' and no '.join(missing)}")
         found: dict[str, Any] = {key: stored[key] for key in _KEYS if key in stored.files}
+        pool = found["mu"].shape[-1] if found["mu"].ndim else 0
+        spatial = None
+        if "mu_s" in found and "sigma_s" in found:
+            size = found["mu_s"].shape[-1] if found["mu_s"].ndim else 0
+            mean = _numbers(path, "mu_s", found["mu_s"], (size,))
+            spatial = Moments(0, mean, _numbers(path, "sigma_s", found["sigma_s"], (size, size)))
         return Reference(
             name=name or path.name,
             sha256=file_sha256(path),
-            mean=_numbers(path, "mu", found["mu"], (POOL,)),
-            covariance=_numbers(path, "sigma", found["sigma"], (POOL, POOL)),
+            mean=_numbers(path, "mu", found["mu"], (pool,)),
+            covariance=_numbers(path, "sigma", found["sigma"], (pool, pool)),
+            spatial=spatial,
             count=int(found["n"]) if "n" in found else None,
             pixels=int(found["pixels"]) if "pixels" in found else square_side(path),
             extractor=str(found["extractor"]) if "extractor" in found else None,
-            pool=_numbers(path, "pool", found["pool"], (len(found["pool"]), POOL)) if "pool" in found else None,
+            pool=_numbers(path, "pool", found["pool"], (len(found["pool"]), pool)) if "pool" in found else None,
             path=path if "arr_0" in stored.files else None,
         )
 
 
-_KEYS = ("mu", "sigma", "n", "pixels", "extractor", "pool")
+_KEYS = ("mu", "sigma", "mu_s", "sigma_s", "n", "pixels", "extractor", "pool")
 
 
 def save_reference(
-    path: Path, moments: Moments, *, pixels: int, extractor: str, pool: NDArray[np.float32] | None = None
+    path: Path,
+    moments: Moments,
+    *,
+    pixels: int,
+    extractor: str,
+    pool: NDArray[np.float32] | None = None,
+    spatial: Moments | None = None,
 ) -> None:
     """Write statistics as an .npz that other toolkits read too, whole or not at all.
 
@@ -193,12 +215,14 @@ def save_reference(
         pixels: side of the images.
         extractor: sha256 of the network's weights.
         pool: the features themselves, for KID, precision and recall.
+        spatial: moments of the spatial features, for sFID, under ADM's names.
 
     Raises:
         RunError: it cannot be written.
     """
     arrays = {"mu": moments.mean, "sigma": moments.covariance, "n": moments.count, "pixels": pixels}
     arrays |= {"extractor": extractor} | ({} if pool is None else {"pool": pool})
+    arrays |= {} if spatial is None else {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numbers and text become arrays

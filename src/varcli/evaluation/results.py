@@ -14,6 +14,7 @@ from PIL import Image
 
 from varcli.config import SampleConfig
 from varcli.errors import InputError
+from varcli.evaluation.metrics import METRICS, Figure
 
 if TYPE_CHECKING:
     from varcli.evaluation.extractors import Pixels
@@ -30,23 +31,11 @@ Setting = str | bool | float | None
 Settings = Mapping[str, Setting | Sequence[Setting]]
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """How a figure is written."""
-
-    title: str
-    digits: int
-    """After the decimal point."""
-    lower_is_better: bool = False
-
-
-FIGURES: Mapping[str, Figure] = {
-    "fid": Figure("FID", 2, lower_is_better=True),
-    "inception_score": Figure("inception score", 2),
-    "kid": Figure("KID", 5, lower_is_better=True),
-    "precision": Figure("precision", 4),
-    "recall": Figure("recall", 4),
+FIGURES: dict[str, Figure] = {
+    **{name: figure for metric in METRICS.values() for name, figure in metric.figures.items()},
     "rfid": Figure("rFID", 2, lower_is_better=True),
+    "rfd_dinov2": Figure("rFD-DINOv2", 2, lower_is_better=True),
+    "rsfid": Figure("rsFID", 2, lower_is_better=True),
     "psnr": Figure("PSNR, dB", 2),
     "ssim": Figure("SSIM", 4),
     "lpips": Figure("LPIPS", 4, lower_is_better=True),

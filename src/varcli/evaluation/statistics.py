@@ -5,7 +5,7 @@ score and which quarter it belongs to follows from that alone, so that no figure
 images come.
 
 Shapes: B images of a batch, P images of the plan, N features of the network's last pooling, V its classes,
-S splits of the inception score, Q quarters, C classes of the checkpoint.
+F spatial features, S splits of the inception score, Q quarters, C classes of the checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,21 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from varcli.errors import CheckpointError, InputError
-
-POOL, LOGITS = 2048, 1008
-"""Features of the network's last pooling, and its classes."""
-
-METRICS = ("fid", "is", "kid", "prc")
-"""What can be measured, by the names users type."""
-
-SPLITS = 10
-"""Of the inception score."""
+from varcli.evaluation.metrics import METRICS, SPLIT_SEED, SPLITS, needs
 
 QUARTERS = 4
 """Random parts of the images: how FID depends on the number of images is seen from one to all of them."""
 
-SEED = 2020
-"""Of the shuffle before splitting, torch-fidelity's."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureShape:
+    """How many features an extractor has of an image."""
+
+    pool: int
+    """N, of its last pooling or class token."""
+    classes: int = 0
+    """V, classes it scores; 0 if it scores none."""
+    spatial: int = 0
+    """F, spatial features; 0 if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,23 +44,25 @@ class EvalPlan:
     metrics: tuple[str, ...] = ("fid", "is")
     """Some of METRICS."""
     classes: int = 0
-    """Rows of the class table whose spread is wanted, 0 for none."""
+    """Size of the class table whose spreads are wanted, 0 for none."""
 
     def __post_init__(self) -> None:
-        """Refuse fewer images than a metric needs.
-
-        Raises:
-            InputError: there are fewer.
-        """
+        """Raise InputError if there are fewer images than a metric of sums needs."""
         assert set(self.metrics) <= set(METRICS)
-        for metric, least in (("fid", 2), ("is", SPLITS)):
-            if metric in self.metrics and self.count < least:
-                raise InputError(f"images: {self.count}; {metric} takes {least} or more")
+        for name in self.metrics:
+            least = SPLITS if name == "is" else 2
+            if self.count < least:
+                raise InputError(f"--{name} needs at least {least} images (got {self.count})")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The sums that the metrics are computed from."""
+        return needs(self.metrics)
 
     @property
     def keeps_table(self) -> bool:
         """Whether a metric needs all features at once."""
-        return bool({"kid", "prc"} & set(self.metrics))
+        return "table" in self.needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ def parts(count: int, number: int) -> Tensor:
 
     Source: torch-fidelity's `isc_features_to_metric`, which shuffles and splits like this.
     """
-    order = np.random.RandomState(SEED).permutation(count)
+    order = np.random.RandomState(SPLIT_SEED).permutation(count)
     begins = [part * count // number for part in range(number)]
     found = np.empty(count, np.int64)
     found[order] = np.searchsorted(begins, np.arange(count), side="right") - 1
@@ -101,11 +104,12 @@ def parts(count: int, number: int) -> Tensor:
 class Statistics:
     """The sums of the images added so far."""
 
-    def __init__(self, plan: EvalPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: EvalPlan, shape: FeatureShape) -> None:
+        """Begin with no image; `shape` is the extractor's."""
+        self.plan, self.shape = plan, shape
         self._split = parts(plan.count, SPLITS)
         self._quarter = parts(plan.count, QUARTERS)
-        self._sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in _sums(plan).items()}
+        self._sums = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in _sums(plan, shape).items()}
 
     @property
     def present(self) -> Tensor:
@@ -117,27 +121,40 @@ class Statistics:
         """How many images have been added."""
         return int(self.present.sum())
 
-    def add(self, ranks: Sequence[int], rows: Sequence[int], pool_BN: Tensor, logits_BV: Tensor) -> None:
-        """Take images in; some hundred at once cost least.
+    def add(
+        self,
+        ranks: Sequence[int],
+        labels: Sequence[int],
+        pool_BN: Tensor,
+        logits_BV: Tensor,
+        spatial_BF: Tensor | None = None,
+    ) -> None:
+        """Add images; some hundred at once cost least.
 
         Args:
             ranks: of the images, none of which was added before.
-            rows: of the class table, -1 where no class is known.
+            labels: index in the class table, -1 where no class is known.
             pool_BN: their features, on the CPU.
             logits_BV: their class scores without bias, on the CPU.
+            spatial_BF: their spatial features, on the CPU, where a metric needs them.
 
         Raises:
             CheckpointError: the features are not finite, which images cannot cause.
         """
-        if not (pool_BN.isfinite().all() and logits_BV.isfinite().all()):
-            raise CheckpointError("inception weights: features that are not finite; weights that are not damaged")
+        given = [pool_BN, logits_BV, *([] if spatial_BF is None else [spatial_BF])]
+        if not all(tensor.isfinite().all() for tensor in given):
+            raise CheckpointError("the extractor's features are not finite; the weights file is probably damaged")
         rank_B = torch.as_tensor(ranks)
-        if "fid" in self.plan.metrics:
+        if "moments" in self.plan.needs:
             self._add_moments(self._quarter[rank_B], pool_BN.double())
-        if "is" in self.plan.metrics:
+        if "spatial" in self.plan.needs:
+            assert spatial_BF is not None
+            self._sums["spatial_F"] += spatial_BF.double().sum(0)
+            self._sums["spatial_FF"].addmm_(spatial_BF.double().T, spatial_BF.double())
+        if "classes" in self.plan.needs:
             self._add_chances(self._split[rank_B], logits_BV.double())
         if self.plan.classes:
-            self._add_classes(torch.as_tensor(rows), pool_BN.double())
+            self._add_classes(torch.as_tensor(labels), pool_BN.double())
         if self.plan.keeps_table:
             self._sums["pool_PN"][rank_B] = pool_BN
         self.present[rank_B] = True
@@ -170,10 +187,11 @@ class Statistics:
         """Return mean and covariance of the images in some quarters, of all by default; there must be two."""
         chosen = list(quarters)
         count = int(self._sums["quarter_Q"][chosen].sum())
-        mean_N = self._sums["quarter_QN"][chosen].sum(0) / count
-        square_NN = self._sums["quarter_QNN"][chosen].sum(0)
-        covariance_NN = square_NN.addr_(mean_N, mean_N, alpha=-count).div_(count - 1)
-        return Moments(count, mean_N.numpy(), covariance_NN.numpy())
+        return _moments(count, self._sums["quarter_QN"][chosen].sum(0), self._sums["quarter_QNN"][chosen].sum(0))
+
+    def spatial_moments(self) -> Moments:
+        """Mean and covariance of the spatial features of all images."""
+        return _moments(self.count, self._sums["spatial_F"], self._sums["spatial_FF"].clone())
 
     def splits(self) -> SplitSums:
         """Return what the inception score needs."""
@@ -200,7 +218,7 @@ class Statistics:
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether these are sums of this plan."""
-        return {name: (tuple(sums.shape), sums.dtype) for name, sums in tensors.items()} == _sums(self.plan)
+        return {name: (tuple(sums.shape), sums.dtype) for name, sums in tensors.items()} == _sums(self.plan, self.shape)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from sums that `tensors` returned."""
@@ -208,18 +226,28 @@ class Statistics:
         self._sums = {name: sums.clone() for name, sums in tensors.items()}
 
 
-def _sums(plan: EvalPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return name, shape and type of the sums a plan needs."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    if "fid" in plan.metrics:
-        shapes |= {"quarter_Q": (QUARTERS,), "quarter_QN": (QUARTERS, POOL), "quarter_QNN": (QUARTERS, POOL, POOL)}
-    if "is" in plan.metrics:
-        shapes |= {"split_S": (SPLITS,), "chance_SV": (SPLITS, LOGITS), "certainty_S": (SPLITS,)}
+def _moments(count: int, sum_N: Tensor, square_NN: Tensor) -> Moments:
+    """Mean and covariance from sums; `square_NN` is overwritten."""
+    mean_N = sum_N / count
+    covariance_NN = square_NN.addr_(mean_N, mean_N, alpha=-count).div_(count - 1)
+    return Moments(count, mean_N.numpy(), covariance_NN.numpy())
+
+
+def _sums(plan: EvalPlan, shape: FeatureShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and type of the sums that a plan needs."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    pool, classes, spatial = shape.pool, shape.classes, shape.spatial
+    if "moments" in plan.needs:
+        sizes |= {"quarter_Q": (QUARTERS,), "quarter_QN": (QUARTERS, pool), "quarter_QNN": (QUARTERS, pool, pool)}
+    if "spatial" in plan.needs:
+        sizes |= {"spatial_F": (spatial,), "spatial_FF": (spatial, spatial)}
+    if "classes" in plan.needs:
+        sizes |= {"split_S": (SPLITS,), "chance_SV": (SPLITS, classes), "certainty_S": (SPLITS,)}
     if plan.classes:
-        shapes |= {"class_C": (plan.classes,), "class_CN": (plan.classes, POOL), "square_C": (plan.classes,)}
-    table = {"pool_PN": ((plan.count, POOL), torch.float32)} if plan.keeps_table else {}
+        sizes |= {"class_C": (plan.classes,), "class_CN": (plan.classes, pool), "square_C": (plan.classes,)}
+    table = {"pool_PN": ((plan.count, pool), torch.float32)} if plan.keeps_table else {}
     return {
         "present_P": ((plan.count,), torch.bool),
         **table,
-        **{name: (shape, torch.float64) for name, shape in shapes.items()},
+        **{name: (size, torch.float64) for name, size in sizes.items()},
     }

@@ -19,16 +19,16 @@ from varcli.config import SampleConfig
 from varcli.console import progress
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, UsageError
-from varcli.evaluation import comparability, statistics
-from varcli.evaluation import metrics as figures_of
+from varcli.evaluation import comparability
+from varcli.evaluation import metrics as rows
 from varcli.evaluation.classifier import Classifier
-from varcli.evaluation.extractors import Inception
+from varcli.evaluation.extractors import EXTRACTORS, Extractor
 from varcli.evaluation.feature_pass import FeaturePass, fingerprint
 from varcli.evaluation.reconstruction import Reconstructions
 from varcli.evaluation.references import (
     Reference,
-    find_inception,
     find_reference,
+    find_weights,
     holds_images,
     read_reference,
     references,
@@ -69,7 +69,8 @@ def evaluate(
     resize: int | None = None,
     skip_bad: bool = False,
     lines: Iterable[str] = (),
-    inception: Path | None = None,
+    features: str = "inception-v3-compat",
+    weights: Path | None = None,
     lpips_weights: Path | None = None,
     device: str = "auto",
     save_stats: Path | None = None,
@@ -85,8 +86,8 @@ def evaluate(
     Args:
         source: a model, from which images are sampled; paths of folders, zips, .npz, .tar or image files; or arrays
             (height, width, 3) of uint8 of one size.
-        metrics: some of "fid", "is", "kid" and "prc"; None is FID and, of images that are no reconstructions,
-            inception score.
+        metrics: some of "fid", "sfid", "is", "kid" and "prc"; None is FID and, by Inception and of images that are
+            no reconstructions, the inception score.
         reference: a name, a file of statistics, or images; None is the usual one.
         tokenizer: measure the model's tokenizer instead, on `paths` encoded and decoded.
         num_images: images to sample, equally many per class; None is 50 000, or as many as the reference has.
@@ -99,7 +100,8 @@ def evaluate(
         resize: crop and resize images to this side, as ADM does.
         skip_bad: leave out images that cannot be read.
         lines: paths, where "-" is among the images.
-        inception: file of the network's weights; None downloads them at the first use.
+        features: the extractor: "inception-v3-compat", or "dinov2" for FD-DINOv2.
+        weights: file of the extractor's weights; None downloads them at the first use.
         lpips_weights: folder of LPIPS's weights.
         device: where features are computed; a model's own device where there is a model.
         save_stats: also write the images' statistics, .npz.
@@ -116,9 +118,10 @@ def evaluate(
     begun = time.monotonic()
     group = group or ProcessGroup()
     model = source if isinstance(source, Model) else None
-    chosen = tuple(metrics or (("fid",) if tokenizer else ("fid", "is")))
     where = model.device if model else pick_device(device)
-    evaluator = Evaluator(Inception(find_inception(inception, progress=not quiet), where), group, note, quiet)
+    evaluator = Evaluator(_extractor(features, weights, where, quiet), group, note, quiet)
+    scored = evaluator.extractor.shape.classes > 0 and not tokenizer
+    chosen = tuple(metrics or (("fid", "is") if scored else ("fid",)))
     with tempfile.TemporaryDirectory() as folder:
         images: EvalSource
         target: Reference | None
@@ -131,9 +134,9 @@ def evaluate(
             rebuilt = _reconstructed(model, evaluator, paths, resize, skip_bad, lines, lpips_weights, note)
             images = rebuilt
             if reference:
-                target = evaluator.reference(reference, features=False, resize=resize)
+                target = evaluator.reference(reference, needs=frozenset(), resize=resize)
             else:
-                target = evaluator.reference_of(rebuilt.images, "the same images", features=False)
+                target = evaluator.reference_of(rebuilt.images, "the same images", needs=frozenset())
         else:
             entry = registry().get(model.name)
             target = evaluator.usual_reference(reference, entry.reference if entry else None, chosen, resize)
@@ -141,13 +144,13 @@ def evaluate(
             images = _samples(model, count, seed, config, best_of, classifier, batch_size, save_images, group, note)
         plan = EvalPlan(count=len(images), metrics=chosen, classes=len(images.classes))
         if group.is_main:
-            figures_of.check(plan, target)
+            rows.check(plan, evaluator.extractor.shape, target)
         if thumbnails:
             images.gallery.open(len(images))
         measured, state = evaluator.measure(images, plan, "images", resumable=not tokenizer)
         result: Result | None = None
         if group.is_main:
-            figures_of.check_found(measured.statistics, target)
+            rows.check_read(measured.statistics, target)
             seconds = measured.seconds | {"total": time.monotonic() - begun}
             result = _result(images, target, evaluator, measured.statistics, model, chosen, best_of, resize, seconds)
             if save_stats:
@@ -164,11 +167,12 @@ def compute_statistics(
     paths: Sequence[str | Path],
     out: Path,
     *,
-    features: bool = False,
+    keep_features: bool = False,
     resize: int | None = None,
     skip_bad: bool = False,
     lines: Iterable[str] = (),
-    inception: Path | None = None,
+    features: str = "inception-v3-compat",
+    weights: Path | None = None,
     device: str = "auto",
     group: ProcessGroup | None = None,
     note: Callable[[str], None] = lambda line: None,
@@ -179,11 +183,12 @@ def compute_statistics(
     Args:
         paths: folders, zips, .npz, .tar or image files.
         out: the .npz to write.
-        features: keep each image's features, for KID, precision and recall.
+        keep_features: keep each image's features, for KID, precision and recall.
         resize: crop and resize images to this side, as ADM does.
         skip_bad: leave out images that cannot be read.
         lines: paths, where "-" is among the images.
-        inception: file of the network's weights; None downloads them at the first use.
+        features: the extractor, "inception-v3-compat" or "dinov2".
+        weights: file of the extractor's weights; None downloads them at the first use.
         device: where features are computed.
         group: the ranks that share the work.
         note: takes remarks for the user.
@@ -193,11 +198,26 @@ def compute_statistics(
         VarError: images or weights cannot be used, or the file cannot be written.
     """
     group = group or ProcessGroup()
-    network = Inception(find_inception(inception, progress=not quiet), pick_device(device))
-    evaluator = Evaluator(network, group, note, quiet)
+    evaluator = Evaluator(_extractor(features, weights, pick_device(device), quiet), group, note, quiet)
     images = evaluator.images(paths, resize, skip_bad, lines)
-    evaluator.write_statistics(images, features, out, "images")
+    needs = frozenset({"table"}) if keep_features else frozenset()
+    if evaluator.extractor.shape.spatial:
+        needs |= {"spatial"}
+    evaluator.write_statistics(images, needs, out, "images")
     return list(comparability.skipped(images.skipped))
+
+
+def _extractor(name: str, weights: Path | None, device: torch.device, quiet: bool) -> Extractor:
+    """A feature extractor by name.
+
+    Raises:
+        UsageError: there is none of this name.
+        CheckpointError: its weights cannot be had, or are not its.
+    """
+    if name not in EXTRACTORS:
+        raise UsageError(f"--features must be one of {', '.join(EXTRACTORS)} (got {name})")
+    extractor: Extractor = EXTRACTORS[name](find_weights(name, weights, progress=not quiet), device)
+    return extractor
 
 
 # --- measuring -------------------------------------------------------------------------------------
@@ -206,7 +226,7 @@ def compute_statistics(
 class Evaluator:
     """Measures images with one network, on any number of ranks, and reads or makes references."""
 
-    def __init__(self, extractor: Inception, group: ProcessGroup, note: Callable[[str], None], quiet: bool) -> None:
+    def __init__(self, extractor: Extractor, group: ProcessGroup, note: Callable[[str], None], quiet: bool) -> None:
         self.extractor, self.group, self.note, self.quiet = extractor, group, note, quiet
 
     def measure(
@@ -222,7 +242,7 @@ class Evaluator:
         decided = asdict(plan) | source.identity()
         identity = fingerprint(version=__version__, extractor=self.extractor.sha256, **decided)
         path = cache_folder() / "measurements" / f"{identity[:16]}.safetensors" if resumable else None
-        measured = FeaturePass(plan, identity, path, self.group)
+        measured = FeaturePass(plan, self.extractor.shape, identity, path, self.group)
         done = measured.statistics.count
         if measured.notice:
             self.note(measured.notice)
@@ -258,7 +278,7 @@ class Evaluator:
         Raises:
             UsageError: there is none.
         """
-        needing = {"fid", "kid", "prc"} & set(chosen)
+        needing = [metric for metric in chosen if rows.METRICS[metric].reference]
         if not needing:
             return None
         name = name or usual
@@ -267,16 +287,16 @@ class Evaluator:
                 f"no reference is known for these images: give --reference, one of {', '.join(references())}, "
                 "a file of statistics, or images"
             )
-        return self.reference(name, features=bool(needing - {"fid"}), resize=resize)
+        return self.reference(name, needs=rows.needs(needing), resize=resize)
 
-    def reference(self, name: str, features: bool, resize: int | None) -> Reference | None:
+    def reference(self, name: str, needs: frozenset[str], resize: int | None) -> Reference | None:
         """Open what to measure against; what takes long to compute is cached. The main rank has it.
 
         To be called by all ranks.
 
         Args:
             name: a reference known by name, a file of statistics, or a path of images.
-            features: whether KID, precision or recall need the images' features.
+            needs: what the metrics are computed from, see `Metric.needs`.
             resize: side to which images of a path are cropped and resized.
 
         Raises:
@@ -286,31 +306,36 @@ class Evaluator:
         assert path is not None
         if self.group.broadcast(holds_images(path) if self.group.is_main else False):
             images = open_images([path], resize=resize)
-            measured = self.reference_of(images, name, features)
+            measured = self.reference_of(images, name, needs)
             return measured and replace(measured, sha256=_reference_sha256(name, path, images), path=None)
         read = read_reference(path, name) if self.group.is_main else None
         if read:
-            read.check_extractor(self.extractor.sha256)
-        if not self.group.broadcast(features and read is not None and read.pool is None and read.path is not None):
+            read.check_extractor(self.extractor.name, self.extractor.sha256, self.extractor.shape)
+        lacks_table = "table" in needs and read is not None and read.pool is None and read.path is not None
+        if not self.group.broadcast(lacks_table):
             return read
-        batch = self.reference_of(open_images([path]), name, features)  # ADM's: statistics of all, images of some
+        batch = self.reference_of(open_images([path]), name, frozenset({"table"}))  # ADM's: images of some
         return read and batch and replace(read, pool=batch.pool)
 
-    def reference_of(self, images: ImageSet, name: str, features: bool) -> Reference | None:
+    def reference_of(self, images: ImageSet, name: str, needs: frozenset[str]) -> Reference | None:
         """Images as a reference: measured once, then read from the cache; as `reference` does."""
-        features = features or len(images) <= MAX_CACHED_FEATURES
-        decided = {"pictures": images.fingerprint(), "features": features}
+        if len(images) <= MAX_CACHED_FEATURES:
+            needs |= {"table"}
+        decided = {"pictures": images.fingerprint(), "features": "table" in needs}
+        if "spatial" in needs:
+            decided["spatial"] = True
         identity = fingerprint(version=__version__, extractor=self.extractor.sha256, **decided)
         path = cache_folder() / "references" / f"{identity[:16]}.npz"
         if not self.group.broadcast(path.is_file()):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.note(f"measuring the reference {name} first, once: {len(images)} images")
-            self.write_statistics(images, features, path, "reference")
+            self.write_statistics(images, needs, path, "reference")
         return read_reference(path, name) if self.group.is_main else None
 
-    def write_statistics(self, images: ImageSet, features: bool, path: Path, label: str) -> None:
-        """Measure images and write their statistics as a reference, with their features if asked for."""
-        plan = EvalPlan(count=len(images), metrics=("fid", "kid") if features else ("fid",))
+    def write_statistics(self, images: ImageSet, needs: frozenset[str], path: Path, label: str) -> None:
+        """Measure images and write their statistics as a reference: moments, and what else is needed."""
+        metrics = ("fid", *(name for need, name in (("table", "kid"), ("spatial", "sfid")) if need in needs))
+        plan = EvalPlan(count=len(images), metrics=metrics)
         measured, state = self.measure(ExistingImages(images, []), plan, label)
         if self.group.is_main:
             self.save_statistics(path, measured.statistics, images.side)
@@ -320,8 +345,14 @@ class Evaluator:
 
     def save_statistics(self, path: Path, found: Statistics, side: int) -> None:
         """Write statistics of images of a size as a reference file."""
-        pool = found.pool.numpy() if found.plan.keeps_table else None
-        save_reference(path, found.moments(), pixels=side, extractor=self.extractor.sha256, pool=pool)
+        save_reference(
+            path,
+            found.moments(),
+            pixels=side,
+            extractor=self.extractor.sha256,
+            pool=found.pool.numpy() if found.plan.keeps_table else None,
+            spatial=found.spatial_moments() if "spatial" in found.plan.needs else None,
+        )
 
 
 def _reference_sha256(name: str, path: Path, images: ImageSet) -> str:
@@ -444,12 +475,15 @@ def _result(
     sampled = source if isinstance(source, Samples) else None
     entry = registry().get(model.name) if model else None
 
-    figures: dict[str, Any] = dict(figures_of.figures(found, reference))
+    figures: dict[str, Any] = dict(rows.figures(found, reference))
+    if evaluator.extractor.figure != "fid":
+        figures = {_renamed(name, evaluator.extractor.figure): value for name, value in figures.items()}
     if isinstance(source, Reconstructed):
-        figures = {name.replace("fid", "rfid"): value for name, value in figures.items()}
+        figures = {f"r{name}": value for name, value in figures.items()}
         figures |= source.reconstructions.figures()
 
-    warnings = list(comparability.few_images(found.count, figures.get("fid_bias", figures.get("rfid_bias"))))
+    bias = next((value for name, value in figures.items() if name.endswith("_bias")), None)
+    warnings = list(comparability.few_images(found.count, bias))
     warnings += source.warnings()
     if reference:
         warnings += comparability.other_size(source.side, reference.pixels)
@@ -457,13 +491,7 @@ def _result(
         if sampled and entry and entry.fid:
             warnings += comparability.other_reference(reference.name, entry.reference or "")
 
-    protocol: dict[str, Any] = {}
-    if "is" in chosen:
-        protocol |= {"is_splits": statistics.SPLITS, "is_shuffle_seed": statistics.SEED}
-    if "kid" in chosen:
-        protocol |= {"kid_subsets": figures_of.KID_SUBSETS, "kid_subset_size": figures_of.KID_SUBSET_SIZE}
-    if "prc" in chosen:
-        protocol |= {"prc_k": figures_of.PRC_NEIGHBORS}
+    protocol = rows.protocol(chosen)
     if sampled and sampled.classifier:
         protocol |= {"best_of": best_of, "classifier": sampled.classifier.name}
     protocol |= {"pixels": source.side, "resize": resize}
@@ -504,3 +532,8 @@ def _result(
         seconds=seconds,
         images=source.gallery.images(),
     )
+
+
+def _renamed(name: str, figure: str) -> str:
+    """The name of a Fréchet distance's figure by another extractor: fid_infinity is fd_dinov2_infinity."""
+    return figure + name.removeprefix("fid") if name == "fid" or name.startswith("fid_") else name

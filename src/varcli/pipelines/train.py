@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from varcli.acceleration.devices import DTYPES, pick_device
+from varcli.acceleration.devices import DTYPES, pick_device, trains_in_bf16
 from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256
 from varcli.config import (
     PRESETS,
@@ -136,7 +136,7 @@ def _tokenizer_stage(
     # A warm start loads weights here, before the model is moved.
     model, adversary = model.to(where), adversary.to(where)
     # Parallelism wraps the models here; the stage makes their average and optimizers of what it gets.
-    bf16 = _in_bf16(dtype, where, on_cpu=False)
+    bf16 = trains_in_bf16(where, on_cpu=False) if dtype == "auto" else dtype == "bf16"
     stage = TokenizerStage(
         model, adversary, training, images, held, bf16=bf16, workers=_worker_count(workers), warn=note
     )
@@ -266,7 +266,7 @@ def _transformer_stage(
     # A warm start loads weights here, before the model is moved.
     model = model.to(where)
     # Parallelism wraps the model here; the stage makes its average and optimizer of what it gets.
-    bf16 = _in_bf16(dtype, where, on_cpu=True)
+    bf16 = trains_in_bf16(where, on_cpu=True) if dtype == "auto" else dtype == "bf16"
     stage = TransformerStage(model, training, trained, images.classes, bf16=bf16, save_dtype=DTYPES[save_dtype])
     return stage, images, held
 
@@ -284,15 +284,6 @@ def _worker_count(workers: int | None) -> int:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores - 1)
-
-
-def _in_bf16(dtype: str, device: torch.device, on_cpu: bool) -> bool:
-    """Whether to train in bf16; "auto" does on CUDA, and `on_cpu` where the processor computes in it."""
-    if dtype != "auto":
-        return dtype == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return on_cpu and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _tokens(

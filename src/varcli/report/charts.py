@@ -6,7 +6,8 @@ from dataclasses import fields
 
 from varcli.charts import FEW, Bars, Curve, Lines, Point, count_text
 from varcli.config import SampleConfig
-from varcli.evaluation.results import FIGURES, ClassSpread, Figure
+from varcli.evaluation.metrics import Figure
+from varcli.evaluation.results import FIGURES, ClassSpread
 from varcli.report.formatting import as_published, fixed, heading
 from varcli.report.load import SELECTION, Evaluation, TrainingRun
 from varcli.report.tables import published_figure
