@@ -155,17 +155,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def with_new_names(arguments: Sequence[str]) -> list[str]:
     """The command line with renamed options under their new names, each with a note to the user."""
     words = list(arguments)
-    if (
-        words[:2] == ["eval", "stats"]
-        and "--features" in words[:-1]
-        and words[words.index("--features") + 1]
-        not in (
-            "inception-v3-compat",
-            "dinov2",
-        )
-    ):
-        words[words.index("--features")] = "--keep-features"
-        console.note("--features is now --keep-features; the old name goes in the next version")
+    if words[:2] == ["eval", "stats"] and "--features" in words:  # was a flag, and names the extractor now
+        i = words.index("--features")
+        if words[i + 1 : i + 2] not in (["inception-v3-compat"], ["dinov2"]):
+            words[i] = "--keep-features"
+            console.note("--features is now --keep-features; the old name goes in the next version")
     for i, word in enumerate(words[: words.index("--")] if "--" in words else words):
         flag, joined, value = word.partition("=")
         if flag not in RENAMED:
