@@ -20,7 +20,8 @@ from subjects import named_models
 from tables import print_rows
 from torch import Tensor
 
-from varcli.acceleration.devices import pick_device, pick_dtype, prepare, synchronize
+from varcli.acceleration.devices import pick_device, pick_dtype, synchronize
+from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, Wanted
 from varcli.config import APPROXIMATIONS, SampleConfig
 from varcli.sampling.approximations import LATE, ApproximateScaleModel

@@ -18,7 +18,7 @@ from sampling import CONFIG, CPU
 from subjects import named_models
 from tables import print_rows
 
-from varcli.acceleration.devices import prepare
+from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, Wanted
 from varcli.images.masks import box_mask
 from varcli.sampling.batching import BatchSampler

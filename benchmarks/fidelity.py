@@ -16,7 +16,8 @@ from subjects import Models, named_models
 from tables import print_rows
 from torch import Tensor
 
-from varcli.acceleration.devices import check_int8, pick_device, prepare
+from varcli.acceleration.devices import check_int8, pick_device
+from varcli.acceleration.dispatch import prepare
 from varcli.errors import UsageError
 from varcli.sampling.sampler import ScaleModel, generate
 

@@ -17,7 +17,7 @@ from gpu_ways import CONFIG, Make, Run, other_ways, requests, sampling
 
 from varcli.acceleration.cuda_blocks import GpuBlock
 from varcli.acceleration.devices import DTYPES, free_memory, synchronize
-from varcli.acceleration.triton_selection import gpu_block, norm_kernel
+from varcli.acceleration.dispatch import gpu_block, norm_kernel
 from varcli.benchmarking.flops import decoder_operations, transformer_operations
 from varcli.benchmarking.samplers import Models, Wanted
 from varcli.benchmarking.timing import hardware, matmul_rate

@@ -10,7 +10,7 @@ import torch
 from gpu_book import Book
 
 from varcli.acceleration.cuda_blocks import GpuBlock
-from varcli.acceleration.devices import prepare
+from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, Wanted, raster_scan
 from varcli.checkpoints.random_init import randomized, shapes
 from varcli.config import APPROXIMATIONS, PRESETS, SampleConfig

@@ -23,7 +23,8 @@ import torch
 from subjects import named_models
 from tables import print_rows
 
-from varcli.acceleration.devices import check_int8, pick_device, prepare
+from varcli.acceleration.devices import check_int8, pick_device
+from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.flops import decoder_operations, transformer_operations
 from varcli.benchmarking.samplers import Models, Wanted
 from varcli.benchmarking.timing import matmul_rate

@@ -32,14 +32,14 @@ def bench(model, monkeypatch, tmp_path, capfd):
 
 
 def test_tables_in_a_pipe(bench):
-    code, out, err = bench("--vs", "plain,raster", "--dtype", "fp32")
+    code, out, err = bench("--vs", "naive,raster", "--dtype", "fp32")
     rows = [line.split("\t") for line in out.splitlines()]
     assert (code, err) == (0, "")
     named = {row[0]: row[1:] for row in rows}
     assert named["precision"] == ["fp32", "fp32", "fp32"]
-    assert named["images at a time"] == ["1", "1", "1"]
+    assert named["batch size"] == ["1", "1", "1"]
     assert named["CUDA graphs"] == ["no", "no", "no"]
-    assert all(float(cell) > 0 for cell in named["seconds an image"])
+    assert all(float(cell) > 0 for cell in named["seconds per image"])
     assert named["times varcli's"][0] == "1"
     assert {
         "images a second, one batch alone",
@@ -101,12 +101,12 @@ def test_json_is_one_object(bench, model):
 
 def test_a_chart(bench, tmp_path):
     heights = []
-    for others in ([], ["--vs", "plain"]):
+    for others in ([], ["--vs", "naive"]):
         code, out, _ = bench("-o", "chart.png", *others)
         with Image.open(tmp_path / "chart.png") as image:
             assert (code, image.format, image.size[0]) == (0, "PNG", 960)
             heights.append(image.size[1])
-        assert "seconds an image" in out
+        assert "seconds per image" in out
     assert heights[1] > heights[0]
 
 
@@ -132,8 +132,8 @@ def test_approximations_are_in_the_settings(bench):
 
 
 MISTAKES = [
-    (["--vs", "fast"], 2, r"vs: fast; plain, raster, or plain,raster"),
-    (["--vs", ""], 2, r"vs: ; plain, raster, or plain,raster"),
+    (["--vs", "fast"], 2, r"--vs must be naive, raster, or naive,raster \(got fast\)"),
+    (["--vs", ""], 2, r"--vs must be naive, raster, or naive,raster \(got \)"),
     (["--rounds", "0"], 2, r"Invalid value for '--rounds': Input should be greater than or equal to 1"),
     (["--batch-size", "0"], 2, r"Invalid value for '--batch-size': Input should be greater than or equal to 1"),
     (

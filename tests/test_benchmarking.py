@@ -10,11 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from support import reference
-from varcli.acceleration.devices import prepare
+from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking import samplers, timing
 from varcli.benchmarking.flops import decoder_operations, transformer_operations
-from varcli.benchmarking.panels import panels
-from varcli.benchmarking.results import BenchPlan, percentile, run_benchmark, sampler_timings
+from varcli.benchmarking.results import BenchPlan, panels, percentile, run_benchmark, sampler_timings
 from varcli.benchmarking.samplers import BenchSampler, naive_sampler, raster_scan, varcli
 from varcli.benchmarking.timing import Contest, Lap, Round, Stopwatch, matmul_rate, peak_bytes, run_once, take_turns
 from varcli.charts import png
@@ -210,7 +209,7 @@ def turns(*lengths):
 
 
 def test_figures_are_of_one_image_and_medians(clock):
-    both = [runner("varcli", clock, [], 0, batch=4), runner("plain", clock, [], 0)]
+    both = [runner("varcli", clock, [], 0, batch=4), runner("naive", clock, [], 0)]
     first, second = sampler_timings(both, Contest([turns(2, 4, 12), turns(3, 30, 3)], [200, 50]))
     assert (first.seconds_per_image, first.images_per_second, first.times_varcli) == (1.0, 1.0, 1.0)
     assert (second.seconds_per_image, second.times_varcli) == (3.0, 3.0)
@@ -284,13 +283,13 @@ def test_a_benchmark_from_beginning_to_end(precision, monkeypatch):
     monkeypatch.setattr(timing, "CPU_SIZE", 64)
     steps = []
     plan = BenchPlan(
-        load=made, config=SampleConfig(), device=CPU, precision=precision, batch=2, others=["plain", "raster"], rounds=2
+        load=made, config=SampleConfig(), device=CPU, precision=precision, batch=2, others=["naive", "raster"], rounds=2
     )
     found = run_benchmark(plan, lambda: steps.append(1))
     assert len(steps) == plan.batches == 9
     assert [(each.sampler, each.precision) for each in found.samplers] == [
         ("varcli", precision),
-        ("plain", "fp32"),
+        ("naive", "fp32"),
         ("raster", precision),
     ]
     assert all(each.matmul_rate > 0 for each in found.samplers) and (

@@ -139,7 +139,7 @@ def test_convert_then_verify(var, mini, released, tmp_path):
     assert var("convert", *released, "--out", out_file, "--sides", SIDES) == (0, f"{out_file}\n", "")
     assert torch.equal(load_model(out_file).transformer.head.weight, mini.transformer.head.weight)
     code, out, _ = var("verify", out_file)
-    assert (code, out) == (0, f"{out_file}: well, sha256 {load_model(out_file).sha256}\n")
+    assert (code, out) == (0, f"{out_file}: ok, sha256 {load_model(out_file).sha256}\n")
 
 
 def test_a_name_that_is_here(var, model_file, tmp_path):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from support import reference
-from varcli.acceleration.cpu_blocks import STEEP, CpuBlock, GrowingCache, for_cpu, gather
-from varcli.acceleration.devices import prepare
-from varcli.acceleration.fused_blocks import FusedBlocks
+from varcli.acceleration.cuda_blocks import FusedBlocks
+from varcli.acceleration.dispatch import prepare
 from varcli.acceleration.int8 import quantize
+from varcli.acceleration.onednn import STEEP, CpuBlock, GrowingCache, for_cpu, gather
 from varcli.config import SampleConfig, TransformerConfig
 from varcli.models.transformer import KeyValueCache, Transformer
 from varcli.sampling.scale_model import ScaleModel, fastest

@@ -13,10 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from support import reference
 from support.fake_cuda import CUDA, Watch, pretended, tensors
-from varcli.acceleration.cuda_blocks import GpuBlock, ScaleCache, for_gpu
+from varcli.acceleration.cuda_blocks import FusedBlocks, GpuBlock, ScaleCache, for_gpu
 from varcli.acceleration.cuda_graphs import GraphRunner, cuda_recorder
-from varcli.acceleration.devices import prepare
-from varcli.acceleration.fused_blocks import FusedBlocks
+from varcli.acceleration.dispatch import prepare
 from varcli.acceleration.int8 import quantize
 from varcli.config import GRID_256, GRID_512, SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer

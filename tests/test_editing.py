@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from support import reference
-from varcli.acceleration.devices import prepare
+from varcli.acceleration.dispatch import prepare
 from varcli.config import SampleConfig
 from varcli.errors import RunError
 from varcli.images.blending import feather_mask

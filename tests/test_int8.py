@@ -6,7 +6,8 @@ from torch import nn
 
 from support import reference
 from varcli.acceleration import devices
-from varcli.acceleration.devices import block_weight, check_int8, prepare
+from varcli.acceleration.devices import block_weight, check_int8
+from varcli.acceleration.dispatch import prepare
 from varcli.acceleration.int8 import Int8Linear, rounded
 from varcli.config import SampleConfig
 from varcli.errors import UsageError

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from support import reference
-from varcli.acceleration import devices
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_blocks import GpuBlock
-from varcli.acceleration.triton_selection import gpu_block, norm_kernel
+from varcli.acceleration.dispatch import gpu_block, norm_kernel
 from varcli.models.autoencoder import NormSilu
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="this torch has no Triton")
@@ -34,7 +34,7 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from varcli.acceleration import block_kernels, norm_kernels
+    from varcli.acceleration import triton_kernels
 
     if capability == 100 and [int(part) for part in triton.__version__.split(".")[:2]] < [3, 3]:
         pytest.skip("this Triton knows no such GPU")
@@ -45,11 +45,11 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
     sizes = dict.fromkeys(("length", "vector_stride", "row_stride", "head_stride", "positions", "parts"), "i32")
     types |= sizes | {"weight": f"*{half}", "bias": f"*{half}", "sums": "*fp32", "factors": "*fp32"}
     for kernel, constants in (
-        (block_kernels._advance, {"width": 1920, "block": 2048, "adds": True}),
-        (block_kernels._normalize, {"heads": 30, "block": 32, "channels": 64}),
-        (norm_kernels._channel_sums, {"part": 512, "width": 160, "block": 256, "at_once": 16}),
-        (norm_kernels._group_factors, {"width": 640, "size": 20, "block": 32, "parts_block": 512}),
-        (norm_kernels._silu, {"width": 160, "block": 256, "at_once": 16}),
+        (triton_kernels._advance, {"width": 1920, "block": 2048, "adds": True}),
+        (triton_kernels._normalize, {"heads": 30, "block": 32, "channels": 64}),
+        (triton_kernels._channel_sums, {"part": 512, "width": 160, "block": 256, "at_once": 16}),
+        (triton_kernels._group_factors, {"width": 640, "size": 20, "block": 32, "parts_block": 512}),
+        (triton_kernels._silu, {"width": 160, "block": 256, "at_once": 16}),
     ):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types[name] for name in names}
@@ -62,8 +62,8 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
 def test_without_triton_or_a_gpu_the_operations_of_torch_are_used(monkeypatch):
     where = torch.device("cpu"), torch.bfloat16  # compiled, they run on a GPU alone
     assert gpu_block.__wrapped__(*where) is GpuBlock and norm_kernel.__wrapped__(*where) is None
-    monkeypatch.setitem(sys.modules, "varcli.acceleration.block_kernels", None)
-    monkeypatch.setitem(sys.modules, "varcli.acceleration.norm_kernels", None)
+    monkeypatch.setitem(sys.modules, "varcli.acceleration.triton_kernels", None)
+    monkeypatch.setitem(sys.modules, "varcli.acceleration.triton_kernels", None)
     assert gpu_block.__wrapped__(*where) is GpuBlock and norm_kernel.__wrapped__(*where) is None
 
 
@@ -76,17 +76,17 @@ def test_models_on_a_gpu_in_16_bits_are_given_the_kernel_and_lose_it_elsewhere(m
     models = reference.load("mini")
     norms = [part for part in models.tokenizer.decoder.modules() if isinstance(part, NormSilu)]
     settings = {"tf32": torch.backends.cudnn.allow_tf32, "cudnn": torch.backends.cuda.cudnn_sdp_enabled()}
-    monkeypatch.setattr(devices, "norm_kernel", lambda device, dtype: dtype)
+    monkeypatch.setattr(dispatch, "norm_kernel", lambda device, dtype: dtype)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *given, **named: self)
     try:
         for precision, kernel in {"bf16": torch.bfloat16, "fp32": None, "fp16": torch.float16}.items():
-            devices.prepare(models.tokenizer, models.transformer, Gpu(), precision)
+            dispatch.prepare(models.tokenizer, models.transformer, Gpu(), precision)
             assert {norm.kernel for norm in norms} == {kernel}
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cudnn.allow_tf32 = settings["tf32"]
         torch.backends.cuda.enable_cudnn_sdp(settings["cudnn"])
-    devices.prepare(models.tokenizer, models.transformer, torch.device("cpu"), "fp32")
+    dispatch.prepare(models.tokenizer, models.transformer, torch.device("cpu"), "fp32")
     assert {norm.kernel for norm in norms} == {None}
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from support import reference
 from varcli.acceleration import onednn
-from varcli.acceleration.devices import block_weight, keep_freed_memory, prepare
+from varcli.acceleration.devices import block_weight, keep_freed_memory
+from varcli.acceleration.dispatch import prepare
 from varcli.acceleration.onednn import PackedLinear, pack, packing_works
 from varcli.config import SampleConfig
 from varcli.sampling import naive

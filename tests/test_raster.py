@@ -6,8 +6,8 @@ import torch
 from support import reference
 from test_cuda_graphs import never, taped
 from varcli.acceleration.cuda_graphs import GraphRunner
-from varcli.acceleration.devices import prepare
-from varcli.benchmarking.raster import RasterModel, scan
+from varcli.acceleration.dispatch import prepare
+from varcli.benchmarking.samplers import RasterModel, scan
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer, normalize

@@ -55,8 +55,7 @@ def test_every_entry_is_whole():
 
 def test_bundled_file_is_as_registered():
     from varcli.checkpoints.safetensors_io import file_sha256
-    from varcli.checkpoints.store import load_model
-    from varcli.checkpoints.verification import describe
+    from varcli.checkpoints.store import describe, load_model
 
     entry = registry()["tiny64"]
     if not entry.path.exists():

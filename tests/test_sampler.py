@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from support import reference
-from varcli.acceleration.devices import free_memory, pick_device, pick_dtype, prepare
+from varcli.acceleration.devices import free_memory, pick_device, pick_dtype
+from varcli.acceleration.dispatch import prepare
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.errors import RunError, UsageError
 from varcli.models.tokenizer import Tokenizer

@@ -4,11 +4,9 @@ import sys
 
 import torch
 
-from varcli.acceleration.block_kernels import KernelBlock
-from varcli.acceleration.cuda_blocks import GpuBlock, ScaleCache
-from varcli.acceleration.fused_blocks import FusedBlocks
-from varcli.acceleration.norm_kernels import norm_silu
-from varcli.acceleration.triton_selection import gpu_block, norm_kernel
+from varcli.acceleration.cuda_blocks import FusedBlocks, GpuBlock, ScaleCache
+from varcli.acceleration.dispatch import gpu_block, norm_kernel
+from varcli.acceleration.triton_kernels import KernelBlock, norm_silu
 from varcli.config import TransformerConfig
 from varcli.models.autoencoder import NormSilu
 from varcli.models.transformer import Transformer
@@ -79,5 +77,5 @@ with torch.inference_mode():
             compare(heads, dtype)
     assert gpu_block(CPU, torch.bfloat16) is KernelBlock
     gpu_block.cache_clear()
-    sys.modules["varcli.acceleration.block_kernels"].KernelBlock = Swapped
+    sys.modules["varcli.acceleration.triton_kernels"].KernelBlock = Swapped
     assert gpu_block(CPU, torch.bfloat16) is GpuBlock, "wrong kernels are not to be used"

@@ -8,14 +8,10 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varcli.acceleration.int8 import Int8Linear, quantize
-from varcli.acceleration.onednn import pack
-from varcli.acceleration.triton_selection import norm_kernel
-from varcli.errors import RunError, UsageError
-from varcli.models.autoencoder import NormSilu, Upsample
-from varcli.models.tokenizer import Tokenizer
+from varcli.acceleration.int8 import Int8Linear
+from varcli.errors import UsageError
 from varcli.models.transformer import Block, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,58 +73,6 @@ def precision_reason(precision: str, device: torch.device) -> str:
         has = "has" if precision == "bf16" else "has no"
         return f"computing on cpu in {precision}: this processor {has} instructions for bf16"
     return f"computing on {device} in {precision}"
-
-
-def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, precision: str) -> None:
-    """Make both models ready for sampling: evaluation mode, device, precision by name, memory layout.
-
-    In 16 bits only what takes the time is: the blocks' linear maps and the decoder. The residual
-    stream, the token embeddings, the logits and the draws stay in float32.
-
-    With "int8" the linear maps take that, and everything else what "auto" takes here.
-
-    Once done, the models stay where they are: layouts of a processor can neither be changed nor copied.
-
-    Raises:
-        RunError: the device's memory cannot hold the models.
-        UsageError: the device does not compute with int8.
-    """
-    dtype = DTYPES[pick_dtype("auto", device) if precision == "int8" else precision]
-    if precision == "int8":
-        check_int8(device)
-        quantize(transformer, device, dtype)
-    linear = [layer for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear)]
-    decoding = (tokenizer.post_quant_conv, tokenizer.decoder)
-    try:
-        for part in (*linear, *decoding):
-            part.to(dtype)  # before the move, which then takes half the memory
-        tokenizer.to(device).eval()
-        transformer.to(device).eval()
-        for part in decoding:
-            part.to(memory_format=torch.channels_last)
-        fuse = device.type == "cuda" and dtype != torch.float32
-        for part in tokenizer.decoder.modules():
-            if isinstance(part, NormSilu):
-                part.kernel = norm_kernel(device, dtype) if fuse else None
-            elif isinstance(part, Upsample) and device.type == "cpu":
-                part.split()
-        if device.type == "cuda":
-            settle_cuda()
-        elif device.type == "cpu":
-            pack(transformer)
-            keep_freed_memory()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise RunError(
-            f"memory: {device} cannot hold the model; a smaller one, --dtype bf16 or --device cpu"
-        ) from error
-
-
-def settle_cuda() -> None:
-    """Decide what torch decides otherwise from one version to the next: images and speed depend on it."""
-    torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 shall be one
-    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention here, and plans each shape for long
 
 
 def check_int8(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""One benchmark from beginning to end: models, contestants, rounds, figures."""
+"""One benchmark from beginning to end: models, samplers, rounds, figures, chart."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from varcli.acceleration.devices import prepare
+from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, naive_sampler, raster_scan, varcli
 from varcli.benchmarking.timing import hardware, peak_bytes, take_turns, warm_up, warm_ups
+from varcli.charts import Bars, digits
 from varcli.config import SampleConfig
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class BenchPlan:
     batch: int
     """Images at a time, where several are made at a time."""
     others: Sequence[str]
-    """What to compare with: "plain", "raster"."""
+    """What to compare with: "naive", "raster"."""
     rounds: int
 
     @property
@@ -173,7 +174,7 @@ def run_benchmark(
     warm_up(contestants[0], plan.device, advance)
     most = peak_bytes(plan.device)
     for other in plan.others:
-        if other == "plain":
+        if other == "naive":
             contestants.append(naive_sampler(as_loaded(plan), plan.config))
         else:
             contestants.append(raster_scan(models, plan.config, plan.precision, plan.batch, note))
@@ -186,3 +187,32 @@ def as_loaded(plan: BenchPlan) -> Models:
     """Return the models once more, on the device and otherwise untouched."""
     tokenizer, transformer = plan.load()
     return tokenizer.to(plan.device), transformer.to(plan.device)
+
+
+# --- the chart -------------------------------------------------------------------------------------
+
+
+def panels(title: str, samplers: Sequence[SamplerTimings]) -> list[Bars]:
+    """Return one panel of the first sampler's stages and, where there are others, one of all samplers."""
+    found = [_stages(title, samplers[0])]
+    return found if len(samplers) == 1 else [*found, _totals(samplers)]
+
+
+def _stages(title: str, sampler: SamplerTimings) -> Bars:
+    """Return a bar a stage, coloured by its phase."""
+    parts = {
+        phase: [1000 * stage.seconds if stage.phase == phase else 0 for stage in sampler.stages] for phase in PHASES
+    }
+    labels = [stage.step or stage.phase for stage in sampler.stages]
+    return Bars(title=title, unit="milliseconds an image", labels=labels, parts=parts)
+
+
+def _totals(samplers: Sequence[SamplerTimings]) -> Bars:
+    """Return a bar a sampler."""
+    parts = {
+        phase: [sum(stage.seconds for stage in each.stages if stage.phase == phase) for each in samplers]
+        for phase in PHASES[:-1]  # as `seconds_per_image` is without the PNG
+    }
+    notes = [f"{digits(each.seconds_per_image)} s, {digits(each.times_varcli)} ×" for each in samplers]
+    labels = [f"{each.sampler}, {each.precision}" for each in samplers]
+    return Bars(title="In comparison", unit="seconds an image", labels=labels, parts=parts, notes=notes)

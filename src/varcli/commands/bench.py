@@ -1,4 +1,4 @@
-"""`var bench`: what an image costs on this machine."""
+"""`var bench`: the cost of an image on this machine."""
 
 import json
 from collections.abc import Sequence
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from varcli import __version__
-from varcli.benchmarking.panels import panels
-from varcli.benchmarking.results import PHASES, SamplerTimings
+from varcli.benchmarking.results import PHASES, SamplerTimings, panels
 from varcli.charts import digits, png
 from varcli.checkpoints.registry import presets, resolve_checkpoint
 from varcli.commands import options
-from varcli.console import notes, progress, result, table
+from varcli.console import note, notes, progress, result, table
 from varcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,23 +24,23 @@ Random = Annotated[
     bool,
     Option(
         "--random",
-        help="Random weights in the checkpoint's shape: nothing is downloaded, and they cost what trained ones cost.",
+        help="Random weights in the checkpoint's shape, which cost what trained ones cost: nothing is downloaded.",
     ),
 ]
 Versus = Annotated[
     str | None,
     Option(
         "--vs",
-        metavar="plain|raster",
-        help="Also measure, taking turns, the plain twin that specifies the sampler, or the same transformer drawing "
-        "token by token in raster order; both with a comma between.",
+        metavar="naive|raster",
+        help="Also benchmark, interleaved, the naive reference sampler, or the same transformer sampling token by "
+        "token in raster order; both separated by a comma.",
     ),
 ]
-Batch = Annotated[
-    int, Option("--batch-size", min=1, help="Images at a time on a GPU in 16 bits; elsewhere always one.")
+Batch = Annotated[int, Option("--batch-size", min=1, help="Batch size for 16-bit GPU sampling; always 1 elsewhere.")]
+Rounds = Annotated[int, Option("--rounds", min=1, help="Measurements of each sampler, after a warm-up.")]
+Chart = Annotated[
+    Path | None, Option("--out", "-o", metavar="FILE", help="Also write a chart of where the time goes, .png.")
 ]
-Rounds = Annotated[int, Option("--rounds", min=1, help="How often each is measured, after a warm-up.")]
-Chart = Annotated[Path | None, Option("--out", "-o", metavar="FILE", help="Also a chart of where the time goes, .png.")]
 
 
 @options.expand
@@ -60,9 +59,9 @@ def bench(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure what an image costs here: time, memory, operations, stage by stage, beside other ways to make one.
+    """Benchmark sampling on this machine: time, memory and operations of each stage, beside other samplers.
 
-    Settings are those for metrics, classes take turns. Times are until the pixels are there; PNGs come on top.
+    Settings are those of the metrics preset, of classes in turn. Times end with the pixels; encoding PNGs comes on top.
     """
     from varcli.acceleration.devices import pick_device
     from varcli.benchmarking.results import BenchPlan, run_benchmark
@@ -96,8 +95,11 @@ def bench(
 def _others(vs: str | None) -> list[str]:
     """Return what to compare with, each once."""
     given = [name.strip() for name in vs.split(",")] if vs is not None else []
-    if set(given) - {"plain", "raster"}:
-        raise UsageError(f"vs: {vs}; plain, raster, or plain,raster")
+    if "plain" in given:
+        note("--vs plain is now --vs naive; the old name goes in the next version")
+        given = ["naive" if name == "plain" else name for name in given]
+    if set(given) - {"naive", "raster"}:
+        raise UsageError(f"--vs must be naive, raster, or naive,raster (got {vs})")
     return list(dict.fromkeys(given))
 
 
@@ -127,7 +129,7 @@ def _report(found: "Benchmark") -> None:
     """Print a table of what an image costs in all, and one of what its stages take; a column a sampler."""
     names = [each.sampler for each in found.samplers]
     table(("", *names), [_filled(row, 1 + len(names)) for row in _totals(found)])
-    table(("milliseconds an image", *names, "GFLOP", "of matmul"), _stages(found.samplers))
+    table(("milliseconds per image", *names, "GFLOP", "of matmul"), _stages(found.samplers))
 
 
 def _totals(found: "Benchmark") -> list[list[str]]:
@@ -136,13 +138,13 @@ def _totals(found: "Benchmark") -> list[list[str]]:
     return [
         ["machine", found.hardware],
         ["precision", *(one.precision for one in each)],
-        ["images at a time", *(str(one.batch_size) for one in each)],
+        ["batch size", *(str(one.batch_size) for one in each)],
         ["CUDA graphs", *("yes" if one.recorded else "no" for one in each)],
-        ["seconds an image", *(digits(one.seconds_per_image) for one in each)],
+        ["seconds per image", *(digits(one.seconds_per_image) for one in each)],
         ["times varcli's", *(digits(one.times_varcli) for one in each)],
-        ["images a second, one batch alone", *(digits(one.images_per_second) for one in each)],
+        ["images per second, one batch alone", *(digits(one.images_per_second) for one in each)],
         *([f"latency {name}, s", *(digits(one.latency[name]) for one in each)] for name in each[0].latency),
-        ["GFLOP an image", *(digits(one.operations / 1e9) for one in each)],
+        ["GFLOP per image", *(digits(one.operations / 1e9) for one in each)],
         ["matmul here, GFLOP/s", *(digits(one.matmul_rate / 1e9) for one in each)],
         ["of matmul", *(f"{one.matmul_fraction:.1%}" for one in each)],
         ["peak memory, GB", memory],

@@ -17,7 +17,7 @@ checkpoints_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="List, get, convert and check models.",
+    help="List, download, convert and verify models.",
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `var checkpoints list`.")]
@@ -38,7 +38,7 @@ Markdown = Annotated[bool, typer.Option("--markdown", hidden=True, help="The tab
 
 @checkpoints_app.command("list")
 def list_all(as_json: options.Json = False, markdown: Markdown = False) -> None:
-    """List the checkpoints known by name, with published figures and whether they are on this machine."""
+    """List checkpoints by name, with published figures and whether they are on this machine."""
     entries = known.registry().values()
     if markdown:
         result(known.markdown_table().rstrip())
@@ -52,11 +52,11 @@ def list_all(as_json: options.Json = False, markdown: Markdown = False) -> None:
 
 @checkpoints_app.command()
 def show(checkpoint: NameOrFile, as_json: options.Json = False) -> None:
-    """Show what is known of a checkpoint: figures and source, configuration, class count, hashes, training run."""
+    """Show a checkpoint's figures and source, configuration, class count, hashes, training run."""
     entry = known.registry().get(checkpoint)
     facts = registered_facts(entry) if entry else {}
     if not entry or entry.path.exists():
-        from varcli.checkpoints.verification import describe
+        from varcli.checkpoints.store import describe
 
         facts |= describe(known.local_checkpoint(checkpoint))
     if as_json:
@@ -76,7 +76,7 @@ def download(name: Name) -> None:
 
 @checkpoints_app.command()
 def convert(files: Released, out: Converted, sides: Sides = None) -> None:
-    """Turn released .pth files into one file for `--checkpoint`; nothing in them is ever run."""
+    """Convert released .pth files to one file for `--checkpoint`; no code in them is run."""
     from varcli.checkpoints import conversion
 
     conversion.convert(files, out, None if sides is None else options.parse_numbers("--sides", sides))
@@ -85,13 +85,13 @@ def convert(files: Released, out: Converted, sides: Sides = None) -> None:
 
 @checkpoints_app.command()
 def verify(checkpoint: NameOrFile) -> None:
-    """Check that a checkpoint is whole: its hashes, that every value is finite, that the tokenizer belongs to it."""
-    from varcli.checkpoints import verification
+    """Verify a checkpoint: its hashes, that every value is finite, that the tokenizer belongs to it."""
+    from varcli.checkpoints import store
 
     entry = known.registry().get(checkpoint)
     path = known.local_checkpoint(checkpoint)
-    hashes = verification.verify(path, entry.file_sha256 if entry else None)
-    result(f"{checkpoint}: well, sha256 {hashes['sha256']}")
+    hashes = store.verify(path, entry.file_sha256 if entry else None)
+    result(f"{checkpoint}: ok, sha256 {hashes['sha256']}")
 
 
 def registered_facts(entry: known.Entry) -> dict[str, Any]:

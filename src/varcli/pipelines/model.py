@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from varcli import __version__
-from varcli.acceleration.devices import pick_device, pick_dtype, precision_reason, prepare
+from varcli.acceleration.devices import pick_device, pick_dtype, precision_reason
+from varcli.acceleration.dispatch import prepare
 from varcli.checkpoints.registry import presets, registry, resolve_checkpoint
 from varcli.checkpoints.store import Checkpoint, load_model, load_tokenizer, read_config, read_metadata
 from varcli.classes import ClassEntry, ClassTable, imagenet, parse_classes

@@ -130,7 +130,7 @@ class BatchSampler:
         batch_size: int | None = None,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Take models made ready by `devices.place`.
+        """Take models that `dispatch.prepare` made ready.
 
         Args:
             tokenizer: turns tokens into pixels.

@@ -137,7 +137,7 @@ class Editor:
     def __init__(
         self, tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, rule: EditConfig | None = None
     ) -> None:
-        """Take models made ready by `devices.place`."""
+        """Take models that `dispatch.prepare` made ready."""
         self.tokenizer, self.transformer, self.config = tokenizer, transformer, config
         self.rule = rule or EditConfig()
 

@@ -1,6 +1,6 @@
 """The sampler once more, plain: one image, no cache, nothing clever. It is the specification.
 
-`sampling/sampler` must draw the same tokens, which the tests check; `var bench --vs plain` measures how much
+`sampling/sampler` must draw the same tokens, which the tests check; `var bench --vs naive` measures how much
 faster it does.
 
 Shapes: l tokens of one scale, D width, C codebook channels, V codebook rows, K candidates of a draw, s the side

@@ -11,11 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from varcli.acceleration.cpu_blocks import CpuBlock, GrowingCache, for_cpu
-from varcli.acceleration.cuda_blocks import ScaleCache, for_gpu
+from varcli.acceleration.cuda_blocks import FusedBlocks, ScaleCache, for_gpu
 from varcli.acceleration.devices import block_weight
-from varcli.acceleration.fused_blocks import FusedBlocks
-from varcli.acceleration.triton_selection import gpu_block
+from varcli.acceleration.dispatch import gpu_block
+from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu
 from varcli.config import SampleConfig, progress_ratio, spans
 from varcli.models.transformer import KeyValueCache, Transformer, normalize
 
@@ -53,7 +52,7 @@ class ScaleModel:
         """Take what a batch is made with and of.
 
         Args:
-            transformer: made ready by `devices.place`.
+            transformer: that `dispatch.prepare` made ready.
             rows: of the class table; given as a tensor on the model's device nothing here waits for the host.
             config: guidance.
             sides: of the scales that there is room for in the cache, the last of which it may leave out; None means

@@ -1,9 +1,9 @@
-"""Group normalization and SiLU of the decoder in one go, as Triton kernels: x is read twice, the result written once.
+"""What lies between the products of a block, as two Triton kernels: each reads and writes everything once.
 
-`models.layers.NormSilu` is the specification. Torch's operations read and write nearly twice as much, and before torch
-2.15 three times, since they bring each map into another order and back.
+Torch's operations, three and six of them, are the specification: `models.fused.advanced` and
+`models.fused_gpu.normalized`.
 
-Shapes: B images, C channels, H and W rows and columns.
+Shapes: B rows of the batch, l tokens of this call, L tokens of all scales so far, D width, h heads of c = 64 channels.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +12,131 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+
+from varcli.acceleration.cuda_blocks import GpuBlock
+
+
+@triton.jit(do_not_specialize=["length"])  # one for all scales
+def _advance(
+    x: tl.tensor,
+    out: tl.tensor,
+    h: tl.tensor,
+    gamma: tl.tensor,
+    factor: tl.tensor,
+    shift: tl.tensor,
+    length: int,
+    vector_stride: int,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    adds: tl.constexpr,
+) -> None:
+    """One program a token: x += h·γ where it `adds`, out = LN(x)·factor + shift."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = column < width
+    vector = token // length * vector_stride + column
+    place = token * width + column
+    value = tl.load(x + place, mask=inside, other=0.0)
+    multiplied = tl.load(factor + vector, mask=inside, other=0.0)  # asked for before the sums have to be waited for
+    moved = tl.load(shift + vector, mask=inside, other=0.0)
+    if adds:
+        added = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
+        value += added * tl.load(gamma + vector, mask=inside, other=0.0)
+        tl.store(x + place, value, mask=inside)
+    centred = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
+    normal = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + 1e-6)
+    tl.store(out + place, (normal * multiplied + moved).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _normalize(
+    qkv: tl.tensor,
+    temperature: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    length: int,
+    row_stride: int,
+    head_stride: int,
+    heads: tl.constexpr,
+    block: tl.constexpr,
+    channels: tl.constexpr,
+) -> None:
+    """One program a token: unit queries times their temperature stay, unit keys and the values go into the cache."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, block)[:, None]
+    channel = tl.arange(0, channels)[None, :]
+    inside = (head < heads) & (channel < channels)
+    at = token * (3 * heads * channels) + head * channels + channel
+    q = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(qkv + at + heads * channels, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(qkv + at + 2 * heads * channels, mask=inside, other=0.0)
+    q_length = tl.maximum(tl.sqrt(tl.sum(q * q, axis=1)), 1e-12)[:, None]
+    k_length = tl.maximum(tl.sqrt(tl.sum(k * k, axis=1)), 1e-12)[:, None]
+    q *= tl.load(temperature + head, mask=head < heads, other=0.0) / q_length
+    tl.store(qkv + at, q.to(qkv.dtype.element_ty), mask=inside)
+    to = token // length * row_stride + head * head_stride + token % length * channels + channel
+    tl.store(keys + to, (k / k_length).to(keys.dtype.element_ty), mask=inside)
+    tl.store(values + to, v, mask=inside)
+
+
+def advanced(
+    x_BlD: Tensor, branch: tuple[Tensor, Tensor] | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return what `models.fused.advanced` does, (B, l, D), and change x as it does."""
+    assert x_BlD.is_contiguous(), "kernels count tokens one after the other"
+    rows, length, width = x_BlD.shape
+    out_BlD = torch.empty_like(x_BlD, dtype=dtype)
+    h_BlD, gamma_B1D = branch or (out_BlD, factor_B1D)  # without a branch the kernel looks at neither
+    assert h_BlD.is_contiguous()
+    with device_of(x_BlD):
+        _advance[(rows * length,)](
+            x_BlD,
+            out_BlD,
+            h_BlD,
+            gamma_B1D,
+            factor_B1D,
+            shift_B1D,
+            length,
+            factor_B1D.stride(0),
+            width,
+            triton.next_power_of_2(width),
+            branch is not None,
+            enable_fp_fusion=True,
+        )
+    return out_BlD
+
+
+def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc: Tensor) -> Tensor:
+    """Return queries as `models.fused_gpu.normalized` does, (B, h, l, c), and put keys and values where it does."""
+    assert qkv_Bl3hc.is_contiguous(), "kernels count tokens one after the other"
+    rows, length, _, heads, channels = qkv_Bl3hc.shape
+    assert k_Bhlc.stride() == v_Bhlc.stride() and k_Bhlc.stride()[2:] == (channels, 1), "of one cache"
+    with device_of(qkv_Bl3hc):
+        _normalize[(rows * length,)](
+            qkv_Bl3hc,
+            temperature_h1,
+            k_Bhlc,
+            v_Bhlc,
+            length,
+            k_Bhlc.stride(0),
+            k_Bhlc.stride(1),
+            heads,
+            triton.next_power_of_2(heads),
+            channels,
+            enable_fp_fusion=True,
+        )
+    return qkv_Bl3hc[:, :, 0].transpose(1, 2)
+
+
+class KernelBlock(GpuBlock):
+    """One block's two branches, with these kernels between their products."""
+
+    advance = staticmethod(advanced)
+    normalize = staticmethod(normalized)
+
+
+# --- normalization with SiLU -----------------------------------------------------------------------
+
 
 PARTS = 512
 """Into how many parts the positions of an image are divided, at most, so that a single one keeps a GPU busy."""

@@ -1,0 +1,130 @@
+"""The one place that chooses the fast path: `prepare` makes plain models fast for a device.
+
+Triton kernels are used where they work, and torch's operations elsewhere. Triton comes with torch wherever CUDA does on
+Linux; it needs a compiler, a driver and a GPU that is not too old, and nobody can try all combinations. So each kernel
+is tried on the spot, once per process.
+
+Shapes: B images or batch entries, l tokens, L tokens of all scales, D width, h heads of c channels, C channels, H and W
+rows and columns.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from varcli.acceleration.cuda_blocks import GpuBlock
+from varcli.acceleration.devices import DTYPES, check_int8, keep_freed_memory, out_of_memory, pick_dtype
+from varcli.acceleration.int8 import quantize
+from varcli.acceleration.onednn import pack
+from varcli.config import HEAD_WIDTH
+from varcli.errors import RunError
+from varcli.models.autoencoder import NormSilu, Upsample
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
+
+NormKernel = Callable[[nn.GroupNorm, Tensor], Tensor]
+
+
+def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, precision: str) -> None:
+    """Make both models ready for sampling: evaluation mode, device, precision by name, memory layout.
+
+    In 16 bits only what takes the time is: the blocks' linear maps and the decoder. The residual
+    stream, the token embeddings, the logits and the draws stay in float32.
+
+    With "int8" the linear maps take that, and everything else what "auto" takes here.
+
+    Once done, the models stay where they are: layouts of a processor can neither be changed nor copied.
+
+    Raises:
+        RunError: the device's memory cannot hold the models.
+        UsageError: the device does not compute with int8.
+    """
+    dtype = DTYPES[pick_dtype("auto", device) if precision == "int8" else precision]
+    if precision == "int8":
+        check_int8(device)
+        quantize(transformer, device, dtype)
+    linear = [layer for layer in transformer.blocks.modules() if isinstance(layer, nn.Linear)]
+    decoding = (tokenizer.post_quant_conv, tokenizer.decoder)
+    try:
+        for part in (*linear, *decoding):
+            part.to(dtype)  # before the move, which then takes half the memory
+        tokenizer.to(device).eval()
+        transformer.to(device).eval()
+        for part in decoding:
+            part.to(memory_format=torch.channels_last)
+        fuse = device.type == "cuda" and dtype != torch.float32
+        for part in tokenizer.decoder.modules():
+            if isinstance(part, NormSilu):
+                part.kernel = norm_kernel(device, dtype) if fuse else None
+            elif isinstance(part, Upsample) and device.type == "cpu":
+                part.split()
+        if device.type == "cuda":
+            settle_cuda()
+        elif device.type == "cpu":
+            pack(transformer)
+            keep_freed_memory()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(
+            f"memory: {device} cannot hold the model; a smaller one, --dtype bf16 or --device cpu"
+        ) from error
+
+
+def settle_cuda() -> None:
+    """Decide what torch decides otherwise from one version to the next: images and speed depend on it."""
+    torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 shall be one
+    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention here, and plans each shape for long
+
+
+@cache
+def gpu_block(device: torch.device, dtype: torch.dtype) -> type[GpuBlock]:
+    """Return the block with Triton's kernels between its products if they work, else the one without."""
+    try:
+        from varcli.acceleration.triton_kernels import KernelBlock
+
+        agree = _close(_between_products(GpuBlock, device, dtype), _between_products(KernelBlock, device, dtype))
+    except Exception:  # Triton has many ways to say what it lacks
+        return GpuBlock
+    return KernelBlock if agree else GpuBlock
+
+
+@cache
+def norm_kernel(device: torch.device, dtype: torch.dtype) -> NormKernel | None:
+    """Return Triton's kernels for `NormSilu` if they work, else None."""
+    norm = NormSilu(96).to(device, dtype)
+    for parameter, end in zip(norm.parameters(), (5.0, 7.0), strict=True):
+        parameter.data = torch.linspace(1, end, 96, device=device).cos_().to(dtype)
+    x_BHWC = torch.linspace(-3, 5, 2 * 19 * 13 * 96, device=device).sin_().to(dtype).view(2, 19, 13, 96)
+    x_BCHW = x_BHWC.permute(0, 3, 1, 2)
+    try:
+        from varcli.acceleration.triton_kernels import norm_silu
+
+        with torch.no_grad():
+            return norm_silu if _close([norm_silu(norm, x_BCHW)], [norm(x_BCHW)]) else None
+    except Exception:  # as above
+        return None
+
+
+def _between_products(kind: type[GpuBlock], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Return all that a kind of block computes between its products: of 2 rows, 5 tokens and 3 heads."""
+    width = 3 * HEAD_WIDTH
+    x_BlD = torch.linspace(-2, 3, 2 * 5 * width, device=device).sin_().view(2, 5, width)
+    ada_B13D = torch.linspace(0, 9, 2 * 3 * width, device=device).cos_().view(2, 1, 3, width)
+    gamma, factor, shift = ada_B13D.unbind(2)
+    h_BlD = x_BlD.square().to(dtype)
+    before_BlD = kind.advance(x_BlD, None, factor, shift, dtype)
+    after_BlD = kind.advance(x_BlD, (h_BlD, gamma), shift, factor, dtype)
+    qkv_Bl3D = torch.linspace(1, 50, 2 * 5 * 3 * width, device=device).sin_().to(dtype).view(2, 5, 3, width)
+    kv_2BhLc = torch.zeros(2, 2, 3, 7, HEAD_WIDTH, device=device, dtype=dtype)
+    temperature_h1 = torch.arange(1.0, 4.0, device=device)[:, None]
+    q_Bhlc = kind.normalize(qkv_Bl3D.unflatten(3, (3, HEAD_WIDTH)), temperature_h1, *kv_2BhLc[:, :, :, 2:])
+    return [x_BlD, before_BlD, after_BlD, q_Bhlc, kv_2BhLc]
+
+
+def _close(these: list[Tensor], those: list[Tensor]) -> bool:
+    """Return whether tensors differ by rounding to 16 bits at most."""
+    pairs = zip(these, those, strict=True)
+    return all(torch.allclose(one.float(), other.float(), rtol=0.02, atol=0.02) for one, other in pairs)
