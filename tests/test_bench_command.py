@@ -42,11 +42,11 @@ def test_tables_in_a_pipe(bench):
     assert all(float(cell) > 0 for cell in named["seconds per image"])
     assert named["times varcli's"][0] == "1"
     assert {
-        "images a second, one batch alone",
+        "images per second, one batch alone",
         "latency p50, s",
         "latency p90, s",
         "latency p99, s",
-        "GFLOP an image",
+        "GFLOP per image",
     } <= named.keys()
     assert [row[0] for row in rows[-7:]] == [
         *(f"transformer {part}" for part in ("1 × 1", "2 × 2", "4 × 4", "16 tokens")),
