@@ -12,7 +12,7 @@ from varcli.acceleration.cuda_graphs import GraphRunner
 from varcli.config import APPROXIMATIONS, SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import approximations, scale_model
+from varcli.sampling import approximations, sampler, scale_model
 from varcli.sampling.approximations import ApproximateScaleModel, pivotal, resized_map
 from varcli.sampling.sampler import generate
 from varcli.sampling.scale_model import ScaleModel
@@ -52,7 +52,7 @@ def tokens_of(models, config, rows=(0, 3), seeds=(5, 6), **options):
 
 
 def test_nothing_is_approximated_unless_asked_for(small, monkeypatch):
-    monkeypatch.setattr("varcli.sampling.sampler.ApproximateScaleModel", None)
+    monkeypatch.setattr(sampler, "ApproximateScaleModel", None)
     assert len(tokens_of(small, SampleConfig())) == len(SIDES)
 
 

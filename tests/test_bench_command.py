@@ -10,6 +10,7 @@ from support import small
 from varcli import cli
 from varcli.benchmarking import timing
 from varcli.checkpoints import random_init
+from varcli.commands import bench as bench_command
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_a_chart(bench, tmp_path):
 def test_the_chart_is_there_before_the_tables(bench, tmp_path, monkeypatch):
     """Whoever reads them may stop reading, which ends the command."""
     found = []
-    monkeypatch.setattr("varcli.commands.bench.table", lambda *rows: found.append((tmp_path / "chart.png").exists()))
+    monkeypatch.setattr(bench_command, "table", lambda *rows: found.append((tmp_path / "chart.png").exists()))
     bench("--out", "chart.png")
     assert found == [True, True]
 
@@ -142,11 +143,15 @@ MISTAKES = [
         r"--approximate takes some of guidance, tokens, cache, .* \(got magic\)",
     ),
     (["--quantize", "int8", "--dtype", "bf16"], 2, "--quantize int8 sets the precision, .*"),
-    (["--device", "gpu"], 2, r"device: gpu; auto, cpu, cuda, cuda:1 or mps"),
+    (["--device", "gpu"], 2, r"--device must be auto, cpu, cuda, cuda:1 or mps .got gpu."),
     (["-o", "chart.jpg"], 2, r"--out must be a name ending in \.png \(got chart\.jpg\)"),
     (["-o", "nowhere/chart.png"], 5, r"output: nowhere/chart\.png cannot be written; there is no folder nowhere"),
-    (["-m", "absent.safetensors"], 4, r"checkpoint: absent\.safetensors; no such file, and the names are .*"),
-    (["-m", "var-d17", "--random"], 4, r"checkpoint: var-d17; no such file, and the names are .*"),
+    (
+        ["-m", "absent.safetensors"],
+        4,
+        r"there is no checkpoint absent\.safetensors: neither a file nor .*",
+    ),
+    (["-m", "var-d17", "--random"], 4, r"there is no checkpoint var-d17: neither a file nor one of the names .*"),
 ]
 
 

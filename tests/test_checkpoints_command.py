@@ -183,10 +183,10 @@ def assert_refused(answer, code, line):
 @pytest.mark.parametrize(
     "case",
     [
-        (["show", "var-d17"], 4, "no such file, and the names are var-d1"),
+        (["show", "var-d17"], 4, "neither a file nor one of the names var-d1"),
         (["show", __file__], 4, "cannot be read"),
-        (["verify", "var-d16"], 4, "not here yet: var checkpoints download var-d16"),
-        (["verify", "nothing.safetensors"], 4, "no such file"),
+        (["verify", "var-d16"], 4, "is not on this machine yet: var checkpoints download var-d16"),
+        (["verify", "nothing.safetensors"], 4, "neither a file nor one of the names"),
         (["download", "var-d99"], 4, "the names are tiny64, var-d16"),
         (["convert", "a.pth", "b.pth"], 2, "Missing option '--out'"),
         (
@@ -194,12 +194,12 @@ def assert_refused(answer, code, line):
             2,
             "whole numbers separated by commas",
         ),
-        (["convert", "a.pth", "b.pth", "--out", "c"], 4, "a.pth; cannot be read: No such file"),
+        (["convert", "a.pth", "b.pth", "--out", "c"], 4, "a.pth cannot be read: No such file"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c", "--sides", "2,1"], 2, "sides must begin with 1 and grow"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c", "--sides", "1,2"], 2, "make 5 tokens"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c"], 3, "give the sides with --sides"),
         (["convert", "{vae}", "{vae}", "--out", "{tmp}/c"], 4, "transformer: none in"),
-        (["convert", "{vae}", "{var}", "--out", "{tmp}/no/c", "--sides", SIDES], 5, "cannot write"),
+        (["convert", "{vae}", "{var}", "--out", "{tmp}/no/c", "--sides", SIDES], 5, "cannot be written"),
     ],
 )
 def test_one_line_and_the_right_exit_code(var, released, tmp_path, case):

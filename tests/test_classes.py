@@ -68,8 +68,8 @@ def test_name_with_a_comma_is_no_list():
     ("spec", "table", "kind", "words"),
     [
         ("20-10", imagenet(), UsageError, "20-10"),
-        ("", imagenet(), UsageError, "empty"),
-        ("1,,2", imagenet(), UsageError, "empty"),
+        ("", imagenet(), UsageError, "got nothing"),
+        ("1,,2", imagenet(), UsageError, "got nothing"),
         ("1000", imagenet(), InputError, "knows 0 to 999"),
         ("990-1001", imagenet(), InputError, "1000"),
         ("-3", imagenet(), InputError, "-3"),
@@ -94,7 +94,7 @@ def test_name_with_a_comma_is_no_list():
     ],
 )
 def test_spec_refused(spec, table, kind, words):
-    with pytest.raises(kind, match="class") as caught:
+    with pytest.raises(kind, match=r"class|checkpoint does not know") as caught:
         parse_classes([spec], table, hint="var-d16 has all")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -139,7 +139,7 @@ def test_table_knows_rows():
     assert FEW.by_id(951).name == "lemon"
     assert 207 in FEW
     assert 2 not in FEW
-    with pytest.raises(InputError, match="class: 2"):
+    with pytest.raises(InputError, match="no class 2"):
         FEW.label(2)
 
 

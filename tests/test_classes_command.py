@@ -40,7 +40,7 @@ def test_a_released_checkpoint_need_not_be_here(capsys):
 def test_nothing_found(model, capsys):
     assert cli.run(["classes", "zeppelin", "-m", model]) == 3
     assert capsys.readouterr().err == (
-        "var: error: class: zeppelin; no name has these words, fewer or shorter ones find more\n"
+        "var: error: no class name has the words zeppelin; fewer or shorter words find more\n"
     )
 
 
@@ -50,4 +50,4 @@ def test_a_tokenizer_has_no_classes(tmp_path, capsys, model):
     path = tmp_path / "tokenizer.safetensors"
     save_tokenizer(path, load_tokenizer(model), {})
     assert cli.run(["classes", "-m", str(path)]) == 4
-    assert "a tokenizer has no classes" in capsys.readouterr().err
+    assert "is a tokenizer and has no classes" in capsys.readouterr().err

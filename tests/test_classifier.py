@@ -9,6 +9,7 @@ from torch import nn
 
 from varcli.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import CheckpointError, UsageError
+from varcli.evaluation import classifier as classifier_module
 from varcli.evaluation.classifier import Classifier
 
 TABLE = ClassTable(tuple(imagenet().by_id(i) for i in (1, 207, 951)))
@@ -55,23 +56,23 @@ def test_a_classifier_of_all_imagenet_is_asked_by_index(tmp_path):
 def test_a_class_imagenet_does_not_know_by_that_index(tmp_path):
     own = ClassTable((ClassEntry(207, "mine", "my cat"), ClassEntry(208, "yours", "your cat")))
     classifier = Classifier(scripted(tmp_path / "all.pt", Brightness(1000)), own, CPU)
-    with pytest.raises(CheckpointError, match="knows 1000 classes, not the checkpoint's 2"):
+    with pytest.raises(CheckpointError, match="knows 1000 classes, but the checkpoint has 2"):
         classifier.confidence(reds(51), [0])
 
 
 def test_no_such_model():
-    with pytest.raises(UsageError, match=r"^classifier: resnet9000; a model of torchvision such as resnet101"):
+    with pytest.raises(UsageError, match=r"^--classifier must be a torchvision model, .* \(got resnet9000\)"):
         Classifier("resnet9000", TABLE, CPU)
 
 
 def test_no_torchscript(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(CheckpointError, match="is no TorchScript file"):
+    with pytest.raises(CheckpointError, match="is not a TorchScript file"):
         Classifier(str(tmp_path / "text.pt"), TABLE, CPU)
 
 
 def test_no_logits(tmp_path):
-    with pytest.raises(CheckpointError, match="gives no logits"):
+    with pytest.raises(CheckpointError, match="must turn images"):
         Classifier(scripted(tmp_path / "same.pt", nn.Identity()), TABLE, CPU).confidence(reds(1), [0])
 
 
@@ -82,7 +83,7 @@ def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(CheckpointError, match=f"put https://.*resnet101-.*pth to {tmp_path}/checkpoints/resnet101-"):
+    with pytest.raises(CheckpointError, match=f"put https://.*resnet101-.*pth at {tmp_path}/checkpoints/resnet101-"):
         Classifier("resnet101", TABLE, CPU)
 
 
@@ -93,7 +94,7 @@ def test_weights_with_another_hash_are_not_used(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     state = squeezenet1_1(weights=None).state_dict()
     torch.save(state, tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
-    with pytest.raises(CheckpointError, match="is damaged; delete it"):
+    with pytest.raises(CheckpointError, match="are damaged; delete the file"):
         Classifier("squeezenet1_1", TABLE, CPU)
 
 
@@ -104,7 +105,7 @@ def test_torchvisions_models_see_what_they_were_trained_on(tmp_path, monkeypatch
     torch.manual_seed(0)
     plain = squeezenet1_1(weights=None).eval()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr("varcli.evaluation.classifier.file_sha256", lambda path: "b8a52dc0")
+    monkeypatch.setattr(classifier_module, "file_sha256", lambda path: "b8a52dc0")
     (tmp_path / "checkpoints").mkdir()
     torch.save(plain.state_dict(), tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
     pixels = np.random.RandomState(0).randint(0, 256, (2, 64, 64, 3)).astype(np.uint8)

@@ -96,13 +96,21 @@ def test_version(capsys):
         (["sample", "-c", "1", "--preset", "best"], 2, "'best' is not one of 'metrics', 'looks'."),
         (["sample", "-c", "1", "--dtype", "int8"], 2, "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'."),
         (["sample", "-c", "1", "--top-k", "-3"], 2, "--top-k must be 0 (off) or more (got -3)"),
-        (["sample", "-c", "1", "--device", "tpu"], 2, "device: tpu; auto, cpu, cuda, cuda:1 or mps"),
-        (["sample", "-c", "20-10"], 2, "class range: 20-10; the smaller index first, 10-20"),
-        (["sample", "-c", "golden retreiver"], 3, "class: golden retreiver; close to it: 207 golden retriever"),
-        (["sample", "-c", "5000"], 3, "class: 5000; this checkpoint knows 5 classes between 1 and 985"),
-        (["sample", "-c", "1", "-m", "tiny46"], 4, "checkpoint: tiny46; no such file, and the names are tiny64"),
-        (["sample", "-c", "1", "-m", "{foreign}"], 4, "checkpoint: {foreign}; cannot be read: "),
-        (["sample", "-c", "1", "-m", "{truncated}"], 4, "checkpoint: {truncated}; cannot be read: "),
+        (["sample", "-c", "1", "--device", "tpu"], 2, "--device must be auto, cpu, cuda, cuda:1 or mps (got tpu)"),
+        (["sample", "-c", "20-10"], 2, "a range of classes begins with the smaller index: 10-20 (got 20-10)"),
+        (
+            ["sample", "-c", "golden retreiver"],
+            3,
+            "called golden retreiver; close to it: 207 golden retriever",
+        ),
+        (["sample", "-c", "5000"], 3, "there is no class 5000: this checkpoint knows 5 classes between 1 and 985"),
+        (
+            ["sample", "-c", "1", "-m", "tiny46"],
+            4,
+            "no checkpoint tiny46: neither a file nor one of the names tiny64",
+        ),
+        (["sample", "-c", "1", "-m", "{foreign}"], 4, "the checkpoint {foreign} cannot be read: "),
+        (["sample", "-c", "1", "-m", "{truncated}"], 4, "the checkpoint {truncated} cannot be read: "),
         (
             ["sample", "-c", "1", "-o", "{foreign}"],
             2,
@@ -116,8 +124,8 @@ def test_version(capsys):
         (["sample", "-c", "1", "-o", "{foreign}/x.png"], 5, "output: {foreign}/x.png cannot be written; "),
         (["report", "{foreign}"], 3, "evaluation result {foreign} is not JSON at line 1"),
         (["report", "{foreign}", "-o", "report.pdf"], 2, "--out must end in .html or .md (got report.pdf)"),
-        (["show", "{foreign}"], 3, "image: {foreign}; a PNG written by var sample"),
-        (["classes", "zeppelin"], 3, "class: zeppelin; no name has these words"),
+        (["show", "{foreign}"], 3, "{foreign} is not an image: give a PNG that var sample wrote"),
+        (["classes", "zeppelin"], 3, "no class name has the words zeppelin"),
     ],
     ids=lambda mistake: " ".join(mistake[0]),
 )
@@ -214,7 +222,7 @@ def test_any_encoding_will_do(encoding, tmp_path):
     with var("show", "日本.png", stdout=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
         out, err = process.communicate()
         assert (process.returncode, out) == (3, "")
-        assert err.startswith("var: error: image: \\u65e5\\u672c.png") and err.count("\n") == 1
+        assert err.startswith("var: error: the image \\u65e5\\u672c.png cannot be read") and err.count("\n") == 1
     with var("sample", "--help", stdout=subprocess.PIPE, env=environment, encoding=encoding) as process:
         out, err = process.communicate()
         assert (process.returncode, err) == (0, "") and "--class" in out

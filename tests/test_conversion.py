@@ -164,7 +164,7 @@ def test_nothing_is_run_from_a_pickle(released, tmp_path, zipped):
     path = tmp_path / "evil.pth"
     state = {"quantize.embedding.weight": torch.zeros(2, 2), "x": Malicious(tmp_path / "made")}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"evil\.pth; refused: it would run .*mkdir") as caught:
+    with pytest.raises(CheckpointError, match=r"evil\.pth was refused: it would run .*mkdir") as caught:
         convert([path, released[1]], tmp_path / "out.safetensors")
     assert "\n" not in str(caught.value)
     path.write_bytes(pickle.dumps(Malicious(tmp_path / "made")))
@@ -177,7 +177,7 @@ def test_nothing_is_run_from_a_pickle(released, tmp_path, zipped):
 def test_foreign_file(released, tmp_path, content):
     path = tmp_path / "foreign.pth"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"foreign\.pth; refused: damaged, or not plain tensors") as caught:
+    with pytest.raises(CheckpointError, match=r"foreign\.pth was refused: damaged, or not plain tensors") as caught:
         convert([path, released[1]], tmp_path / "out.safetensors")
     assert "\n" not in str(caught.value)
 

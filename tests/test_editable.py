@@ -174,15 +174,15 @@ def animation(kind):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (b"a shopping list", "image: it; no image, or of a kind not known"),
-        (b"", "image: it; no image"),
-        (content(MODES["RGB"])[:200], "image: it cannot be read; "),
-        (deep_content(DEEP)[:400], "image: it cannot be read; "),
-        (content(MODES["RGB"], "JPEG")[:-90], "image: it cannot be read; "),
-        (animation("GIF"), "image: it has 2 frames; one image"),
-        (animation("PNG"), "image: it has 2 frames"),
-        (animation("TIFF"), "image: it has 2 frames"),
-        (content(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "image: it has floating-point pixels"),
+        (b"a shopping list", "it is not an image of a known format"),
+        (b"", "it is not an image"),
+        (content(MODES["RGB"])[:200], "the image it cannot be read: "),
+        (deep_content(DEEP)[:400], "the image it cannot be read: "),
+        (content(MODES["RGB"], "JPEG")[:-90], "the image it cannot be read: "),
+        (animation("GIF"), "the image it has 2 frames: give a single one"),
+        (animation("PNG"), "the image it has 2 frames"),
+        (animation("TIFF"), "the image it has 2 frames"),
+        (content(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "the image it has floating-point pixels"),
     ],
 )
 def test_what_cannot_be_used(bad, message):
@@ -195,12 +195,12 @@ def test_what_cannot_be_used(bad, message):
 def test_decompression_bombs(monkeypatch, side):
     """Pillow warns of an image over its limit and refuses one over twice that; both are too large here."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
-    with pytest.raises(InputError, match=r"^image: it is too large; at most 0 million pixels"):
+    with pytest.raises(InputError, match=r"^the image it is too large: at most 0 million pixels"):
         source_image(content(Image.new("L", (side, side))), "it")
 
 
 def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"cannot be read; No such file"):
+    with pytest.raises(InputError, match=r"cannot be read: No such file"):
         read_source_image(str(tmp_path / "none.png"))
-    with pytest.raises(InputError, match=r"cannot be read; "):
+    with pytest.raises(InputError, match=r"cannot be read: "):
         read_source_image(str(tmp_path))

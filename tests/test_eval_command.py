@@ -389,7 +389,7 @@ def test_an_extractor_is_one_object(measure, tmp_path, monkeypatch):
         (["photographs", "--fid"], 2, "no reference is known for these images: give --reference, one of tiny64"),
         (["--fid"], 2, "no reference is known for these images"),
         (["nowhere", "--is"], 3, "nowhere"),
-        (["photographs", "-r", "nowhere"], 3, "reference: nowhere; no such file, and the names are"),
+        (["photographs", "-r", "nowhere"], 3, "there is no reference nowhere: neither a file nor one of the names"),
         (["photographs", "-r", "empty.npz"], 3, "empty.npz"),
         (["photographs", "-r", "photographs", "--kid"], 3, "--kid needs at least 1000 images"),
         (["odd", "--is"], 3, "--resize"),
@@ -399,7 +399,7 @@ def test_an_extractor_is_one_object(measure, tmp_path, monkeypatch):
         (
             ["--is", "-n", "10", "--best-of", "2", "--classifier", "nobody"],
             2,
-            "classifier: nobody; a model of",
+            "--classifier must be a torchvision model",
         ),
     ],
 )

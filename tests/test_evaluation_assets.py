@@ -62,7 +62,7 @@ def test_a_path_is_a_reference_too(tmp_path):
 
 
 def test_neither_name_nor_path():
-    with pytest.raises(InputError, match=r"imagenet; no such file, and the names are tiny64, imagenet-256"):
+    with pytest.raises(InputError, match=r"neither a file nor one of the names tiny64, imagenet-256"):
         find_reference("imagenet")
 
 

@@ -64,6 +64,6 @@ def test_models_in_int8_sample_and_know_their_precision():
 def test_int8_is_refused_where_sums_would_overflow(monkeypatch):
     monkeypatch.setattr(devices.torch.cpu, "_is_vnni_supported", lambda: False)
     for name in ("cpu", "mps"):
-        with pytest.raises(UsageError, match=rf"^quantize: int8 on {name}; needs CUDA or a processor with VNNI"):
+        with pytest.raises(UsageError, match=rf"^--quantize int8 needs CUDA or .* VNNI, and {name} is neither"):
             check_int8(torch.device(name))
     check_int8(torch.device("cuda"))

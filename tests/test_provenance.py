@@ -97,9 +97,9 @@ def with_text(text):
     ("content", "words"),
     [
         (None, "No such file"),
-        (b"", "PNG written by var sample"),
-        (b"text", "PNG written by var sample"),
-        (with_text(None), "does not say how it was made"),
+        (b"", "give a PNG that var sample wrote"),
+        (b"text", "give a PNG that var sample wrote"),
+        (with_text(None), "has no provenance"),
         (with_text("{"), "damaged"),
         (with_text("[1]"), "damaged"),
         (with_text('{"seed": 1}'), "another version"),

@@ -38,5 +38,5 @@ def test_weights_are_random_small_and_always_the_same(tmp_path):
 
 
 def test_what_is_no_checkpoint():
-    with pytest.raises(CheckpointError, match=r"^checkpoint: var-d17; no such file, and the names are "):
+    with pytest.raises(CheckpointError, match=r"^there is no checkpoint var-d17: neither a file nor one of the names "):
         random_models("var-d17")

@@ -96,7 +96,7 @@ GOOD = {"mu": MEAN, "sigma": COVARIANCE}
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: path, "cannot be read; No such file"),
+        (lambda path: path, "cannot be read: No such file"),
         (lambda path: path.write_bytes(b"no zip") and path, "is no .npz of statistics"),
         (lambda path: path.touch() or path, "is no .npz of statistics"),
         (lambda path: write(path, sigma=COVARIANCE), "has no mu;"),
@@ -116,7 +116,7 @@ GOOD = {"mu": MEAN, "sigma": COVARIANCE}
 )
 def test_what_is_no_reference(tmp_path, make, words):
     path = make(tmp_path / "x.npz")
-    with pytest.raises(InputError, match=r"^reference: .*x\.npz ") as caught:
+    with pytest.raises(InputError, match=r"^the reference .*x\.npz ") as caught:
         read_reference(path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -76,7 +76,7 @@ def test_presets_of_names_and_files():
 def test_names_and_files_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(registering, "cache_folder", lambda: tmp_path)
     file = tmp_path / "var-d16.safetensors"
-    with pytest.raises(CheckpointError, match="not here yet: var checkpoints download var-d16"):
+    with pytest.raises(CheckpointError, match="is not on this machine yet: var checkpoints download var-d16"):
         local_checkpoint("var-d16")
     assert registry()["var-d16"].bytes is None
     file.write_bytes(b"converted")
@@ -87,9 +87,9 @@ def test_names_and_files_are_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ("var-d17", "no such file, and the names are var-d1"),
-        ("none.safetensors", "no such file, and the names are tiny64, var-d16, var-d20, var-d24, var-d30, var-d36"),
-        (".", "no such file"),
+        ("var-d17", "neither a file nor one of the names var-d1"),
+        ("none.safetensors", "neither a file nor one of the names tiny64, var-d16, var-d20, var-d24, var-d30, var-d36"),
+        (".", "neither a file nor"),
     ],
 )
 def test_neither_name_nor_file(given, line):
@@ -99,13 +99,13 @@ def test_neither_name_nor_file(given, line):
 
 def test_pth_file_is_to_be_converted(tmp_path):
     (tmp_path / "var_d16.pth").touch()
-    with pytest.raises(CheckpointError, match="convert it first: var checkpoints convert"):
+    with pytest.raises(CheckpointError, match="must be converted first: var checkpoints convert"):
         resolve_checkpoint(str(tmp_path / "var_d16.pth"))
 
 
 def test_bundled_file_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(registering, "__file__", str(tmp_path / "registry.py"))
-    with pytest.raises(CheckpointError, match="tiny64; missing from this installation"):
+    with pytest.raises(CheckpointError, match="tiny64 is missing from this installation"):
         resolve_checkpoint("tiny64")
 
 

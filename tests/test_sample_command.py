@@ -279,7 +279,7 @@ def test_contact_sheet_and_growing_image(sample, capsys):
 @pytest.mark.parametrize(
     "mistake",
     [
-        (["-c", "tench"], 3, "class not known: 0 tench; the nearest of the 5 this checkpoint knows are 1 goldfish"),
+        (["-c", "tench"], 3, "this checkpoint does not know 0 tench; the nearest of the 5 it knows are 1 goldfish"),
         (["-c", "0"], 3, "var-d16 knows all 1000: --checkpoint var-d16"),
         (["-c", "1", "-o", "-", "--json"], 2, "--json cannot be used with --out -: stdout can carry"),
         (["-c", "1", "--resume", "--grid", "g.png"], 2, "--resume cannot be used with --grid or --growth"),
@@ -302,8 +302,12 @@ def test_contact_sheet_and_growing_image(sample, capsys):
         (["-c", "-", "--nproc", "2"], 2, "--class - needs one process"),
         (["-c", "1", "--growth", "g.gif", "--nproc", "2"], 2, "--growth needs one process"),
         (["-c", "1", "--nproc", "0"], 2, "Invalid value for '--nproc'"),
-        (["-c", "1", "--device", "cuda:99"], 2, "device: cuda:99; this machine has cpu"),
-        (["-c", "1", "-m", "no.safetensors"], 4, "checkpoint: no.safetensors; no such file, and the names are tiny64"),
+        (["-c", "1", "--device", "cuda:99"], 2, "this machine has no device cuda:99, only cpu"),
+        (
+            ["-c", "1", "-m", "no.safetensors"],
+            4,
+            "neither a file nor one of the names tiny64",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(model, monkeypatch, tmp_path, capsys, mistake):

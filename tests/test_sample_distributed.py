@@ -80,7 +80,7 @@ def test_torchrun_streams_the_same(here, capsysbinary):
 def test_a_mistake_is_one_line(here):
     code, out, err = shared("-c", "tench")
     assert (code, out, listing(here)) == (3, b"", [])
-    assert err.startswith("var: error: class not known: 0 tench; ") and err.count("\n") == 1
+    assert err.startswith("var: error: this checkpoint does not know 0 tench; ") and err.count("\n") == 1
 
 
 def rank(launcher, number):

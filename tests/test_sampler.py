@@ -212,7 +212,7 @@ def test_not_even_one_image_fits(small, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(batching, "generate", none)
-    with pytest.raises(RunError, match=r"^memory: one image does not fit; "):
+    with pytest.raises(RunError, match=r"^one image does not fit into memory; "):
         list(BatchSampler(*small, SampleConfig()).images([Wanted(0, 0)]))
 
 
@@ -260,7 +260,7 @@ def test_a_model_too_large_for_the_device_is_one_line(small, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Transformer, "to", full)
-    with pytest.raises(RunError, match=r"^memory: cpu cannot hold the model; a smaller one, "):
+    with pytest.raises(RunError, match=r"^the model does not fit into the memory of cpu; use a smaller one, "):
         prepare(*small, torch.device("cpu"), "fp32")
 
 
@@ -275,9 +275,9 @@ def test_devices():
     assert pick_dtype("bf16", torch.device("cpu")) == "bf16"
     assert pick_dtype("auto", torch.device("mps")) == "fp32"
     for absent in ("cuda:99", "cpu:1", "meta"):
-        with pytest.raises(UsageError, match=f"^device: {absent}; this machine has cpu"):
+        with pytest.raises(UsageError, match=f"^this machine has no device {absent}, only cpu"):
             pick_device(absent)
-    with pytest.raises(UsageError, match=r"^device: gpu; auto, cpu, cuda"):
+    with pytest.raises(UsageError, match=r"^--device must be auto, cpu, cuda, cuda:1 or mps \(got gpu\)"):
         pick_device("gpu")
 
 

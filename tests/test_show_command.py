@@ -69,4 +69,4 @@ def test_images_that_say_nothing(tmp_path, capsys):
     for path in (plain, text, tmp_path / "missing.png", tmp_path):
         assert cli.run(["show", str(path)]) == 3
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith(f"var: error: image: {path}") and err.count("\n") == 1
+        assert out == "" and err.startswith("var: error: ") and str(path) in err and err.count("\n") == 1

@@ -114,7 +114,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--epochs", "inf"], 2, "--epochs must be a finite number (got inf)"),
         (["--grad-accum", "3"], 2, "--grad-accum must divide the batch of 4 (got 3)"),
         (["--lpips", "1", "--lpips-weights", "nowhere"], 4, "LPIPS weights"),
-        (["--device", "cuda:9"], 2, "device: cuda:9"),
+        (["--device", "cuda:9"], 2, "no device cuda:9"),
     ],
 )
 def test_bad_options_end_in_one_line(more, code, message, data, tmp_path, capsys):

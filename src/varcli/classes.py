@@ -137,7 +137,7 @@ class ClassTable:
             InputError: no class has this id.
         """
         if class_id not in self._rows:
-            raise InputError(f"class: {class_id}; {_extent(self)}")
+            raise InputError(f"there is no class {class_id}: {_extent(self)}")
         return self._rows[class_id]
 
     def by_id(self, class_id: int) -> ClassEntry:
@@ -244,7 +244,7 @@ def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassE
     """Return the classes of one spec other than ``-``."""
     word = spec.strip()
     if not word:
-        raise UsageError("class: an empty one; an index, a name, a range, a list, all, none or random")
+        raise UsageError("--class must be an index, a name, a range, a list, all, none or random (got nothing)")
     if word.lower() in _KEYWORDS:
         return _KEYWORDS[word.lower()](table)
     if span := re.fullmatch(r"([0-9]+)\s*-\s*([0-9]+)", word):
@@ -266,7 +266,7 @@ _KEYWORDS: dict[str, Callable[[ClassTable], list[ClassEntry | None]]] = {
 
 def _span(first: int, last: int) -> range:
     if first > last:
-        raise UsageError(f"class range: {first}-{last}; the smaller index first, {last}-{first}")
+        raise UsageError(f"a range of classes begins with the smaller index: {last}-{first} (got {first}-{last})")
     return range(first, last + 1)
 
 
@@ -286,10 +286,10 @@ def _by_name(word: str, table: ClassTable, hint: str, taken: Taken) -> ClassEntr
                 taken(word, found[0])
             return found[0]
         if found:
-            raise InputError(f"class: {word}; which of {_listing(found)}")
+            raise InputError(f"several classes are called {word}: {_listing(found)}")
         if wanted := matches(elsewhere, word):
             raise _lacking(wanted, table, hint)
-    raise InputError(f"class: {word}; {_closest(word, table)}")
+    raise InputError(f"there is no class called {word}; {_closest(word, table)}")
 
 
 def _is_part_of_imagenet(table: ClassTable) -> bool:
@@ -301,8 +301,8 @@ def _is_part_of_imagenet(table: ClassTable) -> bool:
 
 def _lacking(wanted: Sequence[ClassEntry], table: ClassTable, hint: str) -> InputError:
     """Return the error about ImageNet classes that the table lacks: the nearest it has, and who has them."""
-    known = f"the nearest of the {len(table)} this checkpoint knows are {_listing(nearest(wanted[0], table.entries))}"
-    return InputError(f"class not known: {_listing(wanted)}; {known}" + (f"; {hint}" if hint else ""))
+    known = f"the nearest of the {len(table)} it knows are {_listing(nearest(wanted[0], table.entries))}"
+    return InputError(f"this checkpoint does not know {_listing(wanted)}; {known}" + (f"; {hint}" if hint else ""))
 
 
 def _closest(word: str, table: ClassTable) -> str:

@@ -239,7 +239,7 @@ def _others_expected() -> Iterator[None]:
         if not any(word in str(error) for word in ("gloo", "NCCL", "TCPStore", "onnect")):
             raise
         time.sleep(_GRACE)
-        raise RunError("processes: another one ended early; see its error, and run the command again") from error
+        raise RunError("another process ended early; see its error, and run the command again") from error
 
 
 _GRACE = 30.0

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from varcli.acceleration.cuda_blocks import GpuBlock
+from varcli.sampling import scale_model
 
 CUDA = torch.device("cuda", 0)
 
@@ -30,7 +31,7 @@ def pretended(monkeypatch, *models):
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.Tensor.pin_memory", lambda self: self)
     # On a machine with a GPU kernels would be started on memory that is not there.
-    monkeypatch.setattr("varcli.sampling.scale_model.gpu_block", lambda device, dtype: GpuBlock)
+    monkeypatch.setattr(scale_model, "gpu_block", lambda device, dtype: GpuBlock)
     with FakeTensorMode():
         for model in models:
             _move(model)

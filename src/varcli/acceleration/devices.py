@@ -30,11 +30,11 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"device: {name}; auto, cpu, cuda, cuda:1 or mps") from error
+        raise UsageError(f"--device must be auto, cpu, cuda, cuda:1 or mps (got {name})") from error
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= counts.get(device.type, 0):
         has = ", ".join(f"{kind}:{i}" if i else kind for kind, count in counts.items() for i in range(count))
-        raise UsageError(f"device: {name}; this machine has {has}")
+        raise UsageError(f"this machine has no device {name}, only {has}")
     return device
 
 
@@ -82,7 +82,7 @@ def check_int8(device: torch.device) -> None:
     """
     vnni = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
     if device.type != "cuda" and not vnni:
-        raise UsageError(f"quantize: int8 on {device}; needs CUDA or a processor with VNNI: leave it out")
+        raise UsageError(f"--quantize int8 needs CUDA or a processor with VNNI, and {device} is neither: leave it out")
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -69,7 +69,7 @@ def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device
         if not out_of_memory(error):
             raise
         raise RunError(
-            f"memory: {device} cannot hold the model; a smaller one, --dtype bf16 or --device cpu"
+            f"the model does not fit into the memory of {device}; use a smaller one, --dtype bf16 or --device cpu"
         ) from error
 
 

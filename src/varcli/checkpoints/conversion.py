@@ -112,8 +112,12 @@ def read_pth(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle can make its reader stumble over anything
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"refused: it would run {asked.group(1)} when read" if asked else "refused: damaged, or not plain tensors"
-        raise CheckpointError(f"checkpoint: {path}; {why}") from error
+        why = (
+            f"was refused: it would run {asked.group(1)} when read"
+            if asked
+            else "was refused: damaged, or not plain tensors"
+        )
+        raise CheckpointError(f"the checkpoint {path} {why}") from error
 
 
 def states(path: Path, content: Any) -> dict[str, dict[str, Tensor]]:

@@ -154,16 +154,16 @@ def local_checkpoint(checkpoint: str) -> Path:
     path = entry.path if entry else Path(checkpoint).expanduser()
     if path.is_file():
         if path.suffix in (".pth", ".pt", ".ckpt"):
-            raise CheckpointError(
-                f"checkpoint: {checkpoint}; convert it first: var checkpoints convert VAE VAR --out FILE"
-            )
+            raise CheckpointError(f"{checkpoint} must be converted first: var checkpoints convert VAE VAR --out FILE")
         return path
     if entry and entry.bundled:
-        raise CheckpointError(f"checkpoint: {checkpoint}; missing from this installation, install varcli again")
+        raise CheckpointError(f"{checkpoint} is missing from this installation: install varcli again")
     if entry:
-        raise CheckpointError(f"checkpoint: {checkpoint}; not here yet: var checkpoints download {checkpoint}")
+        raise CheckpointError(f"{checkpoint} is not on this machine yet: var checkpoints download {checkpoint}")
     close = difflib.get_close_matches(checkpoint, registry(), n=2) or list(registry())
-    raise CheckpointError(f"checkpoint: {checkpoint}; no such file, and the names are {', '.join(close)}")
+    raise CheckpointError(
+        f"there is no checkpoint {checkpoint}: neither a file nor one of the names {', '.join(close)}"
+    )
 
 
 def markdown_table() -> str:

@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with files.replacing(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write: {path}; {reason(error)}") from error
+        raise RunError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -102,7 +102,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint: {path}; cannot be read: {reason(error)}") from error
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:

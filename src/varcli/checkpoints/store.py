@@ -251,7 +251,7 @@ def read_config(path: Path, metadata: Mapping[str, str], kind: type[Config], key
 
 def _check_kind(path: Path, metadata: Mapping[str, str], kinds: tuple[str, ...]) -> None:
     if "varcli" not in metadata:
-        raise CheckpointError(f"checkpoint: {path}; not written by varcli: see var checkpoints convert")
+        raise CheckpointError(f"the checkpoint {path} was not written by varcli: see var checkpoints convert")
     if metadata["varcli"] != FORMAT_VERSION:
         raise CheckpointError(f"checkpoint: {path}; format {metadata['varcli']} needs a newer varcli")
     if metadata.get("kind") not in kinds:

@@ -19,7 +19,7 @@ def classes(
     wanted = " ".join(words or [])
     found = _all_around(known).search(wanted) if wanted else known.entries
     if not found:
-        raise InputError(f"class: {wanted}; no name has these words, fewer or shorter ones find more")
+        raise InputError(f"no class name has the words {wanted}; fewer or shorter words find more")
     if as_json:
         for entry in found:
             facts = {"id": entry.id, "wnid": entry.wnid, "names": entry.names, "known": entry.id in known}
@@ -45,5 +45,5 @@ def _known(checkpoint: str) -> ClassTable:
     path = local_checkpoint(checkpoint)
     metadata, _ = read_metadata(path)
     if "classes" not in metadata:
-        raise CheckpointError(f"checkpoint: {path}; a tokenizer has no classes, a model is needed")
+        raise CheckpointError(f"{path} is a tokenizer and has no classes: a model is needed")
     return ClassTable.from_json(metadata["classes"])

@@ -51,7 +51,7 @@ class Classifier:
         image_B3PP = torch.from_numpy(pixels_BPP3).to(self.device).permute(0, 3, 1, 2).float() / 255
         logits_BN = self.network(image_B3PP)
         if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2 or len(logits_BN) != len(rows):
-            raise CheckpointError(f"classifier: {self.name} gives no logits; (B, 3, P, P) in [0, 1] to (B, classes)")
+            raise CheckpointError(f"the classifier {self.name} must turn images (B, 3, P, P) into logits (B, classes)")
         probability_BN = logits_BN.double().softmax(1).cpu().numpy()
         return probability_BN[np.arange(len(rows)), [self._column(row, logits_BN.shape[1]) for row in rows]]
 
@@ -63,7 +63,8 @@ class Classifier:
         if count == len(imagenet()) and entry in imagenet().entries:
             return entry.id
         raise CheckpointError(
-            f"classifier: {self.name} knows {count} classes, not the checkpoint's {len(self.table)}; one that does"
+            f"the classifier {self.name} knows {count} classes, but the checkpoint has {len(self.table)}; "
+            "use a classifier trained on the same classes"
         )
 
 
@@ -75,7 +76,7 @@ def _torchscript(path: Path) -> tuple[nn.Module, str]:
                 warnings.simplefilter("ignore", kind)
             network: nn.Module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"classifier: {path} is no TorchScript file; one that torch.jit.save wrote") from error
+        raise CheckpointError(f"the classifier {path} is not a TorchScript file of torch.jit.save") from error
     return network, file_sha256(path)
 
 
@@ -84,18 +85,18 @@ def _torchvision(name: str) -> tuple[nn.Module, str]:
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise UsageError(f"classifier: {name}; a model of torchvision such as resnet101, or a TorchScript file")
+        raise UsageError(f"--classifier must be a torchvision model, such as resnet101, or a file (got {name})")
     weights = models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
         raise CheckpointError(
-            f"classifier: the weights of {name} cannot be had; put {weights.url} to {file}, or name a TorchScript file"
+            f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use a TorchScript file"
         ) from error
     sha256 = file_sha256(file)
     if not sha256.startswith(file.stem.rpartition("-")[2]):
-        raise CheckpointError(f"classifier: {file} is damaged; delete it to download it again")
+        raise CheckpointError(f"the classifier's weights {file} are damaged; delete the file to download it again")
     with torch.device("meta"):
         network = models.get_model(name, weights=None)
     network.load_state_dict(state, assign=True)

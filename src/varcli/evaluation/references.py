@@ -69,7 +69,9 @@ def find_reference(reference: str, progress: bool = True) -> Path:
     if reference in references():
         return _fetched(references()[reference], references()[reference].option, progress)
     if not Path(reference).exists():
-        raise InputError(f"reference: {reference}; no such file, and the names are {', '.join(references())}")
+        raise InputError(
+            f"there is no reference {reference}: neither a file nor one of the names {', '.join(references())}"
+        )
     return Path(reference)
 
 
@@ -239,7 +241,7 @@ def _reading(path: Path) -> Iterator[None]:
             raise EOFError
         yield
     except OSError as error:
-        raise InputError(f"reference: {path} cannot be read; {error.strerror or error}") from error
+        raise InputError(f"the reference {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise _unusable(path, "is no .npz of statistics") from error
 
@@ -254,4 +256,4 @@ def _numbers(path: Path, key: str, values: NDArray[Any], shape: tuple[int, ...])
 
 
 def _unusable(path: Path, what: str) -> InputError:
-    return InputError(f"reference: {path} {what}; {_ADVICE}")
+    return InputError(f"the reference {path} {what}; {_ADVICE}")

@@ -126,14 +126,14 @@ def read_source_image(source: str) -> SourceImage:
     """
     if source == STANDARD_INPUT:
         if sys.stdin.isatty():
-            raise InputError("image: - is a terminal; send an image through a pipe, or name a file")
+            raise InputError("standard input is a terminal; send an image through a pipe, or name a file")
         name, content = "standard input", sys.stdin.buffer.read()
     else:
         name = source
         try:
             content = Path(source).read_bytes()
         except OSError as error:
-            raise InputError(f"image: {source} cannot be read; {error.strerror or error}") from error
+            raise InputError(f"the image {source} cannot be read: {error.strerror or error}") from error
     return source_image(content, name)
 
 
@@ -142,7 +142,7 @@ def source_image(content: bytes, name: str) -> SourceImage:
     with _reading(name), Image.open(BytesIO(content)) as opened:
         frames = getattr(opened, "n_frames", 1)
         if frames > 1 and opened.format != "MPO":  # cameras add a second view to their photographs
-            raise InputError(f"image: {name} has {frames} frames; one image, such as its first frame as PNG")
+            raise InputError(f"the image {name} has {frames} frames: give a single one, such as its first frame as PNG")
         cut = any(";16" in str(tile[3]) for tile in opened.tile) and opened.mode != "I;16"
         opened.load()
         info = {key: opened.info[key] for key in ("dpi", "icc_profile") if opened.info.get(key)}
@@ -178,17 +178,17 @@ def _reading(name: str) -> Iterator[None]:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise InputError(f"image: {name} is too large; at most {most} million pixels") from error
+        raise InputError(f"the image {name} is too large: at most {most} million pixels are read") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"image: {name}; no image, or of a kind not known; PNG, JPEG or another usual") from error
+        raise InputError(f"{name} is not an image of a known format, such as PNG or JPEG") from error
     except Exception as error:  # decoders fed broken bytes raise nearly anything, struct.error to SyntaxError
-        raise InputError(f"image: {name} cannot be read; {str(error) or type(error).__name__}") from error
+        raise InputError(f"the image {name} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def _for_png(image: Image.Image, name: str) -> Image.Image:
     """Return an image in a mode that PNGs hold, without loss where it has one."""
     if image.mode == "F":
-        raise InputError(f"image: {name} has floating-point pixels, whose range nobody knows; 8 or 16 bits")
+        raise InputError(f"the image {name} has floating-point pixels of unknown range: give one of 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, also where held in 32
         return Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
     if image.mode == "CMYK":

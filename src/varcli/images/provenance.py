@@ -126,7 +126,7 @@ def provenance_from_json(text: str, name: str) -> Provenance:
         kind = EditProvenance if "command" in facts else Provenance
         return kind(settings=settings, **{f.name: facts[f.name] for f in fields(kind) if f.name != "settings"})
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"provenance: {name}; it is damaged, or of another version of varcli") from error
+        raise InputError(f"the provenance of {name} is damaged, or of another version of varcli") from error
 
 
 def read_provenance(path: Path) -> Provenance:
@@ -140,11 +140,11 @@ def read_provenance(path: Path) -> Provenance:
             image.load()  # text may stand behind the pixels
             text = dict(image.info)
     except UnidentifiedImageError as error:
-        raise InputError(f"image: {path}; a PNG written by var sample") from error
+        raise InputError(f"{path} is not an image: give a PNG that var sample wrote") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"image: {path} cannot be read; {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"the image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if KEYWORD not in text:
-        raise InputError(f"image: {path} does not say how it was made; a PNG written by var sample")
+        raise InputError(f"{path} has no provenance: give a PNG that var sample wrote")
     return provenance_from_json(str(text[KEYWORD]), str(path))
 
 

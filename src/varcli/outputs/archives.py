@@ -186,7 +186,7 @@ def provenances(lines: bytes, path: Path) -> list[Provenance]:
 
 def foreign(path: Path) -> InputError:
     """Return the error about a finished archive to resume that does not say what is in it."""
-    return InputError(f"output: {path} was not written by var sample; another name, or no --resume to replace it")
+    return InputError(f"{path} was not written by var sample: choose another name, or replace it without --resume")
 
 
 class NpzSink(ArchiveSink):

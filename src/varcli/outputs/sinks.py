@@ -185,7 +185,7 @@ STANDARD_OUTPUT = Path("-")
 
 def _standard_output() -> BinaryIO:
     if sys.stdout.isatty():
-        raise UsageError("out: - is a terminal; send images to a file or a pipe")
+        raise UsageError("--out - is a terminal; send images to a file or a pipe")
     return sys.stdout.buffer
 
 

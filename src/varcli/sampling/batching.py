@@ -199,7 +199,7 @@ class BatchSampler:
             yield begun
             return
         if size == 1:
-            raise RunError("memory: one image does not fit; a smaller checkpoint, --dtype bf16 or --device cpu")
+            raise RunError("one image does not fit into memory; use a smaller checkpoint, --dtype bf16 or --device cpu")
         half = self.batch_size = size // 2
         self._forget_recordings()
         for first in range(0, len(group), half):

@@ -128,7 +128,9 @@ def _enough_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise RunError("memory: the edit does not fit; a smaller checkpoint, --dtype bf16 or --device cpu") from error
+        raise RunError(
+            "the edit does not fit into memory; use a smaller model, --dtype bf16 or --device cpu"
+        ) from error
 
 
 class Editor:
