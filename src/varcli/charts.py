@@ -38,7 +38,7 @@ TITLE, MARGINS, CURVES_HEIGHT, LEGEND_LINE = 0.3, 0.65, 2.25, 0.21
 LETTER = 0.085
 """Inches that a letter takes."""
 FEW = 40
-"""Up to so many points of a curve are shown one by one."""
+"""Up to this number the points of a curve are drawn one by one."""
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,

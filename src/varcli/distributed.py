@@ -1,8 +1,8 @@
-"""Several processes at one command: starting them, and what they say to each other.
+"""Several processes for one command: launching ranks, and what they exchange.
 
 `--nproc N` starts the very command line N times through torch's elastic launcher, so it is the same as
 ``torchrun --nproc-per-node N -m varcli …``, which also goes across machines. Each of them is a rank. The
-first to fail ends all of them; its error is handed up to the launcher, which says it once.
+first to fail ends all of them; its error is handed to the launcher, which prints it once.
 """
 
 import json
@@ -30,19 +30,19 @@ Item = TypeVar("Item")
 
 
 def launched() -> bool:
-    """Return whether this process is one of several, so that it must not start any itself."""
+    """Whether this process is one of several ranks, and so must not launch any itself."""
     return os.environ.keys() >= _NUMBERS and int(os.environ["WORLD_SIZE"]) > 1
 
 
 _NUMBERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-"""What a launcher tells each process it starts."""
+"""The variables that a launcher sets for each rank."""
 
 
-# --- starting them ---------------------------------------------------------------------------------
+# --- launching ranks ---------------------------------------------------------------------------------
 
 
 def remember_command_line(words: Sequence[str]) -> None:
-    """Take the command line that is being run, for `launch`."""
+    """Remember the command line, for `launch`."""
     _command_line[:] = words
 
 
@@ -110,7 +110,7 @@ def _exit_code(error: "ChildFailedError", count: int) -> int:
 
 
 def report_error(message: str) -> bool:
-    """Leave an error for the launcher; return False where there is none, so that it is to be said here."""
+    """Leave an error for the launcher; False where there is none, and the error must be printed here."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not launched() or not place:
         return False
@@ -119,27 +119,27 @@ def report_error(message: str) -> bool:
     return True
 
 
-# --- what they say to each other -------------------------------------------------------------------
+# --- what ranks exchange -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """The processes at work on one command.
+    """The ranks that work on one command.
 
     What they exchange is to be exchanged by all of them: each calls `sum`, `gather`, `broadcast` and `barrier`
     as often as the others and in the same order. torch pickles objects on the way; none of that is stored.
     """
 
     rank: int = 0
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     world_size: int = 1
-    """How many there are, on all machines."""
+    """Number of processes, on all machines."""
     local_rank: int = 0
-    """Which of this machine's it is."""
+    """Number of this process on its machine."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that talks to the user and owns the files."""
+        """Whether this rank talks to the user and owns the files."""
         return self.rank == 0
 
     def device(self, name: str) -> str:
@@ -154,11 +154,11 @@ class ProcessGroup:
         return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else name
 
     def shard(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield this process's items: every `count`-th of them, beginning with the `rank`-th."""
+        """Yield this rank's items: every `world_size`-th, beginning with number `rank`."""
         return islice(items, self.rank, None, self.world_size)
 
     def sum(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-        """Return each tensor's sum over all processes."""
+        """Each tensor's sum over all ranks."""
         sums = {name: tensor.clone() for name, tensor in tensors.items()}
         if self.world_size > 1:
             import torch.distributed as dist
@@ -169,7 +169,7 @@ class ProcessGroup:
         return sums
 
     def gather(self, item: Item) -> list[Item]:
-        """Return all processes' items in the order of their ranks to the first one, nothing to the others."""
+        """All ranks' items in order for the main rank, nothing for the others."""
         if self.world_size == 1:
             return [item]
         import torch.distributed as dist
@@ -180,7 +180,7 @@ class ProcessGroup:
         return items or []
 
     def broadcast(self, item: Item) -> Item:
-        """Return the first process's item to all of them."""
+        """The main rank's item, for all."""
         if self.world_size == 1:
             return item
         import torch.distributed as dist
@@ -191,13 +191,13 @@ class ProcessGroup:
         return items[0]
 
     def barrier(self) -> None:
-        """Wait until all processes have come this far."""
+        """Wait for all ranks."""
         self.gather(None)
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Yield the processes at work on this command, among which this one is.
+    """Join the ranks that work on this command.
 
     Without a launcher it is alone, and torch.distributed is not touched. CPU tensors go through gloo,
     those on GPUs through NCCL.

@@ -126,7 +126,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Find out whether a file can be written, without touching it.
+    """Check that a file can be written, without touching it.
 
     Raises:
         RunError: it cannot.
@@ -139,7 +139,7 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder(folder: Path, wanted: Path | None = None) -> None:
-    """Find out whether files can be written in a folder; `wanted` is what to name if not, else the folder.
+    """Check that files can be written in a folder; an error names `wanted`, or else the folder.
 
     Raises:
         RunError: they cannot.

@@ -116,7 +116,7 @@ Note = Callable[[str], None]
 
 
 def _silent(line: str) -> None:
-    """Tell nobody."""
+    """Ignore the phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -115,7 +115,7 @@ def _models(checkpoint: str, random: bool, quiet: bool) -> "Models":
 
 
 def _check_chart(out: Path | None) -> None:
-    """Find out whether the chart can be written, before anything is measured."""
+    """Check that the chart can be written, before anything is measured."""
     if out:
         from varcli.outputs.open import check_file
 

@@ -1,6 +1,6 @@
 """Rejection sampling: a classifier's confidence that an image shows the class it was asked for.
 
-Of several images of a class those are kept that the classifier is surest of, as behind the paper's best
+Of several images of a class those of highest confidence are kept, as behind the paper's best
 figures (table 1, the rows marked "re"; the idea is VQ-VAE-2's, Razavi et al. 2019).
 
 Shapes: B images of P × P pixels, N classes the classifier knows.
@@ -30,7 +30,7 @@ class Classifier:
             name: of one of torchvision's ImageNet models, whose weights are downloaded at the first use, or a
                 TorchScript file. The latter takes images in [0, 1], (B, 3, P, P), at their own size, and
                 returns logits (B, N): either ImageNet's 1 000 classes or those of `table`, in its order.
-            table: classes of the checkpoint, to tell which logit stands for which row.
+            table: classes of the checkpoint, to find the logit of a label.
             device: where to compute.
 
         Raises:
@@ -56,7 +56,7 @@ class Classifier:
         return probability_BN[np.arange(len(rows)), [self._column(row, logits_BN.shape[1]) for row in rows]]
 
     def _column(self, row: int, count: int) -> int:
-        """Return which of `count` logits stands for a row of the table."""
+        """Which of `count` logits belongs to a label."""
         if count == len(self.table):
             return row
         entry = self.table.entries[row]

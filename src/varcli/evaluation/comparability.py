@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 FEW = 10_000
-"""Below so many images the bias of FID is larger than what models differ by."""
+"""Fewer images than this bias FID by more than models differ."""
 PAPER = 50_000
 """Images of every published figure."""
 

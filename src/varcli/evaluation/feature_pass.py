@@ -40,7 +40,7 @@ LARGE_ROUND = 512
 """The same elsewhere: batches are large there, and quick."""
 
 SAVE_SECONDS, SAVE_IMAGES = 60, 4000
-"""After so much time or so many images the file is written."""
+"""The file is written after this time or this number of images."""
 
 
 def fingerprint(**facts: Any) -> str:
@@ -104,7 +104,7 @@ class FeaturePass:
             make: yields images.
             extractor: computes their features.
             advance: told how many each round added.
-            unit: so many images of neighbouring rank are best made together, by one process.
+            unit: how many images of neighbouring rank are best computed together, by one process.
 
         Raises:
             VarError: images cannot be had, features are not finite, or the file cannot be written.

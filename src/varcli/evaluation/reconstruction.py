@@ -46,7 +46,7 @@ class Reconstructions:
             self.used[scale, idx_Bl.cpu().numpy()] = True
 
     def join(self, group: ProcessGroup) -> None:
-        """Take in what the other processes counted; to be called by all, the first one has it then."""
+        """Collect what other ranks summed up in the main one; to be called by all."""
         others = group.gather((self.count, self.sums, self.used))
         for count, sums, used in others[1:]:
             self.count += count

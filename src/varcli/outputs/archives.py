@@ -63,7 +63,7 @@ class ArchiveSink(Sink):
         return True
 
     def unasked(self) -> int:
-        """Return how many images an earlier run left here that `has` was not asked for."""
+        """How many images an earlier run left here that `has` was not asked for."""
         return self._done.total()
 
     def put(self, prepared: bytes, made: Provenance) -> None:

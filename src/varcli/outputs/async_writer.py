@@ -1,7 +1,7 @@
-"""Images on their way into a place, while the next ones are made.
+"""Images on their way into a sink, while the next ones are sampled.
 
 Worker threads encode them (zlib lets others compute meanwhile), and one more thread puts them down in the
-order in which they were taken. Only so many are under way that memory stays flat.
+order in which they came. Few enough are under way that memory stays flat.
 """
 
 from collections.abc import Callable
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 
 class Made(Protocol):
-    """Whatever a caller knows of an image."""
+    """An image as its caller knows it."""
 
     @property
     def provenance(self) -> Provenance:
-        """What its file says of it."""
+        """What its file will say."""
 
 
 Item = TypeVar("Item", bound=Made)
 
 
 class AsyncWriter(Generic[Item]):
-    """Puts images into an open output; a context manager, to be left before the output is closed.
+    """Writes images to an open sink; a context manager, to be left before the sink is closed.
 
-    What goes wrong in its threads is raised where the next image is given, or at the end.
+    An error in its threads is raised when the next image is given, or at the end.
     """
 
     def __init__(self, output: Sink, placed: Callable[[Item, "Path | None"], None], ahead: int) -> None:
-        """Take where images go, what to call when one is there, and how many may be under way."""
+        """Take the sink, what to call for each image written, and how many may be under way."""
         self._output, self._placed = output, placed
         self._waiting: Queue[tuple[Item, Any] | None] = Queue(ahead)
         self._encoders = ThreadPoolExecutor(thread_name_prefix="encoder")
@@ -49,16 +49,16 @@ class AsyncWriter(Generic[Item]):
         self._thread.start()
 
     def prepare(self, item: Item, pixels: "Pixels") -> "Future[Any]":
-        """Return what will be the image, encoded; in another process than the one that puts it, if need be."""
+        """The encoded image, as a future; another rank may put it."""
         return self._encoders.submit(self._output.prepare, pixels, item.provenance)
 
     def put(self, item: Item, prepared: Any) -> None:
-        """Take the next image, once there is room for it, as `prepare` returned it or the result of that."""
+        """Queue the next image, when there is room: what `prepare` returned, or its result."""
         self._raise()
         self._waiting.put((item, prepared))
 
     def wait(self) -> None:
-        """Return when every image taken is in its place."""
+        """Wait until every queued image is written."""
         self._waiting.join()
         self._raise()
 
@@ -96,4 +96,4 @@ def _left(deadline: float | None) -> float | None:
 
 
 _GRACE = 10.0
-"""Seconds for the last images to be put down when the run is ended early: a pipe may take nothing any more."""
+"""Seconds to write the last images when the run ends early: a pipe may no longer be read."""

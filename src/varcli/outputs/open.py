@@ -1,6 +1,6 @@
-"""Which place for images `--out` names.
+"""Which sink `--out` names.
 
-Opening it finds out whether it can be written, before any work is done.
+Opening it checks that it can be written, before any work is done.
 """
 
 from pathlib import Path
@@ -12,15 +12,15 @@ from varcli.outputs.sinks import STANDARD_OUTPUT, FolderSink, Sink, StreamSink
 
 
 def open_sink(out: str | None, *, several: bool, resume: bool = False) -> Sink:
-    """Return the place that `--out` names, open.
+    """Open the sink that `--out` names.
 
     Args:
         out: as typed.
         several: whether there is, or may be, more than one image.
-        resume: take what an earlier run left here for done.
+        resume: keep what an earlier run left here.
 
     Raises:
-        UsageError: the place cannot take these images.
+        UsageError: the sink cannot hold these images.
         RunError: it cannot be written.
         InputError: with `resume`, what lies there was not written by varcli.
     """
@@ -30,7 +30,7 @@ def open_sink(out: str | None, *, several: bool, resume: bool = False) -> Sink:
 
 
 def find_sink(out: str | None, *, several: bool) -> Sink:
-    """Return the place that `--out` names, not open.
+    """The sink that `--out` names, not open.
 
     ``-`` is standard output: one PNG, or several in a tar stream. A name ending in .png is a file, in
     .npz the array ``arr_0`` (images, height, width, 3) of uint8, in .tar a WebDataset shard; any
@@ -41,7 +41,7 @@ def find_sink(out: str | None, *, several: bool) -> Sink:
         several: whether there is, or may be, more than one image.
 
     Raises:
-        UsageError: the place cannot take these images.
+        UsageError: the sink cannot hold these images.
     """
     path, kind = Path(out or "."), _kind(out)
     if kind == "stream":
@@ -63,7 +63,7 @@ def check_sink(out: str | None) -> None:
     """Check that the place that `--out` names can be written, without touching it.
 
     Raises:
-        UsageError: there is no such kind of place.
+        UsageError: there is no such kind of output.
         RunError: it cannot be written.
     """
     path, kind = Path(out or "."), _kind(out)
@@ -75,7 +75,7 @@ def check_sink(out: str | None) -> None:
 
 
 def _kind(out: str | None) -> str:
-    """Return which kind of place `--out` names: "stream", "folder", ".png", ".npz" or ".tar"."""
+    """Which kind of output `--out` names: "stream", "folder", ".png", ".npz" or ".tar"."""
     path = Path(out or ".")
     there = kind_there(path)
     if path == STANDARD_OUTPUT or there == "device":

@@ -1,4 +1,4 @@
-"""The places an image can go to at once: files of their own, and streams.
+"""Sinks that write each image at once: folders and streams.
 
 Nothing half-written ever stands under a final name.
 """
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 class Sink:
-    """A place for images; a context manager, to be left before its results are taken for finished.
+    """Where images are written; a context manager, to be left before its results count as finished.
 
     An image goes there in two steps. `prepare` does the work that needs no order, in any thread and, with
     an output that is not open, in any process. `put` is called by one thread of the process that opened it.
     """
 
     archive: Path | None = None
-    """The one file that holds all images in the end, where there is one."""
+    """The one file that will hold all images, where there is one."""
 
     def open(self, resume: bool) -> None:
-        """Find out whether the place can be written, and make ready for it.
+        """Check that images can be written here, and prepare for it.
 
         Args:
-            resume: take what an earlier run left here for done.
+            resume: keep what an earlier run left here.
 
         Raises:
             UsageError: the place cannot take images.
@@ -42,11 +42,11 @@ class Sink:
         """
 
     def has(self, made: Provenance) -> bool:
-        """Return whether an earlier run left this image here; asked once for each image, before `add`."""
+        """Whether an earlier run left this image here; to be asked once for each image, before `add`."""
         return False
 
     def unasked(self) -> int:
-        """Return how many images an earlier run left here that `has` was not asked for."""
+        """How many images an earlier run left here that `has` was not asked for."""
         return 0
 
     def add(self, pixels: "PixelsOrRaster", made: Provenance) -> Path | None:

@@ -47,7 +47,7 @@ DEFAULT_COUNT = 2_000
 """Images where neither a paper nor a reference says how many."""
 
 MAX_CACHED_FEATURES = 10_000
-"""Up to so many images a reference's features are kept with its statistics, for KID, precision and recall."""
+"""Up to this number of images a reference's features are cached with its statistics, for KID, precision and recall."""
 
 Source = Model | str | Path | Sequence[str | Path] | Iterable[NDArray[np.uint8]]
 """What is measured: a model, paths of images, or arrays (height, width, 3)."""

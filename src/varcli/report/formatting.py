@@ -11,7 +11,7 @@ NONE = "–"
 
 
 def fixed(value: float | None, digits: int) -> str:
-    """Write a figure with so many digits after the decimal point, never as -0.00; None as a dash."""
+    """A figure with this number of digits after the decimal point, never -0.00; a dash for None."""
     if value is None:
         return NONE
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")

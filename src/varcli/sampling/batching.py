@@ -1,4 +1,4 @@
-"""Many images: in batches as large as memory and reproducibility allow.
+"""Many images, in batches as large as memory and reproducibility allow.
 
 Shapes: B images, P pixels a side.
 """
@@ -24,10 +24,10 @@ from varcli.models.transformer import Transformer
 from varcli.sampling.sampler import DECODED_AT_ONCE, EAGER, Pixels, decode, decode_on_device, generate
 
 LARGEST_BATCH = 256
-"""Beyond it nothing gets faster."""
+"""Larger batches are not faster."""
 
 PLANNED = 0.85
-"""The part of the memory that models and batches may fill; the rest is for libraries and for what lies in pieces."""
+"""Fraction of the memory that models and batches may fill; the rest is for libraries and fragmentation."""
 
 
 def fitting_batch(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig) -> int:
@@ -47,13 +47,13 @@ def fitting_batch(tokenizer: Tokenizer, transformer: Transformer, config: Sample
 
 
 def model_bytes(tokenizer: Tokenizer, transformer: Transformer) -> int:
-    """Return what the models themselves take."""
+    """Bytes of the models themselves."""
     tensors = [tensor for model in (tokenizer, transformer) for tensor in (*model.parameters(), *model.buffers())]
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def batch_bytes(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, count: int) -> int:
-    """Return what a batch of images takes at most at one time, recorded, besides the models."""
+    """Peak bytes of a captured batch of images, besides the models."""
     shape, size = transformer.config, block_weight(transformer).element_size()
     rows, last = 2 * count if config.cfg > 0 else count, shape.sides[-1] ** 2
     fused = for_gpu(transformer)
@@ -74,7 +74,7 @@ def batch_bytes(tokenizer: Tokenizer, transformer: Transformer, config: SampleCo
 
 
 def _block_bytes(transformer: Transformer) -> int:
-    """Return what a block takes at most for one feature of one token, the residual stream included, in 16 bits."""
+    """Peak bytes of a block per feature and token, with the residual stream, in 16 bits."""
     block: Any = transformer.blocks[0]
     if isinstance(block.ffn.fc1, Int8Linear):
         return 58  # four times the width in float32 again and again: magnitudes, quotients, products
@@ -82,13 +82,13 @@ def _block_bytes(transformer: Transformer) -> int:
 
 
 def _decoder_bytes(tokenizer: Tokenizer) -> int:
-    """Return what an image takes in the decoder where that is most, with the input and output of a few layers."""
+    """Peak bytes of an image in the decoder: input and output of a few layers."""
     shape, size = tokenizer.config, tokenizer.post_quant_conv.weight.element_size()
     return 5 * max(shape.multipliers[:2]) * shape.base_width * shape.pixels**2 * size
 
 
 class Request(Protocol):
-    """One image to be made."""
+    """One image to be sampled."""
 
     @property
     def label(self) -> int:
@@ -96,7 +96,7 @@ class Request(Protocol):
 
     @property
     def seed(self) -> int:
-        """With the row and the settings it determines the image."""
+        """With the label and the settings it determines the image."""
 
 
 Wanted = TypeVar("Wanted", bound=Request)
@@ -120,7 +120,7 @@ class Underway(Generic[Wanted]):
 
 
 class BatchSampler:
-    """Makes images with one pair of models and one set of settings."""
+    """Samples images with one pair of models and one set of settings."""
 
     def __init__(
         self,
@@ -134,9 +134,9 @@ class BatchSampler:
 
         Args:
             tokenizer: turns tokens into pixels.
-            transformer: draws the tokens.
+            transformer: predicts the tokens.
             config: settings of all images.
-            batch_size: images at a time where several are; None means as many as memory seems to hold.
+            batch_size: images per batch where there are batches; None means as many as memory seems to hold.
             note: told, in a line, what makes this run slower than it might be.
         """
         self.tokenizer, self.transformer, self.config, self.note = tokenizer, transformer, config, note
@@ -178,7 +178,7 @@ class BatchSampler:
             yield decode(self.tokenizer, result.f_hat)[0]
 
     def _size(self, count: int, several: bool) -> int:
-        """Return how many are computed for so many images.
+        """The batch size that is computed for a number of images.
 
         In 16 bits that shows in the images, so that the last batch of several is as large as those before it.
         """
@@ -252,7 +252,7 @@ def not_recorded(error: RuntimeError) -> str:
 
 
 def padded_size(count: int, largest: int) -> int:
-    """Return the power of two that so many images are rounded up to, so that few sizes are recorded."""
+    """The power of two that a number of images is rounded up to, so that few sizes are captured."""
     return min(1 << (count - 1).bit_length(), max(largest, count))
 
 

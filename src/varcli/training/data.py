@@ -39,7 +39,7 @@ Draw = tuple[int, int]
 
 
 def draws(count: int, batch: int, steps: range, seed: int) -> Iterator[list[Draw]]:
-    """Yield for each update its items: epoch after epoch, each in an order of its own."""
+    """Yield the items of each step: epoch after epoch, each in its own order."""
     epoch, order = -1, torch.empty(0)
     for step in steps:
         chosen = []
@@ -73,7 +73,7 @@ class Unreadable:
         if len(self.names) > TOLERATED * self.total:
             raise InputError(
                 f"unreadable images: {len(self.names)} of {self.total}, {sorted(self.names)[0]} among them; "
-                f"mend or remove them, at most {TOLERATED:.0%} are skipped"
+                f"fix or remove them: at most {TOLERATED:.0%} are skipped"
             )
 
 

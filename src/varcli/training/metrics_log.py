@@ -12,7 +12,7 @@ Metrics = dict[str, float]
 
 
 class MetricsLog:
-    """metrics.jsonl: means over the updates since the last line, one JSON object a line."""
+    """metrics.jsonl: means over the steps since the last line, one JSON object per line."""
 
     def __init__(self, folder: Path, start: int, batch: int) -> None:
         self.path = folder / "metrics.jsonl"
@@ -25,7 +25,7 @@ class MetricsLog:
             self._drop_after(start)
 
     def _drop_after(self, start: int) -> None:
-        """Cut off lines of updates that will be made again, and one half-written."""
+        """Cut off lines of steps that will be taken again, and a half-written one."""
         kept = []
         for line in self.path.read_text().splitlines():
             try:
@@ -38,13 +38,13 @@ class MetricsLog:
         write_atomically(self.path, "".join(kept).encode())
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add one update's figures."""
+        """Add the figures of one step."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
     def write(self, step: int, validation: Metrics) -> None:
-        """Write a line for all updates since the last, and keep it as `last`."""
+        """Write a line for all steps since the last one, and keep it as `last`."""
         figures: Metrics = {"step": step, "images_seen": step * self.batch}
         if self.count:
             figures |= {name: float(total) / self.count for name, total in self.sums.items()}

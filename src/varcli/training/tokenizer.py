@@ -132,7 +132,7 @@ class TokenizerStage:
         self.adversary_optimizer.zero_grad()
 
     def draw_scales(self, step: int) -> int | None:
-        """Return how many scales this update uses: all (None), or fewer where scale_drop strikes."""
+        """How many scales a step uses: all (None), or fewer with the probability `scale_drop`."""
         generator = random.Random(f"{self.training.seed} scales {step}")
         if generator.random() >= self.training.scale_drop:
             return None

@@ -1,0 +1,130 @@
+"""The Python API: its names and parameters are frozen, and it does what the commands do."""
+
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import varcli
+from support import small
+from varcli import cli
+from varcli.errors import CheckpointError, ConfigError, InputError, UsageError
+from varcli.images.provenance import read_provenance
+
+API = {
+    "load": "checkpoint device dtype quantize progress",
+    "evaluate": "source metrics reference tokenizer num_images seed config best_of classifier batch_size paths resize "
+    "skip_bad lines features weights lpips_weights device save_stats save_images thumbnails group report note quiet",
+    "train_tokenizer": "data out config training lpips_weights holdout validate_every save_every device dtype workers "
+    "tensorboard report note",
+    "train_transformer": "data tokenizer out depth width shared_adaln training holdout validate_every save_every "
+    "device dtype save_dtype workers tensorboard report note quiet",
+    "Model.sample": "self classes count seed preset batch_size settings",
+    "Model.stream": "self requests preset batch_size settings",
+    "Model.inpaint": "self image mask label box alpha fit_mask seed best_of feather composite released_rule preset "
+    "settings",
+    "Model.outpaint": "self image pad to label seed best_of feather composite released_rule preset settings",
+    "Model.edit": "self image label mask box alpha fit_mask seed best_of feather composite released_rule preset "
+    "settings",
+    "Model.reconstruct": "self image",
+    "Model.encode": "self image",
+    "Model.decode": "self tokens",
+    "Image.save": "self path",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return varcli.load(small.save(tmp_path_factory.mktemp("model") / "small.safetensors"), device="cpu", dtype="fp32")
+
+
+@pytest.mark.parametrize("name", API)
+def test_the_parameters_are_these(name):
+    """Whoever adds, drops or renames one changes this on purpose."""
+    found = varcli
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert list(inspect.signature(found).parameters) == API[name].split()
+    assert found.__doc__
+
+
+def test_the_names_are_these():
+    assert sorted(varcli.__all__) == dir(varcli)
+    assert {name.split(".")[0] for name in API} | {"__version__"} == set(varcli.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'paint'"):
+        varcli.paint  # noqa: B018
+
+
+def test_importing_it_imports_nothing_heavy():
+    script = "import sys, varcli; print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_samples_are_those_of_the_command(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--seed", "3", "-n", "2", "--cfg", "2", "--device", "cpu", "--dtype", "fp32", "-q"]
+    assert cli.run(["sample", "-c", "207,goldfish", "-m", str(model.path), "-o", "images", *options]) == 0
+    images = model.sample([207, "goldfish"], count=2, seed=3, cfg=2.0)
+    assert [(image.label, image.seed) for image in images] == [(207, 3), (207, 4), (1, 3), (1, 4)]
+    for image in images:
+        (path,) = (tmp_path / "images").glob(f"{image.label}-*-{image.seed}.png")
+        with Image.open(path) as opened:
+            assert np.array_equal(np.asarray(opened), image.array)
+        assert read_provenance(path).identity() == image.provenance.identity()
+        assert np.array_equal(np.asarray(image.pil), image.array)
+
+
+def test_a_stream_is_lazy_and_the_same(model):
+    def requests():
+        yield 207, 0
+        yield None, 1
+        raise AssertionError("read too far ahead")
+
+    stream = model.stream(requests())
+    assert np.array_equal(next(stream).array, model.sample(207)[0].array)
+    assert next(stream).label is None
+
+
+def test_what_is_saved_holds_its_provenance(model, tmp_path):
+    image = model.sample("goldfish", seed=5)[0]
+    assert read_provenance(image.save(tmp_path / "fish.png")) == image.provenance
+    with pytest.raises(UsageError, match=r"saved as \.png"):
+        image.save(tmp_path / "fish.jpg")
+
+
+def test_edits_keep_what_they_should(model):
+    photo = np.random.RandomState(0).randint(0, 256, (40, 60, 3)).astype(np.uint8)
+    mask = np.zeros((40, 60), bool)
+    mask[10:20, 10:20] = True
+    for edited in (model.inpaint(photo, mask, feather=0), model.edit(photo, 207, mask, feather=0)):
+        assert np.array_equal(edited.array[~mask], photo[~mask])
+        assert not np.array_equal(edited.array[mask], photo[mask])
+    boxed = model.inpaint(Image.fromarray(photo), box=(10, 10, 20, 20), feather=0)
+    assert np.array_equal(boxed.array, model.inpaint(photo, mask, feather=0).array)
+    assert model.outpaint(boxed, pad=(4, 0, 2, 0)).array.shape == (40, 66, 3)
+    assert model.inpaint(photo[:, :, 0], mask).array.shape == (40, 60, 1)
+
+
+def test_tokens_there_and_back(model):
+    image = model.sample(207)[0]
+    tokens = model.encode(image)
+    assert [tuple(idx_Bl.shape) for idx_Bl in tokens] == [(1, side**2) for side in small.SIDES]
+    assert np.array_equal(model.decode(tokens)[0].array, model.reconstruct(image).array)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda model: model.sample("zebra"), InputError),
+        (lambda model: model.sample(207, top_p=2.0), ConfigError),
+        (lambda model: model.sample(207, sparkle=1), TypeError),
+        (lambda model: model.inpaint(np.zeros((8, 8, 3), np.uint8)), UsageError),
+        (lambda model: varcli.load("nothing"), CheckpointError),
+    ],
+)
+def test_mistakes_are_exceptions(model, call, error):
+    with pytest.raises(error):
+        call(model)
