@@ -142,6 +142,7 @@ def test_recorded_approximations_draw_the_same_tokens(small, approximate, kind, 
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(drawn, expected[seed], strict=True))
 
 
+@pytest.mark.slow
 def test_no_approximation_waits_for_the_gpu(monkeypatch):
     models, phases = released(16, 2), Phases(Watch(), [])
     with pretended(monkeypatch, *models), torch.inference_mode():

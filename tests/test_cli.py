@@ -178,6 +178,7 @@ def test_help_needs_no_torch():
     assert heavy == "[]"
 
 
+@pytest.mark.slow
 def test_sampling_imports_nothing_it_has_no_use_for(model, tmp_path):
     heavy = run_python(
         "import sys; from varcli import cli;"
@@ -192,6 +193,7 @@ def var(*arguments, **options):
     return subprocess.Popen([sys.executable, "-m", "varcli", *arguments], text=True, stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(model, tmp_path):
     with var("sample", "-c", "-", "-m", model, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdin.write("1\n")
@@ -231,6 +233,7 @@ def test_any_encoding_will_do(encoding, tmp_path):
         assert (process.returncode, err) == (0, "") and all(map(json.loads, out.splitlines()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="its processes always have streams")
 @pytest.mark.parametrize(
     ("arguments", "code"),
@@ -248,6 +251,7 @@ def test_closed_streams_are_no_bug(arguments, code, model, tmp_path):
     assert subprocess.run([*shell, *command], check=False, cwd=tmp_path).returncode == code
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
 def test_ctrl_c_ends_with_130_and_no_traceback(model, tmp_path):
     with var("sample", "-c", "-", "-m", model, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

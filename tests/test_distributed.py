@@ -10,6 +10,8 @@ import pytest
 from varcli.distributed import ProcessGroup, launched, process_group, report_error
 from varcli.errors import RunError
 
+pytestmark = pytest.mark.slow
+
 TOGETHER = """
 import torch
 from varcli.distributed import process_group

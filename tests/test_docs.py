@@ -78,6 +78,7 @@ def test_every_command_that_can_be_tried_works(page, tmp_path, monkeypatch, capf
     assert named <= made or not BASH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_the_python_examples_run(page, tmp_path, monkeypatch):
     """In the order of the page; those marked `notest` need weights from a network or hours."""

@@ -260,6 +260,7 @@ def test_paper_mode_is_the_originals(tmp_path, monkeypatch, original):
         assert np.abs(pixels("out.png") / 255 - expected).max() < 0.51 / 255
 
 
+@pytest.mark.slow
 def test_a_pipeline(model, tmp_path, monkeypatch):
     monkeypatch.setenv("VAR_CHECKPOINT", str(model))
     Image.fromarray(box_mask((4, 4, 12, 12), (24, 16))).save(tmp_path / "mask.png")

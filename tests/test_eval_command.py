@@ -96,6 +96,7 @@ def photographs(folder, count=COUNT, side=16, seed=5):
 # --- what is measured ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_images_made_measure_as_the_same_images_in_files(measure, tmp_path):
     reference = photographs(tmp_path / "photographs")
     made, _ = measure("--num-images", COUNT, "--reference", reference, "--fid", "--is", "--prc")
@@ -149,6 +150,7 @@ def test_eval_stats(measure, tmp_path, capsys):
     assert found["metrics"]["precision"] == found["metrics"]["recall"] == 1
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_measured_by_what_it_loses(measure, tmp_path):
     photographs(tmp_path / "photographs")
     found, err = measure("photographs", "--tokenizer")
@@ -161,6 +163,7 @@ def test_a_tokenizer_is_measured_by_what_it_loses(measure, tmp_path):
     assert cli.run(["reconstruct", *map(str, Path("photographs").iterdir()), "--json", "--device", "cpu"]) == 0
 
 
+@pytest.mark.slow
 def test_images_made_are_kept_where_asked(measure, tmp_path):
     measure("--num-images", COUNT, "--is", "--save-images", "made")
     sample("-c", "all", "-n", EACH, "-o", "wanted")
@@ -230,6 +233,7 @@ def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
 # --- going on --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     reference = photographs(tmp_path / "photographs")
     wanted, _ = measure("--num-images", COUNT, "--reference", reference, "--seed", 0)
@@ -255,6 +259,7 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "cache").rglob("measurements/*"))
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(model, tmp_path):
     """For real: two processes that talk through gloo, and the true network with random weights."""
     weights = extractors.save(tmp_path / "inception.pth")
@@ -286,6 +291,7 @@ def test_two_processes_find_what_one_finds(model, tmp_path):
 # --- what is said ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_whether_the_paper_is_met_is_said_only_of_what_can_be_compared(measure, monkeypatch, tmp_path, model):
     from varcli.checkpoints import registry
 

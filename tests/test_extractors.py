@@ -35,6 +35,7 @@ def theirs(weights):
     return FeatureExtractorInceptionV3("inception-v3-compat", asked, feature_extractor_weights_path=str(weights))
 
 
+@pytest.mark.slow
 def test_features_are_torch_fidelitys_to_rounding(network, theirs):
     pixels = random_inception.images(3)
     with torch.inference_mode():
@@ -44,6 +45,7 @@ def test_features_are_torch_fidelitys_to_rounding(network, theirs):
     assert relative_error(found.logits_BV, expected[1]) < 2e-5  # differences of much larger terms
 
 
+@pytest.mark.slow
 def test_without_onednn_features_are_the_same_to_rounding(weights, network, monkeypatch):
     pixels = random_inception.images(2)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -59,6 +61,7 @@ def test_resizing_is_torch_fidelitys_to_the_last_bit(size):
     assert torch.equal(resized(pixels).permute(0, 3, 1, 2), expected)
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_the_batch(network):
     pixels = random_inception.images(10)
     together = network.features(pixels).pool_BN
@@ -66,12 +69,14 @@ def test_features_do_not_depend_on_the_batch(network):
     assert not torch.equal(together[8], together[9])
 
 
+@pytest.mark.slow
 def test_a_view_of_images_will_do(network):
     pixels = random_inception.images(2)
     flipped = network.features(pixels[:, :, ::-1]).pool_BN
     assert torch.equal(flipped, network.features(np.ascontiguousarray(pixels[:, :, ::-1])).pool_BN)
 
 
+@pytest.mark.slow
 def test_weights_are_known_by_their_hash(weights, network):
     assert network.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
 
@@ -112,6 +117,7 @@ def test_a_missing_file_is_named(tmp_path):
         Inception(tmp_path / "absent.pth", CPU)
 
 
+@pytest.mark.slow
 def test_counters_of_batches_may_be_missing(weights, network, tmp_path):
     tensors = torch.load(weights, weights_only=True)
     plain = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}

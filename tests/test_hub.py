@@ -199,6 +199,7 @@ def run_var(arguments, folder, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_offline_says_what_to_do(tmp_path):
     done = run_var(["checkpoints", "download", "var-d16"], tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 4
@@ -209,6 +210,7 @@ def test_offline_says_what_to_do(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_endpoint_of_the_environment_and_a_wrong_hash(server, files, tmp_path):
     server.files["vae_ch160v4096z32.pth"] = files["vae.pth"]
     done = run_var(["checkpoints", "download", "var-d16"], tmp_path, HF_ENDPOINT=server.url)

@@ -15,6 +15,8 @@ from varcli.acceleration.cuda_blocks import GpuBlock
 from varcli.acceleration.dispatch import gpu_block, norm_kernel
 from varcli.models.autoencoder import NormSilu
 
+pytestmark = pytest.mark.slow
+
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="this torch has no Triton")
 
 

@@ -110,6 +110,7 @@ def test_equal_runs_write_equal_files(var, tmp_path):
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_pipes(model, tmp_path):
     Image.fromarray(NOISE).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()

@@ -91,6 +91,7 @@ MANY = [
 # --- the page ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [[], MANY[:1], MANY[-1:], MANY], ids=["runs", "one", "tokenizer", "all"])
 def test_needs_nothing_else_and_can_be_read_by_everybody(many, runs):
     text = html(*many, runs=[] if len(many) == 1 else runs)
@@ -123,6 +124,7 @@ def test_what_names_hold_is_text():
     assert "49" not in shown.text.split() and "<\\/style></script>" in shown.text
 
 
+@pytest.mark.slow
 def test_equal_input_gives_an_equal_page(runs):
     assert html(*MANY, runs=runs) == html(*MANY, runs=runs)
 

@@ -107,6 +107,7 @@ def test_neither_batch_nor_order_changes_an_image(sample, dtype):
     assert pngs("a") == pngs("b") == pngs("c")
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_image(sample, model):
     arguments = ["sample", "-c", "963", "--seed", "3", "--device", "cpu", "--quiet", "-m", str(model), "-o"]
     made = subprocess.run([sys.executable, "-m", "varcli", *arguments, "-"], capture_output=True, check=True)
@@ -369,6 +370,7 @@ def test_the_best_go_on_too(sample, redness, capsys):
     assert Path("best.npz").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_processes_judge_together(sample, redness):
     asked = ["-c", "207,963,985", "-n", "1", "--best-of", "2", "--classifier", str(redness), "--dtype", "fp32"]
     sample(*asked, "-o", "alone.npz")

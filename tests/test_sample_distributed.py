@@ -14,6 +14,8 @@ from support import small
 from support.provenances import listing
 from varcli import cli
 
+pytestmark = pytest.mark.slow
+
 CLASSES = "1,207,281,963,985"
 posix = pytest.mark.skipif(not Path("/proc").exists(), reason="reads there which process is which")
 

@@ -138,6 +138,7 @@ def images(models, wanted, config, batch_size):
     return {(w.label, w.seed): pixels.tobytes() for w, pixels in sampler.images(wanted)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_an_image_does_not_depend_on_its_batch(dtype):
     models = reference.load("mini")

@@ -13,6 +13,8 @@ import varcli
 from support import small
 from support.extractors import save as save_inception
 
+pytestmark = pytest.mark.slow
+
 FIELD = '    sparkle: float = option(0.0, "A made-up option.")\n'
 AFTER = "    smooth: bool = option("
 

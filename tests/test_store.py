@@ -205,6 +205,7 @@ def test_permissions_follow_the_umask(tmp_path):
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes")
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     script = """

@@ -74,6 +74,7 @@ def test_finished_run_is_left_as_it_is(data, tokenizer, tmp_path, capsys):
     assert "seed 0 (now 7)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_process_goes_on_and_ends_bit_identical(data, tmp_path):
     command = [sys.executable, "-m", "varcli", "train", "tokenizer", str(data), *SMALL, *PACE]
     command += ["--epochs", "8", "--save-every", "5"]

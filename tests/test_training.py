@@ -186,6 +186,7 @@ def test_every_transformer_option_changes_the_result(name, value, tmp_path, imag
     assert not torch.equal(*ends)
 
 
+@pytest.mark.slow
 def test_tokenizer_learns_and_its_file_loads(tmp_path, images):
     stage = tokenizer_stage(images, gan=0.0, scale_drop=0.0, ema=0.5, base_lr=0.2)
     before = stage.validate()["psnr"]
