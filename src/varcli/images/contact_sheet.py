@@ -91,14 +91,16 @@ def _cut(text: str, width: int, font: "_Font") -> str:
     return f"{text.rstrip()}…"
 
 
-def save_growth(path: Path, frames: Sequence["Pixels"], labels: Sequence[str], made: Provenance | None = None) -> None:
+def save_growth(
+    path: Path, frames: Sequence["Pixels"], labels: Sequence[str], provenance: Provenance | None = None
+) -> None:
     """Write an image growing scale by scale: side by side as PNG, or one after another as GIF.
 
     Args:
         path: its ending decides, .gif or another.
         frames: the image after each scale, the finished one last.
         labels: what stands below each frame of a strip, such as "4 × 4".
-        made: the finished image's provenance, which a strip carries too.
+        provenance: of the finished image, which a strip carries too.
 
     Raises:
         RunError: it cannot be written.
@@ -106,7 +108,7 @@ def save_growth(path: Path, frames: Sequence["Pixels"], labels: Sequence[str], m
     if path.suffix.lower() == ".gif":
         content = _animation(frames)
     else:
-        content = png_bytes(contact_sheet(frames, labels, columns=len(frames)), made)
+        content = png_bytes(contact_sheet(frames, labels, columns=len(frames)), provenance)
     write_atomically(path, content)
 
 

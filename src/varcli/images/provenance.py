@@ -148,21 +148,24 @@ def read_provenance(path: Path) -> Provenance:
     return provenance_from_json(str(text[KEYWORD]), str(path))
 
 
-def reproduction_command(made: Provenance) -> str:
+def reproduction_command(provenance: Provenance) -> str:
     """Return the command that makes an image again, quoted for this system's shell."""
-    words = ["var", *(made.command if isinstance(made, EditProvenance) else ("sample", *setting_options(made)))]
+    if isinstance(provenance, EditProvenance):
+        words = ["var", *provenance.command]
+    else:
+        words = ["var", "sample", *setting_options(provenance)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def setting_options(made: Provenance) -> list[str]:
+def setting_options(provenance: Provenance) -> list[str]:
     """Options that stand for an image's class, seed and settings."""
     options: dict[str, Any] = {
-        "class": "none" if made.class_id is None else made.class_id,
-        "seed": made.seed,
-        "checkpoint": made.checkpoint,
-        **asdict(made.settings),
-        "device": made.device,
-        "quantize" if made.dtype == "int8" else "dtype": made.dtype,
+        "class": "none" if provenance.class_id is None else provenance.class_id,
+        "seed": provenance.seed,
+        "checkpoint": provenance.checkpoint,
+        **asdict(provenance.settings),
+        "device": provenance.device,
+        "quantize" if provenance.dtype == "int8" else "dtype": provenance.dtype,
     }
     words: list[str] = []
     for name, value in options.items():
@@ -174,16 +177,16 @@ def setting_options(made: Provenance) -> list[str]:
     return words
 
 
-def png_bytes(pixels: "PixelsOrRaster", made: Provenance | None = None) -> bytes:
+def png_bytes(pixels: "PixelsOrRaster", provenance: Provenance | None = None) -> bytes:
     """Return an image as a PNG file's content, with its provenance as text where it has one.
 
     A raster also keeps its bits, and its resolution and colour profile if its `info` has them.
     """
     text = PngInfo()
-    if made is not None:
-        text.add_text("Title", f"{made.class_name}, seed {made.seed}")
-        text.add_text("Software", f"varcli {made.version}")
-        text.add_text(KEYWORD, made.to_json())
+    if provenance is not None:
+        text.add_text("Title", f"{provenance.class_name}, seed {provenance.seed}")
+        text.add_text("Software", f"varcli {provenance.version}")
+        text.add_text(KEYWORD, provenance.to_json())
     levels, info = (pixels.levels, pixels.info) if isinstance(pixels, Raster) else (pixels, {})
     if levels.itemsize > 1 and levels.shape[2] > 1:  # Pillow has no colours of 16 bits
         from varcli.images.png16 import deep_png_bytes
@@ -199,16 +202,19 @@ _COMPRESSION = 3
 """Of PNGs: twice as fast as zlib's default for files 4 % larger."""
 
 
-def image_filename(made: Provenance) -> str:
+def image_filename(provenance: Provenance) -> str:
     """Return the file name of an image, fit for every file system.
 
     It is made of class id, class name and seed; of an edit of the given image's name, command and seed.
     """
-    if isinstance(made, EditProvenance):
-        return f"{file_words(made.source) or 'image'}-{made.command[0]}-{made.seed}.png"
-    class_id = "none" if made.class_id is None else str(made.class_id)
-    short = file_words(made.class_name)
-    return "-".join([class_id, *([short] if short and made.class_id is not None else []), str(made.seed)]) + ".png"
+    if isinstance(provenance, EditProvenance):
+        return f"{file_words(provenance.source) or 'image'}-{provenance.command[0]}-{provenance.seed}.png"
+    class_id = "none" if provenance.class_id is None else str(provenance.class_id)
+    short = file_words(provenance.class_name)
+    return (
+        "-".join([class_id, *([short] if short and provenance.class_id is not None else []), str(provenance.seed)])
+        + ".png"
+    )
 
 
 def file_words(name: str) -> str:

@@ -50,13 +50,13 @@ class ArchiveSink(Sink):
             self._keep_others_out()
             found = self._open_part(resume) if self._growing else self._finished()
         self._count = len(found)
-        self._done = Counter(made.identity() for made in found)
+        self._done = Counter(provenance.identity() for provenance in found)
         self._like = _in_common(found[0]) if found else None
 
-    def has(self, made: Provenance) -> bool:
+    def has(self, provenance: Provenance) -> bool:
         """Return whether this image is in the archive, and no more often than it is."""
-        self._check_like(made)
-        settings = made.identity()
+        self._check_like(provenance)
+        settings = provenance.identity()
         if not self._done[settings]:
             return False
         self._done[settings] -= 1
@@ -66,20 +66,20 @@ class ArchiveSink(Sink):
         """How many images an earlier run left here that `has` was not asked for."""
         return self._done.total()
 
-    def put(self, prepared: bytes, made: Provenance) -> None:
+    def put(self, prepared: bytes, provenance: Provenance) -> None:
         """Append an image.
 
         Raises:
             InputError: images of another kind are in the archive.
             RunError: it cannot be written.
         """
-        self._check_like(made)
+        self._check_like(provenance)
         with self._reported():
             if not self._growing:
                 self._unpack()
                 self._open_part(resume=True)
                 self._growing = True
-            self._append(prepared, made)
+            self._append(prepared, provenance)
             self._count += 1
 
     def close(self) -> None:
@@ -125,9 +125,9 @@ class ArchiveSink(Sink):
         with suppress(OSError):  # what could not be written a moment ago cannot be written now
             self._files.close()
 
-    def _check_like(self, made: Provenance) -> None:
-        self._like = self._like or _in_common(made)
-        if _in_common(made) != self._like:
+    def _check_like(self, provenance: Provenance) -> None:
+        self._like = self._like or _in_common(provenance)
+        if _in_common(provenance) != self._like:
             raise InputError(
                 f"output: {self.archive} holds images of another checkpoint or other settings; "
                 "another name, or no --resume to begin anew"
@@ -158,7 +158,7 @@ class ArchiveSink(Sink):
         """Make a part of the finished archive."""
         raise NotImplementedError
 
-    def _append(self, prepared: bytes, made: Provenance) -> None:
+    def _append(self, prepared: bytes, provenance: Provenance) -> None:
         """Write one image to the part, so that it is whole even if the next moment kills this process."""
         raise NotImplementedError
 
@@ -174,9 +174,9 @@ class ArchiveSink(Sink):
         self._part.unlink(missing_ok=True)
 
 
-def _in_common(made: Provenance) -> Provenance:
+def _in_common(provenance: Provenance) -> Provenance:
     """Return what all images of one archive share."""
-    return replace(made.identity(), class_id=None, seed=0)
+    return replace(provenance.identity(), class_id=None, seed=0)
 
 
 def provenances(lines: bytes, path: Path) -> list[Provenance]:
@@ -198,7 +198,7 @@ class NpzSink(ArchiveSink):
     _file: BinaryIO
     _lines: BinaryIO
 
-    def prepare(self, pixels: "PixelsOrRaster", made: Provenance) -> bytes:
+    def prepare(self, pixels: "PixelsOrRaster", provenance: Provenance) -> bytes:
         """Return an image as a .npy of one."""
         array = np.asarray(pixels)
         return _npy_header(1, array.shape) + array.tobytes()
@@ -235,7 +235,7 @@ class NpzSink(ArchiveSink):
                 with stored.open(name) as source, path.open("wb") as target:
                     shutil.copyfileobj(source, target, _CHUNK)
 
-    def _append(self, prepared: bytes, made: Provenance) -> None:
+    def _append(self, prepared: bytes, provenance: Provenance) -> None:
         shape = _read_shape(BytesIO(prepared))
         if self._count == 0:
             self._shape = shape
@@ -244,7 +244,7 @@ class NpzSink(ArchiveSink):
             raise InputError(f"output: {self.archive} holds images of {self._shape}, not {shape}; another name")
         self._file.write(memoryview(prepared)[_HEADER_BYTES:])
         self._file.flush()
-        self._lines.write(made.to_json().encode() + b"\n")  # behind the pixels: a line without them means nothing
+        self._lines.write(provenance.to_json().encode() + b"\n")  # behind the pixels: a line without them means nothing
         self._lines.flush()
 
     def _finish(self) -> None:
@@ -317,9 +317,9 @@ class TarSink(ArchiveSink):
     def _unpack(self) -> None:
         shutil.copyfile(self.archive, self._part)
 
-    def _append(self, prepared: bytes, made: Provenance) -> None:
-        class_id = -1 if made.class_id is None else made.class_id
-        contents = {"png": prepared, "cls": str(class_id).encode(), "json": made.to_json().encode()}
+    def _append(self, prepared: bytes, provenance: Provenance) -> None:
+        class_id = -1 if provenance.class_id is None else provenance.class_id
+        contents = {"png": prepared, "cls": str(class_id).encode(), "json": provenance.to_json().encode()}
         for ending, content in contents.items():
             self._file.write(tar_member(f"{self._count:06}.{ending}", content))
         self._file.flush()

@@ -41,7 +41,7 @@ class Sink:
             InputError: with `resume`, what lies there was not written by varcli.
         """
 
-    def has(self, made: Provenance) -> bool:
+    def has(self, provenance: Provenance) -> bool:
         """Whether an earlier run left this image here; to be asked once for each image, before `add`."""
         return False
 
@@ -49,19 +49,19 @@ class Sink:
         """How many images an earlier run left here that `has` was not asked for."""
         return 0
 
-    def add(self, pixels: "PixelsOrRaster", made: Provenance) -> Path | None:
+    def add(self, pixels: "PixelsOrRaster", provenance: Provenance) -> Path | None:
         """Put an image here; return its own file, None where it has none.
 
         Raises:
             RunError: it cannot be written.
         """
-        return self.put(self.prepare(pixels, made), made)
+        return self.put(self.prepare(pixels, provenance), provenance)
 
-    def prepare(self, pixels: "PixelsOrRaster", made: Provenance) -> Any:
+    def prepare(self, pixels: "PixelsOrRaster", provenance: Provenance) -> Any:
         """Return an image as `put` takes it; its content as a PNG, if a kind of place does not say otherwise."""
-        return png_bytes(pixels, made)
+        return png_bytes(pixels, provenance)
 
-    def put(self, prepared: Any, made: Provenance) -> Path | None:
+    def put(self, prepared: Any, provenance: Provenance) -> Path | None:
         """Put the next image here, as `prepare` returned it; return its own file, None where it has none."""
         raise NotImplementedError
 
@@ -101,28 +101,28 @@ class FolderSink(Sink):
             raise cannot_write(self._folder, error) from error
         check_folder(self._folder)
 
-    def has(self, made: Provenance) -> bool:
+    def has(self, provenance: Provenance) -> bool:
         """Return whether this very image is there: a file of its name made with other settings is not it."""
-        path = self._path(made)
+        path = self._path(provenance)
         if not (self._resume and path.is_file()):
             return False
         try:
-            return read_provenance(path).identity() == made.identity()
+            return read_provenance(path).identity() == provenance.identity()
         except InputError:
             return False
 
-    def prepare(self, pixels: "PixelsOrRaster", made: Provenance) -> Path:
+    def prepare(self, pixels: "PixelsOrRaster", provenance: Provenance) -> Path:
         """Write an image, which needs no order either; return its file."""
-        path = self._path(made)
-        write_atomically(path, png_bytes(pixels, made))
+        path = self._path(provenance)
+        write_atomically(path, png_bytes(pixels, provenance))
         return path
 
-    def put(self, prepared: Path, made: Provenance) -> Path:
+    def put(self, prepared: Path, provenance: Provenance) -> Path:
         """Return the file of an image."""
         return prepared
 
-    def _path(self, made: Provenance) -> Path:
-        return self._folder / (self._name or image_filename(made))
+    def _path(self, provenance: Provenance) -> Path:
+        return self._folder / (self._name or image_filename(provenance))
 
 
 # --- streams ---------------------------------------------------------------------------------------
@@ -145,9 +145,9 @@ class StreamSink(Sink):
             else:  # no buffer: to close one is to wait for the thread writing to it, whom a pipe may hold up for good
                 self._stream = self._path.open("wb", buffering=0)
 
-    def put(self, prepared: bytes, made: Provenance) -> None:
+    def put(self, prepared: bytes, provenance: Provenance) -> None:
         """Send an image on its way."""
-        self._send(tar_member(image_filename(made), prepared) if self._several else prepared)
+        self._send(tar_member(image_filename(provenance), prepared) if self._several else prepared)
 
     def close(self) -> None:
         """Send the end of the tar, if it is one."""
