@@ -75,7 +75,7 @@ def nearest(wanted: "ClassEntry", entries: "Sequence[ClassEntry]", count: int = 
 
 
 def _kind(entry: "ClassEntry") -> int:
-    """Return which stretch of ImageNet's indices a class lies in."""
+    """Which stretch of ImageNet's indices a class lies in."""
     return bisect(_KIND_STARTS, entry.id)
 
 

@@ -93,7 +93,7 @@ def launch(count: int) -> int:
 
 
 def _cores() -> int:
-    """Return how many processor cores this process may use."""
+    """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -83,7 +83,7 @@ def _clear(folder: Path) -> None:
 
 
 def _abandoned(folder: Path) -> bool:
-    """Return whether a temporary folder's process is gone; for another machine's, only its age tells."""
+    """Whether a temporary folder's process is gone; for another machine's, only its age tells."""
     found = _TEMPORARY.fullmatch(folder.name)
     if not found:
         return False
@@ -93,7 +93,7 @@ def _abandoned(folder: Path) -> bool:
 
 
 def _runs(process: int) -> bool:
-    """Return whether there is a process of this number on this machine."""
+    """Whether there is a process of this number on this machine."""
     if os.name == "nt":
         return True  # to ask as below would end it
     try:
@@ -153,7 +153,7 @@ def check_folder(folder: Path, wanted: Path | None = None) -> None:
 
 
 def kind_there(path: Path) -> str:
-    """Return whether a folder, a file, a device (or pipe) or nothing is at a path."""
+    """Whether a folder, a file, a device (or pipe) or nothing is at a path."""
     try:
         if path.is_dir():
             return "folder"

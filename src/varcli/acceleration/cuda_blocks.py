@@ -34,7 +34,7 @@ class BlockBranches(Protocol):
         """Return as `advanced` does what goes into the next product, having changed the residual stream in place."""
 
     def attend(self, x_BlD: Tensor, number: int, cache: Any) -> Tensor:
-        """Return what each token gathers from its own scale and those before it, (B, l, D)."""
+        """What each token gathers from its own scale and those before it, (B, l, D)."""
 
     def feed(self, x_BlD: Tensor) -> Tensor:
         """Return the feed-forward branch, (B, l, D)."""
@@ -97,7 +97,7 @@ class ScaleCache(KeyValueCache):
         self.filled = 0
 
     def until(self, block: int, end: int) -> Tensor:
-        """Return where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
+        """Where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
         if end <= self.kv[block].shape[3]:
             return super().until(block, end)
         self.whole_2BhLc[:, :, :, : self.filled] = super().until(block, self.filled)
@@ -137,7 +137,7 @@ class GpuBlock:
         self.temperature_h1 = attn.temperature_h1
 
     def attend(self, x_BlD: Tensor, number: int, cache: ScaleCache) -> Tensor:
-        """Return what each token gathers from its own scale and those before it, (B, l, D)."""
+        """What each token gathers from its own scale and those before it, (B, l, D)."""
         start, end = cache.filled, cache.filled + x_BlD.shape[1]
         qkv_Bl3hc = F.linear(x_BlD, self.qkv.weight, self.bias).unflatten(2, (3, self.heads, HEAD_WIDTH))
         k_BhLc, v_BhLc = cache.until(number, end)
@@ -159,7 +159,7 @@ def linear_gelu(x_BlD: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def for_gpu(transformer: Transformer) -> bool:
-    """Return whether these blocks can stand in for a transformer's own: in 16 bits on CUDA, and nothing replaced."""
+    """Whether these blocks can stand in for a transformer's own: in 16 bits on CUDA, and nothing replaced."""
     blocks = list(cast("Iterable[Block]", transformer.blocks))
     layers = [layer for b in blocks for layer in (b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
     plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in layers)

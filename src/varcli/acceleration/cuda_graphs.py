@@ -26,10 +26,10 @@ class Runner(Protocol):
     """Runs the steps of one batch after another."""
 
     def admit(self, name: str, given: Tensor, device: torch.device) -> Tensor:
-        """Return what a batch brings along, from the host to the device, without waiting for the copy."""
+        """What a batch brings along, from the host to the device, without waiting for the copy."""
 
     def run(self, name: str, step: Callable[[], Result]) -> Result:
-        """Return what a step returns; its name says which of a batch's steps it is."""
+        """What a step returns; its name says which of a batch's steps it is."""
 
 
 class EagerRunner:
@@ -40,7 +40,7 @@ class EagerRunner:
         return pinned(given, device).to(device, non_blocking=True)
 
     def run(self, name: str, step: Callable[[], Result]) -> Result:
-        """Return what a step returns."""
+        """What a step returns."""
         return step()
 
 
@@ -66,7 +66,7 @@ class GraphRunner:
         return self.places[name].copy_(pinned(given, device), non_blocking=True)
 
     def run(self, name: str, step: Callable[[], Result]) -> Result:
-        """Return what the step returns, to be used before the next batch begins.
+        """What the step returns, to be used before the next batch begins.
 
         Raises:
             RuntimeError: memory ran out while it was recorded; a smaller batch may fit.
@@ -97,7 +97,7 @@ def pinned(given: Tensor, device: torch.device) -> Tensor:
 
 
 def cuda_recorder(device: torch.device) -> Record:
-    """Return what records steps as CUDA graphs that share one pool of memory.
+    """What records steps as CUDA graphs that share one pool of memory.
 
     They may share it because all that one graph leaves for another is held in `GraphRunner.recordings`; the rest is
     free again after each of them. Other threads may go on using the GPU while one is recorded.

@@ -49,7 +49,7 @@ def pick_dtype(name: str, device: torch.device) -> str:
 
 
 def cpu_computes_bf16() -> bool:
-    """Return whether the processor has instructions for bf16 (AVX512-BF16, AMX or Arm's) and torch uses them.
+    """Whether the processor has instructions for bf16 (AVX512-BF16, AMX or Arm's) and torch uses them.
 
     oneDNN's own answer will not do on x86: it is yes where AVX-512 emulates bf16, which is slower than float32.
     """
@@ -86,7 +86,7 @@ def check_int8(device: torch.device) -> None:
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Return whether an error says that memory ran out, on a GPU or on the CPU of any system."""
+    """Whether an error says that memory ran out, on a GPU or on the CPU of any system."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
@@ -116,7 +116,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def independent(transformer: Transformer) -> bool:
-    """Return whether images must be computed one by one to come out the same in any batch.
+    """Whether images must be computed one by one to come out the same in any batch.
 
     In float32 that is promised; on a CPU it costs nothing. On a GPU in 16 bits batches are what makes
     it fast, and the shape of a batch changes the rounding.

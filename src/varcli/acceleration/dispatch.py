@@ -125,6 +125,6 @@ def _between_products(kind: type[GpuBlock], device: torch.device, dtype: torch.d
 
 
 def _close(these: list[Tensor], those: list[Tensor]) -> bool:
-    """Return whether tensors differ by rounding to 16 bits at most."""
+    """Whether tensors differ by rounding to 16 bits at most."""
     pairs = zip(these, those, strict=True)
     return all(torch.allclose(one.float(), other.float(), rtol=0.02, atol=0.02) for one, other in pairs)

@@ -66,7 +66,7 @@ class PackedConvolution:
 
 @cache
 def packing_works(dtype: torch.dtype) -> bool:
-    """Return whether this build of torch, on this processor, multiplies with packed weights of a precision."""
+    """Whether this build of torch, on this processor, multiplies with packed weights of a precision."""
     if not torch.backends.mkldnn.is_available():
         return False
     probe = nn.Linear(16, 16, bias=False, dtype=dtype)
@@ -95,7 +95,7 @@ def pack(transformer: Transformer) -> None:
 
 
 def _packable(layer: nn.Module) -> bool:
-    """Return whether a layer is a linear map that was not replaced yet, and can be."""
+    """Whether a layer is a linear map that was not replaced yet, and can be."""
     return isinstance(layer, nn.Linear) and packing_works(layer.weight.dtype)
 
 
@@ -141,7 +141,7 @@ class CpuBlock:
         self.factor_2h1 = torch.stack([temperature_h1 * math.log2(math.e), torch.ones_like(temperature_h1)])
 
     def attend(self, x_BlD: Tensor, number: int, cache: KeyValueCache) -> Tensor:
-        """Return what each token gathers from its own scale and those before it, (B, l, D)."""
+        """What each token gathers from its own scale and those before it, (B, l, D)."""
         qkv_Bl3hc = self.qkv(x_BlD).unflatten(2, (3, self.heads, HEAD_WIDTH))
         qk_Bl2hc = qkv_Bl3hc[:, :, :2].float()
         length_Bl2h1 = torch.linalg.vector_norm(qk_Bl2hc, dim=-1, keepdim=True)
@@ -168,6 +168,6 @@ def gather(q_Nlc: Tensor, k_NLc: Tensor, v_NLc: Tensor, *, steep: bool) -> Tenso
 
 
 def for_cpu(transformer: Transformer) -> bool:
-    """Return whether these blocks can stand in for a transformer's own: in bf16, or int8 with it, on a processor."""
+    """Whether these blocks can stand in for a transformer's own: in bf16, or int8 with it, on a processor."""
     biases = [cast("Tensor", block.attn.proj.bias) for block in cast("Iterable[Block]", transformer.blocks)]
     return all(bias.device.type == "cpu" and bias.dtype == torch.bfloat16 for bias in biases)

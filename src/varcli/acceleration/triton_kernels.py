@@ -82,7 +82,7 @@ def _normalize(
 def advanced(
     x_BlD: Tensor, branch: tuple[Tensor, Tensor] | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return what `models.fused.advanced` does, (B, l, D), and change x as it does."""
+    """What `models.fused.advanced` does, (B, l, D), and change x as it does."""
     assert x_BlD.is_contiguous(), "kernels count tokens one after the other"
     rows, length, width = x_BlD.shape
     out_BlD = torch.empty_like(x_BlD, dtype=dtype)

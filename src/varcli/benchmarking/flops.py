@@ -11,7 +11,7 @@ from varcli.config import TokenizerConfig, TransformerConfig
 
 
 def transformer_operations(config: TransformerConfig, counts: Sequence[int], guided: bool) -> list[int]:
-    """Return what the transformer needs for each step of one image.
+    """What the transformer needs for each step of one image.
 
     Args:
         config: of the transformer.
@@ -31,7 +31,7 @@ def transformer_operations(config: TransformerConfig, counts: Sequence[int], gui
 
 
 def decoder_operations(config: TokenizerConfig) -> int:
-    """Return what the decoder needs for one image."""
+    """What the decoder needs for one image."""
     widths = [config.base_width * multiplier for multiplier in config.multipliers]
     before, positions = widths[-1], config.sides[-1] ** 2
     products = _convolution(config.codebook_width, config.codebook_width) * positions

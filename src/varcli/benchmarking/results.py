@@ -38,7 +38,7 @@ class StageTiming:
 
     @property
     def name(self) -> str:
-        """Return what to call it in a table."""
+        """What to call it in a table."""
         return f"{self.phase} {self.step}".rstrip()
 
 
@@ -78,7 +78,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def sampler_timings(contestants: Sequence["BenchSampler"], contest: "Contest") -> list[SamplerTimings]:
-    """Return what each contestant costs; the first one is varcli's own sampler."""
+    """What each contestant costs; the first one is varcli's own sampler."""
     found: list[SamplerTimings] = []
     for contestant, rounds, rate in zip(contestants, contest.rounds, contest.matmul_rates, strict=True):
         latencies = [turn.seconds for turn in rounds]
@@ -158,7 +158,7 @@ class BenchPlan:
 def run_benchmark(
     plan: BenchPlan, advance: Callable[[], None], note: Callable[[str], None] = lambda line: None
 ) -> Benchmark:
-    """Return what an image costs.
+    """What an image costs.
 
     Args:
         plan: what to run_benchmark.

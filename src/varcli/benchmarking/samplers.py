@@ -209,7 +209,7 @@ def naive_sampler(models: Models, config: SampleConfig) -> BenchSampler:
 
 
 def _scales(models: Models, config: SampleConfig) -> dict[str, Any]:
-    """Return what is done by who makes a scale a step. The naive sampler does more, none of which is needed."""
+    """What is done by who makes a scale a step. The naive sampler does more, none of which is needed."""
     return _work(models, config, {f"{side} × {side}": [side * side] for side in models[1].config.sides})
 
 

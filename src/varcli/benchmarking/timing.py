@@ -38,7 +38,7 @@ class Stopwatch:
         self._moments.append(self._now())
 
     def seconds(self) -> list[float]:
-        """Return how long each phase took, in the order they ended."""
+        """How long each phase took, in the order they ended."""
         synchronize(self.device)
         pairs = pairwise(self._moments)
         if self.device.type == "cuda":
@@ -80,7 +80,7 @@ class Round:
 
 
 def run_once(contestant: BenchSampler, device: torch.device, seed: int) -> Round:
-    """Return what a batch takes whose seeds count up from `seed`.
+    """What a batch takes whose seeds count up from `seed`.
 
     Raises:
         RunError: it does not fit into memory.
@@ -116,7 +116,7 @@ class Contest:
 def take_turns(
     contestants: Sequence[BenchSampler], device: torch.device, rounds: int, advance: Callable[[], None]
 ) -> Contest:
-    """Return what everybody took: in each round all make a batch, one after the other, from the same seed on."""
+    """What everybody took: in each round all make a batch, one after the other, from the same seed on."""
     taken: list[list[Round]] = [[] for _ in contestants]
     rates: dict[str, list[float]] = {contestant.precision: [] for contestant in contestants}
     for turn in range(rounds):
@@ -136,7 +136,7 @@ def warm_up(contestant: BenchSampler, device: torch.device, advance: Callable[[]
 
 
 def warm_ups(device: torch.device) -> int:
-    """Return how many batches those are."""
+    """How many batches those are."""
     return 3 if device.type == "cuda" else 1
 
 
@@ -187,7 +187,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def hardware(device: torch.device) -> str:
-    """Return what computes, in words."""
+    """What computes, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

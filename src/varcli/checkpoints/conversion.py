@@ -51,7 +51,7 @@ class Part:
         return tuple(tensor.shape)
 
     def count(self, prefix: str) -> int:
-        """Return how many numbered modules there are below a name."""
+        """How many numbered modules there are below a name."""
         start = f"{prefix}."
         return len({name.removeprefix(start).split(".")[0] for name in self.state if name.startswith(start)})
 
@@ -99,7 +99,7 @@ def find_parts(paths: Sequence[Path]) -> dict[str, Part]:
 
 
 def read_pth(path: Path) -> Any:
-    """Return what a `.pth` file holds: tensors, mapped from the file, in plain containers.
+    """What a `.pth` file holds: tensors, mapped from the file, in plain containers.
 
     Raises:
         CheckpointError: the file cannot be read, or asks to run code.

@@ -90,7 +90,7 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """Return where converted checkpoints are kept, each system's own place for caches."""
+    """Where converted checkpoints are kept, each system's own place for caches."""
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("varcli", appauthor=False))
@@ -105,7 +105,7 @@ def registry() -> Mapping[str, Entry]:
 
 
 def listed() -> dict[str, Any]:
-    """Return what `checkpoints.toml` says."""
+    """What `checkpoints.toml` says."""
     packaged = Path(__file__).with_name("checkpoints.toml")
     checkout = Path(__file__).parents[3] / packaged.name
     return tomllib.loads((packaged if packaged.exists() else checkout).read_text(encoding="utf-8"))

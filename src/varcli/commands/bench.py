@@ -93,7 +93,7 @@ def bench(
 
 
 def _others(vs: str | None) -> list[str]:
-    """Return what to compare with, each once."""
+    """What to compare with, each once."""
     given = [name.strip() for name in vs.split(",")] if vs is not None else []
     if "plain" in given:
         note("--vs plain is now --vs naive; the old name goes in the next version")

@@ -95,7 +95,7 @@ def verify(checkpoint: NameOrFile) -> None:
 
 
 def registered_facts(entry: known.Entry) -> dict[str, Any]:
-    """Return what the registry says of a checkpoint, and whether its file is on this machine."""
+    """What the registry says of a checkpoint, and whether its file is on this machine."""
     facts = {key: value for key, value in asdict(entry).items() if value not in (None, ())}
     if entry.files:
         facts["files"] = {file.pop("name"): file for file in facts["files"]}

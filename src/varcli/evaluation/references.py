@@ -157,7 +157,7 @@ _ADVICE = "make statistics with: var eval stats DATA -o FILE"
 
 
 def holds_images(path: Path) -> bool:
-    """Return whether a path leads to images, which `open_images` takes, and not to statistics."""
+    """Whether a path leads to images, which `open_images` takes, and not to statistics."""
     if path.suffix.lower() != ".npz":
         return path.is_dir() or path.suffix.lower() in (".zip", ".tar")
     if not zipfile.is_zipfile(path):

@@ -194,7 +194,7 @@ class Statistics:
         return _moments(self.count, self._sums["spatial_F"], self._sums["spatial_FF"].clone())
 
     def splits(self) -> SplitSums:
-        """Return what the inception score needs."""
+        """What the inception score needs."""
         return SplitSums(self._sums["split_S"], self._sums["chance_SV"], self._sums["certainty_S"])
 
     @property
@@ -217,7 +217,7 @@ class Statistics:
         return dict(self._sums)
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether these are sums of this plan."""
+        """Whether these are sums of this plan."""
         return {name: (tuple(sums.shape), sums.dtype) for name, sums in tensors.items()} == _sums(self.plan, self.shape)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ _KNOWN_SHARE = 0.2
 
 
 def feather_mask(mask: Mask, feather: int) -> Numbers:
-    """Return how much of the new shows: 1 in the mask, falling to 0 within `feather` pixels outside of it.
+    """How much of the new shows: 1 in the mask, falling to 0 within `feather` pixels outside of it.
 
     The way is measured as the larger of both directions', so that it is exact: 0 from there on.
     """
@@ -24,7 +24,7 @@ def feather_mask(mask: Mask, feather: int) -> Numbers:
 
 
 def _box_sums(mask: Mask, radius: int) -> NDArray[np.int64]:
-    """Return how many marks lie in the square of 2·radius + 1 pixels around each pixel, edges going on beyond."""
+    """How many marks lie in the square of 2·radius + 1 pixels around each pixel, edges going on beyond."""
     sums = mask.astype(np.int64)
     for axis in (0, 1):
         total = np.cumsum(np.pad(sums, [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)], "edge"), axis)
@@ -101,7 +101,7 @@ def _resized_levels(values: Numbers, side: int, how: Image.Resampling) -> Number
 
 
 def _depth(inside: Mask) -> Numbers:
-    """Return how many cells lie between each and the known ones, 0 for those beside them."""
+    """How many cells lie between each and the known ones, 0 for those beside them."""
     depth = np.zeros(inside.shape, np.float32)
     while inside.any():
         inside = _box_sums(~inside, 1) == 0

@@ -69,7 +69,7 @@ def _shown(pixels: "Pixels") -> Image.Image:
 
 
 def _columns(count: int) -> int:
-    """Return how many columns leave the fewest places empty, between a square and two squares beside each other."""
+    """How many columns leave the fewest places empty, between a square and two squares beside each other."""
     candidates = range(isqrt(count - 1) + 1, isqrt(2 * count - 1) + 2)
     return min(candidates, key=lambda columns: (-count % columns, columns))
 

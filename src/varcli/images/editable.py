@@ -60,7 +60,7 @@ class SourceImage:
         return 3 if self.levels.shape[2] > 2 else 1
 
     def seen(self) -> Levels:
-        """Return what one sees of it, (height, width, 3), in its own bits; on white where it is transparent."""
+        """What one sees of it, (height, width, 3), in its own bits; on white where it is transparent."""
         colours = self.levels[:, :, : self.colours]
         if self.levels.shape[2] == self.colours:
             return np.repeat(colours, 3 // self.colours, axis=2)
@@ -72,11 +72,11 @@ class SourceImage:
         return np.repeat(mixed, 3 // self.colours, axis=2)
 
     def pixels(self) -> "Pixels":
-        """Return what one sees of it in 8 bits."""
+        """What one sees of it in 8 bits."""
         return to_8_bits(self.seen())
 
     def alpha(self) -> "Pixels | None":
-        """Return how opaque it is, (height, width) from 0 to 255; None where it has no such channel."""
+        """How opaque it is, (height, width) from 0 to 255; None where it has no such channel."""
         return None if self.levels.shape[2] == self.colours else to_8_bits(self.levels[:, :, -1])
 
     def padded(self, margins: tuple[int, int, int, int]) -> "SourceImage":
@@ -104,7 +104,7 @@ class SourceImage:
 
 
 def grey_levels(levels: Levels) -> Levels:
-    """Return how bright colours are, (height, width), of as many bits; greys, of one channel, are as they are.
+    """How bright colours are, (height, width), of as many bits; greys, of one channel, are as they are.
 
     Source: ITU-R BT.601, in the fixed-point numbers of Pillow, so that both agree.
     """

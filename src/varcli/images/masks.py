@@ -19,13 +19,13 @@ _HALF = 128
 
 
 def grey_mask(given: SourceImage) -> Mask:
-    """Return where an image is white rather than black; whatever is transparent counts as black."""
+    """Where an image is white rather than black; whatever is transparent counts as black."""
     grey, alpha = to_8_bits(grey_levels(given.levels[:, :, : given.colours])), given.alpha()
     return (grey if alpha is None else grey.astype(np.uint32) * alpha // 255) >= _HALF
 
 
 def transparent_mask(given: SourceImage) -> Mask:
-    """Return where an image is more transparent than opaque.
+    """Where an image is more transparent than opaque.
 
     Raises:
         InputError: it has no alpha channel.
@@ -86,7 +86,7 @@ def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def parse_margins(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return what to add to an image of this size on each side, from ``l,t,r,b`` in pixels or percent.
+    """What to add to an image of this size on each side, from ``l,t,r,b`` in pixels or percent.
 
     Raises:
         UsageError: they are no margins, or all are 0.

@@ -24,7 +24,7 @@ _STEP = 257
 
 
 def step(levels: Levels) -> int:
-    """Return how far apart neighbouring levels of 8 bits are among these: 1 or 257."""
+    """How far apart neighbouring levels of 8 bits are among these: 1 or 257."""
     return _STEP if levels.dtype == np.uint16 else 1
 
 
@@ -44,7 +44,7 @@ def to_8_bits(levels: Levels) -> "Pixels":
 
 
 def read_png(content: bytes) -> Levels:
-    """Return what a PNG of 16 bits a channel holds: grey, grey and alpha, RGB or RGBA.
+    """What a PNG of 16 bits a channel holds: grey, grey and alpha, RGB or RGBA.
 
     A colour marked as transparent becomes an alpha channel.
 

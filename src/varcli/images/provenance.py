@@ -130,7 +130,7 @@ def provenance_from_json(text: str, name: str) -> Provenance:
 
 
 def read_provenance(path: Path) -> Provenance:
-    """Return what a PNG says about how it was made.
+    """What a PNG says about how it was made.
 
     Raises:
         InputError: the file is no image, or says nothing.

@@ -68,7 +68,7 @@ def tiles(mask: Mask, side: int) -> Iterator[Tile]:
 
 
 def count_tiles(mask: Mask, side: int) -> int:
-    """Return how many squares `tiles` yields."""
+    """How many squares `tiles` yields."""
     return sum(1 for _ in tiles(mask, side))
 
 
@@ -79,7 +79,7 @@ def bounds(mask: Mask) -> tuple[int, int, int, int]:
 
 
 def _starts(first: int, last: int, side: int, whole: int) -> list[int]:
-    """Return where squares along one axis of [0, whole) begin so that they cover [first, last) and some around it."""
+    """Where squares along one axis of [0, whole) begin so that they cover [first, last) and some around it."""
     if 4 * (last - first) <= 3 * side or side == whole:
         return [min(max((first + last - side) // 2, 0), whole - side)]
     first, last = max(first - side // 2, 0), min(last + side // 2, whole)

@@ -44,7 +44,7 @@ class PhiConvs(nn.Module):
 
 
 def nearest_tick(ratio: float, count: int) -> int:
-    """Return which of `count` values spread evenly over [1/12, 11/12] lies nearest to `ratio`.
+    """Which of `count` values spread evenly over [1/12, 11/12] lies nearest to `ratio`.
 
     For n other than 4 the ends are 1/(2n) and 1 - 1/(2n). Ties go to the first, but the middle scale of
     an odd number of them is no tie in float64: numpy's rounding decides there, as it did in the original.
@@ -88,7 +88,7 @@ class Quantizer(nn.Module):
         return h_BCHW if f_hat_BCHW is None else f_hat_BCHW + h_BCHW
 
     def next_input(self, f_hat_BCHW: Tensor, scale: int) -> Tensor:
-        """Return what the transformer sees of f_hat when it predicts `scale`: (B, l, C)."""
+        """What the transformer sees of f_hat when it predicts `scale`: (B, l, C)."""
         return self.shrink(f_hat_BCHW, scale).flatten(2).transpose(1, 2)
 
     def shrink(self, f_BCHW: Tensor, scale: int) -> Tensor:

@@ -28,7 +28,7 @@ class KeyValueCache:
         self.filled = 0
 
     def until(self, block: int, end: int) -> Tensor:
-        """Return where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
+        """Where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
         return self.kv[block][:, :, :, :end]
 
     def append(self, block: int, k_Bhlc: Tensor, v_Bhlc: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class SelfAttention(nn.Module):
 
     @property
     def temperature_h1(self) -> Tensor:
-        """Return how long each head's queries are made, at most 100."""
+        """How long each head's queries are made, at most 100."""
         return self.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
 
     def joint(self, x_BlD: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class ArchiveSink(Sink):
         self._like = _in_common(found[0]) if found else None
 
     def has(self, provenance: Provenance) -> bool:
-        """Return whether this image is in the archive, and no more often than it is."""
+        """Whether this image is in the archive, and no more often than it is."""
         self._check_like(provenance)
         settings = provenance.identity()
         if not self._done[settings]:
@@ -151,7 +151,7 @@ class ArchiveSink(Sink):
         raise NotImplementedError
 
     def _finished(self) -> list[Provenance]:
-        """Return what is in the finished archive."""
+        """What is in the finished archive."""
         raise NotImplementedError
 
     def _unpack(self) -> None:
@@ -175,7 +175,7 @@ class ArchiveSink(Sink):
 
 
 def _in_common(provenance: Provenance) -> Provenance:
-    """Return what all images of one archive share."""
+    """What all images of one archive share."""
     return replace(provenance.identity(), class_id=None, seed=0)
 
 

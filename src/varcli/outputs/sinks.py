@@ -102,7 +102,7 @@ class FolderSink(Sink):
         check_folder(self._folder)
 
     def has(self, provenance: Provenance) -> bool:
-        """Return whether this very image is there: a file of its name made with other settings is not it."""
+        """Whether this very image is there: a file of its name made with other settings is not it."""
         path = self._path(provenance)
         if not (self._resume and path.is_file()):
             return False

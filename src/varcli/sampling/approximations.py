@@ -50,7 +50,7 @@ class ApproximateScaleModel(ScaleModel):
         """What the blocks did to the residual stream in the scales that later ones are restored from, (R, l, D)."""
 
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
-        """Return what the head is to see of a scale in each row, (R, l, D); without guidance R is B."""
+        """What the head is to see of a scale in each row, (R, l, D); without guidance R is B."""
         x_RlD = self.entering(scale, input_BlC)
         if self._late(scale) and "guidance" in self.approximations:
             self._forget_unconditional_rows()
@@ -73,7 +73,7 @@ class ApproximateScaleModel(ScaleModel):
         return scale >= max(1, len(self.sides) - LATE)
 
     def _computed(self, scale: int) -> int:
-        """Return how many tokens of a scale go through the blocks."""
+        """How many tokens of a scale go through the blocks."""
         tokens = self.sides[scale] ** 2
         return tokens // 2 if "tokens" in self.approximations and self._late(scale) else tokens
 

@@ -31,7 +31,7 @@ PLANNED = 0.85
 
 
 def fitting_batch(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig) -> int:
-    """Return how many images should fit into a GPU's memory, a power of two; too many are halved later.
+    """How many images should fit into a GPU's memory, a power of two; too many are halved later.
 
     It is the whole memory, not what others leave free of it: in 16 bits the images depend on the size of their
     batch, and are to be the same each time on the same machine.
@@ -230,7 +230,7 @@ class BatchSampler:
         return fetched(group, pixels_BPP3)
 
     def _runner(self, size: int) -> Runner:
-        """Return what runs batches of a size: recordings are kept for each size there is."""
+        """What runs batches of a size: recordings are kept for each size there is."""
         if self.recorder is None:
             return EAGER
         self.record = self.record or self.recorder()

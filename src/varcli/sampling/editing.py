@@ -80,7 +80,7 @@ def best(candidates: Sequence[Edited]) -> Edited:
 
 
 def keep_by_coverage(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
-    """Return which tokens stay at each scale, (1, l) bool.
+    """Which tokens stay at each scale, (1, l) bool.
 
     The hole is first grown by one token of the last grid, because a token reaches into its neighbours.
     Then a token stays if the grown hole takes no more than half of it; from half the last grid's side on,
@@ -105,7 +105,7 @@ def keep_by_coverage(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
 
 
 def keep_as_released(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
-    """Return which tokens stay at each scale, (1, l) bool, by the rule of the released demonstration.
+    """Which tokens stay at each scale, (1, l) bool, by the rule of the released demonstration.
 
     The mask on the last grid, interpolated bilinearly, decides by half; of up to three tokens all stay.
     """
@@ -191,7 +191,7 @@ class Editor:
 
     @torch.inference_mode()
     def keep(self, given: Levels, hole: Mask) -> Keep:
-        """Return which tokens of a square image stay; they know nothing of what is in the hole.
+        """Which tokens of a square image stay; they know nothing of what is in the hole.
 
         Differs: the released rule tokenizes the image with what is in the hole, which then shows
         through in the tokens around it.
@@ -215,7 +215,7 @@ class Editor:
         return half_token if self.rule.feather is None else self.rule.feather
 
     def _matched(self, given: Levels, decoded: Pixels, hole: Mask) -> Levels:
-        """Return what was made, as large as what was given and, if it is to be put in there, on its level."""
+        """What was made, as large as what was given and, if it is to be put in there, on its level."""
         made = as_deep_as(enlarged(decoded, len(given)), given)
         return match_levels(given, made, hole, self.tokenizer.config.sides[-1]) if self._composites else made
 
@@ -231,7 +231,7 @@ class Editor:
 
 
 def seam(given: Levels, made: Levels, hole: Mask, feather: int) -> float:
-    """Return how far old and new differ just outside a hole, where one fades into the other: mean of 255 levels."""
+    """How far old and new differ just outside a hole, where one fades into the other: mean of 255 levels."""
     ring = (feather_mask(hole, max(feather, 1)) > 0) & ~hole
     if not ring.any():
         return 0.0

@@ -58,7 +58,7 @@ def sample(
 
 
 def image_seed(seed: int, row: int) -> int:
-    """Return what the image's own generator starts from."""
+    """What the image's own generator starts from."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {row}".encode(), digest_size=4).digest(), "little")
 
 

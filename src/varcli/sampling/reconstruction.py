@@ -39,7 +39,7 @@ def rebuilt(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Pixels:
 
 @torch.inference_mode()
 def there_and_back(tokenizer: Tokenizer, before_BPP3: Pixels) -> tuple[Pixels, list[Tensor]]:
-    """Return what the tokenizer makes of images of its size, and the token maps (B, l) between."""
+    """What the tokenizer makes of images of its size, and the token maps (B, l) between."""
     device = tokenizer.quant_conv.weight.device
     image_B3PP = torch.from_numpy(before_BPP3).permute(0, 3, 1, 2).to(device) / 127.5 - 1
     quantized = tokenizer.quantize.quantize(tokenizer.features(image_B3PP))
@@ -53,5 +53,5 @@ def psnr(pixels: Pixels, other: Pixels) -> float:
 
 
 def bits_per_pixel(config: TokenizerConfig) -> float:
-    """Return what an image's tokens take if each is written as the number of a codebook row, log2 V bits."""
+    """What an image's tokens take if each is written as the number of a codebook row, log2 V bits."""
     return sequence_length(config.sides) * math.log2(config.codebook_size) / config.pixels**2

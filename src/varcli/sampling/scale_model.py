@@ -23,7 +23,7 @@ class Blocks(Protocol):
     """A transformer's blocks: its own or such as stand in for them."""
 
     def modulations(self, class_BD: Tensor) -> list[Tensor]:
-        """Return what the class does in each block."""
+        """What the class does in each block."""
 
     def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
         """Return the residual stream of one scale after all blocks, having stored what later scales need."""
@@ -80,7 +80,7 @@ class ScaleModel:
         return logits_BlV
 
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
-        """Return what the head is to see of a scale in each row, (R, l, D)."""
+        """What the head is to see of a scale in each row, (R, l, D)."""
         self.cache.filled = spans(self.transformer.config.sides)[scale].start
         return self.normalized(self.through_blocks(self.entering(scale, input_BlC)))
 
@@ -96,7 +96,7 @@ class ScaleModel:
             return self.blocks.step(x_RlD, self.modulations, self.cache)
 
     def normalized(self, x_RlD: Tensor) -> Tensor:
-        """Return what the head is to see of it, (R, l, D)."""
+        """What the head is to see of it, (R, l, D)."""
         return normalize(x_RlD, self.final_scale, self.final_shift)
 
     def guide(self, h_RlD: Tensor, scale: int) -> Tensor:

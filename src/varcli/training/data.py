@@ -214,13 +214,13 @@ def open_cache(
 
 
 def _key(tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device) -> str:
-    """Return what tells this cache from others."""
+    """What tells this cache from others."""
     shaping = [tokenizer_sha256(tokenizer), images.fingerprint(), dataclasses.asdict(settings), device.type]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _begin_cache(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, set[int]]:
-    """Return how many crops are done and which images cannot be read; make the files of a new cache."""
+    """How many crops are done and which images cannot be read; make the files of a new cache."""
     progress, shape = place / "progress.json", (total, sequence_length(tokenizer.config.sides))
     if progress.exists() and _holds(place / "tokens.npy", shape):
         note = json.loads(progress.read_text())
@@ -237,7 +237,7 @@ def _begin_cache(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, se
 
 
 def _holds(path: Path, shape: tuple[int, int]) -> bool:
-    """Return whether a whole array of this shape is there."""
+    """Whether a whole array of this shape is there."""
     try:
         return open_memmap(path, mode="r").shape == shape
     except (OSError, ValueError):
@@ -262,7 +262,7 @@ def _write_description(place: Path, done: int, unreadable: set[int]) -> None:
 
 
 def _chunks(numbers: range, images: int) -> list[list[Draw]]:
-    """Return what to encode in batches; crop c of image i is number c · N + i."""
+    """What to encode in batches; crop c of image i is number c · N + i."""
     draws = [(number % images, number // images) for number in numbers]
     return [draws[i : i + ENCODE_BATCH] for i in range(0, len(draws), ENCODE_BATCH)]
 

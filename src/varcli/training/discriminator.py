@@ -66,7 +66,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Return how much to multiply the adversarial loss by, so that both losses pull equally at the last layer.
+    """How much to multiply the adversarial loss by, so that both losses pull equally at the last layer.
 
     Source: VQGAN (Esser et al. 2021), equation 7.
     """

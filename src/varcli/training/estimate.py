@@ -72,7 +72,7 @@ class Estimable(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """Return what is trained."""
+        """What is trained."""
 
     def trial_loss(self, count: int) -> Tensor:
         """Return the loss of `count` random images, with its gradient."""
@@ -135,7 +135,7 @@ def _rate(stage: Estimable, part: int) -> float:
 
 
 def _seconds(stage: Estimable, count: int, passes: int) -> float:
-    """Return how long some passes through that many images take."""
+    """How long some passes through that many images take."""
     synchronize(stage.device)
     begin = time.perf_counter()
     for _ in range(passes):
