@@ -112,7 +112,7 @@ def test_a_lost_process_is_no_riddle(monkeypatch):
     from varcli import distributed
 
     monkeypatch.setattr(distributed, "_GRACE", 0.0)
-    with pytest.raises(RunError, match="another one ended early"), distributed._others_expected():
+    with pytest.raises(RunError, match="another process ended early"), distributed._others_expected():
         raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     with pytest.raises(RuntimeError, match="shapes"), distributed._others_expected():
         raise RuntimeError("shapes differ")
