@@ -42,24 +42,25 @@ class Classifier:
         self.network = network.to(device).eval()
 
     @torch.inference_mode()
-    def confidence(self, pixels_BPP3: NDArray[np.uint8], rows: Sequence[int]) -> NDArray[np.float64]:
-        """Return the probability of each image's class, (B,), the class given as a row of the table.
+    def confidence(self, pixels_BPP3: NDArray[np.uint8], labels: Sequence[int]) -> NDArray[np.float64]:
+        """Return the probability of each image's label, (B,).
 
         Raises:
             CheckpointError: the network does not answer with logits of known classes.
         """
         image_B3PP = torch.from_numpy(pixels_BPP3).to(self.device).permute(0, 3, 1, 2).float() / 255
         logits_BN = self.network(image_B3PP)
-        if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2 or len(logits_BN) != len(rows):
+        if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2 or len(logits_BN) != len(labels):
             raise CheckpointError(f"the classifier {self.name} must turn images (B, 3, P, P) into logits (B, classes)")
         probability_BN = logits_BN.double().softmax(1).cpu().numpy()
-        return probability_BN[np.arange(len(rows)), [self._column(row, logits_BN.shape[1]) for row in rows]]
+        columns = [self._column(label, logits_BN.shape[1]) for label in labels]
+        return probability_BN[np.arange(len(labels)), columns]
 
-    def _column(self, row: int, count: int) -> int:
+    def _column(self, label: int, count: int) -> int:
         """Which of `count` logits belongs to a label."""
         if count == len(self.table):
-            return row
-        entry = self.table.entries[row]
+            return label
+        entry = self.table.entries[label]
         if count == len(imagenet()) and entry in imagenet().entries:
             return entry.id
         raise CheckpointError(

@@ -21,9 +21,9 @@ def few_images(count: int, bias: float | None) -> Iterable[str]:
         yield f"only {count} images: {what}; published figures are of {PAPER}"
 
 
-def imbalance(rows: Sequence[int], names: Sequence[str]) -> Iterable[str]:
-    """Warn where classes have unequal numbers of images; `rows` are the images' classes, -1 where unknown."""
-    counts = Counter(row for row in rows if row >= 0)
+def imbalance(labels: Sequence[int], names: Sequence[str]) -> Iterable[str]:
+    """Warn where classes have unequal numbers of images; `labels` are the images' classes, -1 where unknown."""
+    counts = Counter(label for label in labels if label >= 0)
     missing = len(names) - len(counts)
     if not counts:
         return

@@ -128,28 +128,28 @@ class FeaturePass:
     ) -> dict[str, Tensor]:
         """Return the features of this process's share of a round, with zeros where another process's stand."""
         shape = self.statistics.shape
-        places = {rank: place for place, rank in enumerate(ranks)}
-        found = []
+        position = {rank: i for i, rank in enumerate(ranks)}
+        batches = []
         clock = time.perf_counter()
-        for given, pixels_BHW3, rows in make(mine):
+        for batch_ranks, pixels_BHW3, labels in make(mine):
             clock = self._took("images", clock)
-            found.append(([places[rank] for rank in given], rows, extractor.features(pixels_BHW3)))
+            batches.append(([position[rank] for rank in batch_ranks], labels, extractor.features(pixels_BHW3)))
             clock = self._took("features", clock)
         clock = self._took("images", clock)
         share = {
             "pool_RN": torch.zeros(len(ranks), shape.pool),
             "logits_RV": torch.zeros(len(ranks), shape.classes),
             "spatial_RF": torch.zeros(len(ranks), shape.spatial if "spatial" in self.plan.needs else 0),
-            "row_R": torch.zeros(len(ranks), dtype=torch.int64),
+            "label_R": torch.zeros(len(ranks), dtype=torch.int64),
             "there_R": torch.zeros(len(ranks), dtype=torch.int64),
         }
-        for at, rows, features in found:  # only now, so that a GPU need not be waited for after each batch
+        for at, labels, features in batches:  # only now, so that a GPU need not be waited for after each batch
             share["pool_RN"][at] = features.pool_BN.cpu()
             if features.logits_BV is not None:
                 share["logits_RV"][at] = features.logits_BV.cpu()
             if features.spatial_BF is not None and "spatial" in self.plan.needs:
                 share["spatial_RF"][at] = features.spatial_BF.cpu()
-            share["row_R"][at] = torch.as_tensor(rows)
+            share["label_R"][at] = torch.as_tensor(labels)
             share["there_R"][at] = 1
         self._took("features", clock)
         return share
@@ -164,13 +164,13 @@ class FeaturePass:
         if not self.group.is_main:
             return
         there_R = round_["there_R"].bool()
-        pool_RN, logits_RV, spatial_RF, row_R = (
-            round_[name][there_R] for name in ("pool_RN", "logits_RV", "spatial_RF", "row_R")
+        pool_RN, logits_RV, spatial_RF, label_R = (
+            round_[name][there_R] for name in ("pool_RN", "logits_RV", "spatial_RF", "label_R")
         )
-        unsaved, self._unsaved = self._unsaved + len(row_R), 0  # half-added sums are not to be saved
-        self.statistics.add(torch.tensor(ranks)[there_R].tolist(), row_R.tolist(), pool_RN, logits_RV, spatial_RF)
+        unsaved, self._unsaved = self._unsaved + len(label_R), 0  # half-added sums are not to be saved
+        self.statistics.add(torch.tensor(ranks)[there_R].tolist(), label_R.tolist(), pool_RN, logits_RV, spatial_RF)
         self._unsaved = unsaved
-        advance(len(row_R))
+        advance(len(label_R))
         if unsaved >= SAVE_IMAGES or time.monotonic() - self._saved_at >= SAVE_SECONDS:
             self.save()
 

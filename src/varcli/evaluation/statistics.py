@@ -50,7 +50,7 @@ class EvalPlan:
         """Raise InputError if there are fewer images than a metric of sums needs."""
         assert set(self.metrics) <= set(METRICS)
         for name in self.metrics:
-            least = SPLITS if name == "is" else 2
+            least = SPLITS if "classes" in METRICS[name].needs else 2
             if self.count < least:
                 raise InputError(f"--{name} needs at least {least} images (got {self.count})")
 
@@ -172,11 +172,11 @@ class Statistics:
         self._sums["chance_SV"].index_add_(0, split_B, p_BV)
         self._sums["certainty_S"].index_add_(0, split_B, (p_BV * log_p_BV).sum(1))
 
-    def _add_classes(self, row_B: Tensor, pool_BN: Tensor) -> None:
-        row_B, pool_BN = row_B[row_B >= 0], pool_BN[row_B >= 0]
-        self._sums["class_C"].index_add_(0, row_B, torch.ones(len(row_B), dtype=torch.float64))
-        self._sums["class_CN"].index_add_(0, row_B, pool_BN)
-        self._sums["square_C"].index_add_(0, row_B, pool_BN.square().sum(1))
+    def _add_classes(self, label_B: Tensor, pool_BN: Tensor) -> None:
+        label_B, pool_BN = label_B[label_B >= 0], pool_BN[label_B >= 0]
+        self._sums["class_C"].index_add_(0, label_B, torch.ones(len(label_B), dtype=torch.float64))
+        self._sums["class_CN"].index_add_(0, label_B, pool_BN)
+        self._sums["square_C"].index_add_(0, label_B, pool_BN.square().sum(1))
 
     @property
     def quarters(self) -> list[int]:
@@ -203,14 +203,15 @@ class Statistics:
         return self._sums["pool_PN"][self.present]
 
     def spreads(self) -> dict[int, tuple[int, float]]:
-        """Return for each row of the class table that has images their number and spread.
+        """Number and spread of the images of each label that has any.
 
         The spread is the root of the mean squared distance of features to their class's mean.
         """
         count_C, sum_CN, square_C = (self._sums[name] for name in ("class_C", "class_CN", "square_C"))
         variance_C = square_C / count_C - (sum_CN / count_C[:, None]).square().sum(1)
         spread_C = variance_C.clamp_min(0).sqrt()
-        return {row: (int(count_C[row]), float(spread_C[row])) for row in count_C.nonzero().flatten().tolist()}
+        labels = count_C.nonzero().flatten().tolist()
+        return {label: (int(count_C[label]), float(spread_C[label])) for label in labels}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums by name, for a file."""

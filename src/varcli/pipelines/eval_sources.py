@@ -247,10 +247,10 @@ class Reconstructed(ExistingImages):
 
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
         """Yield reconstructions of the images of these ranks, in batches."""
-        for found, before_BPP3, rows in super().make(ranks):
+        for batch_ranks, before_BPP3, labels in super().make(ranks):
             after_BPP3, tokens = there_and_back(self.tokenizer, before_BPP3)
             self.reconstructions.add(before_BPP3, after_BPP3, tokens)
-            yield found, after_BPP3, rows
+            yield batch_ranks, after_BPP3, labels
 
     def join(self, group: ProcessGroup) -> None:
         """Collect what other ranks summed up."""
