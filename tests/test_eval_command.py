@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+import varcli
 from support import extractors, small
 from varcli import cli
 from varcli.classes import imagenet
+from varcli.errors import InputError
 from varcli.evaluation import comparability, distances, feature_pass
 from varcli.evaluation.extractors import EXTRACTORS, Features
 from varcli.evaluation.statistics import FeatureShape
@@ -161,6 +163,24 @@ def test_a_tokenizer_is_measured_by_what_it_loses(measure, tmp_path):
     assert found["metrics"]["rfid"] > 0
     assert "without LPIPS" in err
     assert cli.run(["reconstruct", *map(str, Path("photographs").iterdir()), "--json", "--device", "cpu"]) == 0
+
+
+class Corners(Projection):
+    """With spatial features: the four corners."""
+
+    shape = FeatureShape(pool=2048, classes=1008, spatial=12)
+
+    def features(self, pixels_BHW3):
+        corners = torch.from_numpy(pixels_BHW3[:, [0, 0, -1, -1], [0, -1, 0, -1]]).float().flatten(1)
+        return dataclasses.replace(super().features(pixels_BHW3), spatial_BF=corners)
+
+
+@pytest.mark.parametrize("reference", [(), ("--reference", "photographs")])
+def test_a_tokenizer_is_measured_by_spatial_features_too(measure, tmp_path, monkeypatch, reference):
+    monkeypatch.setitem(EXTRACTORS, "inception-v3-compat", Corners)
+    photographs(tmp_path / "photographs")
+    found, _ = measure("photographs", "--tokenizer", "--fid", "--sfid", *reference)
+    assert found["metrics"]["rsfid"] > 0 and found["metrics"]["rfid"] > 0
 
 
 @pytest.mark.slow
@@ -336,6 +356,42 @@ def test_block_of_text(measure, tmp_path, capsys):
     assert lines["reference"].startswith("photographs, sha256 ")
 
 
+# --- from Python -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_images_in_memory_measure_as_the_same_images_in_files(measure, model, tmp_path):
+    reference = photographs(tmp_path / "photographs")
+    images = varcli.load(model, device="cpu", dtype="fp32").sample(list(NAMES), count=6)
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i:03}.png")
+    in_files, _ = measure(*sorted(tmp_path.glob("*.png")), "--fid", "--prc", "--reference", reference)
+    settings = {"metrics": ("fid", "prc"), "reference": str(reference), "device": "cpu"}
+    for source in (images, np.stack([image.array for image in images]), (image.array for image in images)):
+        found = varcli.evaluate(source, weights=tmp_path / "inception.pth", **settings)
+        assert found.n == len(images)
+        for name in ("fid", "precision", "recall"):
+            assert found.metrics[name] == pytest.approx(in_files["metrics"][name], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([np.zeros((8, 8, 3))] * 12, r"images must be uint8 (height, width, 3) (got float64 (8, 8, 3))"),
+        ([np.zeros((8, 8), np.uint8)] * 12, r"images must be uint8 (height, width, 3) (got uint8 (8, 8))"),
+        (
+            [np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)],
+            "images must have one size (got (8, 8) and (9, 8))",
+        ),
+        ([], "no path of images was given"),
+    ],
+)
+def test_images_in_memory_that_cannot_be_measured_are_refused(measure, tmp_path, images, message):
+    with pytest.raises(InputError) as refused:
+        varcli.evaluate(images, ("is",), weights=tmp_path / "inception.pth", device="cpu")
+    assert str(refused.value) == message
+
+
 # --- another extractor -----------------------------------------------------------------------------
 
 
@@ -359,6 +415,7 @@ def test_an_extractor_is_one_object(measure, tmp_path, monkeypatch):
     found, _ = measure(one, "--features", "brightness", "--reference", other)
     assert found["extractor"] == {"name": "brightness", "sha256": "b1" * 32}
     assert {"fd_brightness", "fd_brightness_infinity"} <= found["metrics"].keys()
+    monkeypatch.setattr(pipeline, "find_weights", None)  # what cannot be is said before anything is downloaded
     measure(one, "--features", "brightness", "--is", code=3)
     measure(one, "--features", "darkness", code=2)
 

@@ -7,7 +7,7 @@ from torch_fidelity import FeatureExtractorInceptionV3, calculate_metrics
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from support import extractors as random_inception
-from varcli.errors import InputError
+from varcli.errors import InputError, UsageError
 from varcli.evaluation import distances, metrics
 from varcli.evaluation.extractors import Inception
 from varcli.evaluation.statistics import EvalPlan, FeatureShape, Statistics
@@ -249,7 +249,22 @@ def test_what_can_be_measured_passes():
 @pytest.mark.parametrize("name", ["is", "sfid"])
 def test_features_that_an_extractor_lacks_are_said_before(name):
     with pytest.raises(InputError, match=f"--{name} needs Inception's features: leave --features out"):
-        metrics.check(EvalPlan(count=50, metrics=(name,)), SHAPE_OF_DINOV2, None)
+        metrics.check_features(("fid", name), SHAPE_OF_DINOV2)
+    metrics.check_features(("fid", "kid", "prc"), SHAPE_OF_DINOV2)
+    metrics.check_features(metrics.METRICS, Inception.shape)
+
+
+def test_a_metric_that_does_not_exist_is_named():
+    with pytest.raises(UsageError, match=r"metrics must be some of fid, sfid, is, kid, prc \(got isc\)"):
+        metrics.check_features(("fid", "isc"), Inception.shape)
+
+
+def test_spatial_statistics_of_another_network_are_refused():
+    spatial = SimpleNamespace(mean=np.zeros(7))
+    with pytest.raises(InputError, match="the reference some has 7 spatial features, and --sfid compares 2023"):
+        metrics.check(
+            EvalPlan(count=50, metrics=("sfid",)), Inception.shape, SimpleNamespace(name="some", spatial=spatial)
+        )
 
 
 def test_a_metric_is_one_row(monkeypatch):

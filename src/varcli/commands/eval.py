@@ -135,8 +135,6 @@ def evaluate(
     if tokenizer and set(chosen) - {"fid", "sfid"}:
         others = " or ".join(f"--{name}" for name in chosen if name not in ("fid", "sfid"))
         raise UsageError(f"--tokenizer cannot be used with {others}: it measures FID, PSNR, SSIM and LPIPS")
-    if save_stats and chosen and "fid" not in chosen:
-        raise UsageError("--save-stats needs --fid: it writes the statistics that FID is computed from")
     _check_outputs(out, save_stats, save_images, shared=nproc > 1 or launched())
     if nproc > 1 and not launched():
         raise Exit(launch(nproc))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from varcli.errors import InputError
+from varcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from varcli.evaluation.distances import Target
@@ -151,26 +151,43 @@ def needs(names: Collection[str]) -> frozenset[str]:
     return frozenset().union(*(METRICS[name].needs for name in names))
 
 
+def check_features(names: Collection[str], shape: "FeatureShape") -> None:
+    """Check, before anything is downloaded, that an extractor has the features that metrics need.
+
+    Raises:
+        UsageError: there is no such metric.
+        InputError: the extractor lacks features.
+    """
+    lacking = {"classes": not shape.classes, "spatial": not shape.spatial}
+    for name in names:
+        if name not in METRICS:
+            raise UsageError(f"metrics must be some of {', '.join(METRICS)} (got {name})")
+        if any(lacking.get(need) for need in METRICS[name].needs):
+            raise InputError(f"--{name} needs Inception's features: leave --features out")
+
+
 def check(plan: "EvalPlan", shape: "FeatureShape", reference: "Target | None") -> None:
     """Check, before long work, that a plan's figures can be computed against a reference.
 
     Raises:
-        InputError: the extractor lacks features, there is no reference where one is needed, it lacks statistics or
-            images, or images are too few.
+        InputError: there is no reference where one is needed, it lacks statistics or images, its statistics are of
+            other features, or images are too few.
     """
     for name in plan.metrics:
         metric = METRICS[name]
-        lacking = {"classes": not shape.classes, "spatial": not shape.spatial}
-        if any(lacking.get(need) for need in metric.needs):
-            raise InputError(f"--{name} needs Inception's features: leave --features out")
         if plan.count < metric.least:
             raise InputError(f"--{name} needs at least {metric.least} images (got {plan.count})")
         if not metric.reference:
             continue
         if reference is None:
             raise InputError(f"--{name} is measured against a reference: give --reference")
-        if "spatial" in metric.needs and reference.spatial is None:
-            raise InputError(f"the reference {reference.name} has no spatial statistics, which --{name} needs")
+        if "spatial" in metric.needs:
+            if reference.spatial is None:
+                raise InputError(f"the reference {reference.name} has no spatial statistics, which --{name} needs")
+            if (size := len(reference.spatial.mean)) != shape.spatial:
+                raise InputError(
+                    f"the reference {reference.name} has {size} spatial features, and --{name} compares {shape.spatial}"
+                )
         if "table" in metric.needs:
             if reference.pool is None:
                 raise InputError(f"the reference {reference.name} has statistics alone, and --{name} needs its images")
@@ -190,7 +207,7 @@ def check_read(statistics: "Statistics", reference: "Target | None") -> None:
     if statistics.count == statistics.plan.count:
         return
     check(replace(statistics.plan, count=statistics.count), statistics.shape, reference)
-    if "is" in statistics.plan.metrics and not statistics.splits().count_S.all():
+    if "classes" in statistics.plan.needs and not statistics.splits().count_S.all():
         raise InputError(f"only {statistics.count} images could be read: too few for the splits of the inception score")
 
 

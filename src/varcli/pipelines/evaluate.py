@@ -38,6 +38,7 @@ from varcli.evaluation.results import ClassSpread, Origin, Published, ReferenceO
 from varcli.evaluation.statistics import EvalPlan, Statistics
 from varcli.files import file_sha256
 from varcli.images.dataset import ImageSet, open_images
+from varcli.images.image import Image
 from varcli.models.lpips import LPIPS
 from varcli.pipelines.eval_sources import EvalSource, ExistingImages, Reconstructed, Samples
 from varcli.pipelines.model import Model
@@ -49,8 +50,8 @@ DEFAULT_COUNT = 2_000
 MAX_CACHED_FEATURES = 10_000
 """Up to this number of images a reference's features are cached with its statistics, for KID, precision and recall."""
 
-Source = Model | str | Path | Sequence[str | Path] | Iterable[NDArray[np.uint8]]
-"""What is measured: a model, paths of images, or arrays (height, width, 3)."""
+Source = Model | str | Path | Sequence[str | Path] | Iterable[Image | NDArray[np.uint8]]
+"""What is measured: a model, paths of images, images, or arrays (height, width, 3)."""
 
 
 def evaluate(
@@ -84,8 +85,8 @@ def evaluate(
     """Measure images against a reference. An interrupted evaluation goes on where it was when called again.
 
     Args:
-        source: a model, from which images are sampled; paths of folders, zips, .npz, .tar or image files; or arrays
-            (height, width, 3) of uint8 of one size.
+        source: a model, from which images are sampled; paths of folders, zips, .npz, .tar or image files; or images
+            of one size, as `Model.sample` returns them or as arrays (height, width, 3) of uint8.
         metrics: some of "fid", "sfid", "is", "kid" and "prc"; None is FID and, by Inception and of images that are
             no reconstructions, the inception score.
         reference: a name, a file of statistics, or images; None is the usual one.
@@ -119,9 +120,13 @@ def evaluate(
     group = group or ProcessGroup()
     model = source if isinstance(source, Model) else None
     where = model.device if model else pick_device(device)
-    evaluator = Evaluator(_extractor(features, weights, where, quiet), group, note, quiet)
-    scored = evaluator.extractor.shape.classes > 0 and not tokenizer
+    shape = _extractor_class(features).shape
+    scored = shape.classes > 0 and not tokenizer
     chosen = tuple(metrics or (("fid", "is") if scored else ("fid",)))
+    rows.check_features(chosen, shape)
+    if save_stats and "fid" not in chosen:
+        raise UsageError("--save-stats needs --fid: it writes the statistics that FID is computed from")
+    evaluator = Evaluator(_extractor(features, weights, where, quiet), group, note, quiet)
     with tempfile.TemporaryDirectory() as folder:
         images: EvalSource
         target: Reference | None
@@ -134,9 +139,9 @@ def evaluate(
             rebuilt = _reconstructed(model, evaluator, paths, resize, skip_bad, lines, lpips_weights, note)
             images = rebuilt
             if reference:
-                target = evaluator.reference(reference, needs=frozenset(), resize=resize)
+                target = evaluator.reference(reference, needs=rows.needs(chosen), resize=resize)
             else:
-                target = evaluator.reference_of(rebuilt.images, "the same images", needs=frozenset())
+                target = evaluator.reference_of(rebuilt.images, "the same images", needs=rows.needs(chosen))
         else:
             entry = registry().get(model.name)
             target = evaluator.usual_reference(reference, entry.reference if entry else None, chosen, resize)
@@ -207,16 +212,25 @@ def compute_statistics(
     return list(comparability.skipped(images.skipped))
 
 
+def _extractor_class(name: str) -> type[Any]:
+    """The class of a feature extractor, by name.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    if name not in EXTRACTORS:
+        raise UsageError(f"--features must be one of {', '.join(EXTRACTORS)} (got {name})")
+    return EXTRACTORS[name]
+
+
 def _extractor(name: str, weights: Path | None, device: torch.device, quiet: bool) -> Extractor:
-    """A feature extractor by name.
+    """A feature extractor by name, with its weights.
 
     Raises:
         UsageError: there is none of this name.
         CheckpointError: its weights cannot be had, or are not its.
     """
-    if name not in EXTRACTORS:
-        raise UsageError(f"--features must be one of {', '.join(EXTRACTORS)} (got {name})")
-    extractor: Extractor = EXTRACTORS[name](find_weights(name, weights, progress=not quiet), device)
+    extractor: Extractor = _extractor_class(name)(find_weights(name, weights, progress=not quiet), device)
     return extractor
 
 
@@ -367,13 +381,23 @@ def _reference_sha256(name: str, path: Path, images: ImageSet) -> str:
 
 
 def _paths(source: Any, folder: Path) -> list[str | Path]:
-    """Paths of images that exist; those in memory are put into a file in `folder`."""
+    """Paths of images that exist; those in memory are put into a file in `folder`.
+
+    Raises:
+        InputError: those in memory are not uint8 of one size.
+    """
     if isinstance(source, str | Path):
         return [source]
     given = list(source)
     if not given or isinstance(given[0], str | Path):
         return given
-    np.savez(folder / "images.npz", arr_0=np.stack([np.asarray(image) for image in given]))
+    arrays = [np.asarray(image.pil.convert("RGB") if isinstance(image, Image) else image) for image in given]
+    for array in arrays:
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise InputError(f"images must be uint8 (height, width, 3) (got {array.dtype} {array.shape})")
+        if array.shape != arrays[0].shape:
+            raise InputError(f"images must have one size (got {arrays[0].shape[:2]} and {array.shape[:2]})")
+    np.savez(folder / "images.npz", arr_0=np.stack(arrays))
     return [folder / "images.npz"]
 
 
