@@ -14,7 +14,7 @@ from support.images import write_folder
 from varcli.cli import run
 
 SHAPE = ["--sides", "1,2,4", "--base-width", "32", "--multipliers", "1,1", "--encoder-blocks", "1"]
-SMALL = [*SHAPE, "--codebook-size", "32", "--codebook-width", "8", "--lpips", "0"]
+SMALL = [*SHAPE, "--codebook-size", "32", "--codebook-width", "8", "--perceptual", "none"]
 PACE = [
     "--batch-size",
     "4",
@@ -100,7 +100,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
     assert plan["expected_loss"] > 5
     assert run(transformer_command(data, tokenizer, out, "--dry-run")) == 0
     assert "expected loss" in capsys.readouterr().out
-    assert run(["train", "tokenizer", str(data), "--out", str(out), *SMALL, "--lpips", "1", "--dry-run"]) == 0
+    assert run(["train", "tokenizer", str(data), "--out", str(out), *SMALL, "--perceptual", "lpips", "--dry-run"]) == 0
     assert not out.exists()
 
 
@@ -114,7 +114,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--batch-size", "0"], 2, "--batch-size must be at least 1 (got 0)"),
         (["--epochs", "inf"], 2, "--epochs must be a finite number (got inf)"),
         (["--grad-accum", "3"], 2, "--grad-accum must divide the batch of 4 (got 3)"),
-        (["--lpips", "1", "--lpips-weights", "nowhere"], 4, "LPIPS weights"),
+        (["--perceptual", "lpips", "--lpips-weights", "nowhere"], 4, "vgg16-397923af.pth is missing; put https"),
+        (["--perceptual", "resnet50", "--lpips-weights", "nowhere"], 4, "resnet50-11ad3fa6.pth is missing; put https"),
+        (["--perceptual", "vgg"], 2, "--perceptual must be one of lpips, resnet50, efficientnet-lite0, none (got vgg)"),
+        (["--init", "tiny64"], 2, "--init tiny64 has another shape than the options say"),
+        (["--freeze", "nothing.*"], 2, "--freeze nothing.* matches no weight; names are such as "),
+        (["--freeze", "*"], 2, "--freeze * leaves no weight to train"),
         (["--device", "cuda:9"], 2, "no device cuda:9"),
     ],
 )

@@ -30,7 +30,9 @@ CPU = torch.device("cpu")
 TOKENIZER = TokenizerConfig(
     sides=(1, 2, 4), codebook_size=32, codebook_width=8, base_width=32, multipliers=(1, 1), encoder_blocks=1
 )
-TOKENIZER_TRAINING = TokenizerTrainingConfig(batch=4, epochs=1, base_lr=0.06, lpips=0, gan_start=0.5, scale_drop=0.3)
+TOKENIZER_TRAINING = TokenizerTrainingConfig(
+    batch=4, epochs=1, base_lr=0.06, perceptual="none", gan_start=0.5, scale_drop=0.3
+)
 TRANSFORMER = TransformerConfig(depth=2, width=64, sides=(1, 2, 4), codebook_size=32, codebook_width=8, class_count=2)
 TRANSFORMER_TRAINING = TransformerTrainingConfig(batch=4, epochs=1, base_lr=0.06, accumulate=2)
 

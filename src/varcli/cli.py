@@ -41,6 +41,7 @@ RENAMED: dict[str, tuple[str, Callable[[float], float] | None]] = {
     "--best": ("--best-of", lambda kept: 1 / kept),
     "--draft": ("--approximate", None),
     "--enlarge": ("--resize-ratio", None),
+    "--lpips": ("--perceptual-weight", None),
     "--num": ("--num-images", None),
     "--paper": ("--released-rule", None),
     "--reject": ("--best-of", lambda rejected: 1 / (1 - rejected)),

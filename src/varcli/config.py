@@ -263,6 +263,13 @@ class TrainingConfig:
         "--resize-ratio",
         shown=RECIPE_S,
     )
+    flip: bool = option(False, "Mirror each image in every other epoch.", shown=RECIPE_S)
+    freeze: str = option(
+        "",
+        'Leave the weights of these names as they are, e.g. "encoder.*,quant*" (comma-separated).',
+        metavar="PATTERNS",
+        shown=RECIPE_S,
+    )
     seed: int = option(0, "Random seed.", shown=RECIPE_S)
 
     def __post_init__(self) -> None:
@@ -289,6 +296,10 @@ class TrainingConfig:
         return math.ceil(self.epochs * images / self.batch)
 
 
+PERCEPTUAL = ("lpips", "resnet50", "efficientnet-lite0", "none")
+"""Networks of the tokenizer's perceptual loss."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerTrainingConfig(TrainingConfig):
     """How to train a tokenizer (paper, equation 5)."""
@@ -296,16 +307,28 @@ class TokenizerTrainingConfig(TrainingConfig):
     epochs: float = option(250, "Passes over the training images.", shown=RECIPE_S)
     final_lr: float = option(0.3, "Learning rate at the end, as a fraction of the peak.", shown=RECIPE_S)
     weight_decay: float = option(0.005, "Decoupled weight decay.", shown=RECIPE_S)
-    lpips: float = option(1.0, "λ_P, weight of the perceptual distance; 0 needs no VGG weights.", shown=RECIPE_S)
+    perceptual: str = option(
+        "lpips",
+        f"Network of the perceptual loss: {', '.join(PERCEPTUAL)}. The first two need downloaded weights.",
+        metavar="NAME",
+        shown=RECIPE_S,
+    )
+    perceptual_weight: float = option(1.0, "λ_P, weight of the perceptual loss; 0 is off.", shown=RECIPE_S)
     gan: float = option(0.4, "λ_G, weight of the adversarial loss; 0 is off.", shown=RECIPE_S)
     gan_start: float = option(0.22, "Start of the adversarial loss, as a fraction of training.", shown=RECIPE_S)
+    clip_grad: float = option(0.0, "Largest norm of the tokenizer's gradient; 0 is off.", shown=RECIPE_S)
     scale_drop: float = option(
         0.0, "Probability that a step leaves out the last scales, which keeps the coarse ones in use.", shown=RECIPE_S
     )
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
-        _require(self.lpips >= 0, f"--lpips must be 0 (off) or more (got {self.lpips:g})")
+        names = ", ".join(PERCEPTUAL)
+        _require(self.perceptual in PERCEPTUAL, f"--perceptual must be one of {names} (got {self.perceptual})")
+        _require(
+            self.perceptual_weight >= 0, f"--perceptual-weight must be 0 (off) or more (got {self.perceptual_weight:g})"
+        )
+        _require(self.clip_grad >= 0, f"--clip-grad must be 0 (off) or more (got {self.clip_grad:g})")
         _require(self.gan >= 0, f"--gan must be 0 (off) or more (got {self.gan:g})")
         _require(0 <= self.gan_start <= 1, f"--gan-start must be a fraction between 0 and 1 (got {self.gan_start:g})")
         _require(0 <= self.scale_drop <= 1, f"--scale-drop must be a probability (got {self.scale_drop:g})")
@@ -333,6 +356,10 @@ class TransformerTrainingConfig(TrainingConfig):
         )
         _require(self.gamma_init > 0, f"--gamma-init must be more than 0 (got {self.gamma_init:g})")
         _require(self.crops > 0, f"--crops must be at least 1 (got {self.crops})")
+        _require(
+            not self.flip or self.crops % 2 == 0,
+            f"--flip mirrors every other crop, so --crops must be even (got {self.crops})",
+        )
 
 
 def transformer_recipe(depth: int) -> TransformerTrainingConfig:

@@ -83,12 +83,16 @@ def tokenizer(
     out: RunFolder,
     shape: Annotated[dict[str, Any], TokenizerConfig],
     recipe: Annotated[dict[str, Any], TokenizerTrainingConfig],
+    init: Annotated[
+        str | None,
+        Option("--init", metavar="NAME|FILE", help="Begin with the weights of this tokenizer or model, and its shape."),
+    ] = None,
     lpips_weights: Annotated[
         Path | None,
         Option(
             "--lpips-weights",
             metavar="DIR",
-            help="Folder of LPIPS's two weight files.",
+            help="Folder of the downloaded weights of LPIPS or ResNet-50.",
             show_default="torch.hub's cache",
         ),
     ] = None,
@@ -97,12 +101,14 @@ def tokenizer(
     """Train a tokenizer: images to token maps and back."""
     for name in {"sides", "multipliers"} & shape.keys():
         shape[name] = options.parse_numbers(f"--{name}", shape[name])
-    config, training = TokenizerConfig(**shape), TokenizerTrainingConfig(**recipe)
+    config = TokenizerConfig(**shape) if shape or init is None else None
+    training = TokenizerTrainingConfig(**recipe)
     from varcli.pipelines import train as pipeline
 
     shared: dict[str, Any] = {
         "config": config,
         "training": training,
+        "init": init,
         "holdout": run.holdout,
         "device": run.device,
         "dtype": run.dtype,
@@ -194,7 +200,11 @@ def _show_estimate(found: "TrainingEstimate", recipe: TrainingConfig, as_json: b
         console.result(json.dumps(asdict(found) | {"recipe": asdict(recipe)}))
         return
     duration = f"{found.seconds / 3600:.1f} hours" if found.seconds >= 3600 else f"{found.seconds / 60:.1f} minutes"
-    settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(recipe).items())
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
+        for name, value in asdict(recipe).items()
+        if value != ""
+    )
     console.result(f"recipe           {settings}")
     console.result(f"parameters       {found.parameters / 1e6:.2f} M")
     console.result(f"training set     {found.images} images")

@@ -47,7 +47,7 @@ class LPIPS(nn.Module):
         super().__init__()
         weights = {
             name.removeprefix("features."): tensor
-            for name, tensor in _read_weights(folder / VGG_FILE, VGG_SHA256).items()
+            for name, tensor in read_weights(folder / VGG_FILE, SOURCES[VGG_FILE], VGG_SHA256).items()
             if name.startswith("features.")
         }
         with torch.device("meta"):
@@ -57,7 +57,7 @@ class LPIPS(nn.Module):
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # each stage's output is compared before the next one sees it
         self.stages = nn.ModuleList(features[first:last] for first, last in STAGES)
-        linear = _read_weights(folder / LINEAR_FILE, None)
+        linear = read_weights(folder / LINEAR_FILE, SOURCES[LINEAR_FILE])
         self.weights = nn.ParameterList(linear[f"lin{i}.model.1.weight"] for i in range(len(STAGES)))
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1))
@@ -82,16 +82,23 @@ class LPIPS(nn.Module):
         return found
 
 
-def _read_weights(path: Path, sha256_start: str | None) -> dict[str, Tensor]:
-    """Return a published file of weights, tensors only."""
+def read_weights(path: Path, url: str, sha256_start: str = "") -> dict[str, Tensor]:
+    """Return a published file of weights, tensors only.
+
+    Args:
+        path: where it should lie.
+        url: where it is published.
+        sha256_start: first digits of its hash, if they are published.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or no file of weights.
+    """
     if not path.is_file():
-        raise CheckpointError(
-            f"LPIPS weights: {path} is missing; put {SOURCES[path.name]} there, or train with --lpips 0"
-        )
-    if sha256_start and not file_sha256(path).startswith(sha256_start):
-        raise CheckpointError(f"LPIPS weights: {path} is damaged; download it again from {SOURCES[path.name]}")
+        raise CheckpointError(f"weights: {path} is missing; put {url} there, or train with another --perceptual")
+    if not file_sha256(path).startswith(sha256_start):
+        raise CheckpointError(f"weights: {path} is damaged; download it again from {url}")
     try:
         tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a foreign file
-        raise CheckpointError(f"LPIPS weights: {path} cannot be read; get it from {SOURCES[path.name]}") from error
+        raise CheckpointError(f"weights: {path} cannot be read; download it again from {url}") from error
     return tensors

@@ -477,7 +477,7 @@ def _lpips(folder: Path | None, device: torch.device, note: Callable[[str], None
     except CheckpointError as error:
         if folder:
             raise
-        note(f"without LPIPS, as {error}".replace(", or train with --lpips 0", ""))
+        note(f"without LPIPS, as {error}".replace(", or train with another --perceptual", ""))
         return None
 
 

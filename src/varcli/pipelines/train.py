@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from varcli.acceleration.devices import DTYPES, pick_device, trains_in_bf16
+from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256
 from varcli.config import (
     PRESETS,
@@ -23,13 +24,13 @@ from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.provenance import png_bytes
-from varcli.models.lpips import LPIPS
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim
 from varcli.training.data import CacheSettings, TokenCache, open_cache
 from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
 from varcli.training.loop import Run, train
 from varcli.training.metrics_log import Metrics
+from varcli.training.perceptual import perceptual_distance
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer
 
@@ -49,6 +50,7 @@ def train_tokenizer(
     *,
     config: TokenizerConfig | None = None,
     training: TokenizerTrainingConfig | None = None,
+    init: str | Path | None = None,
     lpips_weights: Path | None = None,
     holdout: int = 0,
     validate_every: int = 1000,
@@ -65,9 +67,10 @@ def train_tokenizer(
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
         out: folder of the run; tokenizer.safetensors in it is the checkpoint.
-        config: shape of the tokenizer; None is the released one.
+        config: shape of the tokenizer; None is that of `init`, or the released one.
         training: the recipe; None is the default.
-        lpips_weights: folder of LPIPS's two weight files; None is torch.hub's cache.
+        init: name or file of a tokenizer or model whose weights training begins with; None is random weights.
+        lpips_weights: folder of the weight files of LPIPS or ResNet-50; None is torch.hub's cache.
         holdout: the last images of each class kept for validation.
         validate_every: steps between validations, checkpoints and preview images.
         save_every: steps that a killed run loses at most.
@@ -85,11 +88,14 @@ def train_tokenizer(
         VarError: images or weights cannot be used, the folder holds another run, or the loss is not finite.
     """
     training = training or TokenizerTrainingConfig()
-    stage, images = _tokenizer_stage(data, config, training, holdout, device, dtype, workers, note)
-    if training.lpips > 0:
+    stage, images, sha256 = _tokenizer_stage(data, config, training, init, holdout, device, dtype, workers, note)
+    if training.perceptual != "none" and training.perceptual_weight > 0:
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
-        stage.perceptual = LPIPS(folder).to(stage.device)
-    identity = optim.identity(images.fingerprint(), stage.device, stage.bf16, model=stage.config, training=training)
+        distance = perceptual_distance(training.perceptual, folder).to(stage.device)
+        stage.perceptual = distance.to(memory_format=torch.channels_last)
+    identity = optim.identity(
+        images.fingerprint(), stage.device, stage.bf16, model=stage.config, training=training, init=sha256
+    )
     steps = training.steps(len(images))
     run = Run(
         folder=Path(out),
@@ -109,13 +115,14 @@ def estimate_tokenizer(
     *,
     config: TokenizerConfig | None = None,
     training: TokenizerTrainingConfig | None = None,
+    init: str | Path | None = None,
     holdout: int = 0,
     device: str = "auto",
     dtype: str = "auto",
 ) -> TrainingEstimate:
     """What training a tokenizer will take; arguments as for `train_tokenizer`."""
     training = training or TokenizerTrainingConfig()
-    stage, images = _tokenizer_stage(data, config, training, holdout, device, dtype, 0, lambda line: None)
+    stage, images, _ = _tokenizer_stage(data, config, training, init, holdout, device, dtype, 0, lambda line: None)
     return estimate(stage, training, len(images))
 
 
@@ -123,24 +130,39 @@ def _tokenizer_stage(
     data: Sequence[str | Path],
     config: TokenizerConfig | None,
     training: TokenizerTrainingConfig,
+    init: str | Path | None,
     holdout: int,
     device: str,
     dtype: str,
     workers: int | None,
     note: Callable[[str], None],
-) -> tuple[TokenizerStage, ImageSet]:
+) -> tuple[TokenizerStage, ImageSet, str | None]:
+    """The stage, its training images, and the hash of the tokenizer it begins with, if any."""
     where = pick_device(device)
     optim.make_deterministic(where)
     images, held = _images(data).split(holdout)
-    model, adversary = build_tokenizer(config or TokenizerConfig(), training.seed)
-    # A warm start loads weights here, before the model is moved.
+    begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
+    if begun is not None and config is not None and config != begun.config:
+        raise UsageError(f"--init {init} has another shape than the options say; leave them out, or train from scratch")
+    model, adversary = build_tokenizer(config or (begun.config if begun else TokenizerConfig()), training.seed)
+    if begun is not None:
+        model.load_state_dict(begun.state_dict())
+    optim.freeze(model, training.freeze)
     model, adversary = model.to(where), adversary.to(where)
     # Parallelism wraps the models here; the stage makes their average and optimizers of what it gets.
     bf16 = trains_in_bf16(where, on_cpu=False) if dtype == "auto" else dtype == "bf16"
     stage = TokenizerStage(
-        model, adversary, training, images, held, bf16=bf16, workers=_worker_count(workers), warn=note
+        model,
+        adversary,
+        training,
+        images,
+        held,
+        bf16=bf16,
+        warm=begun is not None,
+        workers=_worker_count(workers),
+        warn=note,
     )
-    return stage, images
+    return stage, images, tokenizer_sha256(begun) if begun else None
 
 
 def train_transformer(
@@ -264,6 +286,7 @@ def _transformer_stage(
     )
     model = build_transformer(config, training)
     # A warm start loads weights here, before the model is moved.
+    optim.freeze(model, training.freeze)
     model = model.to(where)
     # Parallelism wraps the model here; the stage makes its average and optimizer of what it gets.
     bf16 = trains_in_bf16(where, on_cpu=True) if dtype == "auto" else dtype == "bf16"
@@ -298,7 +321,9 @@ def _tokens(
     """Token maps of images, from the run's folder or computed now; None of no images."""
     if not len(images):
         return None
-    settings = CacheSettings(enlarge=stage.training.enlarge, crops=crops, seed=stage.training.seed)
+    training = stage.training
+    flip = training.flip and crops > 1
+    settings = CacheSettings(enlarge=training.enlarge, crops=crops, seed=training.seed, flip=flip)
     with progress("token maps", crops * len(images), quiet) as advance:
         return open_cache(
             folder, stage.tokenizer, images, settings, stage.device, workers=workers, warn=note, progress=advance

@@ -78,13 +78,17 @@ class Unreadable:
 
 
 class Crops(Dataset[tuple[Tensor, list[str]]]):
-    """Images as square uint8 tensors (3, P, P), cropped at random, or at the centre where there is no seed."""
+    """Images as square uint8 tensors (3, P, P), cropped at random, or at the centre where there is no seed.
 
-    def __init__(self, images: ImageSet, pixels: int, enlarge: float, seed: int | None) -> None:
+    With `flip` an image is mirrored in every other epoch, half of the images in each.
+    """
+
+    def __init__(self, images: ImageSet, pixels: int, enlarge: float, seed: int | None, *, flip: bool = False) -> None:
         self.images = images
         self.pixels = pixels
         self.enlarge = enlarge
         self.seed = seed
+        self.flip = flip
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, list[str]]:
         """Return an image's crop; the next readable one stands in for those whose names come along."""
@@ -105,6 +109,8 @@ class Crops(Dataset[tuple[Tensor, list[str]]]):
             generator = random.Random(f"{self.seed} {epoch} {index}")
             corner = (generator.random(), generator.random())
         array = square_crop(self.images.read(index), self.pixels, self.enlarge, corner)
+        if self.flip and (index + epoch) % 2:
+            array = array[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
@@ -153,6 +159,7 @@ class CacheSettings:
     enlarge: float
     crops: int
     seed: int
+    flip: bool = False
 
 
 class TokenCache:
@@ -200,7 +207,8 @@ def open_cache(
     skipped.add(images.name(i) for i in sorted(unreadable))
     progress(done)
     chunks = _chunks(range(done, total), len(images))
-    crops = Crops(images, tokenizer.config.pixels, settings.enlarge, settings.seed if settings.crops > 1 else None)
+    seed = settings.seed if settings.crops > 1 else None
+    crops = Crops(images, tokenizer.config.pixels, settings.enlarge, seed, flip=settings.flip)
     for chunk, (pixels, stands_in_for) in zip(chunks, loader(crops, chunks, workers), strict=True):
         skipped.add(itertools.chain(*stands_in_for))
         unreadable |= {index for (index, _), names in zip(chunk, stands_in_for, strict=True) if names}
@@ -215,7 +223,8 @@ def open_cache(
 
 def _key(tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device) -> str:
     """What tells this cache from others."""
-    shaping = [tokenizer_sha256(tokenizer), images.fingerprint(), dataclasses.asdict(settings), device.type]
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if name != "flip" or value}
+    shaping = [tokenizer_sha256(tokenizer), images.fingerprint(), given, device.type]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 

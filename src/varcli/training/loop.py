@@ -31,6 +31,9 @@ from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
 
+BEFORE = {"perceptual": "lpips", "clip_grad": 0.0, "flip": False, "freeze": "", "init": None}
+"""What settings meant off before they existed, for runs begun then."""
+
 
 class Stage(Protocol):
     """A stage of training: its losses, and what follows a step. `update` is the skeleton that both share."""
@@ -146,9 +149,10 @@ def resume(stage: Stage, run: Run) -> int:
     if not run.state_file.exists():
         return 0
     tensors, metadata = load_tensors(run.state_file)
-    begun = json.loads(metadata["identity"])
+    begun = BEFORE | json.loads(metadata["identity"])
+    begun["perceptual_weight"] = begun.pop("lpips", begun.get("perceptual_weight"))
     given = json.loads(json.dumps(run.identity))
-    different = sorted(key for key in begun.keys() | given.keys() if begun.get(key) != given.get(key))
+    different = sorted(key for key in given if begun.get(key) != given[key])
     if different:
         was = ", ".join(f"{key} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
         raise UsageError(f"the run in {run.folder} was begun with {was}; use the same again, or another --out")

@@ -8,11 +8,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from varcli.errors import UsageError
 from varcli.models.transformer import Block, Transformer
 
 WARM_UP = 0.02
@@ -146,6 +148,28 @@ class MovingAverage(Generic[Model]):
         decay = min(self.decay, (1 + step) / (10 + step))
         for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(parameter, 1 - decay)
+
+
+def freeze(model: nn.Module, patterns: str) -> None:
+    """Leave weights as they are whose names match one of the patterns, such as "encoder.*" (comma-separated).
+
+    Raises:
+        UsageError: a pattern matches no name, or no weight is left to train.
+    """
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        matching = [weight for name, weight in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not matching:
+            raise UsageError(f"--freeze {pattern} matches no weight; names are such as {_some_names(model)}")
+        for weight in matching:
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise UsageError(f"--freeze {patterns} leaves no weight to train")
+
+
+def _some_names(model: nn.Module) -> str:
+    """A few names of weights, spread over the model."""
+    names = [name for name, _ in model.named_parameters()]
+    return ", ".join(names[:: max(len(names) // 4, 1)])
 
 
 def adamw(model: nn.Module, betas: tuple[float, float], exempt: Iterable[str] = ()) -> torch.optim.AdamW:

@@ -56,6 +56,7 @@ class TokenizerStage:
         held: ImageSet,
         *,
         bf16: bool,
+        warm: bool = False,
         workers: int = 0,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -68,6 +69,7 @@ class TokenizerStage:
             images: training images.
             held: images held out for validation.
             bf16: run the networks in bf16 autocast.
+            warm: the model's weights, its codebook among them, come from a checkpoint.
             workers: processes that read images ahead.
             warn: told of images that cannot be read.
         """
@@ -75,6 +77,7 @@ class TokenizerStage:
         self.device = model.quant_conv.weight.device
         self.images, self.held, self.workers = images, held, workers
         self.perceptual: Perceptual | None = None
+        self.warm = warm
         self.unreadable = Unreadable(len(images), warn)
         self.adversarial = False
         self.scales: int | None = None
@@ -87,7 +90,7 @@ class TokenizerStage:
     def batches(self, steps: range) -> Iterator[Batch]:
         """Yield images as (B, 3, P, P) uint8, with the names of unreadable ones."""
         training = self.training
-        crops = Crops(self.images, self.config.pixels, training.enlarge, training.seed)
+        crops = Crops(self.images, self.config.pixels, training.enlarge, training.seed, flip=training.flip)
         chosen = draws(len(self.images), training.batch, steps, training.seed)
         yield from loader(crops, chosen, self.workers)
 
@@ -97,7 +100,7 @@ class TokenizerStage:
         pixels, unreadable = batch
         self.unreadable.add(itertools.chain(*unreadable))
         parts = pixels.chunk(training.accumulate)
-        if step == 0:
+        if step == 0 and not self.warm:
             self.begin_codebook(parts[0])
         rate = training.lr * cosine_factor(step, steps, training.final_lr)
         for optimizer in (self.optimizer, self.adversary_optimizer):
@@ -114,8 +117,11 @@ class TokenizerStage:
         return F.mse_loss(decoded, image) + quantization_loss(quantized, f_BCHW)
 
     def gradient_norm(self) -> Tensor:
-        """The norm of all gradients, the adversary's included; the recipe does not clip."""
-        return torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.adversary))
+        """The norm of all gradients, the adversary's included, before those of the tokenizer are clipped."""
+        norm = torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.adversary))
+        if self.training.clip_grad > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
+        return norm
 
     def apply_gradients(self, step: int, steps: int) -> None:
         """Let the optimizers and the moving average step, and revive dead codebook rows now and then."""
@@ -123,7 +129,8 @@ class TokenizerStage:
         if self.adversarial:
             self.adversary_optimizer.step()
         self.average.update(self.model, step)
-        if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < REVIVE_UNTIL * steps:
+        learning = self.model.quantize.embedding.weight.requires_grad
+        if learning and step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < REVIVE_UNTIL * steps:
             self.revive_codes()
 
     def clear_gradients(self) -> None:
@@ -150,7 +157,7 @@ class TokenizerStage:
         pull = squared
         if self.perceptual is not None:
             metrics["perceptual"] = self.perceptual(decoded, image)
-            pull = squared + self.training.lpips * metrics["perceptual"]
+            pull = squared + self.training.perceptual_weight * metrics["perceptual"]
         loss = pull + metrics["quantization"]
         if self.adversarial:
             self.adversary.requires_grad_(False)
