@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.reference_images import reference_images
 from varcli.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import CheckpointError, UsageError
 from varcli.evaluation import classifier as classifier_module
@@ -53,6 +54,15 @@ def test_a_classifier_of_all_imagenet_is_asked_by_index(tmp_path):
     assert classifier.confidence(reds(51), [1]) == pytest.approx(exponentials[207] / exponentials.sum(), rel=1e-4)
 
 
+def test_efficientnet_is_surer_of_what_an_image_shows():
+    images, labels = reference_images(20)
+    pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+    classifier = Classifier("efficientnet-lite0", imagenet(), CPU)
+    right = classifier.confidence(pixels, [entry.id for entry in labels])
+    wrong = classifier.confidence(pixels, [(entry.id + 500) % 1000 for entry in labels])
+    assert np.median(right) > 10 * np.median(wrong)
+
+
 def test_a_class_imagenet_does_not_know_by_that_index(tmp_path):
     own = ClassTable((ClassEntry(207, "mine", "my cat"), ClassEntry(208, "yours", "your cat")))
     classifier = Classifier(scripted(tmp_path / "all.pt", Brightness(1000)), own, CPU)
@@ -61,7 +71,7 @@ def test_a_class_imagenet_does_not_know_by_that_index(tmp_path):
 
 
 def test_no_such_model():
-    with pytest.raises(UsageError, match=r"^--classifier must be a torchvision model, .* \(got resnet9000\)"):
+    with pytest.raises(UsageError, match=r"^--classifier must be efficientnet-lite0, .* \(got resnet9000\)"):
         Classifier("resnet9000", TABLE, CPU)
 
 

@@ -24,7 +24,7 @@ OPTIONS = {
     "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --approximate "
     "--out -o --grid --growth --batch-size --device --dtype --quantize --best-of --classifier --nproc "
     "--resume --json --quiet -q",
-    "eval": "--fid --sfid --is --kid --prc --features --dinov2 --num-images -n --reference -r --tokenizer "
+    "eval": "--fid --sfid --is --kid --prc --agreement --features --dinov2 --num-images -n --reference -r --tokenizer "
     "--checkpoint -m --seed --cfg --top-k --top-p --smooth --preset --approximate --best-of --classifier --resize "
     "--skip-bad --inception --lpips-weights --save-stats --save-images --out -o --batch-size --device --dtype "
     "--quantize --nproc --json --quiet -q",

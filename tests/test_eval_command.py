@@ -20,12 +20,14 @@ from torch import nn
 
 import varcli
 from support import extractors, small
+from support.reference_images import reference_images
 from varcli import cli
 from varcli.classes import imagenet
 from varcli.errors import InputError
 from varcli.evaluation import comparability, distances, feature_pass
 from varcli.evaluation.extractors import EXTRACTORS, Features
 from varcli.evaluation.statistics import FeatureShape
+from varcli.models.efficientnet import EfficientNetLite0
 from varcli.pipelines import evaluate as pipeline
 
 NAMES = {class_id: imagenet().by_id(class_id).name for class_id in small.CLASSES}
@@ -37,7 +39,7 @@ class Projection:
     """Features of images by a fixed random projection: another image has other features."""
 
     name, device, sha256 = "projection", torch.device("cpu"), "0f" * 32
-    figure, shape = "fid", FeatureShape(pool=2048, classes=1008)
+    figure, shape, downloaded = "fid", FeatureShape(pool=2048, classes=1008), True
 
     def __init__(self, weights, device):
         self.weights = weights
@@ -89,7 +91,7 @@ def sample(*arguments):
 
 def photographs(folder, count=COUNT, side=16, seed=5):
     """Write images that no model made; return the folder."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i, pixels in enumerate(np.random.RandomState(seed).randint(0, 256, (count, side, side, 3)).astype(np.uint8)):
         Image.fromarray(pixels).save(folder / f"{i:03}.png")
     return folder
@@ -253,6 +255,46 @@ def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
 # --- going on --------------------------------------------------------------------------------------
 
 
+def test_class_agreement_is_what_the_network_says_of_each_image(measure, tmp_path):
+    images, labels = reference_images(20)
+    for i, (image, entry) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "pictures" / entry.wnid
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = ((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    found, _ = measure("pictures", "--agreement", "--features", "efficientnet-lite0")
+    known = torch.tensor(sorted({entry.id for entry in labels}))
+    best = known[EfficientNetLite0()(images)[:, known].topk(5).indices]
+    right = best == torch.tensor([entry.id for entry in labels])[:, None]
+    assert 0 < right[:, 0].sum() < right.any(1).sum() < 20
+    assert found["metrics"] == {
+        "agreement": pytest.approx(right[:, 0].float().mean().item()),
+        "agreement_top5": pytest.approx(right.any(1).float().mean().item()),
+    }
+    assert found["reference"] is None
+
+
+def test_class_agreement_of_a_tokenizer_and_of_samples(measure, tmp_path):
+    for class_id in small.CLASSES:
+        photographs(tmp_path / "photographs" / imagenet().by_id(class_id).wnid, EACH, seed=class_id)
+    network = ("--agreement", "--features", "efficientnet-lite0")
+    of_tokenizer, _ = measure("photographs", "--tokenizer", *network)
+    assert 0 <= of_tokenizer["metrics"]["agreement"] <= of_tokenizer["metrics"]["agreement_top5"] <= 1
+    assert "psnr" in of_tokenizer["metrics"]
+    of_samples, _ = measure("-n", COUNT, "--fid", "-r", "photographs", *network)
+    assert of_samples["metrics"].keys() >= {"fd_efficientnet", "agreement", "agreement_top5"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [((), "needs images whose classes are known"), (("cat", "dog"), "needs ImageNet's classes")]
+)
+def test_class_agreement_needs_known_classes(measure, tmp_path, names, message):
+    for folder in [tmp_path / "photographs" / name for name in names] or [tmp_path / "photographs"]:
+        photographs(folder, 3)
+    _, error = measure("photographs", "--agreement", "--features", "efficientnet-lite0", code=3)
+    assert message in error
+
+
 @pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     reference = photographs(tmp_path / "photographs")
@@ -399,7 +441,7 @@ class Brightness:
     """An extractor made up for this test: the mean of each channel."""
 
     name, figure, device, sha256 = "brightness", "fd_brightness", torch.device("cpu"), "b1" * 32
-    shape = FeatureShape(pool=3)
+    shape, downloaded = FeatureShape(pool=3), True
 
     def __init__(self, weights, device):
         pass
@@ -462,7 +504,7 @@ def test_an_extractor_is_one_object(measure, tmp_path, monkeypatch):
         (
             ["--is", "-n", "10", "--best-of", "2", "--classifier", "nobody"],
             2,
-            "--classifier must be a torchvision model",
+            "--classifier must be efficientnet-lite0, a torchvision model",
         ),
     ],
 )

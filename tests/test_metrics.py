@@ -9,7 +9,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from support import extractors as random_inception
 from varcli.errors import InputError, UsageError
 from varcli.evaluation import distances, metrics
-from varcli.evaluation.extractors import Inception
+from varcli.evaluation.extractors import DinoV2, EfficientNet, Inception
 from varcli.evaluation.statistics import EvalPlan, FeatureShape, Statistics
 
 ALL = ("fid", "is", "kid", "prc")
@@ -246,16 +246,22 @@ def test_what_can_be_measured_passes():
     metrics.check(EvalPlan(count=1000, metrics=ALL), Inception.shape, whole)
 
 
-@pytest.mark.parametrize("name", ["is", "sfid"])
-def test_features_that_an_extractor_lacks_are_said_before(name):
-    with pytest.raises(InputError, match=f"--{name} needs Inception's features: leave --features out"):
-        metrics.check_features(("fid", name), SHAPE_OF_DINOV2)
-    metrics.check_features(("fid", "kid", "prc"), SHAPE_OF_DINOV2)
-    metrics.check_features(metrics.METRICS, Inception.shape)
+@pytest.mark.parametrize(
+    ("name", "extractor", "advice"),
+    [
+        ("is", DinoV2, "leave --features out"),
+        ("is", EfficientNet, "leave --features out"),
+        ("sfid", DinoV2, "leave --features out"),
+        ("agreement", Inception, "give --features efficientnet-lite0"),
+    ],
+)
+def test_features_that_an_extractor_lacks_are_said_before(name, extractor, advice):
+    with pytest.raises(InputError, match=f"--{name} needs the features of another network: {advice}"):
+        metrics.check_features(["fid", name], extractor.shape)
 
 
 def test_a_metric_that_does_not_exist_is_named():
-    with pytest.raises(UsageError, match=r"metrics must be some of fid, sfid, is, kid, prc \(got isc\)"):
+    with pytest.raises(UsageError, match=r"metrics must be some of fid, sfid, is, kid, prc, agreement \(got isc\)"):
         metrics.check_features(("fid", "isc"), Inception.shape)
 
 

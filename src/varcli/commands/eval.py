@@ -25,7 +25,7 @@ Resize = Annotated[
 SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
 Features = Annotated[
     str,
-    Option("--features", metavar="NAME", help="Feature extractor: inception-v3-compat, or dinov2 for FD-DINOv2."),
+    Option("--features", metavar="NAME", help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0."),
 ]
 DEFAULT_FEATURES = "inception-v3-compat"
 InceptionFile = Annotated[
@@ -132,8 +132,8 @@ def evaluate(
     if resize and sampled:
         raise UsageError("--resize is for images that exist: sampled ones have the model's size")
     chosen = tuple(name.removeprefix("metric_") for name in metrics)
-    if tokenizer and set(chosen) - {"fid", "sfid"}:
-        others = " or ".join(f"--{name}" for name in chosen if name not in ("fid", "sfid"))
+    if tokenizer and set(chosen) - {"fid", "sfid", "agreement"}:
+        others = " or ".join(f"--{name}" for name in chosen if name not in ("fid", "sfid", "agreement"))
         raise UsageError(f"--tokenizer cannot be used with {others}: it measures FID, PSNR, SSIM and LPIPS")
     _check_outputs(out, save_stats, save_images, shared=nproc > 1 or launched())
     if nproc > 1 and not launched():
@@ -166,7 +166,7 @@ def evaluate(
             skip_bad=skip_bad,
             lines=sys.stdin,
             features=features,
-            weights=dinov2 if features == "dinov2" else inception,
+            weights={"dinov2": dinov2, DEFAULT_FEATURES: inception}.get(features),
             lpips_weights=lpips_weights,
             device=where,
             save_stats=save_stats,
@@ -214,7 +214,7 @@ def eval_stats(
             skip_bad=skip_bad,
             lines=sys.stdin,
             features=features,
-            weights=dinov2 if features == "dinov2" else inception,
+            weights={"dinov2": dinov2, DEFAULT_FEATURES: inception}.get(features),
             device=group.device(device),
             group=group,
             note=note,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from varcli.classes import ClassTable, imagenet
 from varcli.errors import CheckpointError, UsageError
 from varcli.files import file_sha256
+from varcli.models.efficientnet import EfficientNetLite0
 
 
 class Classifier:
@@ -27,9 +28,10 @@ class Classifier:
         """Load a network.
 
         Args:
-            name: of one of torchvision's ImageNet models, whose weights are downloaded at the first use, or a
-                TorchScript file. The latter takes images in [0, 1], (B, 3, P, P), at their own size, and
-                returns logits (B, N): either ImageNet's 1 000 classes or those of `table`, in its order.
+            name: efficientnet-lite0, whose weights are a package; one of torchvision's ImageNet models, whose
+                weights are downloaded at the first use; or a TorchScript file. The last takes images in [0, 1],
+                (B, 3, P, P), at their own size, and returns logits (B, N): either ImageNet's 1 000 classes or those
+                of `table`, in its order.
             table: classes of the checkpoint, to find the logit of a label.
             device: where to compute.
 
@@ -38,7 +40,12 @@ class Classifier:
             CheckpointError: its weights cannot be had, or the file cannot be used.
         """
         self.name, self.table, self.device = name, table, device
-        network, self.sha256 = _torchscript(Path(name)) if Path(name).is_file() else _torchvision(name)
+        if Path(name).is_file():
+            network, self.sha256 = _torchscript(Path(name))
+        elif name == "efficientnet-lite0":
+            network, self.sha256 = _efficientnet()
+        else:
+            network, self.sha256 = _torchvision(name)
         self.network = network.to(device).eval()
 
     @torch.inference_mode()
@@ -81,12 +88,22 @@ def _torchscript(path: Path) -> tuple[nn.Module, str]:
     return network, file_sha256(path)
 
 
+def _efficientnet() -> tuple[nn.Module, str]:
+    """Return EfficientNet-lite0 behind its own normalization, and its weights' sha256."""
+    from torchvision.transforms import Normalize
+
+    network = EfficientNetLite0()
+    return nn.Sequential(Normalize([0.5] * 3, [0.5] * 3), network), network.sha256
+
+
 def _torchvision(name: str) -> tuple[nn.Module, str]:
     """Return one of torchvision's classifiers behind its own resizing and normalization, and its weights' sha256."""
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise UsageError(f"--classifier must be a torchvision model, such as resnet101, or a file (got {name})")
+        raise UsageError(
+            f"--classifier must be efficientnet-lite0, a torchvision model such as resnet101, or a file (got {name})"
+        )
     weights = models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from varcli.acceleration.onednn import PackedConvolution
 from varcli.errors import CheckpointError, UsageError
 from varcli.evaluation.statistics import FeatureShape
+from varcli.models.efficientnet import EfficientNetLite0
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever is deprecated in what it imports is not our user's affair
@@ -60,12 +61,14 @@ class Extractor(Protocol):
     figure: str
     """Name of its Fréchet distance in results."""
     shape: FeatureShape
+    downloaded: bool
+    """Whether its weights are downloaded, and not in a package."""
     sha256: str
     """Of the weights file."""
     device: torch.device
 
-    def __init__(self, weights: Path, device: torch.device) -> None:
-        """Read the weights and move them to a device.
+    def __init__(self, weights: Path | None, device: torch.device) -> None:
+        """Read the weights, None being those of a package, and move them to a device.
 
         Raises:
             CheckpointError: the file cannot be read, or is not this network's.
@@ -93,6 +96,7 @@ class Inception:
     """What torch-fidelity calls it."""
     figure = "fid"
     shape = FeatureShape(pool=2048, classes=1008, spatial=17 * 17 * 7)
+    downloaded = True
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         """Read the weights and move them to a device.
@@ -221,6 +225,7 @@ class DinoV2:
     name = "dinov2"
     figure = "fd_dinov2"
     shape = FeatureShape(pool=1024)
+    downloaded = True
     side: ClassVar = 224
     """Pixels a side that the network sees."""
     patch: ClassVar = 14
@@ -288,5 +293,37 @@ def _interpolated(position_1LD: Tensor, side: int) -> Tensor:
     return torch.cat([own, patches_1Dss.flatten(2).transpose(1, 2)], dim=1)
 
 
-EXTRACTORS: dict[str, type[Any]] = {extractor.name: extractor for extractor in (Inception, DinoV2)}
-"""All extractors by name; each has its weights under `[weights]` in checkpoints.toml."""
+# --- EfficientNet ----------------------------------------------------------------------------------
+
+
+class EfficientNet:
+    """EfficientNet-lite0, whose weights are a package: for class agreement, and for FD where nothing can be downloaded.
+
+    Its features are those its last layer sees: 1280 averages over the image.
+    """
+
+    name = "efficientnet-lite0"
+    figure = "fd_efficientnet"
+    shape = FeatureShape(pool=1280, classes=1000, imagenet=True)
+    downloaded = False
+
+    def __init__(self, weights: Path | None, device: torch.device) -> None:
+        """Read the package's weights, or those of a file like it, and move them to a device.
+
+        Raises:
+            UsageError: the packages are not installed.
+            CheckpointError: the file is not this network's.
+        """
+        network = EfficientNetLite0(weights)
+        self.sha256, self.device = network.sha256, device
+        self._network = network.to(device).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def features(self, pixels_BHW3: Pixels) -> Features:
+        """Features and ImageNet's logits of images of any size."""
+        image_B3HW = torch.from_numpy(pixels_BHW3).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return Features(*self._network.pooled(image_B3HW.contiguous(memory_format=torch.channels_last)))
+
+
+EXTRACTORS: dict[str, type[Any]] = {extractor.name: extractor for extractor in (Inception, DinoV2, EfficientNet)}
+"""All extractors by name; those that are downloaded have their weights under `[weights]` in checkpoints.toml."""

@@ -81,7 +81,7 @@ class FeaturePass:
             "kind": KIND,
             "format": FORMAT,
             "identity": identity,
-            "plan": dumps(asdict(plan), sort_keys=True),
+            "plan": dumps({name: value for name, value in asdict(plan).items() if value != ()}, sort_keys=True),
         }
         self._unsaved, self._saved_at = 0, time.monotonic()
         if path and self.group.is_main:

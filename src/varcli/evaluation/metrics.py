@@ -32,7 +32,7 @@ class Metric:
     """As users type it: the option is `--` and this."""
     help: str
     needs: frozenset[str]
-    """Some of "moments", "spatial", "classes" and "table": the sums it is computed from."""
+    """Some of "moments", "spatial", "classes", "labels" and "table": the sums it is computed from."""
     figures: Mapping[str, Figure]
     """Its figures by their names in a result."""
     compute: Callable[["Statistics", "Target | None"], dict[str, float]]
@@ -84,6 +84,11 @@ def _precision_recall(statistics: "Statistics", reference: "Target | None") -> d
     return {"precision": precision, "recall": recall}
 
 
+def _agreement(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
+    first, five = statistics.agreement()
+    return {"agreement": first, "agreement_top5": five}
+
+
 SPLITS, SPLIT_SEED = 10, 2020
 """Splits of the inception score and the seed of the shuffle before, torch-fidelity's."""
 
@@ -98,11 +103,12 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(
             name="fid",
-            help="Fréchet distance of features: FID, or FD-DINOv2 with --features dinov2.",
+            help="Fréchet distance of features: FID, or that of --features, such as FD-DINOv2.",
             needs=frozenset({"moments"}),
             figures={
                 "fid": Figure("FID", 2, lower_is_better=True),
                 "fd_dinov2": Figure("FD-DINOv2", 2, lower_is_better=True),
+                "fd_efficientnet": Figure("FD-EfficientNet", 3, lower_is_better=True),
             },
             compute=_fid,
         ),
@@ -141,6 +147,18 @@ METRICS: dict[str, Metric] = {
             least=PRC_NEIGHBORS + 1,
             protocol=lambda: {"prc_k": PRC_NEIGHBORS},
         ),
+        Metric(
+            name="agreement",
+            help="Class agreement: share of images that --features efficientnet-lite0 takes for their class.",
+            needs=frozenset({"labels"}),
+            figures={
+                "agreement": Figure("class agreement, top-1", 4),
+                "agreement_top5": Figure("class agreement, top-5", 4),
+            },
+            compute=_agreement,
+            least=1,
+            reference=False,
+        ),
     )
 }
 """All metrics, in the order in which they are shown."""
@@ -151,6 +169,11 @@ def needs(names: Collection[str]) -> frozenset[str]:
     return frozenset().union(*(METRICS[name].needs for name in names))
 
 
+def scores(shape: "FeatureShape") -> bool:
+    """Whether an extractor has the classes of the inception score, which are Inception's alone."""
+    return shape.classes > 0 and not shape.imagenet
+
+
 def check_features(names: Collection[str], shape: "FeatureShape") -> None:
     """Check, before anything is downloaded, that an extractor has the features that metrics need.
 
@@ -158,12 +181,13 @@ def check_features(names: Collection[str], shape: "FeatureShape") -> None:
         UsageError: there is no such metric.
         InputError: the extractor lacks features.
     """
-    lacking = {"classes": not shape.classes, "spatial": not shape.spatial}
+    lacking = {"classes": not scores(shape), "spatial": not shape.spatial, "labels": not shape.imagenet}
     for name in names:
         if name not in METRICS:
             raise UsageError(f"metrics must be some of {', '.join(METRICS)} (got {name})")
         if any(lacking.get(need) for need in METRICS[name].needs):
-            raise InputError(f"--{name} needs Inception's features: leave --features out")
+            better = "give --features efficientnet-lite0" if name == "agreement" else "leave --features out"
+            raise InputError(f"--{name} needs the features of another network: {better}")
 
 
 def check(plan: "EvalPlan", shape: "FeatureShape", reference: "Target | None") -> None:

@@ -35,6 +35,7 @@ FIGURES: dict[str, Figure] = {
     **{name: figure for metric in METRICS.values() for name, figure in metric.figures.items()},
     "rfid": Figure("rFID", 2, lower_is_better=True),
     "rfd_dinov2": Figure("rFD-DINOv2", 2, lower_is_better=True),
+    "rfd_efficientnet": Figure("rFD-EfficientNet", 3, lower_is_better=True),
     "rsfid": Figure("rsFID", 2, lower_is_better=True),
     "psnr": Figure("PSNR, dB", 2),
     "ssim": Figure("SSIM", 4),

@@ -31,6 +31,8 @@ class FeatureShape:
     """N, of its last pooling or class token."""
     classes: int = 0
     """V, classes it scores; 0 if it scores none."""
+    imagenet: bool = False
+    """Whether these are ImageNet's 1000, in their order."""
     spatial: int = 0
     """F, spatial features; 0 if it has none."""
 
@@ -45,6 +47,8 @@ class EvalPlan:
     """Some of METRICS."""
     classes: int = 0
     """Size of the class table whose spreads are wanted, 0 for none."""
+    scored: tuple[int, ...] = ()
+    """Of each class of that table, which of the network's it is; for class agreement alone."""
 
     def __post_init__(self) -> None:
         """Raise InputError if there are fewer images than a metric of sums needs."""
@@ -153,6 +157,8 @@ class Statistics:
             self._sums["spatial_FF"].addmm_(spatial_BF.double().T, spatial_BF.double())
         if "classes" in self.plan.needs:
             self._add_chances(self._split[rank_B], logits_BV.double())
+        if "labels" in self.plan.needs:
+            self._add_agreement(torch.as_tensor(labels), logits_BV)
         if self.plan.classes:
             self._add_classes(torch.as_tensor(labels), pool_BN.double())
         if self.plan.keeps_table:
@@ -171,6 +177,14 @@ class Statistics:
         self._sums["split_S"].index_add_(0, split_B, torch.ones(len(split_B), dtype=torch.float64))
         self._sums["chance_SV"].index_add_(0, split_B, p_BV)
         self._sums["certainty_S"].index_add_(0, split_B, (p_BV * log_p_BV).sum(1))
+
+    def _add_agreement(self, label_B: Tensor, logits_BV: Tensor) -> None:
+        """Count images whose label has the largest score of the plan's classes, and one of the five largest."""
+        logits_BC = logits_BV[label_B >= 0][:, list(self.plan.scored)]
+        label_B1 = label_B[label_B >= 0][:, None]
+        place_B = (logits_BC > logits_BC.gather(1, label_B1)).sum(1)
+        counts = [len(place_B), int((place_B < 1).sum()), int((place_B < 5).sum())]
+        self._sums["agreement_3"] += torch.tensor(counts, dtype=torch.float64)
 
     def _add_classes(self, label_B: Tensor, pool_BN: Tensor) -> None:
         label_B, pool_BN = label_B[label_B >= 0], pool_BN[label_B >= 0]
@@ -192,6 +206,11 @@ class Statistics:
     def spatial_moments(self) -> Moments:
         """Mean and covariance of the spatial features of all images."""
         return _moments(self.count, self._sums["spatial_F"], self._sums["spatial_FF"].clone())
+
+    def agreement(self) -> tuple[float, float]:
+        """Shares of the images, top-1 and top-5, whose label the network names among the plan's classes."""
+        count, first, five = self._sums["agreement_3"].tolist()
+        return first / count, five / count
 
     def splits(self) -> SplitSums:
         """What the inception score needs."""
@@ -244,6 +263,8 @@ def _sums(plan: EvalPlan, shape: FeatureShape) -> dict[str, tuple[tuple[int, ...
         sizes |= {"spatial_F": (spatial,), "spatial_FF": (spatial, spatial)}
     if "classes" in plan.needs:
         sizes |= {"split_S": (SPLITS,), "chance_SV": (SPLITS, classes), "certainty_S": (SPLITS,)}
+    if "labels" in plan.needs:
+        sizes |= {"agreement_3": (3,)}
     if plan.classes:
         sizes |= {"class_C": (plan.classes,), "class_CN": (plan.classes, pool), "square_C": (plan.classes,)}
     table = {"pool_PN": ((plan.count, pool), torch.float32)} if plan.keeps_table else {}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from varcli import __version__
 from varcli.acceleration.devices import pick_device
 from varcli.checkpoints.registry import cache_folder, presets, registry
+from varcli.classes import imagenet
 from varcli.config import SampleConfig
 from varcli.console import progress
 from varcli.distributed import ProcessGroup
@@ -87,8 +88,8 @@ def evaluate(
     Args:
         source: a model, from which images are sampled; paths of folders, zips, .npz, .tar or image files; or images
             of one size, as `Model.sample` returns them or as arrays (height, width, 3) of uint8.
-        metrics: some of "fid", "sfid", "is", "kid" and "prc"; None is FID and, by Inception and of images that are
-            no reconstructions, the inception score.
+        metrics: some of "fid", "sfid", "is", "kid", "prc" and "agreement"; None is FID and, by Inception and of
+            images that are no reconstructions, the inception score.
         reference: a name, a file of statistics, or images; None is the usual one.
         tokenizer: measure the model's tokenizer instead, on `paths` encoded and decoded.
         num_images: images to sample, equally many per class; None is 50 000, or as many as the reference has.
@@ -101,7 +102,7 @@ def evaluate(
         resize: crop and resize images to this side, as ADM does.
         skip_bad: leave out images that cannot be read.
         lines: paths, where "-" is among the images.
-        features: the extractor: "inception-v3-compat", or "dinov2" for FD-DINOv2.
+        features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
         weights: file of the extractor's weights; None downloads them at the first use.
         lpips_weights: folder of LPIPS's weights.
         device: where features are computed; a model's own device where there is a model.
@@ -121,15 +122,14 @@ def evaluate(
     model = source if isinstance(source, Model) else None
     where = model.device if model else pick_device(device)
     shape = _extractor_class(features).shape
-    scored = shape.classes > 0 and not tokenizer
-    chosen = tuple(metrics or (("fid", "is") if scored else ("fid",)))
+    chosen = tuple(metrics or (("fid", "is") if rows.scores(shape) and not tokenizer else ("fid",)))
     rows.check_features(chosen, shape)
     if save_stats and "fid" not in chosen:
         raise UsageError("--save-stats needs --fid: it writes the statistics that FID is computed from")
     evaluator = Evaluator(_extractor(features, weights, where, quiet), group, note, quiet)
     with tempfile.TemporaryDirectory() as folder:
         images: EvalSource
-        target: Reference | None
+        target: Reference | None = None
         if model is None:
             given = _paths(source, Path(folder))
             images = ExistingImages(evaluator.images(given, resize, skip_bad, lines), [str(path) for path in given])
@@ -140,14 +140,15 @@ def evaluate(
             images = rebuilt
             if reference:
                 target = evaluator.reference(reference, needs=rows.needs(chosen), resize=resize)
-            else:
+            elif any(rows.METRICS[name].reference for name in chosen):
                 target = evaluator.reference_of(rebuilt.images, "the same images", needs=rows.needs(chosen))
         else:
             entry = registry().get(model.name)
             target = evaluator.usual_reference(reference, entry.reference if entry else None, chosen, resize)
             count = group.broadcast(num_images or _usual_count(model, target))
             images = _samples(model, count, seed, config, best_of, classifier, batch_size, save_images, group, note)
-        plan = EvalPlan(count=len(images), metrics=chosen, classes=len(images.classes))
+        scored = _imagenet_ids(images) if "agreement" in chosen else ()
+        plan = EvalPlan(count=len(images), metrics=chosen, classes=len(images.classes), scored=scored)
         if group.is_main:
             rows.check(plan, evaluator.extractor.shape, target)
         if thumbnails:
@@ -192,7 +193,7 @@ def compute_statistics(
         resize: crop and resize images to this side, as ADM does.
         skip_bad: leave out images that cannot be read.
         lines: paths, where "-" is among the images.
-        features: the extractor, "inception-v3-compat" or "dinov2".
+        features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
         weights: file of the extractor's weights; None downloads them at the first use.
         device: where features are computed.
         group: the ranks that share the work.
@@ -230,8 +231,23 @@ def _extractor(name: str, weights: Path | None, device: torch.device, quiet: boo
         UsageError: there is none of this name.
         CheckpointError: its weights cannot be had, or are not its.
     """
-    extractor: Extractor = _extractor_class(name)(find_weights(name, weights, progress=not quiet), device)
+    kind = _extractor_class(name)
+    extractor: Extractor = kind(find_weights(name, weights, not quiet) if kind.downloaded else weights, device)
     return extractor
+
+
+def _imagenet_ids(images: EvalSource) -> tuple[int, ...]:
+    """ImageNet's id of each class of the images.
+
+    Raises:
+        InputError: their classes are not known, or not ImageNet's.
+    """
+    entries = images.classes.entries
+    if not any(label >= 0 for label in images.labels):
+        raise InputError("--agreement needs images whose classes are known, such as folders named by class")
+    if foreign := [entry.name for entry in entries if entry not in imagenet().entries]:
+        raise InputError(f"--agreement needs ImageNet's classes (got {foreign[0]})")
+    return tuple(entry.id for entry in entries)
 
 
 # --- measuring -------------------------------------------------------------------------------------
@@ -253,7 +269,8 @@ class Evaluator:
         Raises:
             VarError: images cannot be had, or the file cannot be written.
         """
-        decided = asdict(plan) | source.identity()
+        decided = {name: value for name, value in asdict(plan).items() if name != "scored" or value}
+        decided |= source.identity()
         identity = fingerprint(version=__version__, extractor=self.extractor.sha256, **decided)
         path = cache_folder() / "measurements" / f"{identity[:16]}.safetensors" if resumable else None
         measured = FeaturePass(plan, self.extractor.shape, identity, path, self.group)
@@ -503,7 +520,7 @@ def _result(
     if evaluator.extractor.figure != "fid":
         figures = {_renamed(name, evaluator.extractor.figure): value for name, value in figures.items()}
     if isinstance(source, Reconstructed):
-        figures = {f"r{name}": value for name, value in figures.items()}
+        figures = {name if name.startswith("agreement") else f"r{name}": value for name, value in figures.items()}
         figures |= source.reconstructions.figures()
 
     bias = next((value for name, value in figures.items() if name.endswith("_bias")), None)
