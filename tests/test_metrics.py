@@ -140,7 +140,6 @@ WIDTH = 12
 
 
 SHAPE = FeatureShape(pool=WIDTH, classes=1)
-SHAPE_OF_DINOV2 = FeatureShape(pool=1024)
 
 
 def drawn(count, seed, stretch=1.0):
@@ -257,7 +256,13 @@ def test_what_can_be_measured_passes():
 )
 def test_features_that_an_extractor_lacks_are_said_before(name, extractor, advice):
     with pytest.raises(InputError, match=f"--{name} needs the features of another network: {advice}"):
-        metrics.check_features(["fid", name], extractor.shape)
+        metrics.check_features(("fid", name), extractor.shape)
+
+
+def test_features_that_an_extractor_has_pass():
+    metrics.check_features(("fid", "kid", "prc"), DinoV2.shape)
+    metrics.check_features(("fid", "sfid", "is", "kid", "prc"), Inception.shape)
+    metrics.check_features(("fid", "kid", "agreement"), EfficientNet.shape)
 
 
 def test_a_metric_that_does_not_exist_is_named():
