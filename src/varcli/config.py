@@ -7,6 +7,7 @@ raises ValueError with a line a user can act on.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -270,10 +271,12 @@ class TrainingConfig:
         metavar="PATTERNS",
         shown=RECIPE_S,
     )
+    clip_grad: float = option(0.0, "Largest norm of the gradient; 0 is off.", shown=RECIPE_S)
     seed: int = option(0, "Random seed.", shown=RECIPE_S)
 
     def __post_init__(self) -> None:
         _require_finite(self)
+        _require(self.clip_grad >= 0, f"--clip-grad must be 0 (off) or more (got {self.clip_grad:g})")
         _require(self.epochs > 0, f"--epochs must be more than 0 (got {self.epochs:g})")
         _require(self.batch > 0, f"--batch-size must be at least 1 (got {self.batch})")
         _require(
@@ -316,7 +319,6 @@ class TokenizerTrainingConfig(TrainingConfig):
     perceptual_weight: float = option(1.0, "λ_P, weight of the perceptual loss; 0 is off.", shown=RECIPE_S)
     gan: float = option(0.4, "λ_G, weight of the adversarial loss; 0 is off.", shown=RECIPE_S)
     gan_start: float = option(0.22, "Start of the adversarial loss, as a fraction of training.", shown=RECIPE_S)
-    clip_grad: float = option(0.0, "Largest norm of the tokenizer's gradient; 0 is off.", shown=RECIPE_S)
     scale_drop: float = option(
         0.0, "Probability that a step leaves out the last scales, which keeps the coarse ones in use.", shown=RECIPE_S
     )
@@ -328,7 +330,6 @@ class TokenizerTrainingConfig(TrainingConfig):
         _require(
             self.perceptual_weight >= 0, f"--perceptual-weight must be 0 (off) or more (got {self.perceptual_weight:g})"
         )
-        _require(self.clip_grad >= 0, f"--clip-grad must be 0 (off) or more (got {self.clip_grad:g})")
         _require(self.gan >= 0, f"--gan must be 0 (off) or more (got {self.gan:g})")
         _require(0 <= self.gan_start <= 1, f"--gan-start must be a fraction between 0 and 1 (got {self.gan_start:g})")
         _require(0 <= self.scale_drop <= 1, f"--scale-drop must be a probability (got {self.scale_drop:g})")
@@ -339,6 +340,12 @@ class TransformerTrainingConfig(TrainingConfig):
     """How to train a transformer (paper, section 4 and appendix)."""
 
     final_weight_decay: float = option(0.05, "Decoupled weight decay at the end.", shown=RECIPE_S)
+    clip_grad: float = option(2.0, "Largest norm of the gradient; 0 is off.", shown=RECIPE_S)
+    adapter: str = option(
+        "",
+        "Train an adapter alone, with the class embedding, and merge it into the checkpoint: lora:RANK or modulation.",
+        shown=RECIPE_S,
+    )
     gamma_init: float = option(
         1e-3,
         "Factor of the initial weights behind the gates γ, smaller in deeper models.",
@@ -355,6 +362,10 @@ class TransformerTrainingConfig(TrainingConfig):
             self.final_weight_decay >= 0, f"--final-weight-decay must be 0 or more (got {self.final_weight_decay:g})"
         )
         _require(self.gamma_init > 0, f"--gamma-init must be more than 0 (got {self.gamma_init:g})")
+        _require(
+            re.fullmatch(r"|modulation|lora:[1-9][0-9]{0,3}", self.adapter) is not None,
+            f"--adapter must be lora:RANK, such as lora:16, or modulation (got {self.adapter})",
+        )
         _require(self.crops > 0, f"--crops must be at least 1 (got {self.crops})")
         _require(
             not self.flip or self.crops % 2 == 0,

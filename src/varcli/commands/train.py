@@ -15,7 +15,6 @@ from varcli.config import (
     TokenizerTrainingConfig,
     TrainingConfig,
     TransformerTrainingConfig,
-    transformer_recipe,
 )
 
 if TYPE_CHECKING:
@@ -138,9 +137,22 @@ def transformer(
     data: Data,
     out: RunFolder,
     tokenizer: Annotated[
-        Path, Option("--tokenizer", metavar="FILE", help="A tokenizer or model file; its weights stay as they are.")
-    ],
-    depth: Annotated[int, Option("--depth", help="Number of blocks, the one dial of the published models.")] = 16,
+        str | None,
+        Option(
+            "--tokenizer",
+            metavar="NAME|FILE",
+            help="A tokenizer or model; its weights stay as they are.",
+            show_default="that of --init",
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        Option("--init", metavar="NAME|FILE", help="Fine-tune this model, on its own classes or others."),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        Option("--depth", help="Number of blocks, the one dial of the published models.", show_default="16"),
+    ] = None,
     width: Annotated[
         int | None, Option("--width", help="Channels, a multiple of 64.", show_default="64 × depth")
     ] = None,
@@ -153,10 +165,12 @@ def transformer(
     run: RunOptions,
 ) -> None:
     """Train a transformer on the token maps of a tokenizer."""
-    training = replace(transformer_recipe(depth), **recipe)
     from varcli.pipelines import train as pipeline
 
+    training = replace(pipeline.default_recipe(depth, init), **recipe)
+
     shared: dict[str, Any] = {"depth": depth, "width": width, "shared_adaln": shared_adaln, "training": training}
+    shared |= {"init": init}
     shared |= {"holdout": run.holdout, "device": run.device, "dtype": run.dtype}
     if run.dry_run:
         _show_estimate(pipeline.estimate_transformer(data, tokenizer, **shared), training, run.as_json)

@@ -9,7 +9,14 @@ import torch
 
 from varcli.acceleration.devices import DTYPES, pick_device, trains_in_bf16
 from varcli.checkpoints.registry import resolve_checkpoint
-from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256
+from varcli.checkpoints.store import (
+    Checkpoint,
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_metadata,
+    tokenizer_sha256,
+)
 from varcli.config import (
     PRESETS,
     TokenizerConfig,
@@ -28,6 +35,7 @@ from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim
 from varcli.training.data import CacheSettings, TokenCache, open_cache
 from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
+from varcli.training.finetune import adapt, merged, warm_start
 from varcli.training.loop import Run, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.perceptual import perceptual_distance
@@ -167,13 +175,14 @@ def _tokenizer_stage(
 
 def train_transformer(
     data: Sequence[str | Path],
-    tokenizer: str | Path,
+    tokenizer: str | Path | None,
     out: str | Path,
     *,
-    depth: int = 16,
+    depth: int | None = None,
     width: int | None = None,
     shared_adaln: bool = False,
     training: TransformerTrainingConfig | None = None,
+    init: str | Path | None = None,
     holdout: int = 0,
     validate_every: int = 1000,
     save_every: int = 500,
@@ -190,12 +199,14 @@ def train_transformer(
 
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
-        tokenizer: file of a tokenizer or model; its weights stay as they are.
+        tokenizer: name or file of a tokenizer or model, whose weights stay as they are; None is that of `init`.
         out: folder of the run; model.safetensors in it is the checkpoint.
-        depth: number of blocks, the one dial of the published models.
-        width: channels, a multiple of 64; None is 64 × depth.
+        depth: number of blocks, the one dial of the published models; None is that of `init`, or 16.
+        width: channels, a multiple of 64; None is that of `init`, or 64 × depth.
         shared_adaln: one modulation for all blocks, as in d36.
         training: the recipe; None is the published one of the nearest depth.
+        init: name or file of a model to fine-tune; None is random weights. Its classes that the images have too keep
+            their rows, other classes begin at the mean; embeddings are interpolated to other sides.
         holdout: the last images of each class kept for validation.
         validate_every: steps between validations, checkpoints and preview images.
         save_every: steps that a killed run loses at most.
@@ -214,16 +225,23 @@ def train_transformer(
     Raises:
         VarError: images or the tokenizer cannot be used, the folder holds another run, or the loss is not finite.
     """
-    training = training or transformer_recipe(depth)
+    training = training or default_recipe(depth, init)
+    begun = _model_to_tune(init, depth, width, shared_adaln)
     stage, images, held = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, holdout, device, dtype, save_dtype
+        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, save_dtype, note
     )
     ahead = _worker_count(workers)
     stage.held = _tokens(stage, held, 1, Path(out), ahead, note, quiet)
     stage.tokens = _tokens(stage, images, training.crops, Path(out), ahead, note, quiet)
     sha256 = tokenizer_sha256(stage.tokenizer)
     identity = optim.identity(
-        images.fingerprint(), stage.device, stage.bf16, model=stage.config, training=training, tokenizer=sha256
+        images.fingerprint(),
+        stage.device,
+        stage.bf16,
+        model=stage.config,
+        training=training,
+        tokenizer=sha256,
+        init=begun.sha256 if begun else None,
     )
     steps = training.steps(len(images))
     run = Run(
@@ -241,51 +259,104 @@ def train_transformer(
 
 def estimate_transformer(
     data: Sequence[str | Path],
-    tokenizer: str | Path,
+    tokenizer: str | Path | None,
     *,
-    depth: int = 16,
+    depth: int | None = None,
     width: int | None = None,
     shared_adaln: bool = False,
     training: TransformerTrainingConfig | None = None,
+    init: str | Path | None = None,
     holdout: int = 0,
     device: str = "auto",
     dtype: str = "auto",
 ) -> TrainingEstimate:
     """What training a transformer will take; arguments as for `train_transformer`."""
-    training = training or transformer_recipe(depth)
+    training = training or default_recipe(depth, init)
+    begun = _model_to_tune(init, depth, width, shared_adaln)
     stage, images, _ = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, holdout, device, dtype, "fp32"
+        data,
+        tokenizer,
+        depth,
+        width,
+        shared_adaln,
+        training,
+        begun,
+        holdout,
+        device,
+        dtype,
+        "fp32",
+        lambda line: None,
     )
-    return estimate(stage, training, len(images), expected_losses(depth))
+    return estimate(stage, training, len(images), expected_losses(stage.config.depth))
+
+
+def default_recipe(depth: int | None = None, init: str | Path | None = None) -> TransformerTrainingConfig:
+    """The published recipe of the nearest depth: of the model to fine-tune, or the depth given, or 16.
+
+    Raises:
+        CheckpointError: there is no model `init`.
+    """
+    if init is not None:
+        path = resolve_checkpoint(str(init))
+        depth = read_config(path, read_metadata(path)[0], TransformerConfig, "transformer_config").depth
+    return transformer_recipe(depth or 16)
+
+
+def _model_to_tune(
+    init: str | Path | None, depth: int | None, width: int | None, shared_adaln: bool
+) -> Checkpoint | None:
+    """The model to fine-tune, None if weights are to be random.
+
+    Raises:
+        UsageError: its shape is given too.
+        CheckpointError: there is no such model.
+    """
+    if init is None:
+        return None
+    if depth is not None or width is not None or shared_adaln:
+        raise UsageError(f"--init {init} has its own depth, width and modulation: leave those options out")
+    return load_model(resolve_checkpoint(str(init)))
 
 
 def _transformer_stage(
     data: Sequence[str | Path],
-    tokenizer: str | Path,
-    depth: int,
+    tokenizer: str | Path | None,
+    depth: int | None,
     width: int | None,
     shared_adaln: bool,
     training: TransformerTrainingConfig,
+    begun: Checkpoint | None,
     holdout: int,
     device: str,
     dtype: str,
     save_dtype: str,
+    note: Callable[[str], None],
 ) -> tuple[TransformerStage, ImageSet, ImageSet]:
     where = pick_device(device)
     optim.make_deterministic(where)
     images, held = _images(data).split(holdout)
-    trained = load_tokenizer(Path(tokenizer)).to(where)
+    if tokenizer is not None:
+        trained = load_tokenizer(resolve_checkpoint(str(tokenizer))).to(where)
+    elif begun is not None:
+        trained = begun.tokenizer.to(where)
+    else:
+        raise UsageError("--tokenizer is needed: the tokenizer whose tokens the transformer learns")
+    depth = depth or 16
+    shape = begun.transformer.config if begun else None
     config = TransformerConfig(
-        depth=depth,
-        width=64 * depth if width is None else width,
+        depth=shape.depth if shape else depth,
+        width=shape.width if shape else 64 * depth if width is None else width,
         sides=trained.config.sides,
         codebook_size=trained.config.codebook_size,
         codebook_width=trained.config.codebook_width,
         class_count=len(images.classes),
-        shared_adaln=shared_adaln,
+        shared_adaln=shape.shared_adaln if shape else shared_adaln,
     )
     model = build_transformer(config, training)
-    # A warm start loads weights here, before the model is moved.
+    if begun is not None:
+        kept = warm_start(model, images.classes, begun.transformer, begun.classes)
+        note(f"{kept} of {len(images.classes)} classes are known to the model; the others begin at the mean of all")
+    adapt(model, training.adapter)
     optim.freeze(model, training.freeze)
     model = model.to(where)
     # Parallelism wraps the model here; the stage makes its average and optimizer of what it gets.
@@ -371,9 +442,10 @@ def _preview_samples(stage: TransformerStage, folder: Path, step: int) -> None:
     entries = stage.classes.entries
     shown = min(PREVIEW_CLASSES, len(entries))
     images, names = [], []
+    model = merged(stage.average.model)
     for seed in (0, 1):
         for label in (i * len(entries) // shown for i in range(shown)):
-            *_, last = generate(stage.tokenizer, stage.average.model, [label], [seed], PRESETS["looks"])
+            *_, last = generate(stage.tokenizer, model, [label], [seed], PRESETS["looks"])
             images.append(decode(stage.tokenizer, last.f_hat)[0])
             names.append(entries[label].name)
     _write_sheet(folder, step, images, names, shown)

@@ -31,8 +31,8 @@ from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
 
-BEFORE = {"perceptual": "lpips", "clip_grad": 0.0, "flip": False, "freeze": "", "init": None}
-"""What settings meant off before they existed, for runs begun then."""
+BEFORE = {"perceptual": "lpips", "flip": False, "freeze": "", "adapter": "", "init": None}
+"""What runs had that were begun before these settings existed."""
 
 
 class Stage(Protocol):
@@ -150,7 +150,8 @@ def resume(stage: Stage, run: Run) -> int:
         return 0
     tensors, metadata = load_tensors(run.state_file)
     begun = BEFORE | json.loads(metadata["identity"])
-    begun["perceptual_weight"] = begun.pop("lpips", begun.get("perceptual_weight"))
+    begun.setdefault("perceptual_weight", begun.get("lpips"))
+    begun.setdefault("clip_grad", 2.0 if "gamma_init" in begun else 0.0)
     given = json.loads(json.dumps(run.identity))
     different = sorted(key for key in given if begun.get(key) != given[key])
     if different:

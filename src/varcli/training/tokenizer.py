@@ -119,8 +119,7 @@ class TokenizerStage:
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients, the adversary's included, before those of the tokenizer are clipped."""
         norm = torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.adversary))
-        if self.training.clip_grad > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad or torch.inf)
         return norm
 
     def apply_gradients(self, step: int, steps: int) -> None:

@@ -17,13 +17,12 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
 from varcli.training.data import TokenCache, draws
+from varcli.training.finetune import merged
 from varcli.training.loop import autocast
 from varcli.training.metrics_log import Metrics
 from varcli.training.optim import initialize_transformer
 
 BETAS = (0.9, 0.95)
-CLIP = 2.0
-"""Largest norm of all gradients together."""
 WITHOUT_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
 VALIDATION_BATCH = 64
 
@@ -97,8 +96,9 @@ class TransformerStage:
         return figures
 
     def gradient_norm(self) -> Tensor:
-        """The norm of all gradients before they are clipped to `CLIP`."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        """The norm of all gradients before they are clipped."""
+        largest = self.training.clip_grad or torch.inf
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
 
     def apply_gradients(self, step: int, steps: int) -> None:
         """Let the optimizer and the moving average step."""
@@ -163,7 +163,7 @@ class TransformerStage:
         optim.load_optimizer_tensors(self.optimizer, self.model, moments)
 
     def save(self, folder: Path, figures: Metrics, step: int) -> None:
-        """Write the averaged transformer with its tokenizer to model.safetensors."""
+        """Write the averaged transformer, adapters merged, with its tokenizer to model.safetensors."""
         facts = {"step": step, "images_seen": step * self.training.batch, **figures}
         file = folder / "model.safetensors"
-        save_model(file, self.tokenizer, self.average.model, self.classes, facts, self.save_dtype)
+        save_model(file, self.tokenizer, merged(self.average.model), self.classes, facts, self.save_dtype)

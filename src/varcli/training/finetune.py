@@ -1,0 +1,154 @@
+"""Fine-tuning a transformer: begin with trained weights, and train few of them.
+
+Shapes: D channels, C classes, K scales, L tokens of all scales, s_k the side of a scale.
+"""
+
+import re
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from varcli.classes import ClassTable
+from varcli.config import spans
+from varcli.errors import InputError
+from varcli.models.transformer import Transformer
+
+Sides = tuple[int, ...]
+
+# --- a warm start ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def warm_start(model: Transformer, classes: ClassTable, trained: Transformer, known: ClassTable) -> int:
+    """Give a model the weights of a trained one of the same shape, though it may have other classes or sides.
+
+    Rows of classes that both know are kept, the others begin at the mean of all known classes. Embeddings of
+    positions and levels are interpolated to other sides.
+
+    Args:
+        model: gets the weights.
+        classes: its classes.
+        trained: has them.
+        known: the classes of the trained one.
+
+    Returns:
+        The number of classes whose rows were kept.
+
+    Raises:
+        InputError: the models differ in more than classes and sides.
+    """
+    weights = trained.state_dict()
+    ours, theirs = model.config, trained.config
+    weights["pos_1LC"] = interpolated_positions(weights["pos_1LC"], theirs.sides, ours.sides)
+    weights["lvl_embed.weight"] = interpolated_levels(weights["lvl_embed.weight"], len(ours.sides))
+    weights["class_emb.weight"], kept = matching_rows(weights["class_emb.weight"], known, classes)
+    # These follow from the sides alone.
+    weights |= {name: tensor for name, tensor in model.named_buffers() if name in ("lvl_1L", "attn_bias_for_masking")}
+    for name, tensor in model.state_dict().items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            shape = tuple(weights[name].shape) if name in weights else "nothing"
+            raise InputError(
+                f"the weights to begin with are of another shape: {name} is {shape}, and {tuple(tensor.shape)} is "
+                "needed; depth, width and the tokenizer's codebook must be the same"
+            )
+    model.load_state_dict(weights)
+    return kept
+
+
+def matching_rows(weight_CD: Tensor, known: ClassTable, classes: ClassTable) -> tuple[Tensor, int]:
+    """Return the class embedding for other classes, and how many rows were kept.
+
+    Args:
+        weight_CD: embedding of the known classes, with that of "no class" after them.
+        known: the classes of its rows.
+        classes: the classes wanted; one is known if its WordNet id (or folder's name) is.
+    """
+    row_of = {entry.wnid: row for row, entry in enumerate(known.entries)}
+    mean_D = weight_CD[:-1].mean(0)
+    rows = [row_of.get(entry.wnid) for entry in classes.entries]
+    kept = sum(row is not None for row in rows)
+    wanted = [mean_D if row is None else weight_CD[row] for row in rows]
+    return torch.stack([*wanted, weight_CD[-1]]), kept
+
+
+def interpolated_positions(pos_1LD: Tensor, sides: Sides, wanted: Sides) -> Tensor:
+    """Return position embeddings (1, L', D) for other sides: each scale's from that of the same relative place."""
+    parts = spans(sides)
+    found = []
+    for k, side in enumerate(wanted):
+        # Scale k of K' lies where round(k (K - 1) / (K' - 1)) of K does.
+        nearest = round(k * (len(sides) - 1) / max(len(wanted) - 1, 1))
+        map_1Dss = pos_1LD[:, parts[nearest]].unflatten(1, (sides[nearest], sides[nearest])).permute(0, 3, 1, 2)
+        if sides[nearest] != side:
+            map_1Dss = F.interpolate(map_1Dss, size=(side, side), mode="bicubic", align_corners=False)
+        found.append(map_1Dss.flatten(2).transpose(1, 2))
+    return torch.cat(found, dim=1)
+
+
+def interpolated_levels(level_KD: Tensor, count: int) -> Tensor:
+    """Return level embeddings for another number of scales, linearly between the first and the last."""
+    if len(level_KD) == count:
+        return level_KD
+    return F.interpolate(level_KD.T[None], size=count, mode="linear", align_corners=True)[0].T.contiguous()
+
+
+# --- adapters --------------------------------------------------------------------------------------
+
+ADAPTED = re.compile(r"(attn\.(mat_qkv|proj)|ffn\.fc[12]|ada_lin\.1)$")
+"""Linear maps that LoRA adapts: attention, feed-forward and modulation."""
+MODULATION = ("ada_lin.", "ada_gss", "class_emb.")
+"""What the modulation alone consists of, with the class embedding it is computed from."""
+
+
+class LowRank(nn.Module):
+    """W + (α / r) B A with α = 2 r (LoRA, Hu et al. 2021), equal to W at the start, when B is 0."""
+
+    def __init__(self, weight_OI: Tensor, rank: int) -> None:
+        super().__init__()
+        out, inside = weight_OI.shape
+        self.down_rI = nn.Parameter(torch.randn(rank, inside) / inside**0.5)
+        self.up_Or = nn.Parameter(torch.zeros(out, rank))
+
+    def forward(self, weight_OI: Tensor) -> Tensor:
+        """Return the adapted weight."""
+        return weight_OI + 2 * self.up_Or @ self.down_rI
+
+
+def adapt(model: Transformer, adapter: str) -> None:
+    """Let only an adapter's weights be trained, and the class embedding.
+
+    Args:
+        model: a plain transformer.
+        adapter: "lora:RANK", "modulation", or "" for all weights.
+
+    Source: arXiv 2507.11441 compares these two and full fine-tuning for VAR.
+    """
+    if not adapter:
+        return
+    model.requires_grad_(False)
+    if adapter == "modulation":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in name for part in MODULATION))
+        return
+    rank = int(adapter.removeprefix("lora:"))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ADAPTED.search(name):
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
+    model.class_emb.weight.requires_grad_(True)
+
+
+@torch.no_grad()
+def merged(model: Transformer) -> Transformer:
+    """Return the model with its adapters merged into ordinary weights; itself if it has none."""
+    adapted = {name: module.weight for name, module in model.named_modules() if parametrize.is_parametrized(module)}
+    if not adapted:
+        return model
+    # Torch's own removal would take the weights from the model that is trained as well, whose class the copy shares.
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".parametrizations." not in name}
+    weights |= {f"{name}.weight": cast("Tensor", weight) for name, weight in adapted.items()}
+    plain = Transformer(model.config)
+    plain.load_state_dict(weights)
+    return plain.to(model.head.weight.device).train(model.training)
