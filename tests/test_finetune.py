@@ -178,6 +178,7 @@ def test_the_plan_of_a_fine_tuning_has_the_models_shape(model, data, tmp_path, c
         (["--init", "MODEL", "--depth", "3"], 2, "has its own depth, width and modulation: leave those options out"),
         (["--init", "nobody"], 4, "there is no checkpoint nobody"),
         (["--init", "MODEL", "--adapter", "lora"], 2, "--adapter must be lora:RANK, such as lora:16, or modulation"),
+        (["--scale-weight", "sides"], 2, "--scale-weight must be mean or side (got sides)"),
         ([], 2, "--tokenizer is needed: the tokenizer whose tokens the transformer learns"),
     ],
 )

@@ -130,6 +130,16 @@ def test_other_settings_are_refused(tmp_path, images):
         train(tokenizer_stage(images), run(tmp_path, identity={"a": 2}))
 
 
+def test_a_tokens_loss_weighs_one_over_its_side_where_asked(tmp_path, images):
+    plain, sided = (transformer_stage(tmp_path, images, scale_weight=rule) for rule in ("mean", "side"))
+    tokens_BL, label_B = plain.tokens.batch([(0, 0), (1, 0)])
+    loss_BL, _ = plain.predict(plain.model.eval(), tokens_BL, label_B)
+    one, two, four = loss_BL.split([1, 4, 16], dim=1)
+    by_hand = (one.sum() + two.sum() / 2 + four.sum() / 4) / (2 * (1 + 4 / 2 + 16 / 4))
+    assert (loss_BL * sided.weight_L).mean().item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert torch.equal(plain.weight_L, torch.ones(21))
+
+
 def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, images):
     stage = tokenizer_stage(images)
     prepare = stage.prepare

@@ -341,6 +341,12 @@ class TransformerTrainingConfig(TrainingConfig):
 
     final_weight_decay: float = option(0.05, "Decoupled weight decay at the end.", shown=RECIPE_S)
     clip_grad: float = option(2.0, "Largest norm of the gradient; 0 is off.", shown=RECIPE_S)
+    scale_weight: str = option(
+        "mean",
+        'What a token\'s loss weighs: "mean" for every token alike, "side" for 1/side of its scale.',
+        metavar="RULE",
+        shown=RECIPE_S,
+    )
     adapter: str = option(
         "",
         "Train an adapter alone, with the class embedding, and merge it into the checkpoint: lora:RANK or modulation.",
@@ -362,6 +368,9 @@ class TransformerTrainingConfig(TrainingConfig):
             self.final_weight_decay >= 0, f"--final-weight-decay must be 0 or more (got {self.final_weight_decay:g})"
         )
         _require(self.gamma_init > 0, f"--gamma-init must be more than 0 (got {self.gamma_init:g})")
+        _require(
+            self.scale_weight in ("mean", "side"), f"--scale-weight must be mean or side (got {self.scale_weight})"
+        )
         _require(
             re.fullmatch(r"|modulation|lora:[1-9][0-9]{0,3}", self.adapter) is not None,
             f"--adapter must be lora:RANK, such as lora:16, or modulation (got {self.adapter})",

@@ -31,7 +31,7 @@ from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
 
-BEFORE = {"perceptual": "lpips", "flip": False, "freeze": "", "adapter": "", "init": None}
+BEFORE = {"perceptual": "lpips", "flip": False, "freeze": "", "adapter": "", "scale_weight": "mean", "init": None}
 """What runs had that were begun before these settings existed."""
 
 

@@ -37,6 +37,18 @@ def build_transformer(config: TransformerConfig, training: TransformerTrainingCo
     return model
 
 
+def token_weights(sides: Sequence[int], rule: str) -> Tensor:
+    """Return what each token's loss weighs, (L,), 1 on average.
+
+    Args:
+        sides: of the scales.
+        rule: "mean" for every token alike, as in the paper, or "side" for 1/side, so that coarse scales, which
+            have few tokens, weigh more (Infinity, arXiv 2412.04431).
+    """
+    weight_L = torch.cat([torch.full((side * side,), 1 / side if rule == "side" else 1.0) for side in sides])
+    return weight_L / weight_L.mean()
+
+
 class TransformerStage:
     """A transformer, its frozen tokenizer, its optimizer and loss."""
 
@@ -67,6 +79,7 @@ class TransformerStage:
         self.model, self.config, self.training, self.bf16 = model, model.config, training, bf16
         self.device = model.head.weight.device
         self.classes, self.tokens, self.held, self.save_dtype = classes, tokens, held, save_dtype
+        self.weight_L = token_weights(self.config.sides, training.scale_weight).to(self.device)
         self.tokenizer = tokenizer.to(self.device).eval().requires_grad_(False)
         self.average = optim.MovingAverage(self.model, training.ema)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
@@ -91,9 +104,10 @@ class TransformerStage:
         """Add the gradients of a part of the batch, some of its labels dropped; returns its figures."""
         tokens_BL, label_B = part
         label_B = self.model.drop_labels(label_B.to(self.device))
-        figures = self.figures(self.model, tokens_BL.to(self.device), label_B)
-        (figures["loss"] / self.training.accumulate).backward()
-        return figures
+        loss_BL, hit_BL = self.predict(self.model, tokens_BL.to(self.device), label_B)
+        loss = (loss_BL * self.weight_L).mean()
+        (loss / self.training.accumulate).backward()
+        return self.figures(loss_BL, hit_BL)
 
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients before they are clipped."""
@@ -113,26 +127,26 @@ class TransformerStage:
         """Return the loss of `count` random images, with its gradient."""
         tokens_BL = torch.randint(self.config.codebook_size, (count, self.config.length), device=self.device)
         label_B = torch.randint(self.config.class_count, (count,), device=self.device)
-        return self.figures(self.model.train(), tokens_BL, label_B)["loss"]
+        return self.predict(self.model.train(), tokens_BL, label_B)[0].mean()
 
-    def figures(self, model: Transformer, tokens_BL: Tensor, label_B: Tensor) -> dict[str, Tensor]:
-        """Return cross-entropy and accuracy, over all tokens and over the last scale's.
-
-        Source: section 3.1; every token of every scale weighs the same.
-        """
+    def predict(self, model: Transformer, tokens_BL: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each token's cross-entropy, and 1 where it is the likeliest, (B, L) each. Source: section 3.1."""
         parts = spans(self.config.sides)
         with torch.no_grad():
             teacher_BLC = self.tokenizer.quantize.teacher_input([tokens_BL[:, span] for span in parts])
         with autocast(self.device, self.bf16):
             logits_BLV = model(label_B, teacher_BLC)
         loss_N = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten(), reduction="none")
-        loss_BL = loss_N.view(tokens_BL.shape)
-        hit_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
+        return loss_N.view(tokens_BL.shape), (logits_BLV.argmax(-1) == tokens_BL).float()
+
+    def figures(self, loss_BL: Tensor, hit_BL: Tensor) -> dict[str, Tensor]:
+        """Return cross-entropy and accuracy, over all tokens alike and over the last scale's."""
+        last = spans(self.config.sides)[-1]
         return {
             "loss": loss_BL.mean(),
-            "loss_last": loss_BL[:, parts[-1]].mean(),
+            "loss_last": loss_BL[:, last].mean(),
             "accuracy": hit_BL.mean(),
-            "accuracy_last": hit_BL[:, parts[-1]].mean(),
+            "accuracy_last": hit_BL[:, last].mean(),
         }
 
     @torch.no_grad()
@@ -144,7 +158,7 @@ class TransformerStage:
         for first in range(0, len(self.held), VALIDATION_BATCH):
             numbers = range(first, min(first + VALIDATION_BATCH, len(self.held)))
             tokens, labels = self.held.batch([(i, 0) for i in numbers])
-            figures = self.figures(self.average.model, tokens.to(self.device), labels.to(self.device))
+            figures = self.figures(*self.predict(self.average.model, tokens.to(self.device), labels.to(self.device)))
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(numbers)
         return {name: total / len(self.held) for name, total in sums.items()}
