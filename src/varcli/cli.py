@@ -32,6 +32,7 @@ COMMANDS = {
     "classes": ("classes", "classes", "Search class names, and which of them a checkpoint knows."),
     "checkpoints": ("checkpoints", "checkpoints_app", "List, download, convert and verify models."),
     "train": ("train", "train_app", "Train a tokenizer, then a transformer on its tokens."),
+    "scaling": ("scaling", "scaling_app", "Train models of several sizes and fit scaling laws to them."),
 }
 """Module, name and purpose of each command, in the order of the help; imported only when it is needed."""
 

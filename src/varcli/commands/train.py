@@ -158,6 +158,15 @@ def transformer(
     ] = None,
     shared_adaln: Annotated[bool, Option("--shared-adaln", help="One modulation for all blocks, as in d36.")] = False,
     recipe: Annotated[dict[str, Any], TransformerTrainingConfig],
+    token_cache: Annotated[
+        Path | None,
+        Option(
+            "--tokens",
+            metavar="DIR",
+            help="Keep token maps here, for any number of runs; they are computed where they are lacking.",
+            show_default="the run's folder",
+        ),
+    ] = None,
     save_dtype: Annotated[
         Literal["fp32", "bf16", "fp16"],
         Option("--save-dtype", help="Precision of the weights in the checkpoint file."),
@@ -180,6 +189,7 @@ def transformer(
         tokenizer,
         out,
         **shared,
+        token_cache=token_cache,
         save_dtype=save_dtype,
         validate_every=run.validate_every,
         save_every=run.save_every,

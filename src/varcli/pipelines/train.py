@@ -183,6 +183,7 @@ def train_transformer(
     shared_adaln: bool = False,
     training: TransformerTrainingConfig | None = None,
     init: str | Path | None = None,
+    token_cache: str | Path | None = None,
     holdout: int = 0,
     validate_every: int = 1000,
     save_every: int = 500,
@@ -207,6 +208,7 @@ def train_transformer(
         training: the recipe; None is the published one of the nearest depth.
         init: name or file of a model to fine-tune; None is random weights. Its classes that the images have too keep
             their rows, other classes begin at the mean; embeddings are interpolated to other sides.
+        token_cache: folder where token maps are kept for this run and others; None is the run's own.
         holdout: the last images of each class kept for validation.
         validate_every: steps between validations, checkpoints and preview images.
         save_every: steps that a killed run loses at most.
@@ -231,8 +233,9 @@ def train_transformer(
         data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, save_dtype, note
     )
     ahead = _worker_count(workers)
-    stage.held = _tokens(stage, held, 1, Path(out), ahead, note, quiet)
-    stage.tokens = _tokens(stage, images, training.crops, Path(out), ahead, note, quiet)
+    cache = Path(token_cache or out)
+    stage.held = _tokens(stage, held, 1, cache, ahead, note, quiet)
+    stage.tokens = _tokens(stage, images, training.crops, cache, ahead, note, quiet)
     sha256 = tokenizer_sha256(stage.tokenizer)
     identity = optim.identity(
         images.fingerprint(),

@@ -256,7 +256,7 @@ def make_folder(folder: Path) -> None:
 def conclude(stage: Stage, run: Run, step: int) -> Metrics:
     """Validate, write the checkpoint and draw images; return the figures."""
     figures = stage.validate()
-    stage.save(run.folder, figures, step)
+    stage.save(run.folder, figures | {"steps": run.steps}, step)
     images = run.folder / "samples"
     make_folder(images)
     run.preview(images, step)

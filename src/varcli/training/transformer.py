@@ -179,5 +179,6 @@ class TransformerStage:
     def save(self, folder: Path, figures: Metrics, step: int) -> None:
         """Write the averaged transformer, adapters merged, with its tokenizer to model.safetensors."""
         facts = {"step": step, "images_seen": step * self.training.batch, **figures}
+        facts["images"] = len(self.tokens) if self.tokens else 0
         file = folder / "model.safetensors"
         save_model(file, self.tokenizer, merged(self.average.model), self.classes, facts, self.save_dtype)

@@ -1,0 +1,160 @@
+"""`var scaling`: how loss falls with size, data and compute."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from varcli import console
+from varcli.commands import options
+from varcli.commands.train import Data
+from varcli.config import TransformerTrainingConfig
+from varcli.errors import UsageError
+
+scaling_app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train models of several sizes, and fit scaling laws to them.",
+)
+
+
+@scaling_app.command("run")
+@options.expand
+def run(
+    *,
+    data: Data,
+    tokenizer: Annotated[str, Option("--tokenizer", metavar="NAME|FILE", help="A tokenizer or model.")],
+    out: Annotated[Path, Option("--out", "-o", metavar="DIR", help="Folder of the runs; they go on if stopped.")],
+    depths: Annotated[str, Option("--depths", metavar="2,3,…", help="Depths of the models.")] = "2,3,4,5,6",
+    passes: Annotated[
+        str, Option("--passes", metavar="1,2,…", help="Epochs of the runs: each model is trained for each of them.")
+    ] = "1,2,4",
+    recipe: Annotated[dict[str, Any], TransformerTrainingConfig],
+    holdout: Annotated[
+        int, Option("--holdout", metavar="N", min=1, help="Measure on the last N images of each class.")
+    ] = 10,
+    device: options.Device = "auto",
+    workers: Annotated[int | None, Option("--workers", min=0, help="Processes that read images ahead.")] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train a ladder of models, each to the end of its schedule. The same command goes on with a stopped one."""
+    if "epochs" in recipe:
+        raise UsageError("--passes says how many epochs the runs have: leave --epochs out")
+    sizes = options.parse_numbers("--depths", depths)
+    try:
+        epochs = [float(part) for part in passes.split(",")]
+    except ValueError:
+        raise UsageError(f"--passes must be numbers separated by commas, such as 1,2,4 (got {passes})") from None
+    from varcli.pipelines.scaling import train_ladder
+
+    def report(folder: Path) -> Any:
+        def say(step: int, steps: int, figures: dict[str, float]) -> None:
+            if not quiet and "validation_loss" in figures:
+                loss, last = figures["validation_loss"], figures["validation_loss_last"]
+                console.note(f"{folder.name} step {step}/{steps}: held-out loss {loss:.3f}, last scale {last:.3f}")
+
+        return say
+
+    folders = train_ladder(
+        data,
+        tokenizer,
+        out,
+        depths=sizes,
+        epochs=epochs,
+        recipe=recipe,
+        holdout=holdout,
+        device=device,
+        workers=workers,
+        report=report,
+        note=console.notes(quiet),
+        quiet=quiet,
+    )
+    for folder in folders:
+        console.result(str(folder))
+
+
+@scaling_app.command("fit")
+def fit(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folders of finished `var train transformer` runs.")],
+    count: Annotated[
+        Literal["all", "blocks"],
+        Option("--count", help="What N counts: all parameters, or the blocks alone as in the paper."),
+    ] = "all",
+    figure: Annotated[Path | None, Option("--figure", metavar="FILE", help="Also draw the laws, .png or .svg.")] = None,
+    depth: Annotated[
+        int | None, Option("--depth", min=1, help="Also predict a model of this depth, trained on as many images.")
+    ] = None,
+    images: Annotated[
+        int | None,
+        Option("--images", min=1, help="Images seen by the predicted model.", show_default="the most of the runs"),
+    ] = None,
+    intervals: Annotated[bool, Option("--intervals/--no-intervals", help="Estimate 95 % intervals.")] = True,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fit L(N, D) = E + A / N^α + B / D^β, and the paper's (β X)^α in parameters and in compute, beside the paper's."""
+    if figure and figure.suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"--figure must be a name ending in .png or .svg (got {figure})")
+    from varcli.pipelines.scaling import draw, fit_scaling, predict
+
+    laws = fit_scaling(runs, count, intervals)
+    facts = laws.facts()
+    if depth:
+        seen = images or max(run.images_seen for run in laws.runs)
+        facts["predicted"] = {"depth": depth, "images_seen": seen, **predict(laws, depth, seen)}
+    if figure:
+        draw(laws, figure)
+    if as_json:
+        console.result(json.dumps(facts))
+    else:
+        _print(facts)
+    for note in laws.notes:
+        console.notes(quiet)(note)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    """Print runs and laws as tables."""
+    rows = [
+        (
+            run["name"],
+            f"{run['parameters'] / 1e6:.3g} M",
+            f"{run['tokens']:.3g}",
+            f"{run['images_seen'] / run['images']:.3g}" if run["images"] else "–",
+            f"{run['pflops']:.3g}",
+            *(f"{run[name]:.4f}" for name in ("loss", "loss_last", "error", "error_last")),
+        )
+        for run in facts["runs"]
+    ]
+    console.table(("run", "N", "tokens D", "epochs", "PFlops", "loss", "last", "error", "last"), rows)
+    joint = [
+        (name, *(_with_interval(law, constant) for constant in ("E", "alpha", "beta")))
+        for name, law in facts["laws"].items()
+    ]
+    console.table(("E + A / N^α + B / D^β", "E", "α", "β"), joint)
+    powers = [
+        (
+            f"{name} in {'N' if kind == 'parameters' else 'C'}",
+            f"({law[kind]['beta']:.3g} X)^{law[kind]['alpha']:.4f}",
+            f"{law[kind]['correlation']:.4f}",
+            f"({law['paper'][kind]['beta']:g} X)^{law['paper'][kind]['alpha']:g}",
+        )
+        for name, law in facts["laws"].items()
+        for kind in ("parameters", "compute")
+    ]
+    console.table(("(β X)^α", "fitted", "correlation", "paper"), powers)
+    if "predicted" in facts:
+        figures = ", ".join(f"{name} {facts['predicted'][name]:.4f}" for name in facts["laws"])
+        console.result(
+            f"depth {facts['predicted']['depth']}, {facts['predicted']['images_seen']} images seen: {figures}"
+        )
+
+
+def _with_interval(law: dict[str, Any], constant: str) -> str:
+    """A constant with its interval."""
+    value = f"{law['joint'][constant]:.3g}"
+    if constant not in law["intervals"]:
+        return value
+    low, high = law["intervals"][constant]
+    return f"{value} [{low:.3g}, {high:.3g}]"
