@@ -10,6 +10,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
+from tempfile import TemporaryDirectory, gettempdir
 from threading import get_native_id
 from time import time
 
@@ -66,7 +67,20 @@ def temporary_name(path: Path) -> str:
     return f".varcli-{_short(path.name, 16)}-{_short(platform.node(), 4)}-{os.getpid()}-{get_native_id()}.tmp"
 
 
-_TEMPORARY = re.compile(r"\.varcli-[0-9a-f]{16}-(?P<machine>[0-9a-f]{4})-(?P<process>\d+)-\d+\.tmp")
+_TEMPORARY = re.compile(r"\.varcli-[0-9a-f]{16}-(?P<machine>[0-9a-f]{4})-(?P<process>\d+)-\w+\.tmp")
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """Yield a new folder, among the system's temporary ones, that only this user can enter; remove it at the end.
+
+    What a killed process left of the kind goes when the next one is made.
+    """
+    place = Path(gettempdir())
+    _clear(place)
+    stem = temporary_name(place / "private").removesuffix(".tmp")
+    with TemporaryDirectory(prefix=f"{stem}_", suffix=".tmp", dir=place) as folder:
+        yield Path(folder)
 
 
 def _short(name: str, length: int) -> str:
@@ -87,8 +101,8 @@ def _abandoned(folder: Path) -> bool:
     found = _TEMPORARY.fullmatch(folder.name)
     if not found:
         return False
-    if found["machine"] == _short(platform.node(), 4) and not _runs(int(found["process"])):
-        return True
+    if found["machine"] == _short(platform.node(), 4):
+        return not _runs(int(found["process"]))
     return time() - folder.stat().st_mtime > _LONGEST
 
 
