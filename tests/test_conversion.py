@@ -8,6 +8,7 @@ import torch
 
 from support import reference
 from varcli.checkpoints.conversion import Part, convert, tokenizer_config, transformer_config
+from varcli.checkpoints.random_init import randomized
 from varcli.checkpoints.store import load_model
 from varcli.classes import imagenet
 from varcli.config import GRID_256, GRID_512, TokenizerConfig, TransformerConfig
@@ -110,8 +111,9 @@ def test_unusual_configuration_and_sides_of_a_known_grid(tmp_path):
     transformer = TransformerConfig(
         depth=1, width=64, sides=GRID_256, codebook_size=8, codebook_width=4, shared_adaln=True
     )
-    torch.save(Tokenizer(tokenizer).state_dict(), tmp_path / "vae.pth")
-    torch.save(Transformer(transformer).state_dict(), tmp_path / "var.pth")
+    modules = randomized(tokenizer, transformer)
+    for module, name in zip(modules, ("vae.pth", "var.pth"), strict=True):
+        torch.save(module.state_dict(), tmp_path / name)
     convert([tmp_path / "vae.pth", tmp_path / "var.pth"], tmp_path / "out.safetensors")
     loaded = load_model(tmp_path / "out.safetensors")
     assert loaded.tokenizer.config == tokenizer

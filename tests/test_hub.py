@@ -16,12 +16,11 @@ from varcli import downloads
 from varcli.checkpoints import hub as downloading
 from varcli.checkpoints import registry
 from varcli.checkpoints.hub import download
+from varcli.checkpoints.random_init import randomized
 from varcli.checkpoints.registry import Entry, SourceFile, resolve_checkpoint
 from varcli.checkpoints.store import load_model
 from varcli.config import GRID_256, PRESETS, TokenizerConfig, TransformerConfig
 from varcli.errors import CheckpointError, RunError
-from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
 
 REPOSITORY = "FoundationVision/var"
 
@@ -38,7 +37,7 @@ def files():
     sizes = {"sides": GRID_256, "codebook_size": 8, "codebook_width": 4}
     tokenizer = TokenizerConfig(base_width=32, multipliers=(1,), encoder_blocks=1, kernel_count=1, **sizes)
     transformer = TransformerConfig(depth=1, width=64, class_count=3, **sizes)
-    return {"vae.pth": pth(Tokenizer(tokenizer)), "var.pth": pth(Transformer(transformer))}
+    return dict(zip(("vae.pth", "var.pth"), map(pth, randomized(tokenizer, transformer)), strict=True))
 
 
 @pytest.fixture

@@ -307,13 +307,12 @@ def process_group() -> Iterator[ProcessGroup]:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(group.device("cuda"))
     end_with_parent()
-    place, settings = os.environ.get(_RENDEZVOUS), {}
+    place, store = os.environ.get(_RENDEZVOUS), None
     if place:  # ours; torchrun says in other variables where its ranks meet
-        store = dist.FileStore(place, group.world_size)
+        store = dist.FileStore(place, group.world_size)  # type: ignore[attr-defined]  # public all the same
         store.set_timeout(_PATIENCE)
-        settings = {"store": store, "rank": group.rank, "world_size": group.world_size}
     with _others_expected():
-        dist.init_process_group(backend, timeout=_PATIENCE, **settings)
+        dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=group.rank, world_size=group.world_size)
     yield group
     with _others_expected():
         group.barrier()  # whoever leaves earlier takes the connection along

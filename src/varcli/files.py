@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and whether they can be written. No torch here."""
 
+import json
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ from secrets import token_hex
 from tempfile import TemporaryDirectory, gettempdir
 from threading import get_native_id
 from time import time
+from typing import Any
 
 from varcli.errors import RunError
 
@@ -57,6 +59,21 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON text says, whoever wrote it.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply to be read, or holds half a character (a lone surrogate).
+    """
+    try:
+        found = json.loads(text)
+        if b"\\ud" in (text.encode(errors="replace") if isinstance(text, str) else text).lower():
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    return found
 
 
 # --- temporary files ----------------------------------------------------------------------------------------

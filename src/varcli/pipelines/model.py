@@ -108,16 +108,25 @@ class Model:
     @cached_property
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer in float32, for encoding and decoding."""
-        return load_tokenizer(self.path).to(self.device)
+        tokenizer = load_tokenizer(self.path)
+        self._check_unchanged()
+        return tokenizer.to(self.device)
 
     def load_weights(self) -> None:
         """Read tokenizer and transformer now, so that a damaged file is found before anything else is done.
 
         Raises:
-            CheckpointError: the file is damaged, or holds a tokenizer alone.
+            CheckpointError: the file is damaged, was replaced meanwhile, or holds a tokenizer alone.
         """
         if self._checkpoint is None:
-            self._checkpoint = load_model(self.path)
+            checkpoint = load_model(self.path)
+            self._check_unchanged()
+            self._checkpoint = checkpoint
+
+    def _check_unchanged(self) -> None:
+        """Raise CheckpointError if the file is not the one any more whose hash images will name."""
+        if read_metadata(self.path)[0] != self.metadata:
+            raise CheckpointError(f"the checkpoint {self.path} was replaced by another one meanwhile; start again")
 
     @cached_property
     def prepared(self) -> Checkpoint:
