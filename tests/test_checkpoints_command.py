@@ -136,7 +136,8 @@ def test_show_and_verify_a_tokenizer(var, mini, tmp_path):
 
 def test_convert_then_verify(var, mini, released, tmp_path):
     out_file = tmp_path / "mini.safetensors"
-    assert var("convert", *released, "--out", out_file, "--sides", SIDES) == (0, f"{out_file}\n", "")
+    classes = "var: 10 classes, numbered; --class-names FILE|FOLDER says what they are\n"
+    assert var("convert", *released, "--out", out_file, "--sides", SIDES) == (0, f"{out_file}\n", classes)
     assert torch.equal(load_model(out_file).transformer.head.weight, mini.transformer.head.weight)
     code, out, _ = var("verify", out_file)
     assert (code, out) == (0, f"{out_file}: ok, sha256 {load_model(out_file).sha256}\n")
@@ -200,6 +201,15 @@ def assert_refused(answer, code, line):
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c"], 3, "give the sides with --sides"),
         (["convert", "{vae}", "{vae}", "--out", "{tmp}/c"], 4, "transformer: none in"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/no/c", "--sides", SIDES], 5, "cannot be written"),
+        (["convert", "{vae}", "{var}", "--out", "{tmp}", "--sides", SIDES], 5, "cannot be written; it is a folder"),
+        (
+            ["convert", "{vae}", "{var}", "--out", "{tmp}/c.pth"],
+            2,
+            "--out must be a .safetensors file",
+        ),
+        (["convert", "{vae}", "--out", "{tmp}/c"], 3, "scales: 4 belong to no published grid"),
+        (["verify", "{vae}"], 4, "vae.pth must be converted first: var checkpoints convert"),
+        (["show", "{tmp}"], 4, "is a folder; give the file of a model"),
     ],
 )
 def test_one_line_and_the_right_exit_code(var, released, tmp_path, case):

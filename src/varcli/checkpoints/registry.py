@@ -153,9 +153,13 @@ def local_checkpoint(checkpoint: str) -> Path:
     entry = registry().get(checkpoint)
     path = entry.path if entry else Path(checkpoint).expanduser()
     if path.is_file():
-        if path.suffix in (".pth", ".pt", ".ckpt"):
+        if path.suffix.lower() in PICKLED:
             raise CheckpointError(f"{checkpoint} must be converted first: var checkpoints convert VAE VAR --out FILE")
         return path
+    if path.is_dir():
+        models = [path / name for name in ("model.safetensors", "tokenizer.safetensors") if (path / name).is_file()]
+        there = f"its {models[0].stem} is {models[0]}" if models else "give the file of a model"
+        raise CheckpointError(f"the checkpoint {checkpoint} is a folder; {there}")
     if entry and entry.bundled:
         raise CheckpointError(f"{checkpoint} is missing from this installation: install varcli again")
     if entry:
@@ -164,6 +168,10 @@ def local_checkpoint(checkpoint: str) -> Path:
     raise CheckpointError(
         f"there is no checkpoint {checkpoint}: neither a file nor one of the names {', '.join(close)}"
     )
+
+
+PICKLED = (".pth", ".pt", ".ckpt")
+"""Endings of the files that `var checkpoints convert` reads."""
 
 
 def markdown_table() -> str:

@@ -257,6 +257,9 @@ def read_config(path: Path, metadata: Mapping[str, str], kind: type[Config], key
 
 
 def _check_kind(path: Path, metadata: Mapping[str, str], kinds: tuple[str, ...]) -> None:
+    if "identity" in metadata and "step" in metadata:
+        there = "model.safetensors or tokenizer.safetensors"
+        raise CheckpointError(f"the checkpoint {path} is the state of a training run; the model is beside it: {there}")
     if "varcli" not in metadata:
         raise CheckpointError(f"the checkpoint {path} was not written by varcli: see var checkpoints convert")
     if metadata["varcli"] != FORMAT_VERSION:

@@ -10,7 +10,7 @@ import typer
 
 from varcli.checkpoints import registry as known
 from varcli.commands import options
-from varcli.console import result, table
+from varcli.console import note, result, table
 from varcli.errors import CheckpointError
 
 checkpoints_app = typer.Typer(
@@ -24,13 +24,26 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `var checkp
 NameOrFile = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A name of `var checkpoints list`, or a file.")]
 Released = Annotated[
     list[Path],
-    typer.Argument(metavar="VAE.pth VAR.pth", help="Released tokenizer and transformer, or one training checkpoint."),
+    typer.Argument(
+        metavar="VAE.pth VAR.pth", help="Tokenizer and transformer, one training checkpoint, or a tokenizer alone."
+    ),
 ]
 Converted = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .safetensors file to write.")]
 Sides = Annotated[
     str | None,
     typer.Option(
-        metavar="1,2,3,…", help="Sides of the token maps.", show_default="the published grid of this many tokens"
+        metavar="1,2,3,…",
+        help="Sides of the token maps.",
+        show_default="what the file says, or the published grid of this many tokens",
+    ),
+]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(
+        "--class-names",
+        metavar="FILE|FOLDER",
+        help="Names of the classes: a text file, one a line in the order of the rows, or the folder of class folders "
+        "that the model was trained on.",
     ),
 ]
 Markdown = Annotated[bool, typer.Option("--markdown", hidden=True, help="The table of the README.")]
@@ -75,11 +88,12 @@ def download(name: Name) -> None:
 
 
 @checkpoints_app.command()
-def convert(files: Released, out: Converted, sides: Sides = None) -> None:
-    """Convert released .pth files to one file for `--checkpoint`; no code in them is run."""
+def convert(files: Released, out: Converted, sides: Sides = None, class_names: ClassNames = None) -> None:
+    """Convert .pth files to one file for `--checkpoint` or `--tokenizer`; no code in them is run."""
     from varcli.checkpoints import conversion
 
-    conversion.convert(files, out, None if sides is None else options.parse_numbers("--sides", sides))
+    numbers = None if sides is None else options.parse_numbers("--sides", sides)
+    conversion.convert(files, out, numbers, class_names=class_names, note=note)
     result(str(out))
 
 

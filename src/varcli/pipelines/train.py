@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from varcli.acceleration.devices import DTYPES, pick_device, trains_in_bf16
+from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.checkpoints.store import load_tokenizer, tokenizer_sha256
 from varcli.config import (
     PRESETS,
@@ -252,7 +253,7 @@ def _transformer_stage(
     where = pick_device(device)
     optim.make_deterministic(where)
     images, held = _images(data).split(holdout)
-    trained = load_tokenizer(Path(tokenizer)).to(where)
+    trained = load_tokenizer(resolve_checkpoint(str(tokenizer))).to(where)
     config = TransformerConfig(
         depth=depth,
         width=64 * depth if width is None else width,
