@@ -2,7 +2,8 @@
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -168,6 +169,18 @@ def local_checkpoint(checkpoint: str) -> Path:
     raise CheckpointError(
         f"there is no checkpoint {checkpoint}: neither a file nor one of the names {', '.join(close)}"
     )
+
+
+@contextmanager
+def replaceable(checkpoint: str) -> Iterator[None]:
+    """Say of a downloaded checkpoint whose file cannot be used how to get it anew."""
+    try:
+        yield
+    except CheckpointError as error:
+        entry = registry().get(checkpoint)
+        if entry is None or entry.bundled or not entry.path.exists():
+            raise
+        raise CheckpointError(f"{error}; delete {entry.path} to download {checkpoint} again") from error
 
 
 PICKLED = (".pth", ".pt", ".ckpt")

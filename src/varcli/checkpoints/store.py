@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from varcli.checkpoints.registry import cache_folder, registry
 from varcli.checkpoints.safetensors_io import (
     file_sha256,
     load_header,
@@ -330,6 +331,24 @@ def verify(path: Path, registered: str | None = None) -> dict[str, str]:
     check_finite(path, tensors)
     load_model(path) if metadata["kind"] == "model" else load_tokenizer(path)
     return hashes
+
+
+def check_registered(checkpoint: str, path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise CheckpointError if the file under the name of a released checkpoint holds another model."""
+    entry = registry().get(checkpoint)
+    if entry is None or entry.bundled:
+        return
+    from varcli.downloads import recorded
+
+    if metadata["kind"] != "model":
+        raise CheckpointError(f"checkpoint: {path}; holds a {metadata['kind']} instead of {checkpoint}")
+    config = read_config(path, metadata, TransformerConfig, "transformer_config")
+    if (config.depth, config.class_count) != (entry.depth or config.depth, entry.classes):
+        found = f"depth {config.depth} and {config.class_count} classes"
+        raise CheckpointError(f"checkpoint: {path}; another model than {checkpoint}: {found}")
+    expected = recorded(cache_folder()).get(path.name)
+    if expected not in (None, metadata.get("sha256")):
+        raise CheckpointError(f"checkpoint: {path}; another model than the one that was downloaded as {checkpoint}")
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -71,7 +71,8 @@ def show(checkpoint: NameOrFile, as_json: options.Json = False) -> None:
     if not entry or entry.path.exists():
         from varcli.checkpoints.store import describe
 
-        facts |= describe(known.local_checkpoint(checkpoint))
+        with known.replaceable(checkpoint):
+            facts |= describe(known.local_checkpoint(checkpoint))
     if as_json:
         result(json.dumps(facts))
         return
@@ -104,7 +105,9 @@ def verify(checkpoint: NameOrFile) -> None:
 
     entry = known.registry().get(checkpoint)
     path = known.local_checkpoint(checkpoint)
-    hashes = store.verify(path, entry.file_sha256 if entry else None)
+    with known.replaceable(checkpoint):
+        store.check_registered(checkpoint, path, store.read_metadata(path)[0])
+        hashes = store.verify(path, entry.file_sha256 if entry else None)
     result(f"{checkpoint}: ok, sha256 {hashes['sha256']}")
 
 
