@@ -54,7 +54,8 @@ def list_all(as_json: options.Json = False, markdown: Markdown = False) -> None:
     """List checkpoints by name, with published figures and whether they are on this machine."""
     entries = known.registry().values()
     if markdown:
-        result(known.markdown_table().rstrip())
+        for line in known.markdown_table().splitlines():
+            result(line)
     elif as_json:
         for entry in entries:
             result(json.dumps(registered_facts(entry)))
