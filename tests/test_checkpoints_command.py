@@ -9,11 +9,16 @@ from safetensors.torch import save_file
 
 from support import reference
 from varcli.checkpoints import registry as registering
+from varcli.checkpoints import store
 from varcli.checkpoints.conversion import class_table
+from varcli.checkpoints.random_init import randomized
 from varcli.checkpoints.registry import markdown_table, registry
 from varcli.checkpoints.safetensors_io import file_sha256, load_tensors
 from varcli.checkpoints.store import load_model, recorded_hashes, save_model, save_tokenizer
 from varcli.cli import run
+from varcli.downloads import record
+from varcli.errors import CheckpointError
+from varcli.pipelines.model import Model
 
 SIDES = "1,2,3,4"
 
@@ -87,7 +92,8 @@ def test_list_and_show_mean_the_same_by_the_same_name(var, model_file, mini, tmp
     """The hash of a file's bytes is one thing, the hash of what it holds, which images name, another."""
     classes, written = mini.transformer.config.class_count, file_sha256(model_file)
     entry = replace(registry()["var-d16"], classes=classes, file_sha256=written)
-    monkeypatch.setattr(registering, "registry", lambda: {"var-d16": entry})
+    for module in (registering, store):
+        monkeypatch.setattr(module, "registry", lambda: {"var-d16": replace(entry, depth=None)})
     (tmp_path / "cache").mkdir()
     entry.path.write_bytes(model_file.read_bytes())
     listed, shown = (json.loads(var(*words, "--json")[1]) for words in (["list"], ["show", "var-d16"]))
@@ -136,20 +142,67 @@ def test_show_and_verify_a_tokenizer(var, mini, tmp_path):
 
 def test_convert_then_verify(var, mini, released, tmp_path):
     out_file = tmp_path / "mini.safetensors"
-    assert var("convert", *released, "--out", out_file, "--sides", SIDES) == (0, f"{out_file}\n", "")
+    classes = "var: 10 classes, numbered; --class-names FILE|FOLDER says what they are\n"
+    assert var("convert", *released, "--out", out_file, "--sides", SIDES) == (0, f"{out_file}\n", classes)
     assert torch.equal(load_model(out_file).transformer.head.weight, mini.transformer.head.weight)
     code, out, _ = var("verify", out_file)
     assert (code, out) == (0, f"{out_file}: ok, sha256 {load_model(out_file).sha256}\n")
 
 
-def test_a_name_that_is_here(var, model_file, tmp_path):
-    (tmp_path / "cache").mkdir()
+@pytest.fixture
+def cached(mini, model_file, tmp_path, monkeypatch):
+    """The mini model as if it were var-d16 and had been downloaded; the file in the cache."""
+    config = mini.transformer.config
+    entry = replace(registry()["var-d16"], classes=config.class_count, depth=config.depth)
+    monkeypatch.setattr(registering, "registry", lambda: {"var-d16": entry})
+    monkeypatch.setattr(store, "registry", lambda: {"var-d16": entry})
+    monkeypatch.setattr(store, "cache_folder", lambda: tmp_path / "cache")
     path = tmp_path / "cache" / "var-d16.safetensors"
+    path.parent.mkdir()
     path.write_bytes(model_file.read_bytes())
-    assert var("download", "var-d16") == (0, f"{path}\n", "")
+    return path
+
+
+def test_a_name_that_is_here(var, cached):
+    assert var("download", "var-d16") == (0, f"{cached}\n", "")
     assert var("verify", "var-d16")[0] == 0
     facts = json.loads(var("show", "var-d16", "--json")[1])
-    assert (facts["fid"], facts["kind"], facts["bytes"]) == (3.30, "model", path.stat().st_size)
+    assert (facts["fid"], facts["kind"], facts["bytes"]) == (3.30, "model", cached.stat().st_size)
+
+
+def half(path, mini):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def tokenizer_alone(path, mini):
+    save_tokenizer(path, mini.tokenizer, {})
+
+
+def other_depth(path, mini):
+    randoms = randomized(mini.tokenizer.config, replace(mini.transformer.config, depth=1))
+    save_model(path, *randoms, class_table(mini.transformer.config.class_count), {})
+
+
+def other_weights(path, mini):
+    record(path.parent, path.name, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (half, "cannot be read: it has"),
+        (tokenizer_alone, "holds a tokenizer instead of var-d16"),
+        (other_depth, "another model than var-d16: depth 1 and 10 classes"),
+        (other_weights, "another model than the one that was downloaded as var-d16"),
+    ],
+)
+def test_what_is_wrong_under_a_downloaded_name_is_told_with_the_way_out(var, cached, mini, change, line):
+    change(cached, mini)
+    code, out, err = var("verify", "var-d16")
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert line in err and f"; delete {cached} to download var-d16 again" in err
+    with pytest.raises(CheckpointError, match=rf"{line}.*; delete .* to download var-d16 again"):
+        Model("var-d16", cached, torch.device("cpu"), "fp32").load_weights()
 
 
 def test_verify_finds_what_changed(var, model_file, tmp_path):
@@ -200,12 +253,26 @@ def assert_refused(answer, code, line):
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c"], 3, "give the sides with --sides"),
         (["convert", "{vae}", "{vae}", "--out", "{tmp}/c"], 4, "transformer: none in"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/no/c", "--sides", SIDES], 5, "cannot be written"),
+        (["convert", "{vae}", "{var}", "--out", "{tmp}", "--sides", SIDES], 5, "cannot be written; it is a folder"),
+        (
+            ["convert", "{vae}", "{var}", "--out", "{tmp}/c.pth"],
+            2,
+            "--out must be a .safetensors file",
+        ),
+        (["convert", "{vae}", "--out", "{tmp}/c"], 3, "scales: 4 belong to no published grid"),
+        (["verify", "{vae}"], 4, "vae.pth must be converted first: var checkpoints convert"),
+        (["show", "{tmp}"], 4, "is a folder; give the file of a model"),
+        (["show", "{run}"], 4, "is a folder; its model is {run}/model.safetensors"),
+        (["show", "{run}/state.safetensors"], 4, "is the state of a training run; the model is beside it"),
     ],
 )
-def test_one_line_and_the_right_exit_code(var, released, tmp_path, case):
+def test_one_line_and_the_right_exit_code(var, released, model_file, tmp_path, tmp_path_factory, case):
     arguments, code, line = case
-    places = {"vae": released[0], "var": released[1], "tmp": tmp_path}
-    assert_refused(var(*(argument.format(**places) for argument in arguments)), code, line)
+    run = tmp_path_factory.mktemp("run")
+    (run / "model.safetensors").write_bytes(model_file.read_bytes())
+    save_file({"a": torch.zeros(1)}, run / "state.safetensors", {"step": "1", "identity": "{}"})
+    places = {"vae": released[0], "var": released[1], "tmp": tmp_path, "run": run}
+    assert_refused(var(*(argument.format(**places) for argument in arguments)), code, line.format(**places))
     assert list(tmp_path.iterdir()) == []
 
 

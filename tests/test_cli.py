@@ -218,6 +218,32 @@ def test_a_closed_pipe_ends_help_quietly(arguments):
         assert process.wait() == cli.CLOSED_PIPE
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is full")
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["sample", "--help"], ["train", "tokenizer", "--help"], ["checkpoints", "list"]],
+)
+def test_a_full_standard_output_is_one_line_and_exit_code_5(arguments):
+    with Path("/dev/full").open("w") as full, var(*arguments, stdout=full) as process:
+        told = process.stderr.read()
+        assert told == "var: error: output: standard output cannot be written; No space left on device\n"
+        assert process.wait() == RunError.exit_code
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is full")
+@pytest.mark.parametrize("arguments", [["-o", "-"], ["-o", "x.png"], ["-o", "x.png", "--json"]])
+def test_images_on_full_streams(model, tmp_path, arguments):
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "varcli", "sample", "-c", "1", "-m", str(model), *arguments]
+        done = subprocess.run(words, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == RunError.exit_code and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("var: error: output: ")
+        done = subprocess.run(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=full, check=False)
+        assert done.returncode == 0 and done.stdout
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp437"])
 def test_any_encoding_will_do(encoding, tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}

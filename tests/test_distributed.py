@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from varcli import distributed
 from varcli.distributed import ProcessGroup, launched, process_group, report_error
-from varcli.errors import RunError
+from varcli.errors import InputError, RunError, UsageError
+from varcli.files import temporary_name
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +82,7 @@ def test_processes_share_gpus_where_they_are_more(monkeypatch, gpus, own):
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.device_count": lambda: gpus,
         "torch.cuda.set_device": current.append,
-        "varcli.distributed._end_with_launcher": lambda: None,
+        "varcli.distributed.end_with_parent": lambda: None,
         **{f"torch.distributed.{name}": lambda *_, **__: None for name in TALK},
     }
     for name, value in numbers.items():
@@ -91,7 +94,7 @@ def test_processes_share_gpus_where_they_are_more(monkeypatch, gpus, own):
     assert current == [f"cuda:{own}"]
 
 
-TALK = ("init_process_group", "gather_object", "destroy_process_group")
+TALK = ("init_process_group", "all_gather", "gather", "destroy_process_group")
 
 
 def test_an_error_is_handed_up_only_to_a_launcher(tmp_path, monkeypatch):
@@ -107,10 +110,43 @@ def test_an_error_is_handed_up_only_to_a_launcher(tmp_path, monkeypatch):
     assert '"message": "yes"' in place.read_text()
 
 
+def test_only_what_a_rank_of_this_run_signed_is_unpickled(tmp_path, monkeypatch):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    monkeypatch.setenv("VARCLI_KEY", "another run's")
+    packed = distributed._packed(Malicious())
+    monkeypatch.setenv("VARCLI_KEY", "this run's")
+    with pytest.raises(RunError, match="was not sent by a process of this run"):
+        distributed._unpacked(packed)
+    assert not (tmp_path / "made").exists()
+    assert distributed._unpacked(distributed._packed({"a": [1, b"x"]})) == {"a": [1, b"x"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "outcome"),
+    [
+        (["--version"], 0),
+        (["sample", "-c", "nonsense that is no class"], InputError),
+        (["sample", "--no-such-option"], UsageError),
+    ],
+)
+def test_the_launcher_answers_as_the_command_does(words, outcome, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"{temporary_name(tmp_path / 'private').replace(f'-{os.getpid()}-', '-4999999-')}"
+    left.mkdir()
+    distributed.remember_command_line(words)
+    if outcome == 0:
+        assert distributed.launch(2) == 0
+    else:
+        with pytest.raises(outcome):
+            distributed.launch(2)
+    assert list(tmp_path.iterdir()) == [], "its own folder goes, and what a killed launcher left"
+
+
 def test_a_lost_process_is_no_riddle(monkeypatch):
     """Where a launcher does not end this process, it says that another one is gone; a bug stays a bug."""
-    from varcli import distributed
-
     monkeypatch.setattr(distributed, "_GRACE", 0.0)
     with pytest.raises(RunError, match="another process ended early"), distributed._others_expected():
         raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import threading
+import time
 
 import pytest
-from huggingface_hub import constants
 
 from support import loopback_hub as fake_hub
 from varcli import downloads
@@ -49,10 +49,73 @@ def test_killed_download_is_resumed(server, tmp_path, size):
 
 
 def test_broken_connection_is_resumed(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
     server.break_after = 1000
     assert get(server, tmp_path).read_bytes() == CONTENT
     assert server.log == [("x.npz", None), ("x.npz", "bytes=1000-")]
+
+
+@pytest.mark.parametrize("size", [SIZE, None])
+def test_a_line_that_breaks_often_still_gets_there(server, tmp_path, size):
+    """The hub's own transfer would ask for the whole file each time: it writes in steps of 10 MB."""
+    server.break_every = 1000
+    assert get(server, tmp_path, size=size).read_bytes() == CONTENT
+    assert server.log == [("x.npz", f"bytes={start}-" if start else None) for start in range(0, SIZE, 1000)]
+
+
+def test_what_came_before_a_lasting_break_is_kept(server, tmp_path, monkeypatch):
+    server.break_every = 1000
+    monkeypatch.setattr("time.sleep", lambda seconds: setattr(server, "break_every", 0))
+    monkeypatch.setattr(downloads, "WAITS", (1,))
+    with pytest.raises(CheckpointError, match="cannot download"):
+        get(server, tmp_path)
+    assert (tmp_path / "x.npz.part").read_bytes() == CONTENT[:1000]
+    server.break_every = None
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.log[-1] == ("x.npz", "bytes=1000-")
+
+
+@pytest.mark.parametrize("status", downloads.BUSY)
+def test_a_busy_server_is_asked_again(server, tmp_path, status):
+    server.refusals = [status, status]
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    server.refusals = [status] * 100
+    with pytest.raises(CheckpointError, match=f"cannot download y.npz from .*{status}"):
+        get(server, tmp_path, "y.npz")
+    assert len(server.refusals) == 100 - 1 - len(downloads.WAITS)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_refusal_is_told_at_once(server, tmp_path, status):
+    server.refusals = [status]
+    with pytest.raises(CheckpointError, match=f"cannot download x.npz from .*{status}"):
+        get(server, tmp_path)
+    assert server.refusals == [] and server.log == []
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.1)
+    server.silent = True
+    begun = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"cannot download x\.npz from .*timed out"):
+        get(server, tmp_path)
+    assert time.monotonic() - begun < 5
+
+
+def test_compressed_bytes_are_unpacked(server, tmp_path):
+    server.gzipped = True
+    assert get(server, tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("known", [True, False])
+def test_more_than_there_is_to_come_is_refused_and_not_kept(server, tmp_path, monkeypatch, gzipped, known):
+    """A small answer may unpack to a disk full of zeros."""
+    monkeypatch.setattr(downloads, "LARGEST", SIZE)
+    server.gzipped, server.more = gzipped, bytes(10 * SIZE)
+    monkeypatch.setattr(downloads, "_size", lambda address, size: size)
+    with pytest.raises(CheckpointError, match=f"the server sends more than {SIZE} bytes"):
+        get(server, tmp_path, size=SIZE if known else None)
+    assert (tmp_path / "x.npz.part").stat().st_size == 0
 
 
 @pytest.mark.parametrize("size", [SIZE, None])
@@ -128,7 +191,7 @@ def test_full_disk(server, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(downloads, "http_get", full)
+    monkeypatch.setattr(downloads, "_receive", full)
     with pytest.raises(RunError, match=r"cannot store x\.npz: No space left on device; what came so far is kept"):
         get(server, tmp_path)
 

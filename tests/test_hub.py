@@ -16,12 +16,11 @@ from varcli import downloads
 from varcli.checkpoints import hub as downloading
 from varcli.checkpoints import registry
 from varcli.checkpoints.hub import download
+from varcli.checkpoints.random_init import randomized
 from varcli.checkpoints.registry import Entry, SourceFile, resolve_checkpoint
 from varcli.checkpoints.store import load_model
 from varcli.config import GRID_256, PRESETS, TokenizerConfig, TransformerConfig
 from varcli.errors import CheckpointError, RunError
-from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
 
 REPOSITORY = "FoundationVision/var"
 
@@ -38,7 +37,7 @@ def files():
     sizes = {"sides": GRID_256, "codebook_size": 8, "codebook_width": 4}
     tokenizer = TokenizerConfig(base_width=32, multipliers=(1,), encoder_blocks=1, kernel_count=1, **sizes)
     transformer = TransformerConfig(depth=1, width=64, class_count=3, **sizes)
-    return {"vae.pth": pth(Tokenizer(tokenizer)), "var.pth": pth(Transformer(transformer))}
+    return dict(zip(("vae.pth", "var.pth"), map(pth, randomized(tokenizer, transformer)), strict=True))
 
 
 @pytest.fixture
@@ -71,7 +70,8 @@ def test_download_converts_and_records_hashes(server, files, tmp_path):
     assert model.transformer.config.sides == GRID_256
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     assert model.run == {"source": f"https://huggingface.co/{REPOSITORY}", "sha256": hashes}
-    assert json.loads((tmp_path / "varcli" / "sha256.json").read_text()) == hashes
+    known = hashes | {"small.safetensors": model.sha256}
+    assert json.loads((tmp_path / "varcli" / "sha256.json").read_text()) == known
     assert server.log == [("vae.pth", None), ("var.pth", None)]
 
 
@@ -113,7 +113,6 @@ def test_another_tools_cache_is_used(server, tmp_path):
 
 def test_broken_connection_is_resumed(server, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
     server.break_after = 1000
     download(entry())
     assert server.log == [("vae.pth", None), ("vae.pth", "bytes=1000-"), ("var.pth", None)]
@@ -155,6 +154,32 @@ def test_bytes_are_not_what_the_hub_reports(server, files):
     assert download(entry(vae=known)).exists()
 
 
+@pytest.mark.parametrize("etag", ["../../../x", "/tmp/x", "x", "a" * 31, "a" * 65, "A" * 40, "a" * 40 + "/../x"])
+def test_a_server_does_not_choose_where_files_go(server, tmp_path, etag):
+    server.etags["vae.pth"] = etag
+    with pytest.raises(CheckpointError, match="gives no ETag that is a hash, it is no hub"):
+        download(entry())
+    assert server.log == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["download.lock"]
+
+
+def test_a_hash_is_recorded_only_with_its_file(server, files, tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.replace", full)
+        with pytest.raises(RunError, match="cannot store small"):
+            download(entry())
+    assert not (tmp_path / "varcli" / "sha256.json").exists()
+
+
+def test_a_busy_hub_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    server.refusals = [429, 503]
+    assert download(entry()).exists()
+
+
 def test_file_changed_since_its_first_download(server, tmp_path, monkeypatch):
     download(entry()).unlink()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
@@ -183,7 +208,7 @@ def test_full_disk(server, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(downloads, "http_get", full)
+    monkeypatch.setattr(downloads, "_receive", full)
     with pytest.raises(RunError, match="cannot store small: No space left on device"):
         download(entry())
 

@@ -144,11 +144,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(here, capsys, out, begu
     assert contents(here) == resumed
 
 
+def listening(pid):
+    """Return the addresses, as hexadecimal, on which a process listens."""
+    own = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    lines = [*Path("/proc/net/tcp").read_text().splitlines()[1:], *Path("/proc/net/tcp6").read_text().splitlines()[1:]]
+    fields = [line.split() for line in lines]
+    return {line[1].split(":")[0] for line in fields if line[3] == "0A" and f"socket:[{line[9]}]" in own}
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+
+
 @posix
 def test_interrupt_reaches_all_and_says_how_to_go_on(here):
     process = begin("varcli", "sample", "-c", CLASSES, "-n", 200, "-o", "x.npz", "--nproc", 2)
     wait_for(Path("x.npz.part"), 20 * 16 * 16 * 3, process)
     others = [rank(process.pid, number) for number in (0, 1)]
+    heard = set().union(*map(listening, [process.pid, *others]))
+    assert heard and heard <= LOOPBACK, "nobody outside this machine can talk to them"
+    assert listening(process.pid) == set()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130 and out == b""

@@ -8,13 +8,14 @@ import textwrap
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from support import reference
-from varcli.checkpoints import store
+from varcli.checkpoints import safetensors_io, store
 from varcli.checkpoints.conversion import class_table
 from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors, tensors_sha256
 from varcli.errors import CheckpointError, RunError
+from varcli.pipelines.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,40 @@ def test_loaded_weights_can_be_trained_without_touching_the_file(model_file):
             assert parameter.requires_grad
             parameter.add_(1)
     assert model_file.read_bytes() == before
+
+
+def test_a_file_that_changes_later_changes_no_weights(model_file, tmp_path):
+    """Nothing is mapped from it: a truncated file would end the process with SIGBUS."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(model_file.read_bytes())
+    loaded = store.load_model(path)
+    os.truncate(path, 0)
+    assert same_state(loaded.transformer, store.load_model(model_file).transformer)
+
+
+def test_a_file_that_is_replaced_before_its_weights_are_read_is_noticed(mini, classes, model_file, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(model_file.read_bytes())
+    model, alone = (Model(str(path), path, torch.device("cpu"), "fp32") for _ in range(2))
+    store.save_model(path, mini.tokenizer, mini.transformer, classes, {}, torch.float16)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was replaced by another one meanwhile"):
+        model.load_weights()
+    with pytest.raises(CheckpointError, match="was replaced"):
+        _ = alone.tokenizer
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(model_file, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(model_file.read_bytes())
+
+    def header(file):
+        os.utime(path, (1, 1))  # as another process's writing does
+        return original(file)
+
+    original = safetensors_io._header
+    monkeypatch.setattr(safetensors_io, "_header", header)
+    with pytest.raises(CheckpointError, match="it was changed while it was read"):
+        store.load_model(path)
 
 
 def test_half_precision_comes_up_as_float32(mini, classes, tmp_path):
@@ -161,6 +196,88 @@ def test_tensors_that_do_not_fit(model_file, tmp_path, tensors, line):
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "line"),
+    [
+        ("transformer.head.bias", lambda t: t.int(), "tensor head.bias is of int32; floating-point numbers are needed"),
+        ("transformer.head.bias", lambda t: t.bool(), "tensor head.bias is of bool; floating-point numbers are needed"),
+        ("transformer.head.bias", lambda t: t.log() * torch.nan, " values of transformer.head.bias are not finite"),
+        ("transformer.head.bias", lambda t: t.index_fill(0, torch.tensor([3]), torch.inf), "1 values of transformer"),
+        (
+            "transformer.head.bias",
+            lambda t: t.index_copy(0, torch.tensor([1, 2]), torch.tensor([1, -1]) / 0),
+            "2 values",
+        ),
+        ("tokenizer.quant_conv.bias", lambda t: t - torch.inf, " values of tokenizer.quant_conv.bias are not finite"),
+    ],
+)
+def test_values_that_cannot_be_computed_with(model_file, tmp_path, name, change, line):
+    with pytest.raises(CheckpointError, match=line):
+        store.load_model(rewritten(model_file, tmp_path, {name: change(load_tensors(model_file)[0][name])}))
+
+
+def test_large_values_are_finite(model_file, tmp_path):
+    large = {"transformer.head.bias": torch.full_like(load_tensors(model_file)[0]["transformer.head.bias"], 3e38)}
+    assert store.load_model(rewritten(model_file, tmp_path, large)).transformer.head.bias[0] > 2e38
+
+
+def with_header(path, text, content=b""):
+    path.write_bytes(len(text.encode()).to_bytes(8, "little") + text.encode() + content)
+    return path
+
+
+def one_tensor(**changes):
+    return json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "7",
+        "[]",
+        '{"a": 3}',
+        '{"__metadata__": 3}',
+        '{"__metadata__": {"varcli": 1}}',
+        '{"__metadata__": {"varcli": "\\ud800"}}',
+        one_tensor(shape=[3]),
+        one_tensor(shape=[-2]),
+        one_tensor(shape=[2.0]),
+        one_tensor(shape=[True, 2]),
+        one_tensor(shape="2"),
+        one_tensor(shape=[2**62, 2**62, 0], data_offsets=[0, 0]),
+        one_tensor(data_offsets=[8, 0]),
+        one_tensor(data_offsets=[4, 12]),
+        one_tensor(data_offsets=[0, 8, 16]),
+        one_tensor(data_offsets=[0, 2**70]),
+        one_tensor(dtype="F8"),
+        one_tensor(dtype=None),
+        one_tensor(more=1),
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+        '"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    ],
+)
+def test_headers_that_make_no_sense(tmp_path, text):
+    path = with_header(tmp_path / "x.safetensors", text, bytes(8))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: ") as caught:
+        load_tensors(path)
+    assert len(str(caught.value)) < 300
+
+
+def test_what_the_library_writes_is_read_as_the_library_reads_it(tmp_path):
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    kinds += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    shapes = ((3, 2), (), (0, 4), (5,))
+    tensors = {f"{kind}{shape}": torch.ones(shape).to(kind) for kind in kinds for shape in shapes}
+    save_file(tensors, tmp_path / "x.safetensors", {"é": "ü"})
+    read, metadata = load_tensors(tmp_path / "x.safetensors")
+    expected = load_file(tmp_path / "x.safetensors")
+    assert metadata == {"é": "ü"} and read.keys() == expected.keys()
+    assert all(torch.equal(read[name], expected[name]) and read[name].dtype == expected[name].dtype for name in read)
+    assert load_header(tmp_path / "x.safetensors")[0]["torch.bool(3, 2)"] == ("BOOL", (3, 2))
+
+
+@pytest.mark.parametrize(
     ("metadata", "line"),
     [
         ({"varcli": "2"}, "format 2 needs a newer varcli"),
@@ -170,11 +287,52 @@ def test_tensors_that_do_not_fit(model_file, tmp_path, tensors, line):
         ({"tokenizer_config": '{"sides": 3}'}, "metadata cannot be used"),
         ({"classes": "[]"}, "class table: 0 rows"),
         ({"classes": "7"}, "class table"),
+        ({"classes": "[" * 100_000}, "class table"),
+        ({"classes": '[[1, "n", [5]]]'}, "class table"),
+        ({"classes": '[[1, "n", "name"]]'}, "class table"),
+        ({"classes": '[[1, "n", ["\\ud800"]]]'}, "class table"),
+        ({"classes": '[[Infinity, "n", ["name"]]]'}, "class table"),
+        ({"run": "[" * 100_000}, "metadata cannot be used"),
+        ({"transformer_config": "[" * 100_000}, "metadata cannot be used"),
         ({"run": "nothing"}, "metadata cannot be used"),
         ({"sha256": None}, "metadata cannot be used"),
     ],
 )
 def test_metadata_that_cannot_be_used(model_file, tmp_path, metadata, line):
+    with pytest.raises(CheckpointError, match=line) as caught:
+        store.load_model(rewritten(model_file, tmp_path, metadata=metadata))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "line"),
+    [
+        ("transformer", {"depth": 10**6}, "depth must be at most 512"),
+        ("transformer", {"depth": 10**12}, "depth must be at most 512"),
+        ("transformer", {"depth": 2.5}, "depth must be a whole number"),
+        ("transformer", {"depth": True}, "depth must be a whole number"),
+        ("transformer", {"depth": "2"}, "depth must be a whole number"),
+        ("transformer", {"depth": 500}, "is missing"),
+        ("transformer", {"width": 64.0}, "width must be a whole number"),
+        ("transformer", {"width": 64 * 10**6}, "width must be at most"),
+        ("transformer", {"class_count": 10**9}, "class count must be at most"),
+        ("transformer", {"shared_adaln": 3}, "shared-adaln must be true or false"),
+        ("transformer", {"sides": [1, 2.5]}, "sides must be a whole number"),
+        ("transformer", {"sides": [1, 10**5]}, "sides must be at most 256"),
+        ("transformer", {"sides": list(range(1, 30000))}, "sides must be at most 256"),
+        ("transformer", {"sides": 3}, "metadata cannot be used"),
+        ("tokenizer", {"codebook_size": 10**12}, "codebook size must be at most"),
+        ("tokenizer", {"base_width": 32 * 10**5}, "base width must be at most"),
+        ("tokenizer", {"multipliers": [1] * 10**5}, "multipliers must be at most 8 numbers up to 64"),
+        ("tokenizer", {"multipliers": [10**9]}, "multipliers must be at most 8 numbers up to 64"),
+        ("tokenizer", {"encoder_blocks": 10**8}, "encoder blocks must be at most"),
+        ("tokenizer", {"kernel_count": 10**8}, "kernel count must be at most"),
+        ("tokenizer", {"base_width": 4096, "multipliers": [64] * 3}, "no memory for|is missing|instead of"),
+    ],
+)
+def test_absurd_configurations_cost_nothing(model_file, tmp_path, part, changes, line):
+    text = load_header(model_file)[1][f"{part}_config"]
+    metadata = {f"{part}_config": json.dumps(json.loads(text) | changes)}
     with pytest.raises(CheckpointError, match=line) as caught:
         store.load_model(rewritten(model_file, tmp_path, metadata=metadata))
     assert "\n" not in str(caught.value)

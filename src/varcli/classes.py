@@ -16,6 +16,7 @@ from importlib.resources import files
 from itertools import chain
 
 from varcli.errors import CheckpointError, InputError, UsageError
+from varcli.files import parse_json
 
 
 def plain(text: str) -> str:
@@ -170,9 +171,11 @@ class ClassTable:
             CheckpointError: the text is no such table.
         """
         try:
-            return ClassTable(
-                tuple(ClassEntry(int(i), str(wnid), *_first_and_rest(names)) for i, wnid, names in json.loads(text))
-            )
+            rows = parse_json(text)
+            for i, wnid, names in rows:
+                if not (type(i) is int and isinstance(names, list) and all(isinstance(w, str) for w in (wnid, *names))):
+                    raise ValueError
+            return ClassTable(tuple(ClassEntry(i, wnid, *_first_and_rest(names)) for i, wnid, names in rows))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"class table: {text[:40]}; a list of [id, wnid, [names]]") from error
 

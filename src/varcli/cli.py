@@ -4,7 +4,6 @@ Exit codes: 0 success, 1 a bug (with its traceback), 2 to 5 as `varcli.errors` s
 reader of our output closed the pipe.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,8 +81,10 @@ class Commands(TyperGroup):
         if not isinstance(found, typer.Typer):
             function, found = found, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
             found.command(cmd_name)(function)
-        command = typer.main.get_command(found)
+        command: Any = typer.main.get_command(found)
         command.name = cmd_name
+        for part in (command, *getattr(command, "commands", {}).values()):
+            part.make_context = console.writing_results()(part.make_context)  # which answers --help
         return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -93,7 +94,7 @@ class Commands(TyperGroup):
 
     def make_context(self, *arguments: Any, **settings: Any) -> Any:
         """Read the command line; --help and --version are answered here already."""
-        with _ending_quietly():
+        with _ending_quietly(), console.writing_results():
             return super().make_context(*arguments, **settings)
 
     def invoke(self, ctx: Any) -> Any:
@@ -109,12 +110,12 @@ def _ending_quietly() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
+            with console.writing_results():
+                sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise  # rich, which lays out the help, makes of the one the other
-        # What still waits in the buffer would fail once more when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.discard_results()
         raise typer.Exit(CLOSED_PIPE) from error
 
 

@@ -7,13 +7,15 @@ raises ValueError with a line a user can act on.
 import dataclasses
 import json
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from varcli.errors import ConfigError, InputError
+from varcli.files import parse_json
 
 GRID_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 GRID_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -40,11 +42,13 @@ def progress_ratio(scale: int, count: int) -> float:
 
 
 def check_sides(sides: Sequence[int]) -> None:
-    """Raise ConfigError unless sides begin with 1 and grow strictly."""
+    """Raise ConfigError unless sides begin with 1, grow strictly and make a model that a computer can hold."""
+    given = ",".join(map(str, sides))
     growing = all(a < b for a, b in pairwise(sides))
     if not sides or sides[0] != 1 or not growing:
-        given = ",".join(map(str, sides))
         raise ConfigError(f"sides must begin with 1 and grow, e.g. 1,2,3,4,6,8 (got {given})")
+    if sides[-1] > LARGEST_SIDE or sequence_length(sides) > MOST_TOKENS:
+        raise ConfigError(f"sides must be at most {LARGEST_SIDE} and make at most {MOST_TOKENS} tokens (got {given})")
 
 
 def sides_of_length(length: int) -> tuple[int, ...]:
@@ -59,6 +63,8 @@ def sides_of_length(length: int) -> tuple[int, ...]:
     raise InputError(f"token count: {length} belongs to no published grid; give the sides with --sides 1,2,3,…")
 
 
+LARGEST_SIDE, MOST_TOKENS = 256, 16384
+"""Of token maps: four times the side, and twice the tokens, of images of 1024 pixels."""
 HEAD_WIDTH = 64
 """Channels of one attention head, the same at every depth."""
 
@@ -86,13 +92,36 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_finite(config: Any) -> None:
+def _require_types(config: Any) -> None:
+    """Hold each value to its field's type: a file or a caller may give anything."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         name = field.name.replace("_", "-")
-        _require(
-            not isinstance(value, float) or math.isfinite(value), f"--{name} must be a finite number (got {value})"
-        )
+        values = value if get_origin(field.type) is tuple and isinstance(value, tuple | list) else (value,)
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        abstract, words = _KINDS[kind]
+        fits = all(isinstance(v, abstract) and (kind is bool or not isinstance(v, bool)) for v in values)
+        _require(fits, f"--{name} must be {words} (got {value!r})")
+        finite = kind is not float or math.isfinite(value)
+        _require(finite, f"--{name} must be a finite number (got {value})")
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "text"),
+}
+"""What a field of each type takes, NumPy's numbers among them, and how to say so."""
+
+
+def _require_counts(config: Any, **largest: int) -> None:
+    """Hold numbers to a range: a small file must not ask for a model that no computer can hold."""
+    for name, most in largest.items():
+        value = getattr(config, name)
+        words = name.replace("_", " ")
+        _require(value > 0, f"{words} must be at least 1 (got {value})")
+        _require(value <= most, f"{words} must be at most {most} (got {value})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,16 +142,20 @@ class TokenizerConfig:
     """Convolutions φ shared among the scales."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         check_sides(self.sides)
         _require(
             self.base_width > 0 and self.base_width % 32 == 0,
             f"base width must be a multiple of 32 (got {self.base_width})",
         )
         _require(len(self.multipliers) > 0 and min(self.multipliers) > 0, "each of the multipliers must be at least 1")
-        for name in ("codebook_size", "codebook_width", "encoder_blocks", "kernel_count"):
-            _require(
-                getattr(self, name) > 0, f"{name.replace('_', ' ')} must be at least 1 (got {getattr(self, name)})"
-            )
+        _require(
+            len(self.multipliers) <= 8 and max(self.multipliers) <= 64,
+            f"multipliers must be at most 8 numbers up to 64 (got {','.join(map(str, self.multipliers))})",
+        )
+        _require_counts(
+            self, codebook_size=2**20, codebook_width=2**12, base_width=2**12, encoder_blocks=64, kernel_count=256
+        )
 
     @property
     def downsampling(self) -> int:
@@ -155,16 +188,13 @@ class TransformerConfig:
     """One modulation for all blocks (d36) instead of one a block."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         check_sides(self.sides)
-        _require(self.depth > 0, f"depth must be at least 1 (got {self.depth})")
         _require(
             self.width > 0 and self.width % HEAD_WIDTH == 0,
             f"width must be a multiple of {HEAD_WIDTH}, the channels of a head (got {self.width})",
         )
-        for name in ("codebook_size", "codebook_width", "class_count"):
-            _require(
-                getattr(self, name) > 0, f"{name.replace('_', ' ')} must be at least 1 (got {getattr(self, name)})"
-            )
+        _require_counts(self, depth=512, width=2**15, codebook_size=2**20, codebook_width=2**12, class_count=10**6)
 
     @property
     def heads(self) -> int:
@@ -210,7 +240,7 @@ class SampleConfig:
     )
 
     def __post_init__(self) -> None:
-        _require_finite(self)
+        _require_types(self)
         names = {name.strip() for name in self.approximate.split(",")} - {""}
         names = set(APPROXIMATIONS) if names == {"all"} else names
         choices = ", ".join(APPROXIMATIONS)
@@ -221,6 +251,7 @@ class SampleConfig:
         ordered = ",".join(name for name in APPROXIMATIONS if name in names)
         object.__setattr__(self, "approximate", ordered)  # one spelling for one meaning
         _require(self.cfg >= 0, f"--cfg must be 0 (no guidance) or more (got {self.cfg:g})")
+        _require(self.cfg <= 1000, f"--cfg must be at most 1000 (got {self.cfg:g})")
         _require(self.top_k >= 0, f"--top-k must be 0 (off) or more (got {self.top_k})")
         _require(0 <= self.top_p <= 1, f"--top-p must be between 0 (off) and 1 (got {self.top_p:g})")
 
@@ -275,7 +306,7 @@ class TrainingConfig:
     seed: int = option(0, "Random seed.", shown=RECIPE_S)
 
     def __post_init__(self) -> None:
-        _require_finite(self)
+        _require_types(self)
         _require(self.clip_grad >= 0, f"--clip-grad must be 0 (off) or more (got {self.clip_grad:g})")
         _require(self.epochs > 0, f"--epochs must be more than 0 (got {self.epochs:g})")
         _require(self.batch > 0, f"--batch-size must be at least 1 (got {self.batch})")
@@ -416,7 +447,7 @@ def from_json(kind: type[Config], text: str) -> Config:
     Raises:
         ValueError: the text is no JSON object, or has other fields than `kind`, or a bad value.
     """
-    given = json.loads(text)
+    given = parse_json(text)
     if not isinstance(given, dict):
         raise ValueError(f"{kind.__name__}: {text[:40]}; a JSON object")
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]

@@ -3,9 +3,12 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
+from unicodedata import category
+
+from varcli.errors import RunError
 
 
 def prepare_streams() -> None:
@@ -19,14 +22,26 @@ def prepare_streams() -> None:
 
 
 def result(line: str) -> None:
-    """Write one line of results to stdout, at once, so that a reader behind a pipe need not wait."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """Write one line of results to stdout, at once, so that a reader behind a pipe need not wait.
+
+    Raises:
+        RunError: stdout cannot be written.
+    """
+    _write_results(readable(line))
 
 
 def note(line: str) -> None:
-    """Write one line about the run to stderr."""
-    sys.stderr.write(f"var: {line}\n")
+    """Write one line about the run to stderr, if that can be written: no reason to stop if not."""
+    shown = readable(line)
+    if len(shown) > LONGEST:
+        shown = f"{shown[: LONGEST * 2 // 3]} … {shown[-LONGEST // 3 :]}"  # what would be right stands at the end
+    with suppress(OSError):
+        sys.stderr.write(f"var: {shown}\n")
+        sys.stderr.flush()
+
+
+LONGEST = 500
+"""Characters of a note or an error; what a file holds may be of any length."""
 
 
 def notes(quiet: bool) -> Callable[[str], None]:
@@ -40,19 +55,70 @@ def failure(message: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write rows to stdout: as a table with headings on a terminal, else with tabs between and no headings."""
+    """Write rows to stdout: as a table with headings on a terminal, else with tabs between and no headings.
+
+    Raises:
+        RunError: stdout cannot be written.
+    """
+    shown = [list(map(readable, row)) for row in rows]
     if not sys.stdout.isatty():
-        for row in rows:
-            result("\t".join(row))
+        for row in shown:
+            _write_results("\t".join(row))
         return
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        shown.add_row(*row)
-    Console(markup=False, highlight=False).print(shown)
+    drawn = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in shown:
+        drawn.add_row(*row)
+    with writing_results():
+        Console(markup=False, highlight=False).print(drawn)
+
+
+def readable(text: str) -> str:
+    r"""Return text with what would steer a terminal, or could not be seen, as escapes such as ``\x1b``.
+
+    Those are control characters and line breaks, marks that change the direction of text, and half characters.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode() if category(character) in _UNSEEN else character
+        for character in text
+    )
+
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control, format and half characters, and of breaks of lines and paragraphs."""
+
+
+def _write_results(line: str) -> None:
+    with writing_results():
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+@contextmanager
+def writing_results() -> Iterator[None]:
+    """Turn what goes wrong with stdout into an error, unless its reader went away.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_results()
+        raise RunError(f"output: standard output cannot be written; {error.strerror}") from error
+
+
+def discard_results() -> None:
+    """Let what still waits to be written to stdout lead nowhere: it would fail again when the interpreter ends."""
+    with suppress(OSError):  # a stream of a test has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

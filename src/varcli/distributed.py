@@ -1,13 +1,21 @@
 """Several processes for one command: launching ranks, and what they exchange.
 
-`--nproc N` starts the very command line N times through torch's elastic launcher, so it is the same as
-``torchrun --nproc-per-node N -m varcli …``, which also goes across machines. Each of them is a rank. The
-first to fail ends all of them; its error is handed to the launcher, which prints it once.
+`--nproc N` starts the very command line N times on this machine. Each of these processes is a rank. They find
+each other through a file in a folder that only this user can enter, talk over the loopback interface, and sign
+what they send with a key that only they know. The first to fail ends all of them; its error is handed to the
+launcher, which prints it once.
+
+``torchrun … -m varcli`` starts ranks too, also on several machines. Then torch's own rendezvous is used, which
+listens on the network, without a password.
 """
 
+import hmac
 import json
 import os
+import pickle
+import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,10 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from varcli.errors import RunError, VarError
+from varcli.files import private_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 Item = TypeVar("Item")
@@ -53,43 +61,88 @@ def launch(count: int) -> int:
     """Run the command line that is being run as `count` ranks on this machine; return the exit code.
 
     They share the cores, unless OMP_NUM_THREADS says how many threads each is to have. Whatever ends this
-    process but SIGKILL ends them with it.
+    process ends them with it.
 
     Raises:
         VarError: what the first of them to fail raised.
         KeyboardInterrupt: Ctrl-C, which reached all of them.
     """
-    import logging
-    from tempfile import TemporaryDirectory
+    with private_folder() as folder:
+        settings = {
+            "WORLD_SIZE": str(count),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // count))),
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+            _RENDEZVOUS: str(folder / "rendezvous"),
+            _KEY: secrets.token_hex(32),
+        }
+        if sys.platform in _LOOPBACK:
+            settings |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _LOOPBACK[sys.platform])
+        command = [sys.executable, "-m", "varcli", *_command_line]
+        errors = [folder / f"error{rank}.json" for rank in range(count)]
+        ranks: list[subprocess.Popen[bytes]] = []
+        with _signals() as received:
+            try:
+                for rank, error in enumerate(errors):
+                    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), _ERROR_FILE: str(error)}
+                    # In a session of its own: Ctrl-C reaches it through this process, once.
+                    ranks.append(subprocess.Popen(command, env=os.environ | settings | own, start_new_session=True))
+                failed = _first_failure(ranks, received)
+            finally:
+                _end(ranks, received[0] if received else signal.SIGTERM)
+        if received:
+            if received[0] == signal.SIGINT:
+                raise KeyboardInterrupt
+            return 128 + received[0]
+        return 0 if failed is None else _exit_code(failed, count, ranks[failed].returncode, errors[failed])
 
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable()  # what the launcher says of failing ranks; they speak for themselves
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with TemporaryDirectory(prefix="varcli-") as folder:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id="varcli",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
+_RENDEZVOUS, _KEY = "VARCLI_RENDEZVOUS", "VARCLI_KEY"
+"""The variables by which the launcher tells its ranks where they meet, and the key for what they send."""
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""The variable that says where a rank leaves its error; torchrun's name for it, as the file is in its format."""
+_LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+"""The interface on which nothing outside this machine can be reached, by system."""
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Yield the list that the signals which would end this process are added to instead."""
+    received: list[int] = []
+    kept = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores one
+            kept[number] = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _first_failure(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> int | None:
+    """Wait until all ranks have ended, one has failed or a signal was received; return the rank that failed."""
+    while not received:
+        codes = [rank.poll() for rank in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed or None not in codes:
+            return failed[0] if failed else None
+        time.sleep(0.05)
+    return None
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    """End the ranks that still run, with a signal or, where that is not enough, without asking."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number) if os.name != "nt" else rank.terminate()
+    deadline = time.monotonic() + _GRACE
+    for rank in ranks:
         try:
-            elastic_launch(config, sys.executable)("-m", "varcli", *_command_line)
-        except ChildFailedError as error:
-            return _exit_code(error, count)
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from error
-            return 128 + int(error.sigval)
-    return 0
+            rank.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
 
 
 def _cores() -> int:
@@ -97,21 +150,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _exit_code(error: "ChildFailedError", count: int) -> int:
-    """Return the exit code of the first rank that failed, or raise what it raised."""
-    rank, first = error.get_first_failure()
-    if first.exitcode < 0:
-        what = f"process {rank} of {count} was ended by {first.signal_name()}"
-        raise RunError(f"{what}; run the command again, with --resume to keep what is done") from error
+def _exit_code(rank: int, count: int, code: int, error: Path) -> int:
+    """Return the exit code of a rank that failed, or raise what it raised."""
+    if code < 0:
+        what = f"process {rank} of {count} was ended by {signal.Signals(-code).name}"
+        raise RunError(f"{what}; run the command again, with --resume to keep what is done")
     kinds = {kind.exit_code: kind for kind in VarError.__subclasses__()}
-    if first.exitcode in kinds and isinstance(first.message, dict):
-        raise kinds[first.exitcode](first.message["message"]) from error
-    return first.exitcode
+    if code in kinds and error.exists():
+        raise kinds[code](json.loads(error.read_text(encoding="utf-8"))["message"]["message"])
+    return code
 
 
 def report_error(message: str) -> bool:
     """Leave an error for the launcher; False where there is none, and the error must be printed here."""
-    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    place = os.environ.get(_ERROR_FILE)
     if not launched() or not place:
         return False
     details = {"timestamp": str(int(time.time())), "py_callstack": message}
@@ -127,7 +179,8 @@ class ProcessGroup:
     """The ranks that work on one command.
 
     What they exchange is to be exchanged by all of them: each calls `sum`, `gather`, `broadcast` and `barrier`
-    as often as the others and in the same order. torch pickles objects on the way; none of that is stored.
+    as often as the others and in the same order. Objects are pickled on the way, and unpickled only if signed
+    with the launcher's key; none of that is stored.
     """
 
     rank: int = 0
@@ -172,27 +225,67 @@ class ProcessGroup:
         """All ranks' items in order for the main rank, nothing for the others."""
         if self.world_size == 1:
             return [item]
+        import torch
         import torch.distributed as dist
 
-        items: list[Any] | None = [None] * self.world_size if self.is_main else None
+        mine = _packed(item)
         with _others_expected():
-            dist.gather_object(item, items)
-        return items or []
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+            dist.all_gather(sizes, torch.tensor([len(mine)]))
+            longest = max(int(size) for size in sizes)
+            mine = torch.nn.functional.pad(mine, (0, longest - len(mine)))
+            shares = [torch.empty_like(mine) for _ in sizes] if self.is_main else None
+            dist.gather(mine, shares)
+        return [_unpacked(share[: int(size)]) for share, size in zip(shares or [], sizes, strict=False)]
 
     def broadcast(self, item: Item) -> Item:
         """The main rank's item, for all."""
         if self.world_size == 1:
             return item
+        import torch
         import torch.distributed as dist
 
-        items = [item]
+        packed = _packed(item) if self.is_main else None
         with _others_expected():
-            dist.broadcast_object_list(items)
-        return items[0]
+            size = torch.tensor([0 if packed is None else len(packed)])
+            dist.broadcast(size, 0)
+            if packed is None:
+                packed = torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(packed, 0)
+        return item if self.is_main else _unpacked(packed)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather(None)
+
+
+def _packed(item: Any) -> "Tensor":
+    """An object as signed bytes."""
+    import torch
+
+    content = pickle.dumps(item)
+    return torch.frombuffer(bytearray(_signature(content) + content), dtype=torch.uint8)
+
+
+def _unpacked(packed: "Tensor") -> Any:
+    """The object in signed bytes.
+
+    Raises:
+        RunError: another rank did not send them.
+    """
+    content = packed.numpy().tobytes()
+    signature, content = content[:_SIGNATURE], content[_SIGNATURE:]
+    if not hmac.compare_digest(signature, _signature(content)):
+        raise RunError("what arrived was not sent by a process of this run; run the command again")
+    return pickle.loads(content)
+
+
+def _signature(content: bytes) -> bytes:
+    return hmac.digest(os.environ.get(_KEY, "").encode(), content, "sha256")
+
+
+_SIGNATURE = 32
+"""Bytes of a signature."""
 
 
 @contextmanager
@@ -213,9 +306,13 @@ def process_group() -> Iterator[ProcessGroup]:
     if torch.cuda.is_available() and dist.is_nccl_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(group.device("cuda"))
-    _end_with_launcher()
+    end_with_parent()
+    place, store = os.environ.get(_RENDEZVOUS), None
+    if place:  # ours; torchrun says in other variables where its ranks meet
+        store = dist.FileStore(place, group.world_size)  # type: ignore[attr-defined]  # public all the same
+        store.set_timeout(_PATIENCE)
     with _others_expected():
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=group.rank, world_size=group.world_size)
     yield group
     with _others_expected():
         group.barrier()  # whoever leaves earlier takes the connection along
@@ -243,16 +340,16 @@ def _others_expected() -> Iterator[None]:
 
 
 _GRACE = 30.0
-"""Seconds in which a launcher should have noticed; it looks ten times a second."""
+"""Seconds in which a launcher should have noticed, which looks often; and those a rank has to end when asked to."""
 
 
-def _end_with_launcher() -> None:
-    """Keep this process from working on when its launcher was killed."""
-    launcher = os.getppid()
+def end_with_parent() -> None:
+    """Keep this process from working on when the one that started it was killed."""
+    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(1)
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

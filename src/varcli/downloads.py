@@ -1,25 +1,38 @@
 """Files with a known address: resumed after a break, checked, there whole or not at all.
 
-The transfer is the Hugging Face hub's own, which knows proxies, retries and ranges, whatever host it is for.
+Requests go through the Hugging Face hub's client, which knows proxies, whatever host they are for. Its own transfer is
+not used: it writes in steps of 10 MB, and forgets what came of one when the line breaks.
 """
 
 import contextlib
 import errno
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
-from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]  # public, but exported lazily
     WeakFileLock,
     disable_progress_bars,
     get_session,
+    tqdm,
 )
 
 from varcli.errors import CheckpointError, RunError, VarError
-from varcli.files import file_sha256, replacing
+from varcli.files import file_sha256, parse_json, replacing
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+TIMEOUT = 30.0
+"""Seconds in which a server has to say something."""
+BUSY = (429, 500, 502, 503, 504)
+"""Answers of a server that may have a better one later."""
+WAITS = (1, 2, 4, 8)
+"""Seconds before each further try."""
+LARGEST = 64 * 10**9
+"""Bytes that are taken where nobody says how many there are; the largest released checkpoint has 9 GB."""
+
+Answer = TypeVar("Answer")
 
 
 def fetch(
@@ -48,29 +61,99 @@ def fetch(
         part = path.with_name(path.name + ".part")
         transfer(address, part, _size(address, size), path.name)
         try:
-            _check_hash(part, path, sha256, advice)
+            found = _check_hash(part, path, sha256, advice)
         except CheckpointError:
             part.unlink()
             raise
         part.replace(path)
+        if not sha256:
+            record(path.parent, path.name, found)
     return path
 
 
 def transfer(address: str, part: Path, size: int | None, name: str, headers: Mapping[str, str] | None = None) -> None:
-    """Bring a file's bytes to `part`, going on where an earlier attempt stopped; `name` is for the bar."""
+    """Bring a file's bytes to `part`; every byte that came is kept, and the next request asks for the rest.
+
+    Args:
+        address: where it comes from.
+        part: the unfinished file, of an earlier attempt or none.
+        size: in bytes, None where not known; no more than that are taken.
+        name: for the bar.
+        headers: to send.
+    """
     part.parent.mkdir(parents=True, exist_ok=True)
     if part.exists() and part.stat().st_size > (size or 0):
         part.unlink()
-    with part.open("ab") as file:
-        got, sent = file.tell(), dict(headers or {})
-        http_get(address, file, resume_size=got, headers=sent, expected_size=size, displayed_filename=name)
+    part.touch()
+    waits = iter(WAITS)
+    with tqdm(total=size, initial=part.stat().st_size, desc=name, unit="B", unit_scale=True, disable=None) as bar:  # type: ignore[no-untyped-call]
+        while size is None or part.stat().st_size < size:
+            before = part.stat().st_size
+            try:
+                patiently(lambda: _receive(address, part, size, dict(headers or {}), bar.update))
+            except Exception as error:
+                if isinstance(error, OSError | VarError) or getattr(error, "response", None) is not None:
+                    raise  # neither a line that breaks nor a server that says nothing
+                if part.stat().st_size > before:
+                    waits = iter(WAITS)  # a line that breaks often still gets there
+                wait = next(waits, None)
+                if wait is None:
+                    raise
+                time.sleep(wait)
+            else:
+                if size is None:
+                    return
+                if part.stat().st_size == before:
+                    raise OSError(f"the server ends after {before} of {size} bytes")
+
+
+_PARTIAL = 206
+"""The status of an answer that begins where it was asked to."""
+
+
+def _receive(
+    address: str, part: Path, size: int | None, headers: Mapping[str, str], advance: Callable[[int], Any]
+) -> None:
+    """Add what one request brings to an unfinished file."""
+    got = part.stat().st_size
+    sent = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={got}-"} if got else {})
+    with get_session().stream("GET", address, headers=sent, follow_redirects=True, timeout=TIMEOUT) as answer:
+        answer.raise_for_status()
+        goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {got}-")
+        if answer.status_code == _PARTIAL and not goes_on:
+            raise OSError("the server sends another part than was asked for")
+        with part.open("ab") as file:
+            if answer.status_code != _PARTIAL:
+                file.truncate(0)  # the server knows no parts
+                advance(-got)
+            for block in answer.iter_bytes():
+                if file.tell() + len(block) > (size or LARGEST):
+                    file.truncate(0)
+                    raise OSError(f"the server sends more than {size or LARGEST} bytes")
+                file.write(block)
+                file.flush()
+                advance(len(block))
+
+
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """Return what a request brings, asked again after a while if the server is busy."""
+    for wait in WAITS:
+        try:
+            return ask()
+        except Exception as error:  # the hub's library has kinds of its own
+            answer: Any = getattr(error, "response", None)
+            if answer is None or answer.status_code not in BUSY:
+                raise
+            asked = str(answer.headers.get("Retry-After", ""))
+            time.sleep(min(int(asked), TIMEOUT) if asked.isdecimal() and len(asked) < 9 else wait)
+    return ask()
 
 
 def recorded(folder: Path) -> dict[str, str]:
     """Return the sha256 that files had at their first download, by name."""
     try:
-        return dict(json.loads((folder / _RECORD).read_text()))
-    except (OSError, ValueError):
+        return dict(parse_json((folder / _RECORD).read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -106,8 +189,8 @@ def translated(name: str, where: str, advice: str) -> Iterator[None]:
         raise CheckpointError(f"cannot download {name} from {where}: {why}; {advice}") from error
 
 
-def _check_hash(there: Path, path: Path, sha256: str | None, advice: str) -> None:
-    """Hold a file's bytes to the sha256 known, or recorded at its first download; record it if new.
+def _check_hash(there: Path, path: Path, sha256: str | None, advice: str) -> str:
+    """Hold a file's bytes to the sha256 known, or recorded at its first download; return theirs.
 
     Raises:
         CheckpointError: it is another one.
@@ -116,8 +199,7 @@ def _check_hash(there: Path, path: Path, sha256: str | None, advice: str) -> Non
     expected = sha256 or recorded(path.parent).get(path.name)
     if expected and found != expected:
         raise CheckpointError(f"{path.name}: wrong sha256 {found}; it should be {expected}; {advice}")
-    if not expected:
-        record(path.parent, path.name, found)
+    return found
 
 
 def _size(address: str, known: int | None) -> int | None:
@@ -126,9 +208,12 @@ def _size(address: str, known: int | None) -> int | None:
     Raises:
         CheckpointError: it is not the size known.
     """
-    answer = get_session().head(address, follow_redirects=True)
-    answer.raise_for_status()
-    length = int(answer.headers.get("Content-Length", known or 0))
+
+    def ask() -> Any:
+        sent = {"Accept-Encoding": "identity"}
+        return get_session().head(address, headers=sent, follow_redirects=True, timeout=TIMEOUT).raise_for_status()
+
+    length = int(patiently(ask).headers.get("Content-Length", known or 0))
     if known and length != known:
         raise CheckpointError(f"{address} is another file; {length} bytes, known are {known}")
     return length or None

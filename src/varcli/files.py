@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and whether they can be written. No torch here."""
 
+import json
 import os
 import platform
 import re
@@ -10,8 +11,10 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
+from tempfile import TemporaryDirectory, gettempdir
 from threading import get_native_id
 from time import time
+from typing import Any
 
 from varcli.errors import RunError
 
@@ -58,6 +61,21 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON text says, whoever wrote it.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply to be read, or holds half a character (a lone surrogate).
+    """
+    try:
+        found = json.loads(text)
+        if b"\\ud" in (text.encode(errors="replace") if isinstance(text, str) else text).lower():
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    return found
+
+
 # --- temporary files ----------------------------------------------------------------------------------------
 
 
@@ -66,7 +84,20 @@ def temporary_name(path: Path) -> str:
     return f".varcli-{_short(path.name, 16)}-{_short(platform.node(), 4)}-{os.getpid()}-{get_native_id()}.tmp"
 
 
-_TEMPORARY = re.compile(r"\.varcli-[0-9a-f]{16}-(?P<machine>[0-9a-f]{4})-(?P<process>\d+)-\d+\.tmp")
+_TEMPORARY = re.compile(r"\.varcli-[0-9a-f]{16}-(?P<machine>[0-9a-f]{4})-(?P<process>\d+)-\w+\.tmp")
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """Yield a new folder, among the system's temporary ones, that only this user can enter; remove it at the end.
+
+    What a killed process left of the kind goes when the next one is made.
+    """
+    place = Path(gettempdir())
+    _clear(place)
+    stem = temporary_name(place / "private").removesuffix(".tmp")
+    with TemporaryDirectory(prefix=f"{stem}_", suffix=".tmp", dir=place) as folder:
+        yield Path(folder)
 
 
 def _short(name: str, length: int) -> str:
@@ -87,8 +118,8 @@ def _abandoned(folder: Path) -> bool:
     found = _TEMPORARY.fullmatch(folder.name)
     if not found:
         return False
-    if found["machine"] == _short(platform.node(), 4) and not _runs(int(found["process"])):
-        return True
+    if found["machine"] == _short(platform.node(), 4):
+        return not _runs(int(found["process"]))
     return time() - folder.stat().st_mtime > _LONGEST
 
 

@@ -1,5 +1,6 @@
 """A server on this machine that speaks as much of the Hugging Face hub's language as downloads need."""
 
+import gzip
 import hashlib
 import re
 import threading
@@ -20,6 +21,16 @@ class Hub(ThreadingHTTPServer):
         self.etags = {}
         self.log = []
         self.break_after = None
+        self.break_every = None
+        """Bytes after which each answer breaks off."""
+        self.refusals = []
+        """Statuses with which the next requests are answered."""
+        self.silent = False
+        """Whether requests stay without an answer."""
+        self.gzipped = False
+        """Whether bytes are compressed, asked or not."""
+        self.more = b""
+        """What is sent beyond a file's end."""
 
     @property
     def url(self):
@@ -44,6 +55,13 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self):
+        if self.server.silent:
+            threading.Event().wait(1)
+            self.close_connection = True
+            return
+        if self.server.refusals:
+            self.reply(self.server.refusals.pop(0), {"Retry-After": "0"})
+            return
         asked = re.fullmatch(r"/FoundationVision/var/(resolve/main|bytes)/(.+)", self.path)
         place, name = asked.groups() if asked else ("", self.path)
         if name not in self.server.files:
@@ -68,10 +86,15 @@ class Handler(BaseHTTPRequestHandler):
         start = int(re.fullmatch(r"bytes=(\d+)-", asked).group(1)) if asked else 0
         if asked:
             facts["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.reply(206 if asked else 200, facts, len(content) - start)
+        sent = content + self.server.more
+        if self.server.gzipped and self.command == "GET":
+            sent, facts["Content-Encoding"] = gzip.compress(sent), "gzip"
+        self.reply(206 if asked else 200, facts, len(sent) - start)
         if self.command == "GET":
             self.server.log.append((name, asked))
-            end = len(content)
+            content, end = sent, len(sent)
+            if self.server.break_every is not None:
+                end, self.close_connection = start + self.server.break_every, True
             if self.server.break_after is not None:
                 end, self.server.break_after, self.close_connection = start + self.server.break_after, None, True
             self.wfile.write(content[start:end])

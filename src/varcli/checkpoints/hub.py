@@ -1,7 +1,7 @@
 """Released checkpoints from the Hugging Face hub: resumed, checked, converted.
 
 The hub's library keeps no half-finished file for a later process to go on with, so the bytes are
-fetched here, with its own transfer function, into the place in its cache where they belong.
+fetched here, into the place in its cache where they belong.
 """
 
 import re
@@ -18,8 +18,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
 
 from varcli.checkpoints.conversion import convert
 from varcli.checkpoints.registry import Entry, SourceFile, cache_folder
-from varcli.checkpoints.safetensors_io import file_sha256
-from varcli.downloads import one_at_a_time, record, recorded, transfer, translated
+from varcli.checkpoints.safetensors_io import file_sha256, load_header
+from varcli.downloads import TIMEOUT, one_at_a_time, patiently, record, recorded, transfer, translated
 from varcli.errors import CheckpointError
 
 
@@ -44,6 +44,7 @@ def download(entry: Entry, progress: bool = True) -> Path:
         if fetched:
             hashes = {file.name: recorded_sha256(file) for file in entry.files}
             convert(fetched, entry.path, run={"source": entry.source, "sha256": hashes})
+            record(cache_folder(), entry.path.name, load_header(entry.path)[1]["sha256"])
     return entry.path
 
 
@@ -58,35 +59,40 @@ def fetch(file: SourceFile) -> Path:
         return _transfer(file)
     path = Path(found)
     try:
-        check(file, path, path.resolve().name)
+        sha256 = check(file, path, path.resolve().name)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; delete {path} to download it again") from error
+    if not recorded_sha256(file):
+        record(cache_folder(), file.name, sha256)
     return path
 
 
 def _transfer(file: SourceFile) -> Path:
     """Download a file into the hub's cache, going on where an earlier attempt stopped."""
     url = hub.hf_hub_url(file.repository, file.name)
-    about = hub.get_hf_file_metadata(url)
-    if not about.etag:
-        raise OSError(f"{url} gives no ETag, it is no hub")
+    about = patiently(lambda: hub.get_hf_file_metadata(url, timeout=TIMEOUT))
+    etag = about.etag or ""
+    if not re.fullmatch("[0-9a-f]{32,64}", etag):  # it names a file here
+        raise OSError(f"{url} gives no ETag that is a hash, it is no hub")
     expected = recorded_sha256(file)
-    if expected and _is_sha256(about.etag) and about.etag != expected:
-        raise CheckpointError(f"{file.name}: the hub has another file; sha256 {about.etag}, known is {expected}")
+    if expected and _is_sha256(etag) and etag != expected:
+        raise CheckpointError(f"{file.name}: the hub has another file; sha256 {etag}, known is {expected}")
     folder = repo_folder_name(repo_id=file.repository, repo_type="model")
-    part = Path(constants.HF_HUB_CACHE) / folder / "blobs" / f"{about.etag}.incomplete"
+    part = Path(constants.HF_HUB_CACHE) / folder / "blobs" / f"{etag}.incomplete"
     transfer(url, part, about.size, file.name, build_hf_headers())
     try:
-        check(file, part, about.etag)
+        found = check(file, part, etag)
     except CheckpointError:
         part.unlink()
         raise
-    part.replace(part.with_name(about.etag))
+    part.replace(part.with_name(etag))
+    if not recorded_sha256(file):
+        record(cache_folder(), file.name, found)
     return Path(hub.hf_hub_download(file.repository, file.name))
 
 
-def check(file: SourceFile, path: Path, reported: str) -> None:
-    """Hold a file's bytes to the sha256 known or, failing that, reported by the hub; record it if new.
+def check(file: SourceFile, path: Path, reported: str) -> str:
+    """Hold a file's bytes to the sha256 known or, failing that, reported by the hub; return theirs.
 
     Raises:
         CheckpointError: it is another one.
@@ -95,8 +101,7 @@ def check(file: SourceFile, path: Path, reported: str) -> None:
     expected = recorded_sha256(file) or (reported if _is_sha256(reported) else found)
     if found != expected:
         raise CheckpointError(f"{file.name}: wrong sha256 {found}; it should be {expected}")
-    if not recorded_sha256(file):
-        record(cache_folder(), file.name, found)
+    return found
 
 
 def recorded_sha256(file: SourceFile) -> str | None:

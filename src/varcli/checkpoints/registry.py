@@ -2,7 +2,8 @@
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -153,9 +154,13 @@ def local_checkpoint(checkpoint: str) -> Path:
     entry = registry().get(checkpoint)
     path = entry.path if entry else Path(checkpoint).expanduser()
     if path.is_file():
-        if path.suffix in (".pth", ".pt", ".ckpt"):
+        if path.suffix.lower() in PICKLED:
             raise CheckpointError(f"{checkpoint} must be converted first: var checkpoints convert VAE VAR --out FILE")
         return path
+    if path.is_dir():
+        models = [path / name for name in ("model.safetensors", "tokenizer.safetensors") if (path / name).is_file()]
+        there = f"its {models[0].stem} is {models[0]}" if models else "give the file of a model"
+        raise CheckpointError(f"the checkpoint {checkpoint} is a folder; {there}")
     if entry and entry.bundled:
         raise CheckpointError(f"{checkpoint} is missing from this installation: install varcli again")
     if entry:
@@ -164,6 +169,22 @@ def local_checkpoint(checkpoint: str) -> Path:
     raise CheckpointError(
         f"there is no checkpoint {checkpoint}: neither a file nor one of the names {', '.join(close)}"
     )
+
+
+@contextmanager
+def replaceable(checkpoint: str) -> Iterator[None]:
+    """Say of a downloaded checkpoint whose file cannot be used how to get it anew."""
+    try:
+        yield
+    except CheckpointError as error:
+        entry = registry().get(checkpoint)
+        if entry is None or entry.bundled or not entry.path.exists():
+            raise
+        raise CheckpointError(f"{error}; delete {entry.path} to download {checkpoint} again") from error
+
+
+PICKLED = (".pth", ".pt", ".ckpt")
+"""Endings of the files that `var checkpoints convert` reads."""
 
 
 def markdown_table() -> str:

@@ -3,16 +3,20 @@
 import contextlib
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from varcli import files
 from varcli.errors import CheckpointError, RunError
+from varcli.files import parse_json
 
 
 @contextlib.contextmanager
@@ -54,15 +58,28 @@ def _sort_metadata(path: Path) -> None:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors, mapped from the file, and the metadata of a safetensors file.
+    """Return the tensors and the metadata of a safetensors file.
+
+    The tensors are in memory of their own, so that whatever happens to the file later changes nothing.
 
     Raises:
-        CheckpointError: the file is missing, truncated or of another format.
+        CheckpointError: the file is missing, truncated, of another format, or was changed while it was read.
     """
-    with reading(path):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
+    with reading(path), path.open("rb") as file:
+        opened = os.fstat(file.fileno())
+        header, metadata = _header(file)
+        tensors = {}
+        for name, entry in header.items():
+            if entry.kind not in DTYPES:
+                raise SafetensorError(f"tensor {name} is of type {entry.kind}")
+            tensors[name] = torch.empty(entry.shape, dtype=DTYPES[entry.kind])
+            content = tensors[name].view(-1).view(torch.uint8).numpy()
+            if file.readinto(content.data) != content.nbytes:
+                raise SafetensorError("it is truncated")
+        closed = os.fstat(file.fileno())
+        if (opened.st_size, opened.st_mtime_ns) != (closed.st_size, closed.st_mtime_ns):
+            raise SafetensorError("it was changed while it was read")
+        return tensors, metadata
 
 
 def load_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
@@ -71,10 +88,81 @@ def load_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dic
     Raises:
         CheckpointError: the file is missing, truncated or of another format.
     """
-    with reading(path), safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
-        tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        return tensors, file.metadata() or {}
+    with reading(path), path.open("rb") as file:
+        header, metadata = _header(file)
+        return {name: (entry.kind, entry.shape) for name, entry in header.items()}, metadata
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The types of a safetensors file that are read, by their names there."""
+
+
+LONGEST_HEADER = 100_000_000
+"""Bytes, as the format's own library has it."""
+
+
+class _Entry(NamedTuple):
+    """What a header says of a tensor; `start` and `end` are in bytes after the header."""
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Return what a file's header says of its tensors, in the order of their bytes, at which the file then stands.
+
+    Raises:
+        SafetensorError: it is no header, or not that of this file.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+        raise SafetensorError("it is no safetensors file, or truncated")
+    try:
+        header = parse_json(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        entries = {name: _entry(**about) for name, about in header.items()}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SafetensorError("it has no safetensors header") from error
+    entries = dict(sorted(entries.items(), key=lambda pair: (pair[1].start, pair[1].end)))
+    end = 0
+    for name, entry in entries.items():
+        if entry.start != end:
+            raise SafetensorError(f"tensor {name} is not where its header says")
+        end = entry.end
+    if size != 8 + length + end:
+        raise SafetensorError(f"it has {size} bytes instead of {8 + length + end}: truncated, or of another format")
+    return entries, metadata
+
+
+def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
+    """What a header says of one tensor.
+
+    Raises:
+        ValueError: it makes no sense.
+    """
+    start, end = data_offsets
+    whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    if not whole or start > end or math.prod(max(n, 1) for n in shape) >= 2**60:
+        raise ValueError
+    if dtype in DTYPES and end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError
+    return _Entry(dtype, tuple(shape), start, end)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

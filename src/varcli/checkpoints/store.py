@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from varcli.checkpoints.registry import cache_folder, registry
 from varcli.checkpoints.safetensors_io import (
     file_sha256,
     load_header,
@@ -28,6 +29,7 @@ from varcli.checkpoints.safetensors_io import (
 from varcli.classes import ClassTable
 from varcli.config import TokenizerConfig, TransformerConfig, from_json, to_json
 from varcli.errors import CheckpointError
+from varcli.files import parse_json
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
@@ -119,7 +121,7 @@ def load_model(path: Path) -> Checkpoint:
     config = read_config(path, metadata, TransformerConfig, "transformer_config")
     with _parsing(path):
         classes = ClassTable.from_json(metadata["classes"])
-        sha256, run = metadata["sha256"], json.loads(metadata["run"])
+        sha256, run = metadata["sha256"], parse_json(metadata["run"])
     tokenizer = _tokenizer(path, tensors, metadata)
     transformer = build(path, Transformer, config, _part(tensors, "transformer."))
     check_together(tokenizer.config, config)
@@ -211,18 +213,24 @@ def build(source: Path, module: type[Module], config: Any, state: Mapping[str, T
     Floats become float32; those that are it already are not copied.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape.
+        CheckpointError: a tensor is missing, unknown, of another shape or type, or has values that are not finite.
     """
-    with without_initialization():
-        built = module(config)
+    try:
+        with without_initialization():
+            built = module(config)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        raise CheckpointError(f"checkpoint: {source}; there is no memory for a model of its configuration") from error
     check_state(source, built, state)
-    floats = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    floats = {name: tensor.float() for name, tensor in state.items()}
+    check_finite(source, {f"{module.__name__.lower()}.{name}": tensor for name, tensor in floats.items()})
     built.load_state_dict(floats, strict=False, assign=True)
     return built.eval()
 
 
 def check_state(source: Path, module: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless `given` has exactly the module's tensors, in their shapes."""
+    """Raise CheckpointError unless `given` has exactly the module's tensors, as floats of their shapes."""
     wanted = {name: t.shape for name, t in module.state_dict().items() if name.rpartition(".")[2] not in DERIVED}
     for name in sorted(wanted.keys() | given.keys()):
         if name not in given:
@@ -232,14 +240,14 @@ def check_state(source: Path, module: nn.Module, given: Mapping[str, Tensor]) ->
         if given[name].shape != wanted[name]:
             shapes = f"{_words(tuple(given[name].shape))} instead of {_words(tuple(wanted[name]))}"
             raise CheckpointError(f"checkpoint: {source}; tensor {name} is {shapes}")
+        tensor = given[name]
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            words = "without values" if tensor.is_meta else f"of {str(kind).removeprefix('torch.')}"
+            raise CheckpointError(f"checkpoint: {source}; tensor {name} is {words}; floating-point numbers are needed")
 
 
 def read_config(path: Path, metadata: Mapping[str, str], kind: type[Config], key: str) -> Config:
-    """A configuration in a checkpoint's metadata.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
     """A configuration in a checkpoint's metadata.
 
     Raises:
@@ -250,6 +258,9 @@ def read_config(path: Path, metadata: Mapping[str, str], kind: type[Config], key
 
 
 def _check_kind(path: Path, metadata: Mapping[str, str], kinds: tuple[str, ...]) -> None:
+    if "identity" in metadata and "step" in metadata:
+        there = "model.safetensors or tokenizer.safetensors"
+        raise CheckpointError(f"the checkpoint {path} is the state of a training run; the model is beside it: {there}")
     if "varcli" not in metadata:
         raise CheckpointError(f"the checkpoint {path} was not written by varcli: see var checkpoints convert")
     if metadata["varcli"] != FORMAT_VERSION:
@@ -322,9 +333,29 @@ def verify(path: Path, registered: str | None = None) -> dict[str, str]:
     return hashes
 
 
-def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+def check_registered(checkpoint: str, path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise CheckpointError if the file under the name of a released checkpoint holds another model."""
+    entry = registry().get(checkpoint)
+    if entry is None or entry.bundled:
+        return
+    from varcli.downloads import recorded
+
+    if metadata["kind"] != "model":
+        raise CheckpointError(f"checkpoint: {path}; holds a {metadata['kind']} instead of {checkpoint}")
+    config = read_config(path, metadata, TransformerConfig, "transformer_config")
+    if (config.depth, config.class_count) != (entry.depth or config.depth, entry.classes):
+        found = f"depth {config.depth} and {config.class_count} classes"
+        raise CheckpointError(f"checkpoint: {path}; another model than {checkpoint}: {found}")
+    expected = recorded(cache_folder()).get(path.name)
+    if expected not in (None, metadata.get("sha256")):
+        raise CheckpointError(f"checkpoint: {path}; another model than the one that was downloaded as {checkpoint}")
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if a tensor has a value that is not finite."""
     for name, tensor in tensors.items():
+        if math.isfinite(float(tensor.sum())):
+            continue  # one such value would make the sum the like, and a sum is quick
         wrong = int((~tensor.isfinite()).sum())
         if wrong:
             raise CheckpointError(
@@ -334,6 +365,6 @@ def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _parsed(path: Path, metadata: dict[str, str], key: str) -> Any:
     try:
-        return json.loads(metadata[key])
+        return parse_json(metadata[key])
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint: {path}; its metadata has no readable {key}") from error

@@ -10,7 +10,7 @@ import typer
 
 from varcli.checkpoints import registry as known
 from varcli.commands import options
-from varcli.console import result, table
+from varcli.console import note, result, table
 from varcli.errors import CheckpointError
 
 checkpoints_app = typer.Typer(
@@ -24,13 +24,26 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `var checkp
 NameOrFile = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A name of `var checkpoints list`, or a file.")]
 Released = Annotated[
     list[Path],
-    typer.Argument(metavar="VAE.pth VAR.pth", help="Released tokenizer and transformer, or one training checkpoint."),
+    typer.Argument(
+        metavar="VAE.pth VAR.pth", help="Tokenizer and transformer, one training checkpoint, or a tokenizer alone."
+    ),
 ]
 Converted = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .safetensors file to write.")]
 Sides = Annotated[
     str | None,
     typer.Option(
-        metavar="1,2,3,…", help="Sides of the token maps.", show_default="the published grid of this many tokens"
+        metavar="1,2,3,…",
+        help="Sides of the token maps.",
+        show_default="what the file says, or the published grid of this many tokens",
+    ),
+]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(
+        "--class-names",
+        metavar="FILE|FOLDER",
+        help="Names of the classes: a text file, one a line in the order of the rows, or the folder of class folders "
+        "that the model was trained on.",
     ),
 ]
 Markdown = Annotated[bool, typer.Option("--markdown", hidden=True, help="The table of the README.")]
@@ -41,7 +54,8 @@ def list_all(as_json: options.Json = False, markdown: Markdown = False) -> None:
     """List checkpoints by name, with published figures and whether they are on this machine."""
     entries = known.registry().values()
     if markdown:
-        result(known.markdown_table().rstrip())
+        for line in known.markdown_table().splitlines():
+            result(line)
     elif as_json:
         for entry in entries:
             result(json.dumps(registered_facts(entry)))
@@ -58,7 +72,8 @@ def show(checkpoint: NameOrFile, as_json: options.Json = False) -> None:
     if not entry or entry.path.exists():
         from varcli.checkpoints.store import describe
 
-        facts |= describe(known.local_checkpoint(checkpoint))
+        with known.replaceable(checkpoint):
+            facts |= describe(known.local_checkpoint(checkpoint))
     if as_json:
         result(json.dumps(facts))
         return
@@ -75,11 +90,12 @@ def download(name: Name) -> None:
 
 
 @checkpoints_app.command()
-def convert(files: Released, out: Converted, sides: Sides = None) -> None:
-    """Convert released .pth files to one file for `--checkpoint`; no code in them is run."""
+def convert(files: Released, out: Converted, sides: Sides = None, class_names: ClassNames = None) -> None:
+    """Convert .pth files to one file for `--checkpoint` or `--tokenizer`; no code in them is run."""
     from varcli.checkpoints import conversion
 
-    conversion.convert(files, out, None if sides is None else options.parse_numbers("--sides", sides))
+    numbers = None if sides is None else options.parse_numbers("--sides", sides)
+    conversion.convert(files, out, numbers, class_names=class_names, note=note)
     result(str(out))
 
 
@@ -90,7 +106,9 @@ def verify(checkpoint: NameOrFile) -> None:
 
     entry = known.registry().get(checkpoint)
     path = known.local_checkpoint(checkpoint)
-    hashes = store.verify(path, entry.file_sha256 if entry else None)
+    with known.replaceable(checkpoint):
+        store.check_registered(checkpoint, path, store.read_metadata(path)[0])
+        hashes = store.verify(path, entry.file_sha256 if entry else None)
     result(f"{checkpoint}: ok, sha256 {hashes['sha256']}")
 
 

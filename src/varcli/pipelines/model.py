@@ -12,8 +12,15 @@ import torch
 from varcli import __version__
 from varcli.acceleration.devices import pick_device, pick_dtype, precision_reason
 from varcli.acceleration.dispatch import prepare
-from varcli.checkpoints.registry import presets, registry, resolve_checkpoint
-from varcli.checkpoints.store import Checkpoint, load_model, load_tokenizer, read_config, read_metadata
+from varcli.checkpoints.registry import presets, registry, replaceable, resolve_checkpoint
+from varcli.checkpoints.store import (
+    Checkpoint,
+    check_registered,
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_metadata,
+)
 from varcli.classes import ClassEntry, ClassTable, imagenet, parse_classes
 from varcli.config import SampleConfig, TokenizerConfig
 from varcli.errors import CheckpointError, UsageError
@@ -79,7 +86,9 @@ class Model:
         self.device = device
         self.dtype = dtype
         """Precision of the transformer and the decoder: fp32, bf16, fp16 or int8."""
-        self.metadata, _ = read_metadata(path)
+        with replaceable(name):
+            self.metadata, _ = read_metadata(path)
+            check_registered(name, path, self.metadata)
         self.precision_note = precision_reason(dtype, device) if chosen and dtype != "int8" else None
         """Which precision was chosen, and why; None if the user chose it."""
         self._checkpoint: Checkpoint | None = None
@@ -108,16 +117,27 @@ class Model:
     @cached_property
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer in float32, for encoding and decoding."""
-        return load_tokenizer(self.path).to(self.device)
+        with replaceable(self.name):
+            tokenizer = load_tokenizer(self.path)
+        self._check_unchanged()
+        return tokenizer.to(self.device)
 
     def load_weights(self) -> None:
         """Read tokenizer and transformer now, so that a damaged file is found before anything else is done.
 
         Raises:
-            CheckpointError: the file is damaged, or holds a tokenizer alone.
+            CheckpointError: the file is damaged, was replaced meanwhile, or holds a tokenizer alone.
         """
         if self._checkpoint is None:
-            self._checkpoint = load_model(self.path)
+            with replaceable(self.name):
+                checkpoint = load_model(self.path)
+            self._check_unchanged()
+            self._checkpoint = checkpoint
+
+    def _check_unchanged(self) -> None:
+        """Raise CheckpointError if the file is not the one any more whose hash images will name."""
+        if read_metadata(self.path)[0] != self.metadata:
+            raise CheckpointError(f"the checkpoint {self.path} was replaced by another one meanwhile; start again")
 
     @cached_property
     def prepared(self) -> Checkpoint:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from varcli.checkpoints.store import tokenizer_sha256
 from varcli.config import sequence_length
+from varcli.distributed import end_with_parent
 from varcli.errors import InputError
 from varcli.files import cannot_write, write_atomically
 from varcli.images.dataset import ImageSet
@@ -130,12 +131,13 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_follow_parent,
     )
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    """Let Ctrl-C reach the main process alone, which ends its workers itself when it has saved."""
+def _follow_parent(worker: int) -> None:
+    """Let Ctrl-C reach the main process alone, which ends its workers itself when it has saved; end if it is killed."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
