@@ -245,8 +245,8 @@ def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassE
     word = spec.strip()
     if not word:
         raise UsageError("--class must be an index, a name, a range, a list, all, none or random (got nothing)")
-    if word.lower() in _KEYWORDS:
-        return _KEYWORDS[word.lower()](table)
+    if word.lower() in KEYWORDS:
+        return KEYWORDS[word.lower()](table)
     if span := re.fullmatch(r"([0-9]+)\s*-\s*([0-9]+)", word):
         return [_by_index(i, table, hint) for i in _span(int(span[1]), int(span[2]))]
     if re.fullmatch(r"-?[0-9]+", word):
@@ -257,7 +257,7 @@ def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassE
     return [_by_name(word, table, hint, taken)]
 
 
-_KEYWORDS: dict[str, Callable[[ClassTable], list[ClassEntry | None]]] = {
+KEYWORDS: dict[str, Callable[[ClassTable], list[ClassEntry | None]]] = {
     "all": lambda table: list(table.entries),
     "none": lambda _: [None],
     "random": lambda _: [RANDOM],
