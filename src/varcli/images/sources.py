@@ -102,7 +102,7 @@ class Source(ABC):
         if _is_hidden(member):
             return False
         self.folders.add(member.rpartition("/")[0])
-        suffix = Path(member).suffix.lower()
+        suffix = os.path.splitext(member)[1].lower()  # noqa: PTH122 - a third of the time of listing
         if suffix in IMAGE_SUFFIXES:
             return True
         if suffix in _DESCRIPTIONS:
