@@ -17,6 +17,8 @@ from varcli.config import (
     TransformerTrainingConfig,
     transformer_recipe,
 )
+from varcli.distributed import launched
+from varcli.errors import UsageError
 
 if TYPE_CHECKING:
     from varcli.training.estimate import TrainingEstimate
@@ -98,6 +100,7 @@ def tokenizer(
     for name in {"sides", "multipliers"} & shape.keys():
         shape[name] = options.parse_numbers(f"--{name}", shape[name])
     config, training = TokenizerConfig(**shape), TokenizerTrainingConfig(**recipe)
+    _check_alone()
     from varcli.pipelines import train as pipeline
 
     shared: dict[str, Any] = {
@@ -106,6 +109,7 @@ def tokenizer(
         "holdout": run.holdout,
         "device": run.device,
         "dtype": run.dtype,
+        "note": console.notes(run.quiet),
     }
     if run.dry_run:
         _show_estimate(pipeline.estimate_tokenizer(data, **shared), training, run.as_json)
@@ -120,9 +124,8 @@ def tokenizer(
         workers=run.workers,
         tensorboard=run.tensorboard,
         report=_report(run.quiet),
-        note=console.note,
     )
-    _finish(figures, out / "tokenizer.safetensors", run.as_json)
+    _finish(figures, out / "tokenizer.safetensors", run)
 
 
 @train_app.command("transformer")
@@ -148,10 +151,11 @@ def transformer(
 ) -> None:
     """Train a transformer on the token maps of a tokenizer."""
     training = replace(transformer_recipe(depth), **recipe)
+    _check_alone()
     from varcli.pipelines import train as pipeline
 
     shared: dict[str, Any] = {"depth": depth, "width": width, "shared_adaln": shared_adaln, "training": training}
-    shared |= {"holdout": run.holdout, "device": run.device, "dtype": run.dtype}
+    shared |= {"holdout": run.holdout, "device": run.device, "dtype": run.dtype, "note": console.notes(run.quiet)}
     if run.dry_run:
         _show_estimate(pipeline.estimate_transformer(data, tokenizer, **shared), training, run.as_json)
         return
@@ -166,10 +170,19 @@ def transformer(
         workers=run.workers,
         tensorboard=run.tensorboard,
         report=_report(run.quiet),
-        note=console.note,
         quiet=run.quiet,
     )
-    _finish(figures, out / "model.safetensors", run.as_json)
+    _finish(figures, out / "model.safetensors", run)
+
+
+def _check_alone() -> None:
+    """Check that no launcher started this process as one of several: each would train the whole run.
+
+    Raises:
+        UsageError: one did.
+    """
+    if launched():
+        raise UsageError("training uses one process: start it without torchrun or another launcher")
 
 
 def _report(quiet: bool) -> Any:
@@ -183,9 +196,12 @@ def _report(quiet: bool) -> Any:
     return report
 
 
-def _finish(figures: "Metrics", checkpoint: Path, as_json: bool) -> None:
+def _finish(figures: "Metrics", checkpoint: Path, run: RunOptions) -> None:
     """Print where the checkpoint is."""
-    console.result(json.dumps({"checkpoint": str(checkpoint), **figures}) if as_json else str(checkpoint))
+    if run.as_json:
+        console.result(json.dumps({"checkpoint": str(checkpoint), **figures}))
+    elif not run.quiet:
+        console.result(str(checkpoint))
 
 
 def _show_estimate(found: "TrainingEstimate", recipe: TrainingConfig, as_json: bool) -> None:

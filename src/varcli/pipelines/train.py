@@ -1,7 +1,10 @@
 """`varcli.train_tokenizer` and `varcli.train_transformer`: from images to a checkpoint, resumable."""
 
+import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from varcli.config import (
     PRESETS,
     TokenizerConfig,
     TokenizerTrainingConfig,
+    TrainingConfig,
     TransformerConfig,
     TransformerTrainingConfig,
     transformer_recipe,
@@ -26,9 +30,10 @@ from varcli.images.provenance import png_bytes
 from varcli.models.lpips import LPIPS
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim
-from varcli.training.data import CacheSettings, TokenCache, open_cache
+from varcli.training.data import ENCODE_BATCH, CacheSettings, TokenCache, open_cache
+from varcli.training.discriminator import SMALLEST_PATCH
 from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
-from varcli.training.loop import Run, train
+from varcli.training.loop import Run, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer
@@ -82,10 +87,11 @@ def train_tokenizer(
         The last figures.
 
     Raises:
-        VarError: images or weights cannot be used, the folder holds another run, or the loss is not finite.
+        VarError: images or weights cannot be used, the folder holds another run or a checkpoint that would be
+            replaced, or the loss is not finite.
     """
     training = training or TokenizerTrainingConfig()
-    stage, images = _tokenizer_stage(data, config, training, holdout, device, dtype, workers, note)
+    stage, images, account = _tokenizer_stage(data, config, training, holdout, device, dtype, workers, note)
     if training.lpips > 0:
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
         stage.perceptual = LPIPS(folder).to(stage.device)
@@ -96,11 +102,16 @@ def train_tokenizer(
         steps=steps,
         batch=training.batch,
         identity=identity,
+        images=_counts(images),
         validate_every=validate_every,
         save_every=save_every,
         preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
         report=_reporter(Path(out), steps, report, tensorboard),
+        note=note,
     )
+    check_run(run)
+    make_folder(run.folder)
+    _tell(account, training, len(images), note)
     return train(stage, run)
 
 
@@ -112,10 +123,12 @@ def estimate_tokenizer(
     holdout: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    note: Callable[[str], None] = lambda line: None,
 ) -> TrainingEstimate:
     """What training a tokenizer will take; arguments as for `train_tokenizer`."""
     training = training or TokenizerTrainingConfig()
-    stage, images = _tokenizer_stage(data, config, training, holdout, device, dtype, 0, lambda line: None)
+    stage, images, account = _tokenizer_stage(data, config, training, holdout, device, dtype, 0, note)
+    _tell(account, training, len(images), note)
     return estimate(stage, training, len(images))
 
 
@@ -128,19 +141,25 @@ def _tokenizer_stage(
     dtype: str,
     workers: int | None,
     note: Callable[[str], None],
-) -> tuple[TokenizerStage, ImageSet]:
+) -> tuple[TokenizerStage, ImageSet, list[str]]:
     where = pick_device(device)
     optim.make_deterministic(where)
-    images, held = _images(data).split(holdout)
-    model, adversary = build_tokenizer(config or TokenizerConfig(), training.seed)
+    config = config or TokenizerConfig()
+    if training.gan > 0 and config.pixels < SMALLEST_PATCH:
+        raise UsageError(
+            f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels a side: the adversary judges patches "
+            f"of that size (got {training.gan:g} and {config.pixels} pixels)"
+        )
+    everything = _images(data)
+    images, held = everything.split(holdout)
+    model, adversary = build_tokenizer(config, training.seed)
     # A warm start loads weights here, before the model is moved.
     model, adversary = model.to(where), adversary.to(where)
     # Parallelism wraps the models here; the stage makes their average and optimizers of what it gets.
     bf16 = trains_in_bf16(where, on_cpu=False) if dtype == "auto" else dtype == "bf16"
-    stage = TokenizerStage(
-        model, adversary, training, images, held, bf16=bf16, workers=_worker_count(workers), warn=note
-    )
-    return stage, images
+    ahead = _worker_count(workers, training.batch * 3 * config.pixels**2, note)
+    stage = TokenizerStage(model, adversary, training, images, held, bf16=bf16, workers=ahead, warn=note)
+    return stage, images, everything.account
 
 
 def train_transformer(
@@ -193,12 +212,9 @@ def train_transformer(
         VarError: images or the tokenizer cannot be used, the folder holds another run, or the loss is not finite.
     """
     training = training or transformer_recipe(depth)
-    stage, images, held = _transformer_stage(
+    stage, images, held, account = _transformer_stage(
         data, tokenizer, depth, width, shared_adaln, training, holdout, device, dtype, save_dtype
     )
-    ahead = _worker_count(workers)
-    stage.held = _tokens(stage, held, 1, Path(out), ahead, note, quiet)
-    stage.tokens = _tokens(stage, images, training.crops, Path(out), ahead, note, quiet)
     sha256 = tokenizer_sha256(stage.tokenizer)
     identity = optim.identity(
         images.fingerprint(), stage.device, stage.bf16, model=stage.config, training=training, tokenizer=sha256
@@ -209,11 +225,19 @@ def train_transformer(
         steps=steps,
         batch=training.batch,
         identity=identity,
+        images=_counts(images),
         validate_every=validate_every,
         save_every=save_every,
         preview=lambda folder, step: _preview_samples(stage, folder, step),
         report=_reporter(Path(out), steps, report, tensorboard),
+        note=note,
     )
+    check_run(run)
+    make_folder(run.folder)
+    _tell(account, training, len(images), note)
+    ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
+    stage.held = _tokens(stage, held, 1, Path(out), ahead, note, quiet)
+    stage.tokens = _tokens(stage, images, training.crops, Path(out), ahead, note, quiet)
     return train(stage, run)
 
 
@@ -228,13 +252,24 @@ def estimate_transformer(
     holdout: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    note: Callable[[str], None] = lambda line: None,
 ) -> TrainingEstimate:
     """What training a transformer will take; arguments as for `train_transformer`."""
     training = training or transformer_recipe(depth)
-    stage, images, _ = _transformer_stage(
+    stage, images, _, account = _transformer_stage(
         data, tokenizer, depth, width, shared_adaln, training, holdout, device, dtype, "fp32"
     )
-    return estimate(stage, training, len(images), expected_losses(depth))
+    _tell(account, training, len(images), note)
+    return estimate(stage, training, len(images), _expected_losses(stage.config))
+
+
+def _expected_losses(config: TransformerConfig) -> tuple[float, float] | None:
+    """The scaling laws' losses; None of grids and codebooks they say nothing of, and where chance does as well."""
+    published = TokenizerConfig()
+    expected = expected_losses(config.depth)
+    if (config.sides, config.codebook_size) != (published.sides, published.codebook_size):
+        return None
+    return None if max(expected) > math.log(config.codebook_size) else expected
 
 
 def _transformer_stage(
@@ -248,10 +283,11 @@ def _transformer_stage(
     device: str,
     dtype: str,
     save_dtype: str,
-) -> tuple[TransformerStage, ImageSet, ImageSet]:
+) -> tuple[TransformerStage, ImageSet, ImageSet, list[str]]:
     where = pick_device(device)
     optim.make_deterministic(where)
-    images, held = _images(data).split(holdout)
+    everything = _images(data)
+    images, held = everything.split(holdout)
     trained = load_tokenizer(Path(tokenizer)).to(where)
     config = TransformerConfig(
         depth=depth,
@@ -268,7 +304,7 @@ def _transformer_stage(
     # Parallelism wraps the model here; the stage makes its average and optimizer of what it gets.
     bf16 = trains_in_bf16(where, on_cpu=True) if dtype == "auto" else dtype == "bf16"
     stage = TransformerStage(model, training, trained, images.classes, bf16=bf16, save_dtype=DTYPES[save_dtype])
-    return stage, images, held
+    return stage, images, held, everything.account
 
 
 # --- what both stages take -------------------------------------------------------------------------
@@ -278,12 +314,51 @@ def _images(data: Sequence[str | Path]) -> ImageSet:
     return open_images([Path(path) for path in data], require_labels=True, read_headers=False)
 
 
-def _worker_count(workers: int | None) -> int:
-    """How many processes read images ahead."""
-    if workers is not None:
-        return workers
+FEW_STEPS = 200
+"""Steps below which a run is hardly more than its warm-up."""
+
+
+def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: Callable[[str], None]) -> None:
+    """Say what was found in the data and left out of it, and where the recipe is for far more images."""
+    for line in account:
+        note(f"data: {line}")
+    steps = training.steps(images)
+    if steps >= FEW_STEPS and training.batch <= images:
+        return
+    smaller = replace(training, batch=max(1, min(64, images // 8)), accumulate=1)
+    advice = f"--batch-size {smaller.batch} makes {smaller.steps(images)}"
+    if smaller.batch >= training.batch:
+        advice = f"--epochs {training.epochs * 10:g} makes {10 * steps}"
+    note(
+        f"{training.epochs:g} epochs of {images} images in batches of {training.batch} are {steps} steps, "
+        f"few to learn from; {advice}"
+    )
+
+
+def _counts(images: ImageSet) -> dict[str, int]:
+    """Number of images per class, by the class's folder."""
+    return dict(zip((entry.wnid for entry in images.classes.entries), images.class_counts(), strict=True))
+
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where worker processes on Linux put the images they hand over; containers often give it 64 MB."""
+
+
+def _worker_count(workers: int | None, batch_bytes: int, note: Callable[[str], None]) -> int:
+    """How many processes read images ahead: what was asked for, as far as shared memory holds their batches."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores - 1)
+    wanted = min(8, cores - 1) if workers is None else workers
+    if not wanted or not SHARED_MEMORY.is_dir():
+        return wanted
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
+    fitting = free // (_BATCHES_PER_WORKER * batch_bytes)
+    if fitting < wanted:
+        note(f"{fitting} processes read images ahead instead of {wanted}: {SHARED_MEMORY} has {free >> 20} MiB free")
+    return min(wanted, fitting)
+
+
+_BATCHES_PER_WORKER = 3
+"""Two that a worker reads ahead, and one on its way."""
 
 
 def _tokens(
