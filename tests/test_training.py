@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -26,6 +27,7 @@ from varcli.training import tokenizer as tokenizer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
 from varcli.training.loop import Run, check_run, only_run, train, update
+from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer
@@ -191,6 +193,14 @@ def test_other_images_are_told_by_their_numbers(tmp_path, images, now, words):
     assert f"was begun with {words}; use the same again" in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, images):
+    """The folder of a run after three steps."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    train(tokenizer_stage(images), run(folder, 3))
+    return folder
+
+
 def rewritten(path, change):
     tensors, metadata = load_tensors(path)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -211,8 +221,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_states_are_one_line(tmp_path, images, change):
-    train(tokenizer_stage(images), run(tmp_path, 3))
+def test_damaged_states_are_one_line(tmp_path, images, begun, change):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     rewritten(tmp_path / "state.safetensors", change)
     with pytest.raises(CheckpointError, match=r"the state .*state\.safetensors is damaged: ") as caught:
         train(tokenizer_stage(images), run(tmp_path))
@@ -220,11 +230,10 @@ def test_damaged_states_are_one_line(tmp_path, images, change):
 
 
 @pytest.mark.parametrize("line", [b"", b"5", b"{}", b'{"step": "x"}', b"\xff", b"[" * 100_000, b'{"step": 2'])
-def test_damaged_lines_of_the_log_are_dropped(tmp_path, images, line):
-    train(tokenizer_stage(images), run(tmp_path, 3))
-    good = (tmp_path / "metrics.jsonl").read_bytes()
+def test_damaged_lines_of_the_log_are_dropped(tmp_path, begun, line):
+    good = (begun / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(line + b"\n" + good + line)
-    train(tokenizer_stage(images), run(tmp_path, 3))
+    assert MetricsLog(tmp_path, 3, 4).last["step"] == 3
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
 
 
