@@ -295,9 +295,9 @@ def test_other_numbers_of_other_things_are_no_series():
 
 def test_settings_of_samples_tell_nothing_of_a_tokenizer():
     samples, rebuilt = evaluation("tiny64"), tokenizer()
-    assert [each.label for each in named(samples, rebuilt)] == ["tiny64, samples", "tiny64, tokenizer"]
+    assert [each.label for each in named([samples, rebuilt])] == ["tiny64, samples", "tiny64, tokenizer"]
     greedy = evaluation("tiny64", settings={"top_k": 1})
-    assert [each.label for each in named(samples, greedy, rebuilt)] == [
+    assert [each.label for each in named([samples, greedy, rebuilt])] == [
         "tiny64, samples, top-k 900",
         "tiny64, samples, top-k 1",
         "tiny64, tokenizer",
