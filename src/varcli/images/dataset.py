@@ -403,7 +403,7 @@ def _empty_classes(source: Source, layout: Layout) -> list[str]:
     """Folders beside the class folders of a source that hold no image."""
     at_level = {tuple(path_parts(folder)[: layout.level + 1]) for folder in source.folders}
     names = {parts[-1] for parts in at_level if len(parts) == layout.level + 1}
-    return sorted(names - set(layout.folders) - set(layout.splits), key=natural_key)  # type: ignore[operator]
+    return sorted(names - set(layout.folders) - set(layout.splits), key=natural_key)
 
 
 # --- what is said before work begins -----------------------------------------------------------------

@@ -181,14 +181,14 @@ class FolderSource(Source):
         while waiting := folders or links:
             folder = waiting.popleft()
             try:
-                status = (self.root / folder).stat()
-                if (status.st_dev, status.st_ino) in seen:
+                there = (self.root / folder).stat()
+                if (there.st_dev, there.st_ino) in seen:
                     self._leave_out("links to folders that are read already", folder)
                     continue
                 entries = sorted(os.scandir(self.root / folder), key=lambda entry: entry.name)
             except OSError as error:
                 raise InputError(f"cannot list {self.name}: {error}") from error
-            seen.add((status.st_dev, status.st_ino))
+            seen.add((there.st_dev, there.st_ino))
             if folder and _is_training_run(entries):
                 self._leave_out("folders of training runs", folder)
                 continue
@@ -568,7 +568,7 @@ def _digests(pixels_NHW3: NDArray[np.uint8]) -> list[str]:
 
     def digests(first: int) -> list[str]:
         part_NHW3 = np.ascontiguousarray(pixels_NHW3[first : first + _DIGESTED])
-        return [blake2b(pixels, digest_size=16).hexdigest() for pixels in part_NHW3.reshape(len(part_NHW3), -1)]
+        return [blake2b(pixels.data, digest_size=16).hexdigest() for pixels in part_NHW3.reshape(len(part_NHW3), -1)]
 
     seen: Counter[str] = Counter()
     names = []
