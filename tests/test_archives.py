@@ -1,5 +1,6 @@
 """Archives: .npz and .tar that grow without memory, survive any death, and go on bit for bit."""
 
+import errno
 import io
 import json
 import os
@@ -292,6 +293,27 @@ def test_nobody_loses_the_lock_to_the_one_who_leaves(here, monkeypatch):
     put("x.npz", range(2))
     assert there == [False]
     assert listing(here) == ["x.npz"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file can be removed there while it is held")
+@pytest.mark.parametrize("out", KINDS)
+def test_the_archive_has_its_name_before_another_may_begin(here, monkeypatch, out):
+    there, release = [], FileLock.release
+    monkeypatch.setattr(FileLock, "release", lambda lock: there.append(listing(here)) or release(lock))
+    put(out, range(2))
+    assert there == [[out]]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_file_systems_without_locks_are_one_line(here, monkeypatch, error):
+    def refuse(self, *arguments, **options):
+        Path(self.lock_file).touch()
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(RunError, match=r"cannot be locked \(.*\); choose a folder on another file system"):
+        put("x.tar", [0])
+    assert listing(here) == []
 
 
 def test_two_writers_of_one_archive_are_refused(tmp_path):

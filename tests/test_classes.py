@@ -55,6 +55,40 @@ def test_spec_means(spec, found):
     assert ids([spec]) == found
 
 
+NAMED = ClassTable(
+    tuple(
+        ClassEntry(3 * i, name, name) for i, name in enumerate(("C++", "C#", "c", "10-20", "a, b", "A/B", "all", "9"))
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [
+        ("C++", [0]),
+        ("c++", [0]),
+        ("C#", [3]),
+        ("c", [6]),
+        ("C", [6]),
+        ("10-20", [9]),
+        ("a, b", [12]),
+        ("A/B", [15]),
+        ("a/b", [15]),
+        ("9", [9]),  # numbers are always ids
+        ("18", [18]),
+        ("all", [3 * i for i in range(8)]),
+    ],
+)
+def test_a_name_that_is_equal_letter_by_letter_goes_first(spec, found):
+    assert ids([spec], NAMED) == found
+
+
+@pytest.mark.parametrize("spec", ["1" * 5000, "-" + "1" * 5000, "1-" + "2" * 5000])
+def test_endless_numbers_are_no_class(spec):
+    with pytest.raises(InputError, match="there is no class called"):
+        ids([spec])
+
+
 def test_specs_keep_their_order_and_repetitions():
     assert ids(["207", "none", "1-2", "207"]) == [207, None, 1, 2, 207]
 

@@ -1,8 +1,10 @@
 """Sets of images with their labels: the same reader for training and evaluation, whatever the images are stored in."""
 
+import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import zipfile
@@ -276,6 +278,235 @@ def test_unlistable_class_folder_is_not_passed_over(folder):
             open_training([folder])
     finally:
         (folder / "cats").chmod(0o700)
+
+
+# --- what is found and what is left out ------------------------------------------------------------
+
+
+def link(place, target):
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target)
+
+
+def folder_of(*names, content=b""):
+    """A function that fills a folder with images, or with files of some content, of these names."""
+
+    def make(root):
+        (root / "d").mkdir(exist_ok=True)
+        fill(root / "d", names, (lambda _: content) if content else lambda seed: encoded(image(seed, SIDE, SIDE)))
+
+    return make
+
+
+def all_of(*makers):
+    return lambda root: [make(root) for make in makers]
+
+
+PETS = folder_of("cat/1.png", "dog/1.png", "dog/2.png")
+
+LEFT_OUT = {
+    "no ending": (folder_of("cat/1.png", "dog/000001", "dog/2"), 3, []),
+    "no ending and no image": (
+        all_of(PETS, folder_of("dog/7", "dog/README", content=b"text")),
+        3,
+        ["left out: files without an ending that are no images (2): d/dog/7, d/dog/README"],
+    ),
+    "unknown ending": (
+        all_of(PETS, folder_of("cat/2.HEIC", "dog/3.heic", "dog/4.png_original", content=b"x")),
+        3,
+        [
+            "left out: files named .heic (2): d/cat/2.HEIC, d/dog/3.heic",
+            "left out: files named .png_original (1): d/dog/4.png_original",
+        ],
+    ),
+    "a class of them": (
+        all_of(PETS, folder_of("bird/2.heic", content=b"x")),
+        3,
+        ["left out: files named .heic (1): d/bird/2.heic", "d: class folders without images: bird"],
+    ),
+    "empty class": (
+        all_of(PETS, lambda root: (root / "d" / "ant").mkdir()),
+        3,
+        ["d: class folders without images: ant"],
+    ),
+    "no class": (
+        all_of(PETS, folder_of("loose.png")),
+        3,
+        ["left out: images without a label (1): d/loose.png"],
+    ),
+    "what lies there as a matter of course": (
+        all_of(PETS, folder_of("cat/Thumbs.db", "cat/a.txt", ".git/x", "@eaDir/1.jpg", "cat/._1.png", content=b"x")),
+        3,
+        [],
+    ),
+    "training run": (
+        all_of(PETS, folder_of("run/samples/0.png"), folder_of("run/metrics.jsonl", content=b"{}")),
+        3,
+        ["left out: folders of training runs (1): d/run"],
+    ),
+    "training run that has just begun": (
+        all_of(PETS, folder_of("run/tokens-0123456789abcdef/tokens.npy", content=b"x")),
+        3,
+        ["left out: folders of training runs (1): d/run"],
+    ),
+    "link to the folder above": (
+        all_of(PETS, lambda root: link(root / "d/cat/up", "..")),
+        3,
+        ["left out: links to folders that are read already (1): d/cat/up"],
+    ),
+    "links to itself": (
+        all_of(PETS, lambda root: [link(root / f"d/{i}", ".") for i in "ab"]),
+        3,
+        ["left out: links to folders that are read already (2): d/a, d/b"],
+    ),
+    "links through another folder": (
+        all_of(
+            PETS,
+            lambda root: [link(root / "x" / f"{i}", root / "d") for i in range(3)],
+            lambda root: [link(root / f"d/{i}", root / "x") for i in "ab"],
+        ),
+        3,
+        [
+            "left out: links to folders that are read already (4): d/b, d/a/0, d/a/1, d/a/2",
+            "d: class folders without images: a",
+        ],
+    ),
+    "a class behind a link": (
+        all_of(folder_of("cat/1.png"), lambda root: link(root / "d/dog", fill(root / "x", ["1.png"]))),
+        2,
+        [],
+    ),
+    "links without an end": (all_of(PETS, lambda root: link(root / "d/cat/loop.txt", "loop.txt")), 3, []),
+    "a pipe": (
+        all_of(PETS, lambda root: os.mkfifo(root / "d/cat/2.png")),
+        3,
+        ["left out: pipes and devices (1): d/cat/2.png"],
+    ),
+    "a device": (
+        all_of(PETS, lambda root: link(root / "d/cat/2.png", "/dev/zero")),
+        3,
+        ["left out: pipes and devices (1): d/cat/2.png"],
+    ),
+    "splits": (
+        folder_of("train/cat/1.png", "train/dog/1.png", "Val/cat/1.png"),
+        2,
+        ["left out: images outside of train, the split that is trained on (1): d/Val/cat/1.png"],
+    ),
+    "splits deep inside": (
+        folder_of("a/b/Training/n02099601/1.png", "a/b/Training/n01443537/1.png", "a/b/test/1.png"),
+        2,
+        ["left out: images outside of Training, the split that is trained on (1): d/a/b/test/1.png"],
+    ),
+    "keywords": (
+        folder_of("all/1.png", "None/1.png"),
+        2,
+        ["ask for 0 None, 1 all by number: the name has a meaning of its own"],
+    ),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes")
+@pytest.mark.parametrize(("make", "count", "lines"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_is_left_out_is_told(tmp_path, make, count, lines):
+    make(tmp_path)
+    images = open_training([tmp_path / "d"])
+    assert len(images) == count
+    assert len(images.classes) == 2
+    assert images.account[0].startswith(f"{count} images of 2 classes: ")
+    assert images.account[1:] == lines
+
+
+def test_splits_are_no_classes(tmp_path):
+    fill(tmp_path / "d", ["train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "val/dog/2.png"])
+    archive = zipped(tmp_path / "d", tmp_path / "d.zip", "d/")
+    for path in (tmp_path / "d", archive):
+        assert [entry.name for entry in open_training([path]).classes.entries] == ["cat", "dog"]
+        evaluated = open_images([path])
+        assert [entry.name for entry in evaluated.classes.entries] == ["cat", "dog"]
+        assert evaluated.account[1:] == [f"{path.name}: its splits train, val are taken together"]
+    shutil.rmtree(tmp_path / "d" / "train")
+    fill(tmp_path / "d", ["dev/cat/1.png"])
+    with pytest.raises(InputError, match="d has the splits dev, val; give the one to train on"):
+        open_training([tmp_path / "d"])
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    images = open_training([fill(tmp_path, ["train/1.png", "car/1.png"])])
+    assert [entry.name for entry in images.classes.entries] == ["car", "train"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "ids"),
+    [
+        (["1", "2", "4"], [1, 2, 4]),
+        (["10", "9", "003"], [3, 9, 10]),
+        (["1", "01"], [0, 1]),
+        (["1", "two"], [0, 1]),
+        (["9" * 200, "1"], [0, 1]),
+    ],
+)
+def test_whole_numbers_are_the_ids(tmp_path, folders, ids):
+    images = open_training([fill(tmp_path, [f"{name}/1.png" for name in folders])])
+    assert [entry.id for entry in images.classes.entries] == ids
+    if ids[-1] > 1:
+        assert [int(entry.name) for entry in images.classes.entries] == ids
+
+
+def edm(root, labels, names=("00000/img00000000.png", "00000/img00000001.png", "00001/img00001000.png")):
+    """A data set as EDM's dataset_tool writes it."""
+    fill(root, names)
+    (root / "dataset.json").write_text(json.dumps({"labels": labels and list(zip(names, labels, strict=True))}))
+    return root
+
+
+@pytest.mark.parametrize("pack", [lambda path: path, lambda path: zipped(path, path.with_suffix(".zip"))])
+def test_labels_of_dataset_json(tmp_path, pack):
+    path = pack(edm(tmp_path / "x", [6, 0, 6]))
+    for images in (open_training([path]), open_images([path])):
+        labels = {images.name(i)[-12:]: images.classes.entries[label].id for i, label in enumerate(images.labels)}
+        assert labels == {"00000000.png": 6, "00000001.png": 0, "00001000.png": 6}
+    unlabelled = pack(edm(tmp_path / "y", None))
+    assert open_images([unlabelled]).labels == [-1, -1, -1]
+    with pytest.raises(InputError, match="3 images without labels"):
+        open_training([unlabelled])
+
+
+@pytest.mark.parametrize("labels", [[[1, 0], [0, 1], [0, 1]], ["a", "b", "c"], [0.5, 1, 1]])
+def test_other_labels_in_dataset_json_are_refused(tmp_path, labels):
+    with pytest.raises(InputError, match=r"has a dataset\.json that cannot be used: "):
+        open_training([edm(tmp_path, labels)])
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"labels": 5}', '{"labels": [[1]]}', "\udcff"])
+def test_damaged_dataset_json(tmp_path, content):
+    edm(tmp_path, None)
+    (tmp_path / "dataset.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(InputError, match=r"dataset\.json that cannot be used"):
+        open_images([tmp_path])
+
+
+def test_folders_of_a_thousand_images_are_no_classes(tmp_path):
+    fill(tmp_path, ["000000/000003.png", "001000/001003.png", "001000/001004.png"])
+    assert open_images([tmp_path]).labels == [-1] * 3
+    with pytest.raises(InputError, match="without labels"):
+        open_training([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [["dup", "dup/000.png"], ["dup/000.png", "dup"], ["dup", "dup/sub"], ["dup", "link"], ["dup", "link/000.png"]],
+)
+def test_no_image_counts_twice(tmp_path, monkeypatch, paths):
+    fill(tmp_path / "dup", ["000.png", "sub/1.png"])
+    link(tmp_path / "link", "dup")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="which is given too: its images would count twice"):
+        open_images(paths)
+
+
+def test_paths_that_find_separates_by_nul(samples):
+    line = "".join(f"{path}\0" for path in samples.iterdir())
+    assert everything(open_images(["-"], lines=[line])) == everything(open_images([samples]))
 
 
 # --- training: archives with labels ----------------------------------------------------------------
@@ -635,9 +866,9 @@ def test_truncated_images_show_when_they_are_read(spoilt):
 def test_bad_ones_are_skipped_and_named(spoilt, size):
     images = open_images([spoilt], skip_bad=True)
     assert len(images) == 7
-    assert images.skipped == ["samples/text.png"]
+    assert images.skipped == ["samples/text.png (not an image, or of an unknown format)"]
     ranks = [rank for found, *_ in images.batches(range(7), size) for rank in found]
-    assert images.skipped == ["samples/text.png", "samples/cut.png"]
+    assert [name.partition(" ")[0] for name in images.skipped] == ["samples/text.png", "samples/cut.png"]
     assert sorted({*range(7)} - {*ranks}) == [names(images).index("samples/cut.png")]
 
 
@@ -654,7 +885,8 @@ def test_image_gone_since_opening(samples):
     images = open_images([samples], skip_bad=True)
     (samples / "1-goldfish-2.png").unlink()
     assert [len(found) for found, *_ in images.batches(range(6), 6)] == [5]
-    assert images.skipped == ["samples/1-goldfish-2.png"]
+    (skipped,) = images.skipped
+    assert re.fullmatch(r"samples/1-goldfish-2.png \(.*No such file.*\)", skipped)
 
 
 def test_long_headers_are_read_whole(tmp_path):

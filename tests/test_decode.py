@@ -200,3 +200,44 @@ def test_halving_drops_the_odd_last_row_and_column_as_adm_does():
     image = Image.effect_noise((17, 19), 90).convert("RGB")
     half = image.resize((8, 9), Image.Resampling.BOX)
     assert np.array_equal(adm_crop(image, 8), adm_crop(half, 8))
+
+
+# --- greys of more than eight bits -------------------------------------------------------------------
+
+
+def tiff(values):
+    content = BytesIO()
+    Image.fromarray(values).save(content, "TIFF")
+    return content.getvalue()
+
+
+LEVELS = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tiff((LEVELS / 255).astype(np.float32)),
+        tiff(LEVELS.astype(np.float32)),
+        tiff(LEVELS.astype(np.int32)),
+        tiff((LEVELS * 257).astype(np.int32)),
+        tiff((LEVELS * 257).astype(np.uint16)),
+        b"P5 16 16 65535\n" + (LEVELS * 257).astype(">u2").tobytes(),
+    ],
+    ids=["floats to 1", "floats to 255", "integers to 255", "integers to 65535", "16 bits", "PGM"],
+)
+def test_deep_greys_keep_their_brightness(content):
+    assert np.array_equal(np.asarray(decode_image(content, "x"))[..., 0], LEVELS)
+
+
+def test_dark_sixteen_bits_stay_dark():
+    dark = LEVELS // 255
+    for content in (tiff((dark * 257).astype(np.uint16)), b"P5 16 16 65535\n" + (dark * 255).astype(">u2").tobytes()):
+        assert np.asarray(decode_image(content, "x")).max() <= 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5, 256.0, 65535.0, -1, 65536])
+def test_greys_of_another_range_are_refused(value):
+    kind = np.float32 if isinstance(value, float) else np.int32
+    with pytest.raises(UnreadableImage, match=r"its 32-bit values are .* expected integers up to 65535, or floats"):
+        decode_image(tiff(np.where(LEVELS == 255, value, 0).astype(kind)), "x")

@@ -7,9 +7,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -460,6 +462,57 @@ def test_an_extractor_is_one_object(measure, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "find_weights", None)  # what cannot be is said before anything is downloaded
     measure(one, "--features", "brightness", "--is", code=3)
     measure(one, "--features", "darkness", code=2)
+
+
+# --- what is said of images and the machine --------------------------------------------------------
+
+
+def test_what_was_found_and_left_out_is_said(measure, tmp_path):
+    photographs(tmp_path / "photographs", 12)
+    (tmp_path / "photographs" / "x.heic").write_bytes(b"x")
+    _, err = measure("photographs", "--is")
+    assert err.splitlines()[:2] == [
+        "var: data: 12 images",
+        "var: data: left out: files named .heic (1): photographs/x.heic",
+    ]
+
+
+@pytest.mark.parametrize("below", ["cache", "cache/varcli"])
+def test_without_a_cache_it_measures_all_the_same(measure, tmp_path, below):
+    photographs(tmp_path / "one", 12)
+    photographs(tmp_path / "two", 12, seed=1)
+    kept, _ = measure("one", "--fid", "--is", "--reference", "two")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / below).parent.mkdir(exist_ok=True)
+    (tmp_path / below).touch()  # in the place of a folder
+    found, err = measure("one", "--fid", "--is", "--reference", "two")
+    assert found["metrics"] == kept["metrics"]
+    assert err.count("measuring the reference two first, without keeping it: ") == 1
+    assert err.count("measuring without keeping what is done: ") == 2
+
+
+def test_a_reference_of_photographs_is_resized(measure, tmp_path):
+    photographs(tmp_path / "odd", 12)
+    Image.new("RGB", (20, 30)).save(tmp_path / "odd" / "tall.png")
+    found, err = measure("--fid", "-n", 10, "-r", "odd", code=3)
+    assert "or --resize SIDE crops and resizes them" in err
+    found, _ = measure("--fid", "-n", 10, "-r", "odd", "--resize", 16)
+    assert found["reference"]["pixels"] == 16
+
+
+def test_figures_that_are_no_numbers_are_refused(measure, tmp_path, monkeypatch):
+    photographs(tmp_path / "one", 12)
+    monkeypatch.setattr(distances, "inception_score", lambda sums: (float("nan"), 0.0))
+    assert "var: error: inception_score is nan: " in measure("one", "--is", code=3)[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names elsewhere are text")
+def test_names_on_stdin_may_be_no_text(measure, tmp_path, monkeypatch):
+    photographs(tmp_path / "one", 12)
+    (tmp_path / "one" / "000.png").rename(tmp_path / "one" / os.fsdecode(b"caf\xe9.png"))
+    names = b"\n".join(bytes(path) for path in (tmp_path / "one").iterdir())
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(names), encoding="utf-8"))
+    assert measure("-", "--is")[0]["n"] == 12
 
 
 # --- mistakes --------------------------------------------------------------------------------------

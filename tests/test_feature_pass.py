@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from varcli.distributed import ProcessGroup
-from varcli.errors import InputError, RunError
+from varcli.errors import InputError
 from varcli.evaluation import feature_pass
 from varcli.evaluation.extractors import Features
 from varcli.evaluation.feature_pass import FeaturePass, fingerprint
@@ -162,10 +162,15 @@ def test_fingerprints_tell_facts_apart():
     assert len({fingerprint(a=1), fingerprint(a=2), fingerprint(b=1), fingerprint(a="1")}) == 4
 
 
-def test_a_place_that_cannot_be_written_is_told_before_work(tmp_path):
+@pytest.mark.parametrize("place", ["folder", "file/x"])
+def test_without_a_place_to_keep_it_nothing_is_kept(whole, tmp_path, place):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(RunError, match="cannot be written"):
-        FeaturePass(PLAN, SHAPE, "same", tmp_path / "folder")
+    (tmp_path / "file").touch()
+    found = FeaturePass(PLAN, SHAPE, "same", tmp_path / place)
+    assert found.notice.startswith("measuring without keeping what is done: ")
+    assert found.path is None
+    found.run(make, Sums())
+    assert_equal(found, whole)
 
 
 # --- images --------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from support.provenances import image
+from test_sources import damaged
 from varcli.errors import InputError, RunError
+from varcli.evaluation import references
 from varcli.evaluation.references import holds_images, read_reference, save_reference
 from varcli.evaluation.statistics import FeatureShape, Moments
 from varcli.files import file_sha256
@@ -93,6 +95,28 @@ def holed(array):
 GOOD = {"mu": MEAN, "sigma": COVARIANCE}
 
 
+def with_header(path, name, shape):
+    """Good statistics but for the header of one array."""
+    write(path, **{key: value for key, value in GOOD.items() if key != name})
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{name}.npy", b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + bytes(80))
+    return path
+
+
+def test_more_statistics_than_memory_takes_are_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(references, "MOST_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"has 0\.0 GiB of statistics, and at most 0 are read"):
+        read_reference(write(tmp_path / "x.npz", **GOOD))
+
+
+def test_rounding_makes_no_covariance_wrong(tmp_path):
+    features = np.random.RandomState(0).rand(50, 300)
+    sigma = np.cov(features.T).astype(np.float32)  # of rank 49: the other variances are zero but for rounding
+    assert np.linalg.eigvalsh(sigma).min() < 0
+    assert read_reference(write(tmp_path / "x.npz", mu=features.mean(0), sigma=sigma)).covariance.shape == (300, 300)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -112,6 +136,15 @@ GOOD = {"mu": MEAN, "sigma": COVARIANCE}
         (lambda path: write(path, **GOOD, pool=holed(FEATURES)), "has a pool with values that are no numbers"),
         (lambda path: write(path, **GOOD, pool=np.float32(1)), "is no .npz of statistics"),
         (lambda path: write(path, **GOOD, n="many"), "is no .npz of statistics"),
+        (lambda path: write(path, **GOOD, n=-1), "is of -1 images"),
+        (lambda path: write(path, mu=MEAN, sigma=-COVARIANCE), "has negative variances"),
+        (lambda path: write(path, mu=MEAN, sigma=COVARIANCE + np.eye(POOL)[::-1] * 2), "has negative variances"),
+        (lambda path: write(path, mu=MEAN, sigma=np.triu(np.ones((POOL, POOL)))), "sigma that is not symmetric"),
+        (lambda path: damaged(write(path, **GOOD), flag=1), "is no .npz of statistics"),
+        (lambda path: damaged(write(path, **GOOD), method=77), "is no .npz of statistics"),
+        (lambda path: damaged(write(path, **GOOD), spoil=True), "is no .npz of statistics"),
+        (lambda path: with_header(path, "mu", "(1000000000000,)"), "is no .npz of statistics"),
+        (lambda path: with_header(path, "sigma", "(2048, -1)"), "is no .npz of statistics"),
     ],
 )
 def test_what_is_no_reference(tmp_path, make, words):

@@ -293,6 +293,17 @@ def test_other_numbers_of_other_things_are_no_series():
 # --- results -----------------------------------------------------------------------------------------
 
 
+def test_settings_of_samples_tell_nothing_of_a_tokenizer():
+    samples, rebuilt = evaluation("tiny64"), tokenizer()
+    assert [each.label for each in named([samples, rebuilt])] == ["tiny64, samples", "tiny64, tokenizer"]
+    greedy = evaluation("tiny64", settings={"top_k": 1})
+    assert [each.label for each in named([samples, greedy, rebuilt])] == [
+        "tiny64, samples, top-k 900",
+        "tiny64, samples, top-k 1",
+        "tiny64, tokenizer",
+    ]
+
+
 def test_labels_tell_results_apart_by_what_differs():
     many = [evaluation(), evaluation(settings={"cfg": 3.0}), evaluation(n=5000), evaluation("a/b/c.safetensors")]
     assert [each.label for each in named(many)] == [
@@ -400,6 +411,11 @@ def test_a_run_under_way(tmp_path):
             "line 1 must be figures as",
         ),
         ("metrics.jsonl", b'{"step": 5, "images_seen": 8, "loss": "low"}\n\n', "line 1 must be figures as"),
+        (
+            "metrics.jsonl",
+            b'{"step": 5, "images_seen": 8, "loss": 1%s}\n\n' % (b"0" * 400),
+            "line 1 must be figures as",
+        ),
         ("state.safetensors", b"cut", "state.safetensors is damaged"),
     ],
 )

@@ -1,19 +1,23 @@
 """Where images are stored: folders, zips, tars, arrays and lists of files."""
 
 import io
+import os
 import tarfile
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from support.provenances import image, made
 from varcli.errors import InputError
-from varcli.images.decode import decode_image
+from varcli.images import sources as sources_module
+from varcli.images.decode import UnreadableImage, decode_image, reading_image
 from varcli.images.provenance import image_filename
-from varcli.images.sources import FileListSource, FolderSource, NpzSource, TarSource, ZipSource
+from varcli.images.sources import FileListSource, FolderSource, NpzSource, TarSource, ZipSource, open_source
 from varcli.outputs.open import open_sink
 from varcli.outputs.sinks import TAR_END, tar_member
 
@@ -104,6 +108,121 @@ def test_threads_may_read_at_once(sources):
     with ThreadPoolExecutor(8) as pool:
         for source, name in named:
             assert set(pool.map(lambda _, source=source, name=name: source.read(name), range(50))) == {content}
+
+
+# --- hostile and foreign files ---------------------------------------------------------------------
+
+
+def zip_of(path, names):
+    """A zip of files whose names are raw bytes; in local headers and directory they are written over zeros."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, (raw, extra) in enumerate(names):
+            info = zipfile.ZipInfo(str(i) * len(raw))
+            info.extra = extra
+            archive.writestr(info, b"x")
+    content = path.read_bytes()
+    for i, (raw, _) in enumerate(names):
+        content = content.replace((str(i) * len(raw)).encode(), raw)
+    path.write_bytes(content)
+    return ZipSource(path)
+
+
+def unicode_path(raw, name):
+    field = b"\x01" + zlib.crc32(raw).to_bytes(4, "little") + name.encode()
+    return b"up" + len(field).to_bytes(2, "little") + field
+
+
+GBK = "猫狗/1.png".encode("gbk")
+
+
+@pytest.mark.parametrize(
+    ("raw", "extra", "name", "told"),
+    [
+        ("café/1.png".encode(), b"", "café/1.png", False),
+        (GBK, unicode_path(GBK, "猫狗/1.png"), "猫狗/1.png", False),
+        (GBK, unicode_path(b"another name", "another name"), GBK.decode("cp437"), True),
+        (GBK, b"", GBK.decode("cp437"), True),
+    ],
+)
+def test_names_of_zips_in_other_code_pages(tmp_path, raw, extra, name, told):
+    source = zip_of(tmp_path / "x.zip", [(raw, extra), (b"plain/2.png", b"")])
+    assert [member for member, _ in source.members()] == [name, "plain/2.png"]
+    assert source.read(name) == b"x"
+    assert any("code page" in kind for kind in source.left_out) == told
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar", "x.tar.bz2", "x.tar.xz"])
+def test_compressed_tars_are_told_from_others(tmp_path, name):
+    how = {"x.tar.bz2": "bz2", "x.tar.xz": "xz"}.get(name, "gz")
+    with tarfile.open(tmp_path / name, f"w:{how}") as archive:
+        archive.addfile(tarfile.TarInfo("1.png"), BytesIO())
+    with pytest.raises(
+        InputError, match=rf"{name} is compressed; expected a \.tar that is not, as `(gunzip|bunzip2|unxz)"
+    ):
+        open_source(tmp_path / name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes")
+def test_pipes_and_devices_are_no_sources(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="is a pipe or device"):
+            open_source(path)
+
+
+def damaged(path, flag=None, method=None, spoil=False):
+    """Change the encryption flag or the method of a zip's only member, or some of its bytes."""
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = content.index(signature) + offset
+        if flag is not None:
+            content[at] |= flag
+        if method is not None:
+            content[at + 2] = method
+    if spoil:
+        middle = len(content) // 2
+        content[middle : middle + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    return path
+
+
+DAMAGE = {"encrypted": {"flag": 1}, "unknown method": {"method": 77}, "damaged": {"spoil": True}}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_arrays_end_in_one_line(tmp_path, method, damage):
+    content = BytesIO()
+    np.save(content, np.random.default_rng(0).integers(0, 255, (9, 20, 20, 3), np.uint8))
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive:
+        archive.writestr("arr_0.npy", content.getvalue())
+    with pytest.raises(InputError, match="cannot read images from ") as caught:
+        NpzSource(damaged(tmp_path / "x.npz", **damage))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_zips_end_in_one_line(tmp_path, damage):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", np.random.default_rng(0).bytes(1000))
+    source = ZipSource(damaged(tmp_path / "x.zip", **damage))
+    with pytest.raises(InputError), reading_image("1.png"):
+        list(source.members())
+        source.read("1.png")
+
+
+def test_files_without_end_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "MOST_BYTES", 1 << 20)
+    (tmp_path / "1.png").touch()
+    os.truncate(tmp_path / "1.png", (1 << 20) + 1)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "1.png", "1.png")
+    (tmp_path / "x.tar").write_bytes(tar_member("1.png", bytes((1 << 20) + 1)) + TAR_END)
+    for source in (FolderSource(tmp_path), ZipSource(tmp_path / "x.zip"), TarSource(tmp_path / "x.tar")):
+        list(source.members())
+        assert len(source.read("1.png", 100)) == 100
+        with pytest.raises(UnreadableImage, match="at most 0 GiB is read"), reading_image("1.png"):
+            source.read("1.png")
 
 
 # --- arrays ------------------------------------------------------------------------------------------
@@ -211,6 +330,64 @@ def test_other_kinds_of_arr_1_are_ignored(tmp_path, labels):
 def test_other_arrays_are_refused(tmp_path, pixels, words):
     with pytest.raises(InputError, match=f"^cannot read images from .*x.npz: .*{words}; expected arr_0, uint8"):
         NpzSource(save(tmp_path / "x.npz", pixels))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_in_fortran_order(tmp_path, compressed):
+    found = by_name(save(tmp_path / "f.npz", np.asfortranarray(PIXELS), compressed))
+    assert found.keys() == by_name(save(tmp_path / "c.npz")).keys()
+    assert contents(found.values()) == contents(PIXELS)
+
+
+@pytest.mark.parametrize("name", ["arr_1", "arr_2", "more"])
+def test_a_second_array_of_images_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match=f"{name} has images too; numpy.concatenate makes one array of all"):
+        NpzSource(save(tmp_path / "x.npz", **{name: PIXELS[:2]}))
+
+
+def with_header(path, shape, content, labels=None):
+    """An .npz whose arr_0, or whose arr_1, has a header of its own choice."""
+    header = f"{{'descr': '{'|u1' if labels is None else '<i8'}', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    array = b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + content
+    with zipfile.ZipFile(path, "w") as archive:
+        if labels is None:
+            archive.writestr("arr_0.npy", array)
+        else:
+            with archive.open("arr_0.npy", "w") as member:
+                np.save(member, PIXELS)
+            archive.writestr("arr_1.npy", array)
+        archive.writestr("another.txt", bytes(10_000))
+    return path
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *("(12, 4, 6, 3)", "(4, 4, 6, 3)", "(9223372036854775808, 4, 6, 3)", "(-5, 4, 6, 3)", "(5, 4, -6, -3)"),
+        *("(99999999999999, 4, 6, 3)", "(5000001, 1, 1, 3)", "(" * 5000, "'" * 3 + "(5,", "(5, 4, 6, 3.0)", "5"),
+    ],
+)
+def test_members_must_hold_what_their_headers_say(tmp_path, shape):
+    with pytest.raises(InputError, match="cannot read images from ") as caught:
+        NpzSource(with_header(tmp_path / "x.npz", shape, PIXELS.tobytes()))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("shape", ["(10000000000000,)", "(5, 10)", "(-5,)"])
+def test_labels_of_other_shapes_are_not_read(tmp_path, shape):
+    source = NpzSource(with_header(tmp_path / "x.npz", shape, bytes(40), labels=True))
+    assert [source.sidecar(name, "cls") for name, _ in source.members()] == [None] * 5
+    assert list(source.left_out) == ["arrays that are no labels, which would be integers (5,)"]
+
+
+def test_a_changed_bit_does_not_pass(tmp_path):
+    path = save(tmp_path / "x.npz")
+    content = bytearray(path.read_bytes())
+    content[content.index(PIXELS[2].tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="Bad CRC-32"):
+        NpzSource(path)
 
 
 def test_no_such_array_and_no_such_file(tmp_path):

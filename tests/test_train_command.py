@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from PIL import Image
 
 from support.images import write_folder
 from varcli.cli import run
+from varcli.config import GRID_256, TrainingConfig, TransformerConfig
+from varcli.pipelines import train as pipeline
+from varcli.training.estimate import expected_losses
 
 SHAPE = ["--sides", "1,2,4", "--base-width", "32", "--multipliers", "1,1", "--encoder-blocks", "1"]
 SMALL = [*SHAPE, "--codebook-size", "32", "--codebook-width", "8", "--perceptual", "none"]
@@ -97,9 +101,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
     plan = json.loads(capsys.readouterr().out)
     assert plan["steps"] == 5
     assert plan["recipe"]["base_lr"] == 0.05
-    assert plan["expected_loss"] > 5
+    assert plan["expected_loss"] is None  # of this codebook the scaling laws know nothing
     assert run(transformer_command(data, tokenizer, out, "--dry-run")) == 0
-    assert "expected loss" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "expected loss" not in printed.out
+    assert "24 images of 3 classes: 1 goldfish, 207 golden retriever, 281 tabby" in printed.err
     assert run(["train", "tokenizer", str(data), "--out", str(out), *SMALL, "--perceptual", "lpips", "--dry-run"]) == 0
     assert not out.exists()
 
@@ -117,10 +123,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--perceptual", "lpips", "--lpips-weights", "nowhere"], 4, "vgg16-397923af.pth is missing; put https"),
         (["--perceptual", "resnet50", "--lpips-weights", "nowhere"], 4, "resnet50-11ad3fa6.pth is missing; put https"),
         (["--perceptual", "vgg"], 2, "--perceptual must be one of lpips, resnet50, efficientnet-lite0, none (got vgg)"),
-        (["--init", "tiny64"], 2, "--init tiny64 has another shape than the options say"),
+        (["--init", "tiny64"], 2, "--init has another shape than the options say"),
         (["--freeze", "nothing.*"], 2, "--freeze nothing.* matches no weight; names are such as "),
         (["--freeze", "*"], 2, "--freeze * leaves no weight to train"),
         (["--device", "cuda:9"], 2, "no device cuda:9"),
+        (["--sides", "1"], 2, "--gan must be 0 for images of fewer than 8 pixels a side"),
     ],
 )
 def test_bad_options_end_in_one_line(more, code, message, data, tmp_path, capsys):
@@ -155,3 +162,90 @@ def test_tensorboard_gets_the_figures(data, tmp_path):
     assert run(command) == 0
     written = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"loss", "validation/psnr"} <= set(written.Tags()["scalars"])
+
+
+def test_training_says_what_it_found_before_it_begins(data, tokenizer, tmp_path, capsys):
+    everything = shutil.copytree(data, tmp_path / "data")
+    (everything / "n01443537" / "x.HEIC").write_bytes(b"x")
+    (everything / "n09999999").mkdir()
+    assert run(transformer_command(everything, tokenizer, tmp_path / "run")) == 0
+    assert capsys.readouterr().err.splitlines()[:4] == [
+        "var: data: 24 images of 3 classes: 1 goldfish, 207 golden retriever, 281 tabby",
+        "var: data: left out: files named .heic (1): data/n01443537/x.HEIC",
+        "var: data: data: class folders without images: n09999999",
+        "var: 1 epochs of 18 images in batches of 4 are 5 steps, few to learn from; --batch-size 2 makes 9",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "images", "told"),
+    [
+        (200, 768, 20, "are 6 steps, few to learn from; --batch-size 2 makes 2000"),
+        (200, 768, 100, "are 27 steps, few to learn from; --batch-size 12 makes 1667"),
+        (1, 4, 18, "are 5 steps, few to learn from; --batch-size 2 makes 9"),
+        (10, 2, 20, "are 100 steps, few to learn from; --epochs 100 makes 1000"),
+        (200, 768, 1_281_167, None),
+        (200, 32, 1000, None),
+    ],
+)
+def test_a_recipe_for_far_more_images_is_told(epochs, batch, images, told):
+    notes = []
+    pipeline._tell([], TrainingConfig(epochs=epochs, batch=batch), images, notes.append)
+    assert len(notes) == bool(told)
+    assert all(line.endswith(told) for line in notes)
+
+
+def test_a_loss_is_expected_only_where_the_scaling_laws_speak():
+    def expected(**changes):
+        shape = {"depth": 16, "width": 1024, "sides": GRID_256, "codebook_size": 4096, "codebook_width": 32}
+        return pipeline._expected_losses(TransformerConfig(**shape | changes))
+
+    assert expected() == expected_losses(16)
+    assert expected(depth=2) is None  # above chance
+    assert expected(codebook_size=64) is None
+    assert expected(sides=(1, 2, 4)) is None
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_one_of_several_processes_does_not_train(stage, data, tokenizer, tmp_path, capsys, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    command = ["train", stage, str(data), "--out", str(tmp_path / "run")]
+    assert run([*command, *(["--tokenizer", str(tokenizer)] if stage == "transformer" else [])]) == 2
+    error = "var: error: training uses one process: start it without torchrun or another launcher\n"
+    assert capsys.readouterr().err == error
+    assert not (tmp_path / "run").exists()
+
+
+def test_quiet_prints_nothing(data, tokenizer, tmp_path, capsys):
+    assert run(transformer_command(data, tokenizer, tmp_path, "--quiet")) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("free", "writable", "workers", "count"),
+    [
+        (1 << 30, True, 4, 4),
+        (30 << 20, True, 4, 1),
+        (64 << 10, True, 4, 0),
+        (1 << 30, False, 4, 0),
+        (64 << 10, True, 0, 0),
+    ],
+)
+def test_small_shared_memory_takes_fewer_workers(tmp_path, monkeypatch, free, writable, workers, count):
+    notes = []
+    monkeypatch.setattr(pipeline, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)
+    assert pipeline._worker_count(workers, 10 << 20, notes.append) == count
+    assert len(notes) == (count < workers)
+
+
+def test_a_run_inside_its_data_goes_on(data, tokenizer, tmp_path, capsys):
+    everything = shutil.copytree(data, tmp_path / "data")
+    assert run(transformer_command(everything, tokenizer, everything / "run")) == 0
+    assert run(transformer_command(everything, tokenizer, everything / "run")) == 0
+    assert "left out: folders of training runs (1): data/run" in capsys.readouterr().err
+    (everything / "n01443537" / "new.png").write_bytes((everything / "n01443537" / "n01443537_0.png").read_bytes())
+    assert run(transformer_command(everything, tokenizer, everything / "run")) == 2
+    assert "was begun with 18 images (now 19): n01443537 6 (now 7); use the same again" in capsys.readouterr().err

@@ -1,19 +1,24 @@
 """Training: resumed runs end bit-identical, and every part of the recipe does what it says."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from support.images import write_folder
-from varcli.checkpoints.safetensors_io import load_tensors
+from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.checkpoints.store import load_model, load_tokenizer
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig, TransformerConfig, TransformerTrainingConfig
-from varcli.errors import InputError, RunError, UsageError
+from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.images.dataset import open_images
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
@@ -21,7 +26,8 @@ from varcli.training import optim
 from varcli.training import tokenizer as tokenizer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
-from varcli.training.loop import Run, only_run, train, update
+from varcli.training.loop import Run, check_run, only_run, train, update
+from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer
@@ -138,6 +144,151 @@ def test_a_tokens_loss_weighs_one_over_its_side_where_asked(tmp_path, images):
     by_hand = (one.sum() + two.sum() / 2 + four.sum() / 4) / (2 * (1 + 4 / 2 + 16 / 4))
     assert (loss_BL * sided.weight_L).mean().item() == pytest.approx(by_hand.item(), rel=1e-5)
     assert torch.equal(plain.weight_L, torch.ones(21))
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_a_checkpoint_without_its_state_is_not_replaced(kind, tmp_path, images):
+    stage = tokenizer_stage(images) if kind == "tokenizer" else transformer_stage(tmp_path / "cache", images)
+    train(stage, run(tmp_path))
+    (tmp_path / "state.safetensors").unlink()
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    with pytest.raises(UsageError, match=r"has a (tokenizer|model)\.safetensors and no state .*; use another --out"):
+        train(stage, run(tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == kept
+
+
+def test_no_checkpoint_is_there_before_the_state(tmp_path, images):
+    stage = tokenizer_stage(images)
+
+    def killed(*arguments):
+        raise Killed
+
+    stage.save = killed
+    with pytest.raises(Killed):
+        train(stage, run(tmp_path, validate_every=1, save_every=100))
+    assert train(tokenizer_stage(images), run(tmp_path, validate_every=1, save_every=100))["step"] == 6
+
+
+def test_a_run_killed_before_its_first_state_begins_anew(tmp_path, images):
+    with pytest.raises(Killed):
+        train(kill_at(tokenizer_stage(images), 1), run(tmp_path, log_every=1))
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert train(tokenizer_stage(images), run(tmp_path))["step"] == 6
+
+
+def test_a_finished_run_goes_on_for_more_epochs(tmp_path, images):
+    train(tokenizer_stage(images), run(tmp_path, 3, identity={"a": 1, "epochs": 1.0}))
+    notes = []
+    last = train(tokenizer_stage(images), run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))
+    assert last["step"] == 6
+    assert notes == [
+        f"the run in {tmp_path} has come to step 3 of 1 epochs: from here on it follows the learning rates of 2 epochs"
+    ]
+    with pytest.raises(UsageError, match=r"begun with epochs 2\.0 \(now 1\.0\)"):
+        train(tokenizer_stage(images), run(tmp_path, 3, identity={"a": 1, "epochs": 1.0}))
+    with pytest.raises(UsageError, match=r"begun with a 1 \(now 2\), epochs 2\.0 \(now 3\.0\)"):
+        train(tokenizer_stage(images), run(tmp_path, 9, identity={"a": 2, "epochs": 3.0}))
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"a": 2, "b": 3}, "5 images (now 5), of which some had other names or sizes"),
+        ({"a": 2, "b": 4}, "5 images (now 6): b 3 (now 4)"),
+        ({"a": 2, "c": 1}, "5 images (now 3): b 3 (now 0), c 0 (now 1)"),
+    ],
+)
+def test_other_images_are_told_by_their_numbers(tmp_path, images, now, words):
+    train(tokenizer_stage(images), run(tmp_path, 1, identity={"pictures": "x"}, images={"a": 2, "b": 3}))
+    with pytest.raises(UsageError) as caught:
+        check_run(run(tmp_path, 1, identity={"pictures": "y"}, images=now))
+    assert f"was begun with {words}; use the same again" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, images):
+    """The folder of a run after three steps."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    train(tokenizer_stage(images), run(folder, 3))
+    return folder
+
+
+def rewritten(path, change):
+    tensors, metadata = load_tensors(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors, metadata)
+    save_tensors(path, tensors, metadata)
+
+
+DAMAGE = {
+    "no identity": lambda tensors, metadata: metadata.pop("identity"),
+    "identity of another kind": lambda tensors, metadata: metadata.update(identity="5"),
+    "deep identity": lambda tensors, metadata: metadata.update(identity="[" * 100_000),
+    "no step": lambda tensors, metadata: metadata.pop("step"),
+    "step x": lambda tensors, metadata: metadata.update(step="x"),
+    "a tensor less": lambda tensors, metadata: tensors.popitem(),
+    "a weight less": lambda tensors, metadata: tensors.pop("model.quant_conv.weight"),
+    "another shape": lambda tensors, metadata: tensors.update({"model.quant_conv.weight": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_states_are_one_line(tmp_path, images, begun, change):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    rewritten(tmp_path / "state.safetensors", change)
+    with pytest.raises(CheckpointError, match=r"the state .*state\.safetensors is damaged: ") as caught:
+        train(tokenizer_stage(images), run(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [b"", b"5", b"{}", b'{"step": "x"}', b"\xff", b"[" * 100_000, b'{"step": 2'])
+def test_damaged_lines_of_the_log_are_dropped(tmp_path, begun, line):
+    good = (begun / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(line + b"\n" + good + line)
+    assert MetricsLog(tmp_path, 3, 4).last["step"] == 3
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    "content", ["", "5", "{}", '{"done": "x", "unreadable": []}', '{"done": 1e9, "unreadable": []}']
+)
+def test_a_damaged_cache_is_computed_anew(tmp_path, images, content):
+    _, cache = tokens(tmp_path, images)
+    (progress,) = tmp_path.glob("tokens-*/progress.json")
+    (progress.parent / "tokens.npy").write_bytes((progress.parent / "tokens.npy").read_bytes()[:-8] + bytes(8))
+    progress.write_text(content)
+    _, again = tokens(tmp_path, images)
+    assert np.array_equal(again.tokens, cache.tokens)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_file_systems_without_locks_are_one_line(tmp_path, images, monkeypatch, error):
+    def refuse(self, *arguments, **options):
+        (tmp_path / "lock").touch()
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(RunError, match=r"cannot be locked \(.*\); choose a folder on another file system"):
+        train(tokenizer_stage(images), run(tmp_path))
+    assert not (tmp_path / "lock").exists()
+
+
+class Ended:
+    """Images whose reader ends in the middle, as the system ends processes when memory is short."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_that_is_killed_ends_the_run_in_one_line(images):
+    with pytest.raises(RunError, match=r"a process that reads images failed: .*; try --workers 0"):
+        next(loader(Crops(Ended(images), 8, 1.0, None), [[(0, 0)]], 1))
 
 
 def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, images):
@@ -298,10 +449,10 @@ def test_one_unreadable_image_is_replaced_and_many_stop_the_run(tmp_path, images
     pixels, names = next(loader(crops, [[(0, 0), (1, 0)]], 0))
     assert torch.equal(pixels[0], pixels[1])
     assert [len(n) for n in names] == [1, 0]
-    assert names[0][0].endswith("a/a_0.png")
+    assert names[0][0][0].endswith("a/a_0.png")
     models = build_tokenizer(TOKENIZER, TOKENIZER_TRAINING.seed)
     stage = TokenizerStage(*models, TOKENIZER_TRAINING, broken, broken.subset([]), bf16=False)
-    with pytest.raises(InputError, match=r"1 of 4, .*a_0\.png"):
+    with pytest.raises(InputError, match=r"1 of 4, .*a_0\.png \(not an image"):
         train(stage, run(tmp_path / "run"))
 
 

@@ -25,7 +25,15 @@ def plain(text: str) -> str:
 
 
 def exact_match(entries: "Sequence[ClassEntry]", words: str) -> "list[ClassEntry]":
-    """Return the classes with exactly this name; their first names, if any is it, go before synonyms."""
+    """Return the classes with exactly this name.
+
+    One that is equal letter by letter goes first, for C++ and C# are both c as names are compared; then first names
+    go before synonyms.
+    """
+    for alike in (str, str.casefold):
+        same = [entry for entry in entries if alike(words) in (alike(entry.name), alike(entry.wnid))]
+        if same:
+            return same
     wanted = plain(words)
     first = [entry for entry in entries if wanted in (plain(entry.name), plain(entry.wnid))]
     rest = (entry for entry in entries if wanted in map(plain, (*entry.synonyms, " ".join(entry.names))))
@@ -215,8 +223,9 @@ def parse_classes(
     """Return the classes meant, in order; None is "no class" and `RANDOM` one drawn for each image.
 
     A spec is an index, a name (whole, or a part that only one class has), a range such as 10-20 with
-    both ends, a list of these with commas, ``all``, ``none``, ``random``, or ``-`` for one spec a line
-    of `lines`. All but the lines are checked before this returns; a line is read when its turn comes.
+    both ends (unless that is a class's name), a list of these with commas, ``all``, ``none``, ``random``, or ``-``
+    for one spec a line of `lines`. All but the lines are checked before this returns; a line is read when its turn
+    comes.
 
     Args:
         specs: what was typed, e.g. ["207", "tabby,none"].
@@ -248,11 +257,13 @@ def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassE
     word = spec.strip()
     if not word:
         raise UsageError("--class must be an index, a name, a range, a list, all, none or random (got nothing)")
-    if word.lower() in _KEYWORDS:
-        return _KEYWORDS[word.lower()](table)
-    if span := re.fullmatch(r"([0-9]+)\s*-\s*([0-9]+)", word):
+    if word.lower() in KEYWORDS:
+        return KEYWORDS[word.lower()](table)
+    if len(same := [entry for entry in table.entries if word == entry.name]) == 1 and not word.isdecimal():
+        return [*same]  # such as a class called 10-20
+    if span := re.fullmatch(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})", word):
         return [_by_index(i, table, hint) for i in _span(int(span[1]), int(span[2]))]
-    if re.fullmatch(r"-?[0-9]+", word):
+    if re.fullmatch(r"-?[0-9]{1,18}", word):
         return [_by_index(int(word), table, hint)]
     if "," in word and len(exact_match(table.entries, word)) != 1:
         # A name with a comma in it, or all names of a class as ImageNet writes them, is no list.
@@ -260,7 +271,7 @@ def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassE
     return [_by_name(word, table, hint, taken)]
 
 
-_KEYWORDS: dict[str, Callable[[ClassTable], list[ClassEntry | None]]] = {
+KEYWORDS: dict[str, Callable[[ClassTable], list[ClassEntry | None]]] = {
     "all": lambda table: list(table.entries),
     "none": lambda _: [None],
     "random": lambda _: [RANDOM],

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import make_dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,8 +131,10 @@ def evaluate(
     for name, value in {**only_sampled, **settings}.items():
         if value is not None and not sampled:
             raise UsageError(f"--{name.replace('_', '-')} is for images to be sampled, not for images that exist")
-    if resize and sampled:
-        raise UsageError("--resize is for images that exist: sampled ones have the model's size")
+    if resize and sampled and not reference:
+        raise UsageError(
+            "--resize is for images that exist, and for those of --reference; sampled have the model's size"
+        )
     chosen = tuple(name.removeprefix("metric_") for name in metrics)
     if tokenizer and set(chosen) - {"fid", "sfid", "agreement"}:
         others = " or ".join(f"--{name}" for name in chosen if name not in ("fid", "sfid", "agreement"))
@@ -164,7 +168,7 @@ def evaluate(
             paths=paths or [],
             resize=resize,
             skip_bad=skip_bad,
-            lines=sys.stdin,
+            lines=_paths_on_stdin(),
             features=features,
             weights={"dinov2": dinov2, DEFAULT_FEATURES: inception}.get(features),
             lpips_weights=lpips_weights,
@@ -212,7 +216,7 @@ def eval_stats(
             keep_features=keep_features,
             resize=resize,
             skip_bad=skip_bad,
-            lines=sys.stdin,
+            lines=_paths_on_stdin(),
             features=features,
             weights={"dinov2": dinov2, DEFAULT_FEATURES: inception}.get(features),
             device=group.device(device),
@@ -224,6 +228,13 @@ def eval_stats(
             result(str(out))
         for warning in warnings:
             note(f"warning: {warning}")
+
+
+def _paths_on_stdin() -> Iterable[str]:
+    """The lines of standard input; paths may hold bytes that are no text."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
 
 
 def _check_outputs(out: Path | None, save_stats: Path | None, save_images: str | None, *, shared: bool) -> None:

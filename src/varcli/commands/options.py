@@ -213,7 +213,8 @@ Classifier = Annotated[
     Option(
         "--classifier",
         metavar="NAME|FILE",
-        help="Classifier: efficientnet-lite0, a torchvision model or a TorchScript file.",
+        help="Classifier: efficientnet-lite0, a torchvision model, or a TorchScript file (a program: it can write to "
+        "files).",
     ),
 ]
 DEFAULT_CLASSIFIER: Final = "resnet101"

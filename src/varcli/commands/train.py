@@ -16,6 +16,8 @@ from varcli.config import (
     TrainingConfig,
     TransformerTrainingConfig,
 )
+from varcli.distributed import launched
+from varcli.errors import UsageError
 
 if TYPE_CHECKING:
     from varcli.training.estimate import TrainingEstimate
@@ -102,6 +104,7 @@ def tokenizer(
         shape[name] = options.parse_numbers(f"--{name}", shape[name])
     config = TokenizerConfig(**shape) if shape or init is None else None
     training = TokenizerTrainingConfig(**recipe)
+    _check_alone()
     from varcli.pipelines import train as pipeline
 
     shared: dict[str, Any] = {
@@ -111,6 +114,7 @@ def tokenizer(
         "holdout": run.holdout,
         "device": run.device,
         "dtype": run.dtype,
+        "note": console.notes(run.quiet),
     }
     if run.dry_run:
         _show_estimate(pipeline.estimate_tokenizer(data, **shared), training, run.as_json)
@@ -125,9 +129,8 @@ def tokenizer(
         workers=run.workers,
         tensorboard=run.tensorboard,
         report=_report(run.quiet),
-        note=console.note,
     )
-    _finish(figures, out / "tokenizer.safetensors", run.as_json)
+    _finish(figures, out / "tokenizer.safetensors", run)
 
 
 @train_app.command("transformer")
@@ -174,13 +177,14 @@ def transformer(
     run: RunOptions,
 ) -> None:
     """Train a transformer on the token maps of a tokenizer."""
+    _check_alone()
     from varcli.pipelines import train as pipeline
 
     training = replace(pipeline.default_recipe(depth, init), **recipe)
 
     shared: dict[str, Any] = {"depth": depth, "width": width, "shared_adaln": shared_adaln, "training": training}
-    shared |= {"init": init}
-    shared |= {"holdout": run.holdout, "device": run.device, "dtype": run.dtype}
+    shared |= {"init": init, "holdout": run.holdout, "device": run.device, "dtype": run.dtype}
+    shared["note"] = console.notes(run.quiet)
     if run.dry_run:
         _show_estimate(pipeline.estimate_transformer(data, tokenizer, **shared), training, run.as_json)
         return
@@ -196,10 +200,19 @@ def transformer(
         workers=run.workers,
         tensorboard=run.tensorboard,
         report=_report(run.quiet),
-        note=console.note,
         quiet=run.quiet,
     )
-    _finish(figures, out / "model.safetensors", run.as_json)
+    _finish(figures, out / "model.safetensors", run)
+
+
+def _check_alone() -> None:
+    """Check that no launcher started this process as one of several: each would train the whole run.
+
+    Raises:
+        UsageError: one did.
+    """
+    if launched():
+        raise UsageError("training uses one process: start it without torchrun or another launcher")
 
 
 def _report(quiet: bool) -> Any:
@@ -213,9 +226,12 @@ def _report(quiet: bool) -> Any:
     return report
 
 
-def _finish(figures: "Metrics", checkpoint: Path, as_json: bool) -> None:
+def _finish(figures: "Metrics", checkpoint: Path, run: RunOptions) -> None:
     """Print where the checkpoint is."""
-    console.result(json.dumps({"checkpoint": str(checkpoint), **figures}) if as_json else str(checkpoint))
+    if run.as_json:
+        console.result(json.dumps({"checkpoint": str(checkpoint), **figures}))
+    elif not run.quiet:
+        console.result(str(checkpoint))
 
 
 def _show_estimate(found: "TrainingEstimate", recipe: TrainingConfig, as_json: bool) -> None:

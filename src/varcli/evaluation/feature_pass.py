@@ -66,17 +66,14 @@ class FeaturePass:
             shape: how many features the extractor has.
             identity: a fingerprint of the images, the extractor and all else that decides the figures. A file
                 with another one is not gone on with.
-            path: where to keep what is done; without it a killed run begins anew.
+            path: where to keep what is done; without it, or where it cannot be written, a killed run begins anew.
             group: the processes that share the work.
-
-        Raises:
-            RunError: the file cannot be written.
         """
         self.plan, self.path, self.group = plan, path, group or ProcessGroup()
         self.statistics = Statistics(plan, shape)
         self.seconds = {"images": 0.0, "features": 0.0}
         self.notice = ""
-        """Why the file there could not be gone on with, if so; for the user."""
+        """Why the file there is not gone on with, or none is kept, if so; for the user."""
         self._facts = {
             "kind": KIND,
             "format": FORMAT,
@@ -86,8 +83,12 @@ class FeaturePass:
         self._unsaved, self._saved_at = 0, time.monotonic()
         if path and self.group.is_main:
             self._resume(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            check_writable(path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                check_writable(path)
+            except (OSError, RunError) as error:
+                self.path = None
+                self.notice = f"measuring without keeping what is done: {error}"
 
     def run(
         self,

@@ -3,6 +3,7 @@
 To add a metric, add a row: its name, help, what it needs of the statistics, its figures and how they are computed.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -236,11 +237,19 @@ def check_read(statistics: "Statistics", reference: "Target | None") -> None:
 
 
 def figures(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
-    """All figures of a plan's metrics by name, against a reference that `check` let pass."""
+    """All figures of a plan's metrics by name, against a reference that `check` let pass.
+
+    Raises:
+        InputError: one is not finite.
+    """
     found: dict[str, float] = {}
     for name, metric in METRICS.items():
         if name in statistics.plan.metrics:
             found |= metric.compute(statistics, reference)
+    for name, value in found.items():
+        if not math.isfinite(value):
+            against = f" or of the reference {reference.name}" if reference else ""
+            raise InputError(f"{name} is {value}: the features of these images{against} allow no such figure")
     return found
 
 

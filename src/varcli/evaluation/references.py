@@ -16,7 +16,7 @@ from varcli.errors import CheckpointError, InputError
 from varcli.evaluation.statistics import FeatureShape, Moments
 from varcli.files import cannot_write, file_sha256, replacing
 from varcli.images.dataset import ImageSet, open_images
-from varcli.images.sources import PIXELS, square_side
+from varcli.images.sources import ARCHIVE_ERRORS, PIXELS, square_side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,12 +157,16 @@ _ADVICE = "make statistics with: var eval stats DATA -o FILE"
 
 
 def holds_images(path: Path) -> bool:
-    """Whether a path leads to images, which `open_images` takes, and not to statistics."""
+    """Whether a path leads to images, which `open_images` takes, and not to statistics.
+
+    Raises:
+        InputError: it leads to a damaged .npz.
+    """
     if path.suffix.lower() != ".npz":
         return path.is_dir() or path.suffix.lower() in (".zip", ".tar")
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as stored:
+    with _reading(path), zipfile.ZipFile(path) as stored:
         names = set(stored.namelist())
     return PIXELS in names and not names & {"mu.npy", "sigma.npy"}
 
@@ -176,6 +180,10 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
     with _reading(path), np.load(path, allow_pickle=False) as stored:
         if missing := [key for key in ("mu", "sigma") if key not in stored.files]:
             raise _unusable(path, f"has no {' and no '.join(missing)}")
+        with zipfile.ZipFile(path) as members:
+            size = sum(info.file_size for info in members.infolist() if info.filename.removesuffix(".npy") in _KEYS)
+        if size > MOST_BYTES:
+            raise _unusable(path, f"has {size / 2**30:.1f} GiB of statistics, and at most {MOST_BYTES >> 30} are read")
         found: dict[str, Any] = {key: stored[key] for key in _KEYS if key in stored.files}
         pool = found["mu"].shape[-1] if found["mu"].ndim else 0
         spatial = None
@@ -183,13 +191,16 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
             size = found["mu_s"].shape[-1] if found["mu_s"].ndim else 0
             mean = _numbers(path, "mu_s", found["mu_s"], (size,))
             spatial = Moments(0, mean, _numbers(path, "sigma_s", found["sigma_s"], (size, size)))
+        count = int(found["n"]) if "n" in found else None
+        if count is not None and count < 1:
+            raise _unusable(path, f"is of {count} images")
         return Reference(
             name=name or path.name,
             sha256=file_sha256(path),
             mean=_numbers(path, "mu", found["mu"], (pool,)),
-            covariance=_numbers(path, "sigma", found["sigma"], (pool, pool)),
+            covariance=_covariance(path, _numbers(path, "sigma", found["sigma"], (pool, pool))),
             spatial=spatial,
-            count=int(found["n"]) if "n" in found else None,
+            count=count,
             pixels=int(found["pixels"]) if "pixels" in found else square_side(path),
             extractor=str(found["extractor"]) if "extractor" in found else None,
             pool=_numbers(path, "pool", found["pool"], (len(found["pool"]), pool)) if "pool" in found else None,
@@ -197,6 +208,8 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
         )
 
 
+MOST_BYTES = 2 << 30
+"""Of a reference's statistics and features together, unpacked."""
 _KEYS = ("mu", "sigma", "mu_s", "sigma_s", "n", "pixels", "extractor", "pool")
 
 
@@ -242,7 +255,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"the reference {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except ARCHIVE_ERRORS as error:
         raise _unusable(path, "is no .npz of statistics") from error
 
 
@@ -253,6 +266,18 @@ def _numbers(path: Path, key: str, values: NDArray[Any], shape: tuple[int, ...])
     if not np.isfinite(values).all():
         raise _unusable(path, f"has a {key} with values that are no numbers")
     return values if key == "pool" else values.astype(np.float64)
+
+
+def _covariance(path: Path, sigma_NN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A covariance as it is, having checked that it is one: symmetric and, but for rounding, not negative."""
+    scale = np.abs(sigma_NN).max(initial=0)
+    if not np.allclose(sigma_NN, sigma_NN.T, rtol=0, atol=1e-3 * scale):
+        raise _unusable(path, "has a sigma that is not symmetric")
+    try:
+        np.linalg.cholesky(sigma_NN + 1e-3 * scale * np.eye(len(sigma_NN)))
+    except np.linalg.LinAlgError as error:
+        raise _unusable(path, "has a sigma that is no covariance: it has negative variances") from error
+    return sigma_NN
 
 
 def _unusable(path: Path, what: str) -> InputError:

@@ -8,23 +8,25 @@ Shapes: B images of P × P pixels.
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b, sha256
 from io import BytesIO
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from varcli.classes import ClassTable
+from varcli.classes import KEYWORDS, ClassTable
 from varcli.errors import InputError, UsageError
 from varcli.images.decode import UnreadableImage, adm_crop, decode_image, reading_image
 from varcli.images.labels import (
+    TRAINING_SPLITS,
     Label,
+    Layout,
     class_folders,
     class_table,
     natural_key,
@@ -32,7 +34,7 @@ from varcli.images.labels import (
     source_labels,
 )
 from varcli.images.provenance import KEYWORD
-from varcli.images.sources import FileListSource, Source, open_source
+from varcli.images.sources import FileListSource, FolderSource, Source, open_source, path_parts
 
 if TYPE_CHECKING:
     from varcli.images.provenance import Pixels
@@ -78,6 +80,7 @@ class ImageSet:
         resize: int | None = None,
         skip_bad: bool = False,
         skipped: Sequence[str] = (),
+        account: Sequence[str] = (),
     ) -> None:
         """Take images in order; see `open_images` for what the other arguments mean.
 
@@ -88,7 +91,9 @@ class ImageSet:
         self.labels = list(labels)
         """Position of each image's class in the table, -1 if not known."""
         self.skipped = list(skipped)
-        """Names of the unreadable images skipped so far."""
+        """Names of the unreadable images skipped so far, each with the reason."""
+        self.account = list(account)
+        """What was found, and what was left out and why: lines for the user, to be said before work begins."""
         self._images = images
         self._resize = resize
         self._skip_bad = skip_bad
@@ -153,7 +158,7 @@ class ImageSet:
             except UnreadableImage as error:
                 if not self._skip_bad:
                     raise
-                self.skipped.append(error.name)
+                self.skipped.append(f"{error.name} ({error.reason})")
         return read
 
     # --- facts -----------------------------------------------------------------------------------------
@@ -277,7 +282,9 @@ def open_images(
             label though one is required, or are of several sizes.
     """
     sources = _open_sources(paths, lines, require_labels)
-    listed = [item for source in sources for item in _list_images(source, require_labels)]
+    left_out: dict[str, list[str]] = {}
+    remarks: list[str] = []
+    listed = [item for source in sources for item in _list_images(source, require_labels, left_out, remarks)]
     skipped: list[str] = []
     if read_headers:
         listed, skipped = _read_headers(listed, skip_bad)
@@ -300,11 +307,14 @@ def open_images(
         resize=resize,
         skip_bad=skip_bad,
         skipped=skipped,
+        account=[_found(classes, labels), *_in_lines(left_out), *remarks, *_unnamable(classes)],
     )
 
 
 def _open_sources(paths: Sequence[str | Path], lines: Iterable[str], require_labels: bool) -> list[Source]:
     listed = [line.rstrip("\r\n") for line in lines]
+    if any("\0" in line for line in listed):  # find -print0
+        listed = "\n".join(listed).split("\0")
     names = [os.fspath(name) for path in paths for name in (filter(None, listed) if str(path) == "-" else [path])]
     twice = [path for path, count in Counter(map(os.path.abspath, names)).items() if count > 1]
     if twice:
@@ -317,26 +327,103 @@ def _open_sources(paths: Sequence[str | Path], lines: Iterable[str], require_lab
     files = [name for name, archive in archives.items() if archive is None]
     if files and require_labels:
         raise InputError(f"{in_words(files)} is not a folder, .zip, .tar or .npz of images with labels")
+    _check_apart(names, [name for name, archive in archives.items() if isinstance(archive, FolderSource)])
     return [*filter(None, archives.values()), *([FileListSource(files)] if files else [])]
 
 
-def _list_images(source: Source, require_labels: bool) -> list[_Listed]:
+def _check_apart(names: Sequence[str], folders: Sequence[str]) -> None:
+    """Check that no path lies in a folder that is given too: its images would count twice.
+
+    Raises:
+        InputError: one does.
+    """
+    given = {os.path.realpath(folder): folder for folder in folders}
+    for name in names:
+        path = Path(os.path.realpath(name if name in folders else Path(name).parent))  # links to files are images
+        for around in (path, *path.parents):
+            if given.get(str(around), name) != name:
+                raise InputError(f"{name} is in {given[str(around)]}, which is given too: its images would count twice")
+
+
+def _list_images(
+    source: Source, require_labels: bool, left_out: dict[str, list[str]], remarks: list[str]
+) -> list[_Listed]:
+    """The images of a source that have what is required; what is left out is added to `left_out` by its kind."""
     members = list(source.members())
+
+    def leave_out(kind: str, inside: Iterable[str]) -> None:
+        if names := [f"{source.name}/{each}" if source.name else each for each in inside]:
+            left_out.setdefault(kind, []).extend(names)
+
+    for kind, inside in source.left_out.items():
+        leave_out(kind, inside)
     if not members:
-        raise InputError(f"{source.name} has no images; expected a folder, .zip, .tar or .npz of images")
-    names = [member for member, _ in members]
-    folders, insides = class_folders(names)
-    labels = source_labels(source, names, folders, require_labels)
-    if require_labels and not any(labels):
         raise InputError(
-            f"{source.name} has {len(members)} images without labels; "
+            f"{source.name} has no images; expected a folder, .zip, .tar or .npz of images"
+            + "".join(f"; {line}" for line in _in_lines(left_out))
+        )
+    names = [member for member, _ in members]
+    layout = class_folders(names)
+    trained_on = {split for split in layout.splits if split and split.casefold() in TRAINING_SPLITS}
+    if require_labels and any(layout.splits):
+        if len(trained_on) != 1:
+            raise InputError(f"{source.name} has the splits {in_words(_splits(layout))}; give the one to train on")
+        chosen = [split in trained_on for split in layout.splits]
+        leave_out(
+            f"images outside of {trained_on.pop()}, the split that is trained on",
+            (name for name, taken in zip(names, chosen, strict=True) if not taken),
+        )
+    else:
+        chosen = [True] * len(names)
+        if any(layout.splits):
+            remarks.append(f"{source.name}: its splits {in_words(_splits(layout))} are taken together")
+    labels = source_labels(source, names, layout.folders, require_labels)
+    if require_labels and not any(compress(labels, chosen)):
+        raise InputError(
+            f"{source.name} has {sum(chosen)} images without labels; "
             "expected one folder per class, or an archive with labels"
         )
+    if require_labels:
+        unlabelled = [taken and not label for taken, label in zip(chosen, labels, strict=True)]
+        leave_out("images without a label", compress(names, unlabelled))
+    if any(isinstance(label, str) for label in labels) and (empty := _empty_classes(source, layout)):
+        remarks.append(f"{source.name}: class folders without images: {in_words(empty)}")
     return [
         (ImageFile(source, member, size), label, inside)
-        for (member, size), label, inside in zip(members, labels, insides, strict=True)
-        if label or not require_labels
+        for (member, size), label, inside, taken in zip(members, labels, layout.insides, chosen, strict=True)
+        if taken and (label or not require_labels)
     ]
+
+
+def _splits(layout: Layout) -> list[str]:
+    return sorted({split for split in layout.splits if split})
+
+
+def _empty_classes(source: Source, layout: Layout) -> list[str]:
+    """Folders beside the class folders of a source that hold no image."""
+    at_level = {tuple(path_parts(folder)[: layout.level + 1]) for folder in source.folders}
+    names = {parts[-1] for parts in at_level if len(parts) == layout.level + 1}
+    return sorted(names - set(layout.folders) - set(layout.splits), key=natural_key)
+
+
+# --- what is said before work begins -----------------------------------------------------------------
+
+
+def _found(classes: ClassTable, labels: Sequence[int]) -> str:
+    """How many images of how many classes there are."""
+    of_classes = f" of {len(classes)} classes: {in_words([*map(str, classes.entries)])}" if len(classes) else ""
+    return f"{len(labels)} images" + of_classes
+
+
+def _in_lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """What was left out, a line each kind: its number and first names."""
+    return [f"left out: {kind} ({len(names)}): {in_words(names)}" for kind, names in left_out.items()]
+
+
+def _unnamable(classes: ClassTable) -> list[str]:
+    """A line about classes with names that mean something else where a class is asked for."""
+    names = [str(entry) for entry in classes.entries if entry.name.lower() in KEYWORDS]
+    return [f"ask for {in_words(names)} by number: the name has a meaning of its own"] if names else []
 
 
 def in_words(names: Sequence[str], most: int = 5) -> str:
@@ -351,7 +438,7 @@ _HEADER_BYTES = 8192
 
 
 def _read_headers(listed: Sequence[_Listed], skip_bad: bool) -> tuple[list[_Listed], list[str]]:
-    """The images whose headers can be read, and the names of the others.
+    """The images whose headers can be read, and the names of the others with the reason.
 
     Raises:
         InputError: some cannot be read, unless they are skipped and others remain.
@@ -365,13 +452,13 @@ def _read_headers(listed: Sequence[_Listed], skip_bad: bool) -> tuple[list[_List
                 continue
             good.append((*_with_header(image, label, -1), inside))
         except UnreadableImage as error:
-            bad[error.name] = error.reason
+            bad[error.name] = f"{error.name} ({error.reason})"
     if bad and not (skip_bad and good):
-        reasons = in_words([f"{name} ({reason})" for name, reason in sorted(bad.items())])
+        reasons = in_words([bad[name] for name in sorted(bad)])
         raise InputError(
             f"{len(bad)} of {len(listed)} images cannot be read: {reasons}; fix or remove them, or use --skip-bad"
         )
-    return good, sorted(bad)
+    return good, [bad[name] for name in sorted(bad)]
 
 
 def _with_header(file: ImageFile, label: Label, limit: int) -> tuple[ImageFile, Label]:

@@ -32,14 +32,15 @@ class UnreadableImage(InputError):  # noqa: N818 - what it is, said by its name
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The first frame of an image file as RGB, upright as its EXIF orientation says.
 
-    Sixteen-bit greys are reduced to eight bits; transparency becomes white.
+    Greys of more than eight bits are reduced to them (see `_eight_bits`); transparency becomes white.
 
     Raises:
-        UnreadableImage: the content is not an image, or is damaged or truncated.
+        UnreadableImage: the content is not an image, is damaged or truncated, or has greys of unknown range.
     """
     with reading_image(name), Image.open(BytesIO(data)) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        upright = ImageOps.exif_transpose(image)
+        return _to_rgb(upright if image.mode[0] not in "IF" else _eight_bits(upright, image.format == "TIFF"))
 
 
 @contextmanager
@@ -55,12 +56,32 @@ def reading_image(name: str) -> Iterator[None]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, also where held in 32
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, any_range: bool) -> Image.Image:
+    """Reduce greys of 16 or 32 bits to eight; with `any_range` the values tell what white is.
+
+    Integers up to 255 and floats up to 255 are levels of eight bits, integers up to 65535 of sixteen; floats
+    from 0 to 1 are fractions of white. PNG and PGM hold sixteen bits for certain, TIFF may hold anything.
+
+    Raises:
+        ValueError: there are other values.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= (255 if image.mode == "F" else 65535):
+        raise ValueError(
+            f"its 32-bit values are {low:g} to {high:g}; expected integers up to 65535, or floats from 0 to 1 or 255"
+        )
+    if image.mode == "F":
+        levels = values * (255 if high <= 1 else 1) + 0.5
+    else:
+        levels = values // (1 if any_range and image.mode == "I" and high <= 255 else 257)
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 # --- squares ---------------------------------------------------------------------------------------

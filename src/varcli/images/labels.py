@@ -1,10 +1,13 @@
 """The class of an image, as its folder, its file name or the files beside it tell."""
 
+import json
+import operator
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from typing import NamedTuple
 
 from varcli.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import InputError
@@ -15,42 +18,83 @@ Label = ClassEntry | str | None
 """A class with its id, the name of a class folder, or nothing known."""
 
 
-def natural_key(text: str) -> list[str | int]:
-    """Sort key that orders numbers inside names by value, n1_2 before n1_10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]
+TRAINING_SPLITS = ("train", "training")
+SPLITS = (*TRAINING_SPLITS, "val", "valid", "validation", "test", "testing", "dev")
+"""Names of folders that are parts of a data set, and not classes, where two or more of them are side by side."""
 
 
-def class_folders(members: Sequence[str]) -> tuple[list[str | None], list[str]]:
-    """The class folder of each path, None for one that is in none, and the rest of the path inside of it.
+def natural_key(text: str) -> list[str | tuple[int, str]]:
+    """Sort key that orders numbers inside names by value, n1_2 before n1_10, however long they are."""
+    parts = re.split(r"([0-9]+)", text)
+    return [(len(number := part.lstrip("0")), number) if i % 2 else part for i, part in enumerate(parts)]
 
-    Class folders are inside whatever single folder holds everything. A folder with a WordNet id holds no classes,
-    nor does one with more images in itself than below.
+
+class Layout(NamedTuple):
+    """What the folders of a source mean."""
+
+    folders: list[str | None]
+    """The class folder of each path, None for one that is in none."""
+    insides: list[str]
+    """The rest of each path, inside of its class folder."""
+    splits: list[str | None]
+    """The split of each path, such as "train"; None for all where there are no splits."""
+    level: int
+    """How many folders are around the class folders."""
+
+
+def class_folders(members: Sequence[str]) -> Layout:
+    """Find the class folder of each path.
+
+    Class folders are inside whatever single folder holds everything, and inside the folders of splits such as
+    train and val. A folder with a WordNet id holds no classes, nor does one with more images in itself than
+    below. Folders that count a thousand images each, as EDM and StyleGAN write them, are no classes.
     """
     paths = [path_parts(member) for member in members]
+    splits: list[str | None] = [None] * len(paths)
     level = 0
     while True:
         inside = [parts for parts in paths if len(parts) > level + 1]
         names = {parts[level] for parts in inside}
+        if not any(splits) and sum(name.casefold() in SPLITS for name in names) > 1:
+            splits = [parts[level] if len(parts) > level + 1 else None for parts in paths]
+            level += 1
+            continue
         deeper = sum(len(parts) > level + 2 for parts in inside)
         if len(names) != 1 or names <= _by_wnid().keys() or deeper <= len(inside) / 2:
             break
         level += 1
     folders = [_class_name(parts[level]) if len(parts) > level + 1 else None for parts in paths]
+    if len(names) > 1 and all(_counts_thousands(parts[level], parts[-1]) for parts in inside):
+        folders = [None] * len(paths)
     insides = [
         "/".join(parts if folder is None else parts[level + 1 :]) for parts, folder in zip(paths, folders, strict=True)
     ]
-    return folders, insides
+    return Layout(folders, insides, splits, level)
+
+
+def _counts_thousands(folder: str, file: str) -> bool:
+    """Whether a folder is named after the thousand to which the number of a file in it belongs."""
+    number = re.fullmatch(r"(?:img)?([0-9]{5,12})\.\w+", file)
+    if not number or not re.fullmatch(r"[0-9]{5,12}", folder):
+        return False
+    return int(folder) in (int(number[1]) // 1000, int(number[1]) // 1000 * 1000)
 
 
 def source_labels(
     source: Source, members: Sequence[str], folders: Sequence[str | None], required: bool = False
 ) -> list[Label]:
-    """Labels of a source's images, from file names as `var sample` writes them, class folders or sidecar files.
+    """Labels of a source's images, from its dataset.json, names as `var sample` writes them, folders or sidecar files.
 
     A single folder around all images is a class only if its name is a WordNet id, or if labels are `required` and
     nothing else tells them. If they are required, several class folders are the only source of labels, and what is
     in none of them has none.
+
+    Raises:
+        InputError: the source has a damaged dataset.json.
     """
+    listed = _listed_labels(source)
+    if listed is not None:
+        return [listed.get("/".join(path_parts(member))) for member in members]
     single = len({*folders}) == 1 and folders[0] not in _by_wnid()
     if required and not single:
         return list(folders)
@@ -59,6 +103,22 @@ def source_labels(
         for member, in_name, folder in zip(members, _filename_labels(members), folders, strict=True)
     ]
     return list(folders) if required and not any(labels) else labels
+
+
+def _listed_labels(source: Source) -> dict[str, Label] | None:
+    """The classes in a dataset.json of StyleGAN's or EDM's kind, by path; None where there is no such file.
+
+    It holds ``{"labels": [["00000/img00000000.png", 6], …]}``, or null instead of the list where there are no labels.
+    """
+    try:
+        content = json.loads(source.dataset_json() or b"null")
+        if not isinstance(content, dict) or "labels" not in content:
+            return None  # another file of that name
+        return {str(name): numbered_class(int(operator.index(number))) for name, number in content["labels"] or ()}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{source.name} has a dataset.json that cannot be used: {error}; expected a list of paths and whole numbers"
+        ) from error
 
 
 def provenance_label(text: str) -> ClassEntry | None:
@@ -87,17 +147,17 @@ def numbered_class(class_id: int) -> ClassEntry | None:
 def class_table(labels: Sequence[Label]) -> tuple[ClassTable, list[int]]:
     """A table of all classes, and each image's position in it, -1 where the class is not known.
 
-    If all class folders have WordNet ids of ImageNet, they are its classes; otherwise they are numbered in natural
-    order, after the ids that are known.
+    If all class folders have WordNet ids of ImageNet, they are its classes; if all are whole numbers, these are
+    the ids. Otherwise they are numbered in natural order, after the ids that are known.
     """
     folders = {label for label in labels if isinstance(label, str)}
-    wnids = _by_wnid() if folders <= _by_wnid().keys() else {}
-    known = [wnids.get(label, label) if isinstance(label, str) else label for label in labels]
+    told = _by_wnid() if folders <= _by_wnid().keys() else _by_number(folders)
+    known = [told.get(label, label) if isinstance(label, str) else label for label in labels]
     by_id = _by_id(label for label in known if isinstance(label, ClassEntry))
     first = max(by_id, default=-1) + 1
     by_folder = {
         name: ClassEntry(first + i, name, name.replace("_", " "))
-        for i, name in enumerate(sorted(folders - wnids.keys(), key=natural_key))
+        for i, name in enumerate(sorted(folders - told.keys(), key=natural_key))
     }
     table = ClassTable((*by_id.values(), *by_folder.values()))
     entries = [by_folder[label] if isinstance(label, str) else label for label in known]
@@ -115,7 +175,7 @@ def _filename_labels(members: Sequence[str]) -> list[ClassEntry | None]:
     Other files may look the same, so each id must have one name, and each name that is not ImageNet's one id.
     """
     names = [path_parts(member)[-1] for member in members]
-    matches = [re.fullmatch(r"([0-9]+)-(.*[^\W\d_].*)-[0-9]+\.png", name) for name in names]
+    matches = [re.fullmatch(r"([0-9]{1,18})-(.*[^\W\d_].*)-[0-9]+\.png", name) for name in names]
     entries = {class_entry(int(match[1]), match[2]) for match in matches if match}
     by_id = {entry.id: entry for entry in entries}
     others = [entry.name for entry in entries if entry.wnid == entry.name]
@@ -133,6 +193,13 @@ def _sidecar_label(source: Source, member: str) -> ClassEntry | None:
     with suppress(ValueError):
         return numbered_class(int(source.sidecar(member, "cls") or b""))
     return None
+
+
+def _by_number(folders: set[str]) -> dict[str, ClassEntry]:
+    """Classes whose ids are the names of their folders; none unless all are whole numbers, and different ones."""
+    if not all(re.fullmatch(r"[0-9]{1,18}", name) for name in folders) or len(set(map(int, folders))) < len(folders):
+        return {}
+    return {name: ClassEntry(int(name), name, name) for name in folders}
 
 
 @lru_cache(maxsize=1)

@@ -5,18 +5,27 @@ A source may be read by several threads at once, and it pickles: each process op
 Shapes: N images of H × W pixels.
 """
 
+import lzma
 import os
+import re
 import shutil
+import stat
 import tarfile
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import blake2b
+from itertools import chain
+from math import prod
 from pathlib import Path
 from struct import unpack
 from tempfile import TemporaryFile
+from tokenize import TokenError
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,14 +37,35 @@ IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
-"""File name endings taken for images; everything else in a data set is ignored."""
+"""File name endings taken for images; other files are counted and left out."""
+
+
+MOST_BYTES = 1 << 30
+"""Largest image file that is read, in bytes; a longer one is no image, or one that unpacks without end."""
+
+_DESCRIPTIONS = (
+    *(".cls", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl"),
+    *(".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"),
+)
+"""Endings of files that lie beside images as a matter of course; they are not worth a word."""
+
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
+"""First bytes of image files, by which those without an ending are known."""
+
+_RUN_FILES = {"metrics.jsonl", "state.safetensors", "model.safetensors", "tokenizer.safetensors"}
+"""Any of these makes a folder one of `var train`, whose previews are no training images."""
 
 
 class Source(ABC):
     """A store of image files, each known by its path inside."""
 
-    name: str
-    """Its name in messages, without the folders above it."""
+    def __init__(self, name: str) -> None:
+        self.name = name
+        """Its name in messages, without the folders above it."""
+        self.left_out: dict[str, list[str]] = {}
+        """What is not read, by its kind in words ("files named .heic"), once `members` has been run through."""
+        self.folders: set[str] = set()
+        """Paths of the folders inside, as far as they are known by then, also of those without images."""
 
     @abstractmethod
     def members(self) -> Iterator[tuple[str, int]]:
@@ -47,28 +77,81 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, member: str, limit: int = -1) -> bytes:
-        """Content of an image file, or its first `limit` bytes."""
+        """Content of an image file, or its first `limit` bytes.
+
+        Raises:
+            ValueError: it is longer than `MOST_BYTES`, and all of it was asked for.
+        """
 
     def sidecar(self, member: str, suffix: str) -> bytes | None:
         """Content of the file that describes an image, such as its "cls" or "json"; None if there is none."""
         return None
+
+    def dataset_json(self) -> bytes | None:
+        """Content of the ``dataset.json`` in which StyleGAN's and EDM's data sets keep their labels, if any."""
+        return None
+
+    def _leave_out(self, kind: str, member: str) -> None:
+        self.left_out.setdefault(kind, []).append(member)
+
+    def _is_image(self, member: str) -> bool:
+        """Whether a file is an image by its name, or without a proper ending by its first bytes.
+
+        What is not is counted in `left_out`, unless it is hidden or describes images.
+        """
+        if _is_hidden(member):
+            return False
+        self.folders.add(member.rpartition("/")[0])
+        suffix = os.path.splitext(member)[1].lower()  # noqa: PTH122 - a third of the time of listing
+        if suffix in IMAGE_SUFFIXES:
+            return True
+        if suffix in _DESCRIPTIONS:
+            return False
+        if not re.fullmatch(r"\.[a-z]\w{0,15}", suffix):  # photo, photo.2 and photo.2020-01-01
+            if self._begins_like_image(member):
+                return True
+            suffix = ""
+        self._leave_out(f"files named {suffix}" if suffix else "files without an ending that are no images", member)
+        return False
+
+    def _begins_like_image(self, member: str) -> bool:
+        try:
+            return self.read(member, 8).startswith(_SIGNATURES)
+        except (*ARCHIVE_ERRORS, OSError):
+            return False
+
+
+ARCHIVE_ERRORS = (
+    *(zipfile.BadZipFile, RuntimeError, ValueError, KeyError, EOFError, zlib.error, lzma.LZMAError),
+    *(TokenError, SyntaxError, TypeError, OverflowError, MemoryError),
+)
+"""What zipfile and numpy raise for archives that are encrypted, damaged, of unknown methods or absurd."""
 
 
 def open_source(path: Path) -> Source | None:
     """Folder or archive at a path; None for any other file.
 
     Raises:
-        InputError: there is nothing at this path, or an .npz has no images.
+        InputError: there is nothing at this path, it is no file or folder, an .npz has no images, or it is
+            a compressed archive.
     """
     try:
         if path.is_dir():
             return FolderSource(path)
-        path.stat()
-    except OSError as error:
-        raise InputError(f"cannot open {path}: {error.strerror or error}") from error
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is a pipe or device; expected a folder, an archive or an image file")
+        with path.open("rb") as file:
+            beginning = file.read(6)
+    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
+        raise InputError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+    for signature, program in _COMPRESSED.items():
+        if beginning.startswith(signature):
+            raise InputError(f"{path} is compressed; expected a .tar that is not, as `{program} {path}` makes it")
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return NpzSource(path)
+    if suffix == ".npy":
+        raise InputError(f"{path} is a single array; expected an .npz: numpy.savez(file, images)")
     if suffix == ".tar":
         return TarSource(path)
     if suffix == ".zip" or (suffix not in IMAGE_SUFFIXES and zipfile.is_zipfile(path)):
@@ -76,36 +159,66 @@ def open_source(path: Path) -> Source | None:
     return None
 
 
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+"""First bytes of compressed files, and the programs that decompress them."""
+
+
 class FolderSource(Source):
     """A folder and all folders below it."""
 
     def __init__(self, root: Path) -> None:
+        super().__init__(root.resolve().name)
         self.root = root
-        self.name = root.resolve().name
 
     def members(self) -> Iterator[tuple[str, int]]:
-        """Yield the path below the root, with forward slashes, and the size in bytes of each image."""
-        for folder, _, names in os.walk(self.root, followlinks=True, onerror=self._not_listed):
-            inside = Path(folder).relative_to(self.root)
-            for member in (inside / name for name in names):
-                if _is_image(member.as_posix()):
-                    yield member.as_posix(), _file_size(self.root / member)
+        """Yield the path below the root, with forward slashes, and the size in bytes of each image.
+
+        Links are followed, but each folder is read once: by its own path if that is below the root, else by the
+        first link. So links in circles end. Pipes, devices and folders of training runs are left out.
+        """
+        seen: set[tuple[int, int]] = set()
+        folders, links = deque([""]), deque[str]()
+        while waiting := folders or links:
+            folder = waiting.popleft()
+            try:
+                there = (self.root / folder).stat()
+                if (there.st_dev, there.st_ino) in seen:
+                    self._leave_out("links to folders that are read already", folder)
+                    continue
+                entries = sorted(os.scandir(self.root / folder), key=lambda entry: entry.name)
+            except OSError as error:
+                raise InputError(f"cannot list {self.name}: {error}") from error
+            seen.add((there.st_dev, there.st_ino))
+            if folder and _is_training_run(entries):
+                self._leave_out("folders of training runs", folder)
+                continue
+            self.folders.add(folder)
+            for entry in entries:
+                member = f"{folder}/{entry.name}" if folder else entry.name
+                status = _status(entry)
+                if status and stat.S_ISDIR(status.st_mode):
+                    if not _is_hidden(member):
+                        (links if entry.is_symlink() else folders).append(member)
+                elif status and not stat.S_ISREG(status.st_mode):
+                    self._leave_out("pipes and devices", member)
+                elif self._is_image(member):
+                    yield member, status.st_size if status else 0  # a broken link: reading it will raise the error
 
     def read(self, member: str, limit: int = -1) -> bytes:
         """Content of an image file, or its first `limit` bytes."""
         return _read_file(self.root / member, limit)
 
-    def _not_listed(self, error: OSError) -> None:
-        """Stop `os.walk` at a folder that cannot be listed, which it would skip in silence."""
-        raise InputError(f"cannot list {self.name}: {error}") from error
+    def dataset_json(self) -> bytes | None:
+        """Content of the ``dataset.json`` in the folder, if any."""
+        file = self.root / "dataset.json"
+        return file.read_bytes() if file.is_file() else None
 
 
 class FileListSource(Source):
     """Files with any names anywhere; a file's path is its member."""
 
-    name = ""
-
     def __init__(self, paths: Sequence[str]) -> None:
+        super().__init__("")
         self.paths = paths
 
     def members(self) -> Iterator[tuple[str, int]]:
@@ -121,39 +234,78 @@ class ZipSource(Source):
     """A zip of images."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path.name)
         self.path = path
-        self.name = path.name
         self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self._infos: dict[str, zipfile.ZipInfo] = {}
+        """Its members by name, once it is open."""
 
     def members(self) -> Iterator[tuple[str, int]]:
-        """Yield the stored name and the size in bytes of each image."""
+        """Yield the name and the size in bytes of each image."""
         try:
-            stored = self._archive().infolist()
-        except (OSError, zipfile.BadZipFile) as error:
+            self._archive()
+        except (OSError, *ARCHIVE_ERRORS) as error:
             raise InputError(f"cannot list {self.name}: {error}") from error
-        return ((info.filename, info.file_size) for info in stored if _is_image(info.filename))
+        for name, info in self._infos.items():
+            if name.endswith("/"):
+                if not _is_hidden(name):
+                    self.folders.add(name.rstrip("/"))
+            elif self._is_image(name):
+                if info.flag_bits & 1:
+                    raise InputError(f"{self.name} is encrypted; expected a zip without a password")
+                yield name, info.file_size
+        unsure = [name for name, info in self._infos.items() if _zip_name(info) is None]
+        if unsure:
+            self.left_out["names whose characters are a guess, as the zip does not say their code page"] = unsure
 
     def read(self, member: str, limit: int = -1) -> bytes:
         """Content of an image file, or its first `limit` bytes."""
-        with self._archive().open(member) as file:
+        archive = self._archive()
+        if limit < 0:
+            _check_size(self._infos[member].file_size)
+        with archive.open(self._infos[member]) as file:
             return file.read(limit)
+
+    def dataset_json(self) -> bytes | None:
+        """Content of the ``dataset.json`` at the top of the zip, if any."""
+        return self.read("dataset.json") if "dataset.json" in self._infos else None
 
     def _archive(self) -> zipfile.ZipFile:
         """The zip as opened by this very process: a forked one would share its parent's file position."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), zipfile.ZipFile(self.path))
+            self._infos = {_zip_name(info) or info.filename: info for info in self._opened[1].infolist()}
         return self._opened[1]
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_opened": None}
+        return self.__dict__ | {"_opened": None, "_infos": {}}
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str | None:
+    """The name of a zip's member; None where neither a flag nor an extra field nor its bytes tell its code page.
+
+    Without a flag names are in the code page of the system that wrote them, and zipfile reads all as IBM's 437.
+    """
+    if info.flag_bits & 0x800 or info.filename.isascii():
+        return info.filename
+    stored = info.orig_filename.encode("cp437")
+    extra = info.extra
+    while len(extra) >= 4:
+        kind, size = unpack("<HH", extra[:4])
+        if kind == 0x7075 and size > 5 and unpack("<I", extra[5:9])[0] == zlib.crc32(stored):  # the Unicode path
+            return extra[9 : 4 + size].decode(errors="replace")
+        extra = extra[4 + size :]
+    with suppress(UnicodeDecodeError):
+        return stored.decode()
+    return None
 
 
 class TarSource(Source):
     """A tar of images; as in WebDataset, files of one name and other endings describe them."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path.name)
         self.path = path
-        self.name = path.name
         self._spans: dict[str, tuple[int, int]] = {}
         """Offset and size in bytes of each file, once it has been listed."""
 
@@ -165,13 +317,17 @@ class TarSource(Source):
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one of them
                     if info.isfile():
                         self._spans[info.name] = info.offset_data, info.size
+                    elif info.isdir() and not _is_hidden(info.name):
+                        self.folders.add(info.name)
         except (OSError, tarfile.TarError) as error:
             raise InputError(f"cannot list {self.name}: {error}") from error
-        return ((name, size) for name, (_, size) in self._spans.items() if _is_image(name))
+        return ((name, size) for name, (_, size) in self._spans.items() if self._is_image(name))
 
     def read(self, member: str, limit: int = -1) -> bytes:
         """Content of a file, or its first `limit` bytes."""
         start, size = self._spans[member]
+        if limit < 0:
+            _check_size(size)
         with self.path.open("rb") as file:
             file.seek(start)
             return file.read(size if limit < 0 else min(size, limit))
@@ -181,6 +337,10 @@ class TarSource(Source):
         folder, _, name = member.rpartition("/")
         sibling = f"{folder}/{name.partition('.')[0]}.{suffix}".lstrip("/")
         return self.read(sibling) if sibling in self._spans else None
+
+    def dataset_json(self) -> bytes | None:
+        """Content of the ``dataset.json`` at the top of the tar, if any."""
+        return self.read("dataset.json") if "dataset.json" in self._spans else None
 
 
 class NpzSource(Source):
@@ -196,16 +356,18 @@ class NpzSource(Source):
         Raises:
             InputError: it has no such array.
         """
+        super().__init__(path.name)
         self.path = path
-        self.name = path.name
         try:
             with zipfile.ZipFile(path) as stored:
                 self._pixels_NHW3 = _map_pixels(path, stored)
+                _check_bytes(stored)
                 self._provenances = _provenances(stored, path, len(self._pixels_NHW3))
-                self._labels = None if self._provenances else _stored_labels(stored, len(self._pixels_NHW3))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                self._labels = None if self._provenances else self._stored_labels(stored, len(self._pixels_NHW3))
+        except (OSError, *ARCHIVE_ERRORS) as error:
+            reason = "it has no arr_0" if isinstance(error, KeyError) else error
             raise InputError(
-                f"cannot read images from {path}: {error}; expected arr_0, uint8 (images, height, width, 3)"
+                f"cannot read images from {path}: {reason}; expected arr_0, uint8 (images, height, width, 3)"
             ) from error
         names = [image_filename(each) for each in self._provenances] or _digests(self._pixels_NHW3)
         self._indices = {name: i for i, name in enumerate(names)}
@@ -230,6 +392,18 @@ class NpzSource(Source):
             return b"%d" % self._labels[i]
         return None
 
+    def _stored_labels(self, stored: zipfile.ZipFile, count: int) -> NDArray[np.integer] | None:
+        """The integers in `arr_1`, one per image; None if it holds anything else, which is counted in `left_out`."""
+        if LABELS not in stored.namelist():
+            return None
+        with stored.open(LABELS) as member:
+            shape, _, dtype = _array_header(member)
+        if shape != (count,) or not np.issubdtype(dtype, np.integer):
+            self._leave_out(f"arrays that are no labels, which would be integers ({count},)", f"arr_1 {dtype} {shape}")
+            return None
+        with stored.open(LABELS) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_pixels_NHW3"}
 
@@ -247,10 +421,24 @@ def path_parts(member: str) -> list[str]:
     return [part for part in member.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
-def _is_image(member: str) -> bool:
-    """True for the path of an image that is not hidden and not macOS's metadata of one."""
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path_parts(member))
-    return not hidden and member.lower().endswith(IMAGE_SUFFIXES)
+def _is_hidden(member: str) -> bool:
+    """True for a path that is hidden, or of what systems keep beside images: macOS's metadata, thumbnails, bins."""
+    parts = path_parts(member)
+    return any(part.startswith(".") or part in ("__MACOSX", "@eaDir", "$RECYCLE.BIN") for part in parts)
+
+
+def _is_training_run(entries: Sequence[os.DirEntry[str]]) -> bool:
+    """Whether a folder is one that `var train` writes, finished or just begun."""
+    names = {entry.name for entry in entries}
+    return bool(names & _RUN_FILES) or any(re.fullmatch(r"tokens-[0-9a-f]{16}", name) for name in names)
+
+
+def _status(entry: "os.DirEntry[str]") -> os.stat_result | None:
+    """What is at a path or behind the link there; None for a link that leads nowhere."""
+    try:
+        return entry.stat()
+    except OSError:
+        return None
 
 
 def _file_size(path: Path) -> int:
@@ -263,7 +451,14 @@ def _file_size(path: Path) -> int:
 
 def _read_file(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
+        if limit < 0:
+            _check_size(os.fstat(file.fileno()).st_size)
         return file.read(limit)
+
+
+def _check_size(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"its file is {size / 2**30:.1f} GiB; at most {MOST_BYTES >> 30} GiB is read")
 
 
 # --- arrays of an .npz -------------------------------------------------------------------------------
@@ -271,11 +466,15 @@ def _read_file(path: Path, limit: int) -> bytes:
 PIXELS, LABELS, PROVENANCE = "arr_0.npy", "arr_1.npy", "provenance.jsonl"
 
 
+MOST_IMAGES = 5_000_000
+"""Images in an .npz; a few kilobytes could unpack to any number of one pixel each."""
+
+
 def square_side(path: Path) -> int | None:
     """Side in pixels of the images in an .npz; None if it has none or they are not square."""
     with zipfile.ZipFile(path) as stored:
         try:
-            (_, height, width, _), _ = _pixels_shape(stored)
+            (_, height, width, _), _, _ = _pixels_shape(stored)
         except (KeyError, ValueError):
             return None
     return height if height == width else None
@@ -283,24 +482,72 @@ def square_side(path: Path) -> int | None:
 
 def _map_pixels(path: Path, stored: zipfile.ZipFile) -> NDArray[np.uint8]:
     """The array of images mapped from the file; a compressed one is unpacked to a temporary file first."""
-    shape, start = _pixels_shape(stored)
+    shape, order, start = _pixels_shape(stored)
     info = stored.getinfo(PIXELS)
     if info.compress_type == zipfile.ZIP_STORED:
-        return np.memmap(path, np.uint8, "r", _data_offset(path, info) + start, shape)
+        return np.memmap(path, np.uint8, "r", _data_offset(path, info) + start, shape, order)
     with TemporaryFile() as unpacked, stored.open(info) as member:
         shutil.copyfileobj(member, unpacked, 1 << 20)
-        return np.memmap(unpacked, np.uint8, "r", start, shape)
+        return np.memmap(unpacked, np.uint8, "r", start, shape, order)
 
 
-def _pixels_shape(stored: zipfile.ZipFile) -> tuple[tuple[int, ...], int]:
-    """Shape of the array of images, and the offset of the pixels inside its .npy."""
+def _pixels_shape(stored: zipfile.ZipFile) -> tuple[tuple[int, ...], Literal["C", "F"], int]:
+    """Shape and order of the array of images, and the offset of the pixels inside its .npy.
+
+    Raises:
+        ValueError: it is not of images, another array holds images too, or the file does not hold all of it.
+    """
     with stored.open(PIXELS) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(member)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or 0 in shape:
-            raise ValueError(f"its arr_0 is {dtype} {shape}")
-        return shape, member.tell()
+        shape, fortran_order, dtype = _array_header(member)
+        start = member.tell()
+    if not _holds_images(shape, dtype):
+        raise ValueError(f"its arr_0 is {dtype} {shape}")
+    if shape[0] > MOST_IMAGES:
+        raise ValueError(f"its arr_0 is {dtype} {shape}, and at most {MOST_IMAGES} images are read from one file")
+    held = stored.getinfo(PIXELS).file_size - start
+    if held != prod(shape):
+        raise ValueError(f"its arr_0 is {dtype} {shape}, {prod(shape)} bytes, but the file holds {held} of them")
+    others = [name.removesuffix(".npy") for name in stored.namelist() if name != PIXELS and _is_of_images(stored, name)]
+    if others:
+        raise ValueError(f"{' and '.join(others)} has images too; numpy.concatenate makes one array of all")
+    return shape, "F" if fortran_order else "C", start
+
+
+def _is_of_images(stored: zipfile.ZipFile, name: str) -> bool:
+    """Whether a member of an .npz is an array of images."""
+    with suppress(ValueError), stored.open(name) as member:
+        shape, _, dtype = _array_header(member)
+        return _holds_images(shape, dtype)
+    return False
+
+
+def _holds_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    return dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0
+
+
+def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran order, and type of the array in a .npy.
+
+    Raises:
+        ValueError: it has no such header.
+    """
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        return read(member)
+    except (ValueError, TokenError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError("an array without a header that can be read") from error
+
+
+def _check_bytes(stored: zipfile.ZipFile) -> None:
+    """Read the array of images once through, for zipfile to compare its checksum: pixels are mapped unchecked.
+
+    A compressed array has been checked as it was unpacked.
+    """
+    if stored.getinfo(PIXELS).compress_type == zipfile.ZIP_STORED:
+        with stored.open(PIXELS) as member:
+            while member.read(1 << 20):
+                pass
 
 
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
@@ -316,23 +563,21 @@ def _provenances(stored: zipfile.ZipFile, path: Path, count: int) -> list[Proven
     return [provenance_from_json(line, str(path)) for line in lines] if len(lines) == count else []
 
 
-def _stored_labels(stored: zipfile.ZipFile, count: int) -> NDArray[np.integer] | None:
-    """The integers in `arr_1`, one per image; None if it holds anything else."""
-    if LABELS in stored.namelist():
-        with stored.open(LABELS) as member:
-            labels = np.lib.format.read_array(member, allow_pickle=False)
-        if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer):
-            return labels
-    return None
-
-
 def _digests(pixels_NHW3: NDArray[np.uint8]) -> list[str]:
     """A digest of each image that takes the place of its name; equal images are counted."""
+
+    def digests(first: int) -> list[str]:
+        part_NHW3 = np.ascontiguousarray(pixels_NHW3[first : first + _DIGESTED])
+        return [blake2b(pixels.data, digest_size=16).hexdigest() for pixels in part_NHW3.reshape(len(part_NHW3), -1)]
+
     seen: Counter[str] = Counter()
     names = []
     with ThreadPoolExecutor() as pool:
-        flat = pixels_NHW3.reshape(len(pixels_NHW3), -1)
-        for digest in pool.map(lambda pixels: blake2b(pixels, digest_size=16).hexdigest(), flat):
+        for digest in chain.from_iterable(pool.map(digests, range(0, len(pixels_NHW3), _DIGESTED))):
             names.append(f"{digest}-{seen[digest]}")
             seen[digest] += 1
     return names
+
+
+_DIGESTED = 256
+"""Images whose digests a thread computes at a time."""

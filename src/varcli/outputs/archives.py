@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from varcli.console import note
 from varcli.errors import InputError, RunError
-from varcli.files import cannot_write, replacing
+from varcli.files import cannot_lock, cannot_write, replacing
 from varcli.images.provenance import Provenance, provenance_from_json
 from varcli.outputs.sinks import TAR_END, Sink, tar_member
 
@@ -116,6 +116,9 @@ class ArchiveSink(Sink):
         except Timeout:
             what = f"output: {self.archive} is being written by another process"
             raise RunError(f"{what}; wait for it, or use another name") from None
+        except (OSError, NotImplementedError) as error:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            raise cannot_lock(self._part.parent, error) from error
         self._files.callback(lock.release)
         if os.name != "nt":  # there the release removes the file
             # Called first, for callbacks are called backwards: once released it may be another process's.
@@ -254,8 +257,9 @@ class NpzSink(ArchiveSink):
         self._lines.seek(0)
         with replacing(self.archive) as temporary, temporary.open("wb") as file:
             _zip(file, {_ARRAY_NAME: self._file, _LINES_NAME: self._lines})
-        self._files.close()
-        self._remove_part()
+        for part in (self._file, self._lines):
+            part.close()  # Windows removes no open file
+        self._remove_part()  # while the lock is held: a part after that is another process's
 
     def _remove_part(self) -> None:
         super()._remove_part()
@@ -328,8 +332,8 @@ class TarSink(ArchiveSink):
         self._file.write(TAR_END)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._files.close()
-        self._part.replace(self.archive)
+        self._file.close()
+        self._part.replace(self.archive)  # while the lock is held: a part after that is another process's
 
 
 def _tar_samples(file: BinaryIO, path: Path) -> tuple[list[Provenance], int]:

@@ -19,7 +19,7 @@ from varcli.classes import imagenet
 from varcli.config import SampleConfig
 from varcli.console import progress
 from varcli.distributed import ProcessGroup
-from varcli.errors import CheckpointError, InputError, UsageError
+from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.evaluation import comparability
 from varcli.evaluation import metrics as rows
 from varcli.evaluation.classifier import Classifier
@@ -37,7 +37,7 @@ from varcli.evaluation.references import (
 )
 from varcli.evaluation.results import ClassSpread, Origin, Published, ReferenceOrigin, Result
 from varcli.evaluation.statistics import EvalPlan, Statistics
-from varcli.files import file_sha256
+from varcli.files import check_writable, file_sha256
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.image import Image
 from varcli.models.lpips import LPIPS
@@ -99,7 +99,7 @@ def evaluate(
         classifier: a torchvision model or a TorchScript file.
         batch_size: images at a time on a GPU in 16 bits.
         paths: images for the tokenizer; none are those held out of a bundled model's training.
-        resize: crop and resize images to this side, as ADM does.
+        resize: crop and resize images that exist, those of the reference among them, to this side, as ADM does.
         skip_bad: leave out images that cannot be read.
         lines: paths, where "-" is among the images.
         features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
@@ -274,6 +274,9 @@ class Evaluator:
         identity = fingerprint(version=__version__, extractor=self.extractor.sha256, **decided)
         path = cache_folder() / "measurements" / f"{identity[:16]}.safetensors" if resumable else None
         measured = FeaturePass(plan, self.extractor.shape, identity, path, self.group)
+        path = measured.path
+        for line in source.images.account if isinstance(source, ExistingImages) else ():
+            self.note(f"data: {line}")
         done = measured.statistics.count
         if measured.notice:
             self.note(measured.notice)
@@ -357,11 +360,18 @@ class Evaluator:
             decided["spatial"] = True
         identity = fingerprint(version=__version__, extractor=self.extractor.sha256, **decided)
         path = cache_folder() / "references" / f"{identity[:16]}.npz"
-        if not self.group.broadcast(path.is_file()):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.note(f"measuring the reference {name} first, once: {len(images)} images")
+        if self.group.broadcast(path.is_file()):
+            return read_reference(path, name) if self.group.is_main else None
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                check_writable(path)
+                self.note(f"measuring the reference {name} first, once: {len(images)} images")
+            except (OSError, RunError) as error:
+                path = Path(folder) / path.name
+                self.note(f"measuring the reference {name} first, without keeping it: {error}")
             self.write_statistics(images, needs, path, "reference")
-        return read_reference(path, name) if self.group.is_main else None
+            return read_reference(path, name) if self.group.is_main else None
 
     def write_statistics(self, images: ImageSet, needs: frozenset[str], path: Path, label: str) -> None:
         """Measure images and write their statistics as a reference: moments, and what else is needed."""

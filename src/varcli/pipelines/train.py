@@ -1,7 +1,10 @@
 """`varcli.train_tokenizer` and `varcli.train_transformer`: from images to a checkpoint, resumable."""
 
+import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from varcli.config import (
     PRESETS,
     TokenizerConfig,
     TokenizerTrainingConfig,
+    TrainingConfig,
     TransformerConfig,
     TransformerTrainingConfig,
     transformer_recipe,
@@ -31,12 +35,14 @@ from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.provenance import png_bytes
+from varcli.models.tokenizer import Tokenizer
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim
-from varcli.training.data import CacheSettings, TokenCache, open_cache
+from varcli.training.data import ENCODE_BATCH, CacheSettings, TokenCache, open_cache
+from varcli.training.discriminator import SMALLEST_PATCH
 from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
 from varcli.training.finetune import adapt, merged, warm_start
-from varcli.training.loop import Run, train
+from varcli.training.loop import Run, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.perceptual import perceptual_distance
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
@@ -93,16 +99,23 @@ def train_tokenizer(
         The last figures.
 
     Raises:
-        VarError: images or weights cannot be used, the folder holds another run, or the loss is not finite.
+        VarError: images or weights cannot be used, the folder holds another run or a checkpoint that would be
+            replaced, or the loss is not finite.
     """
     training = training or TokenizerTrainingConfig()
-    stage, images, sha256 = _tokenizer_stage(data, config, training, init, holdout, device, dtype, workers, note)
+    begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
+    stage, images, account = _tokenizer_stage(data, config, training, begun, holdout, device, dtype, workers, note)
     if training.perceptual != "none" and training.perceptual_weight > 0:
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
         distance = perceptual_distance(training.perceptual, folder).to(stage.device)
         stage.perceptual = distance.to(memory_format=torch.channels_last)
     identity = optim.identity(
-        images.fingerprint(), stage.device, stage.bf16, model=stage.config, training=training, init=sha256
+        images.fingerprint(),
+        stage.device,
+        stage.bf16,
+        model=stage.config,
+        training=training,
+        init=begun and tokenizer_sha256(begun),
     )
     steps = training.steps(len(images))
     run = Run(
@@ -110,11 +123,16 @@ def train_tokenizer(
         steps=steps,
         batch=training.batch,
         identity=identity,
+        images=_counts(images),
         validate_every=validate_every,
         save_every=save_every,
         preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
         report=_reporter(Path(out), steps, report, tensorboard),
+        note=note,
     )
+    check_run(run)
+    make_folder(run.folder)
+    _tell(account, training, len(images), note)
     return train(stage, run)
 
 
@@ -127,10 +145,13 @@ def estimate_tokenizer(
     holdout: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    note: Callable[[str], None] = lambda line: None,
 ) -> TrainingEstimate:
     """What training a tokenizer will take; arguments as for `train_tokenizer`."""
     training = training or TokenizerTrainingConfig()
-    stage, images, _ = _tokenizer_stage(data, config, training, init, holdout, device, dtype, 0, lambda line: None)
+    begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
+    stage, images, account = _tokenizer_stage(data, config, training, begun, holdout, device, dtype, 0, note)
+    _tell(account, training, len(images), note)
     return estimate(stage, training, len(images))
 
 
@@ -138,39 +159,36 @@ def _tokenizer_stage(
     data: Sequence[str | Path],
     config: TokenizerConfig | None,
     training: TokenizerTrainingConfig,
-    init: str | Path | None,
+    begun: Tokenizer | None,
     holdout: int,
     device: str,
     dtype: str,
     workers: int | None,
     note: Callable[[str], None],
-) -> tuple[TokenizerStage, ImageSet, str | None]:
-    """The stage, its training images, and the hash of the tokenizer it begins with, if any."""
+) -> tuple[TokenizerStage, ImageSet, list[str]]:
     where = pick_device(device)
     optim.make_deterministic(where)
-    images, held = _images(data).split(holdout)
-    begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
     if begun is not None and config is not None and config != begun.config:
-        raise UsageError(f"--init {init} has another shape than the options say; leave them out, or train from scratch")
-    model, adversary = build_tokenizer(config or (begun.config if begun else TokenizerConfig()), training.seed)
+        raise UsageError("--init has another shape than the options say: leave them out, or train from scratch")
+    config = config or (begun.config if begun else TokenizerConfig())
+    if training.gan > 0 and config.pixels < SMALLEST_PATCH:
+        raise UsageError(
+            f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels a side: the adversary judges patches "
+            f"of that size (got {training.gan:g} and {config.pixels} pixels)"
+        )
+    everything = _images(data)
+    images, held = everything.split(holdout)
+    model, adversary = build_tokenizer(config, training.seed)
     if begun is not None:
         model.load_state_dict(begun.state_dict())
     optim.freeze(model, training.freeze)
     model, adversary = model.to(where), adversary.to(where)
     # Parallelism wraps the models here; the stage makes their average and optimizers of what it gets.
     bf16 = trains_in_bf16(where, on_cpu=False) if dtype == "auto" else dtype == "bf16"
-    stage = TokenizerStage(
-        model,
-        adversary,
-        training,
-        images,
-        held,
-        bf16=bf16,
-        warm=begun is not None,
-        workers=_worker_count(workers),
-        warn=note,
-    )
-    return stage, images, tokenizer_sha256(begun) if begun else None
+    ahead = _worker_count(workers, training.batch * 3 * config.pixels**2, note)
+    warm = begun is not None
+    stage = TokenizerStage(model, adversary, training, images, held, bf16=bf16, warm=warm, workers=ahead, warn=note)
+    return stage, images, everything.account
 
 
 def train_transformer(
@@ -229,13 +247,9 @@ def train_transformer(
     """
     training = training or default_recipe(depth, init)
     begun = _model_to_tune(init, depth, width, shared_adaln)
-    stage, images, held = _transformer_stage(
+    stage, images, held, account = _transformer_stage(
         data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, save_dtype, note
     )
-    ahead = _worker_count(workers)
-    cache = Path(token_cache or out)
-    stage.held = _tokens(stage, held, 1, cache, ahead, note, quiet)
-    stage.tokens = _tokens(stage, images, training.crops, cache, ahead, note, quiet)
     sha256 = tokenizer_sha256(stage.tokenizer)
     identity = optim.identity(
         images.fingerprint(),
@@ -252,11 +266,20 @@ def train_transformer(
         steps=steps,
         batch=training.batch,
         identity=identity,
+        images=_counts(images),
         validate_every=validate_every,
         save_every=save_every,
         preview=lambda folder, step: _preview_samples(stage, folder, step),
         report=_reporter(Path(out), steps, report, tensorboard),
+        note=note,
     )
+    check_run(run)
+    make_folder(run.folder)
+    _tell(account, training, len(images), note)
+    ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
+    cache = Path(token_cache or out)
+    stage.held = _tokens(stage, held, 1, cache, ahead, note, quiet)
+    stage.tokens = _tokens(stage, images, training.crops, cache, ahead, note, quiet)
     return train(stage, run)
 
 
@@ -272,25 +295,16 @@ def estimate_transformer(
     holdout: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    note: Callable[[str], None] = lambda line: None,
 ) -> TrainingEstimate:
     """What training a transformer will take; arguments as for `train_transformer`."""
     training = training or default_recipe(depth, init)
     begun = _model_to_tune(init, depth, width, shared_adaln)
-    stage, images, _ = _transformer_stage(
-        data,
-        tokenizer,
-        depth,
-        width,
-        shared_adaln,
-        training,
-        begun,
-        holdout,
-        device,
-        dtype,
-        "fp32",
-        lambda line: None,
+    stage, images, _, account = _transformer_stage(
+        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", note
     )
-    return estimate(stage, training, len(images), expected_losses(stage.config.depth))
+    _tell(account, training, len(images), note)
+    return estimate(stage, training, len(images), _expected_losses(stage.config))
 
 
 def default_recipe(depth: int | None = None, init: str | Path | None = None) -> TransformerTrainingConfig:
@@ -321,6 +335,15 @@ def _model_to_tune(
     return load_model(resolve_checkpoint(str(init)))
 
 
+def _expected_losses(config: TransformerConfig) -> tuple[float, float] | None:
+    """The scaling laws' losses; None of grids and codebooks they say nothing of, and where chance does as well."""
+    published = TokenizerConfig()
+    expected = expected_losses(config.depth)
+    if (config.sides, config.codebook_size) != (published.sides, published.codebook_size):
+        return None
+    return None if max(expected) > math.log(config.codebook_size) else expected
+
+
 def _transformer_stage(
     data: Sequence[str | Path],
     tokenizer: str | Path | None,
@@ -334,10 +357,11 @@ def _transformer_stage(
     dtype: str,
     save_dtype: str,
     note: Callable[[str], None],
-) -> tuple[TransformerStage, ImageSet, ImageSet]:
+) -> tuple[TransformerStage, ImageSet, ImageSet, list[str]]:
     where = pick_device(device)
     optim.make_deterministic(where)
-    images, held = _images(data).split(holdout)
+    everything = _images(data)
+    images, held = everything.split(holdout)
     if tokenizer is not None:
         trained = load_tokenizer(resolve_checkpoint(str(tokenizer))).to(where)
     elif begun is not None:
@@ -365,7 +389,7 @@ def _transformer_stage(
     # Parallelism wraps the model here; the stage makes its average and optimizer of what it gets.
     bf16 = trains_in_bf16(where, on_cpu=True) if dtype == "auto" else dtype == "bf16"
     stage = TransformerStage(model, training, trained, images.classes, bf16=bf16, save_dtype=DTYPES[save_dtype])
-    return stage, images, held
+    return stage, images, held, everything.account
 
 
 # --- what both stages take -------------------------------------------------------------------------
@@ -375,12 +399,51 @@ def _images(data: Sequence[str | Path]) -> ImageSet:
     return open_images([Path(path) for path in data], require_labels=True, read_headers=False)
 
 
-def _worker_count(workers: int | None) -> int:
-    """How many processes read images ahead."""
-    if workers is not None:
-        return workers
+FEW_STEPS = 200
+"""Steps below which a run is hardly more than its warm-up."""
+
+
+def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: Callable[[str], None]) -> None:
+    """Say what was found in the data and left out of it, and where the recipe is for far more images."""
+    for line in account:
+        note(f"data: {line}")
+    steps = training.steps(images)
+    if steps >= FEW_STEPS and training.batch <= images:
+        return
+    smaller = replace(training, batch=max(1, min(64, images // 8)), accumulate=1)
+    advice = f"--batch-size {smaller.batch} makes {smaller.steps(images)}"
+    if smaller.batch >= training.batch:
+        advice = f"--epochs {training.epochs * 10:g} makes {10 * steps}"
+    note(
+        f"{training.epochs:g} epochs of {images} images in batches of {training.batch} are {steps} steps, "
+        f"few to learn from; {advice}"
+    )
+
+
+def _counts(images: ImageSet) -> dict[str, int]:
+    """Number of images per class, by the class's folder."""
+    return dict(zip((entry.wnid for entry in images.classes.entries), images.class_counts(), strict=True))
+
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where worker processes on Linux put the images they hand over; containers often give it 64 MB."""
+
+
+def _worker_count(workers: int | None, batch_bytes: int, note: Callable[[str], None]) -> int:
+    """How many processes read images ahead: what was asked for, as far as shared memory holds their batches."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores - 1)
+    wanted = min(8, cores - 1) if workers is None else workers
+    if not wanted or not SHARED_MEMORY.is_dir():
+        return wanted
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
+    fitting = free // (_BATCHES_PER_WORKER * batch_bytes)
+    if fitting < wanted:
+        note(f"{fitting} processes read images ahead instead of {wanted}: {SHARED_MEMORY} has {free >> 20} MiB free")
+    return min(wanted, fitting)
+
+
+_BATCHES_PER_WORKER = 3
+"""Two that a worker reads ahead, and one on its way."""
 
 
 def _tokens(

@@ -149,9 +149,11 @@ def label_results(results: Sequence[Result]) -> list[Evaluation]:
     names = [measured_name(result) for result in results]
     labels = [[name] for name in names]
     details = [_details(result) for result in results]
-    for texts in zip(*details, strict=True):
+    kinds = [(name, result.what) for name, result in zip(names, results, strict=True)]
+    for number, texts in enumerate(zip(*details, strict=True)):
+        alike: Sequence[Any] = kinds if number else names  # settings of samples tell nothing of a tokenizer
         for i, text in enumerate(texts):
-            if text and any(names[j] == names[i] and texts[j] != text for j in range(len(results))):
+            if text and any(alike[j] == alike[i] and texts[j] != text for j in range(len(results))):
                 labels[i].append(text)
         if len(set(map(tuple, labels))) == len(labels):
             break
@@ -235,8 +237,12 @@ def _log_lines(log: Path) -> Iterator[Mapping[str, float]]:
             raise InputError(f"training run: {log}, line {number} must be figures as `var train` logs them")
 
 
+LARGEST_LOGGED = 1e300
+"""No figure of a run is as large; an integer of JSON may be, and is more than arithmetic takes."""
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > LARGEST_LOGGED
 
 
 def _run_settings(state: Path) -> Mapping[str, Any]:

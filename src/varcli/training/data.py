@@ -8,10 +8,12 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import operator
 import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from varcli.checkpoints.store import tokenizer_sha256
 from varcli.config import sequence_length
 from varcli.distributed import end_with_parent
-from varcli.errors import InputError
+from varcli.errors import InputError, RunError
 from varcli.files import cannot_write, write_atomically
 from varcli.images.dataset import ImageSet
 from varcli.images.decode import UnreadableImage, square_crop
@@ -53,32 +55,37 @@ def draws(count: int, batch: int, steps: range, seed: int) -> Iterator[list[Draw
         yield chosen
 
 
+Unread = tuple[str, str]
+"""Name of an image that cannot be read, and the reason."""
+
+
 class Unreadable:
     """The names of images that could not be read, and when they are too many."""
 
     def __init__(self, total: int, warn: Callable[[str], None]) -> None:
         self.total = total
         self.warn = warn
-        self.names: set[str] = set()
+        self.reasons: dict[str, str] = {}
 
-    def add(self, names: Iterable[str]) -> None:
-        """Note unreadable images, each named once.
+    def add(self, found: Iterable[Unread]) -> None:
+        """Note unreadable images, each named once with the reason.
 
         Raises:
             InputError: more than one in a hundred images of the set is unreadable.
         """
-        for name in names:
-            if name not in self.names:
-                self.names.add(name)
-                self.warn(f"skipped, unreadable: {name} ({len(self.names)} so far)")
-        if len(self.names) > TOLERATED * self.total:
+        for name, reason in found:
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                self.warn(f"skipped, unreadable: {name} ({reason}), {len(self.reasons)} so far")
+        if len(self.reasons) > TOLERATED * self.total:
+            name, reason = min(self.reasons.items())
             raise InputError(
-                f"unreadable images: {len(self.names)} of {self.total}, {sorted(self.names)[0]} among them; "
+                f"unreadable images: {len(self.reasons)} of {self.total}, {name} ({reason}) among them; "
                 f"fix or remove them: at most {TOLERATED:.0%} are skipped"
             )
 
 
-class Crops(Dataset[tuple[Tensor, list[str]]]):
+class Crops(Dataset[tuple[Tensor, list[Unread]]]):
     """Images as square uint8 tensors (3, P, P), cropped at random, or at the centre where there is no seed.
 
     With `flip` an image is mirrored in every other epoch, half of the images in each.
@@ -91,17 +98,18 @@ class Crops(Dataset[tuple[Tensor, list[str]]]):
         self.seed = seed
         self.flip = flip
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, list[str]]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, list[Unread]]:
         """Return an image's crop; the next readable one stands in for those whose names come along."""
         index, epoch = draw
-        unreadable: list[str] = []
+        unreadable: list[Unread] = []
         count = len(self.images)
         for number in (*range(index, count), *range(index)):
             try:
                 return self.crop(number, epoch), unreadable
             except UnreadableImage as error:
-                unreadable.append(error.name)
-        raise InputError(f"data: none of its {count} images can be read; {unreadable[0]} is the first")
+                unreadable.append((error.name, error.reason))
+        name, reason = unreadable[0]
+        raise InputError(f"none of the {count} images of the data can be read; the first is {name} ({reason})")
 
     def crop(self, index: int, epoch: int) -> Tensor:
         """Return one image's crop, its corner drawn from the seed, the image and the epoch."""
@@ -115,24 +123,44 @@ class Crops(Dataset[tuple[Tensor, list[str]]]):
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-Batch = tuple[Tensor, list[list[str]]]
-"""Images as (B, 3, P, P) uint8, and for each the names of unreadable ones it stands in for."""
+Batch = tuple[Tensor, list[list[Unread]]]
+"""Images as (B, 3, P, P) uint8, and for each the unreadable ones it stands in for."""
 
 
-def collate(items: list[tuple[Tensor, list[str]]]) -> Batch:
+def collate(items: list[tuple[Tensor, list[Unread]]]) -> Batch:
     """Return items as one batch."""
     return torch.stack([pixels for pixels, _ in items]), [names for _, names in items]
 
 
 def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterator[Batch]:
-    """Yield given batches in order, read ahead by `workers` processes."""
-    yield from DataLoader(
-        crops,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_follow_parent,
+    """Yield given batches in order, read ahead by `workers` processes.
+
+    Raises:
+        RunError: one of them was ended, or cannot hand its images over.
+    """
+    reader = iter(
+        DataLoader(
+            crops,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_follow_parent,
+        )
     )
+    while True:
+        try:
+            batch = next(reader, None)
+        except (RuntimeError, OSError) as error:
+            if not workers:
+                raise
+            raise RunError(f"a process that reads images failed: {_first_line(error)}; try --workers 0") from error
+        if batch is None:
+            return
+        yield batch
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _follow_parent(worker: int) -> None:
@@ -206,7 +234,7 @@ def open_cache(
     done, unreadable = _begin_cache(place, tokenizer, total)
     tokens = open_memmap(place / "tokens.npy", mode="r+")
     skipped = Unreadable(len(images), warn)
-    skipped.add(images.name(i) for i in sorted(unreadable))
+    skipped.add((images.name(i), "as an earlier call found") for i in sorted(unreadable))
     progress(done)
     chunks = _chunks(range(done, total), len(images))
     seed = settings.seed if settings.crops > 1 else None
@@ -233,9 +261,11 @@ def _key(tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device
 def _begin_cache(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, set[int]]:
     """How many crops are done and which images cannot be read; make the files of a new cache."""
     progress, shape = place / "progress.json", (total, sequence_length(tokenizer.config.sides))
-    if progress.exists() and _holds(place / "tokens.npy", shape):
-        note = json.loads(progress.read_text())
-        return int(note["done"]), set(note["unreadable"])
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # none yet, or a damaged one
+        note = json.loads(progress.read_bytes())
+        done, unreadable = operator.index(note["done"]), {operator.index(i) for i in note["unreadable"]}
+        if 0 <= done <= total and _holds(place / "tokens.npy", shape):
+            return done, unreadable
     try:
         place.mkdir(parents=True, exist_ok=True)
         progress.unlink(missing_ok=True)

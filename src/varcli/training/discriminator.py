@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 MAX_WEIGHT = 1e4
+SMALLEST_PATCH = 8
+"""Pixels a side that an image must have to be judged: three convolutions halve it."""
 
 
 class PatchDiscriminator(nn.Module):

@@ -11,7 +11,7 @@ A run lives in a folder:
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from varcli.acceleration.devices import out_of_memory
-from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
+from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors
 from varcli.config import TrainingConfig
-from varcli.errors import RunError, UsageError
-from varcli.files import cannot_write
+from varcli.errors import CheckpointError, RunError, UsageError
+from varcli.files import cannot_lock, cannot_write
+from varcli.images.dataset import in_words
 from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
@@ -84,6 +85,8 @@ class Run:
     batch: int
     identity: dict[str, Any]
     """All that shapes the result; a run continues only where it is the same."""
+    images: Mapping[str, int] = field(default_factory=dict)
+    """Number of training images of each class, to say what has changed where the identity has."""
     log_every: int = 50
     validate_every: int = 1000
     save_every: int = 500
@@ -91,6 +94,8 @@ class Run:
     """Draws images of the averaged weights into a folder."""
     report: Callable[[int, Metrics], None] = field(default=lambda step, figures: None)
     """Shows figures as they come."""
+    note: Callable[[str], None] = field(default=lambda line: None)
+    """Takes remarks for the user."""
 
     @property
     def state_file(self) -> Path:
@@ -140,30 +145,87 @@ class StopSignal:
         self.received = True
 
 
+CHECKPOINTS = ("model.safetensors", "tokenizer.safetensors")
+"""What a run leaves for others, and what no other run may replace."""
+
+
+def check_run(run: Run) -> int:
+    """Check that the folder holds this very run, or none; returns the step it has come to. Nothing is changed.
+
+    A run may be given more epochs than it was begun with: the schedules are then those of the longer run.
+
+    Raises:
+        UsageError: the folder holds a run with other settings or images, or a checkpoint without the run's state.
+        CheckpointError: the run's state is damaged.
+    """
+    if not run.state_file.exists():
+        finished = [name for name in CHECKPOINTS if (run.folder / name).exists()]
+        if finished:
+            raise UsageError(
+                f"{run.folder} has a {finished[0]} and no state from which its run could go on, "
+                "so training would replace it; use another --out"
+            )
+        return 0
+    _, metadata = load_header(run.state_file)
+    try:
+        begun, step = BEFORE | json.loads(metadata["identity"]), int(metadata["step"])
+        begun.setdefault("perceptual_weight", begun.get("lpips"))
+        begun.setdefault("clip_grad", 2.0 if "gamma_init" in begun else 0.0)
+        images = json.loads(metadata.get("images", "{}"))
+        given = json.loads(json.dumps(run.identity))
+        different = sorted(key for key in given if begun.get(key) != given[key])
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(run, "it does not say which run's it is") from error
+    if different == ["epochs"] and given["epochs"] > begun["epochs"]:
+        run.note(
+            f"the run in {run.folder} has come to step {step} of {begun['epochs']:g} epochs: from here on it follows "
+            f"the learning rates of {given['epochs']:g} epochs"
+        )
+    elif "pictures" in different and images:
+        raise UsageError(f"the run in {run.folder} was begun with {_other_images(images, run.images)}; use {_AGAIN}")
+    elif different:
+        was = ", ".join(f"{key} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
+        raise UsageError(f"the run in {run.folder} was begun with {was}; use {_AGAIN}")
+    return step
+
+
+_AGAIN = "the same again, or another --out"
+
+
+def _other_images(before: Mapping[str, int], now: Mapping[str, int]) -> str:
+    """Say how the images of a run differ from those that are there now, from their numbers per class."""
+    changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    counts = [f"{name} {before.get(name, 0)} (now {now.get(name, 0)})" for name in sorted(changed)]
+    what = f"{sum(before.values())} images (now {sum(now.values())})"
+    return f"{what}: {in_words(counts)}" if counts else f"{what}, of which some had other names or sizes"
+
+
 def resume(stage: Stage, run: Run) -> int:
     """Load the state of a run that was under way; returns the step to begin with.
 
     Raises:
-        UsageError: the folder holds a run with other settings.
+        VarError: as `check_run`, or the state is another network's.
     """
-    if not run.state_file.exists():
-        return 0
-    tensors, metadata = load_tensors(run.state_file)
-    begun = BEFORE | json.loads(metadata["identity"])
-    begun.setdefault("perceptual_weight", begun.get("lpips"))
-    begun.setdefault("clip_grad", 2.0 if "gamma_init" in begun else 0.0)
-    given = json.loads(json.dumps(run.identity))
-    different = sorted(key for key in given if begun.get(key) != given[key])
-    if different:
-        was = ", ".join(f"{key} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
-        raise UsageError(f"the run in {run.folder} was begun with {was}; use the same again, or another --out")
-    stage.load_tensors(tensors)
-    return int(metadata["step"])
+    step = check_run(run)
+    if run.state_file.exists():
+        tensors, _ = load_tensors(run.state_file)
+        try:
+            stage.load_tensors(tensors)
+        except (KeyError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            raise _damaged(run, "its tensors are not those of this model") from error
+    return step
+
+
+def _damaged(run: Run, what: str) -> CheckpointError:
+    return CheckpointError(f"the state {run.state_file} is damaged: {what}; use another --out")
 
 
 def save_state(stage: Stage, run: Run, step: int) -> None:
     """Write the state to continue from, atomically."""
     metadata = {"step": str(step), "identity": json.dumps(run.identity, sort_keys=True)}
+    metadata["images"] = json.dumps(run.images, sort_keys=True)
     save_tensors(run.state_file, stage.tensors(), metadata)
 
 
@@ -175,7 +237,8 @@ def train(stage: Stage, run: Run) -> Metrics:
     Raises:
         RunError: the loss is not finite, memory does not suffice, or another run is under way in the folder;
             the last good checkpoint stays.
-        UsageError: the folder holds a run with other settings.
+        UsageError: the folder holds a run with other settings, or a checkpoint that would be replaced.
+        CheckpointError: the state of the folder's run is damaged.
     """
     make_folder(run.folder)
     with only_run(run.folder), memory_explained(run.batch):
@@ -198,6 +261,8 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
             log.add(metrics)
             last = done == run.steps
             validating = last or done % run.validate_every == 0
+            if validating and not run.state_file.exists():
+                save_state(stage, run, done)  # before the checkpoint, which without a state no run could replace
             if validating or done % run.log_every == 0:
                 log.write(done, conclude(stage, run, done) if validating else {})
                 run.report(done, log.last)
@@ -220,6 +285,9 @@ def only_run(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise RunError(f"another run is using {folder}; wait for it, or use another --out") from None
+    except (OSError, NotImplementedError) as error:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        raise cannot_lock(folder, error) from error
     with lock:
         yield
 

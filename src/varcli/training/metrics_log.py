@@ -27,15 +27,16 @@ class MetricsLog:
     def _drop_after(self, start: int) -> None:
         """Cut off lines of steps that will be taken again, and a half-written one."""
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
                 figures = json.loads(line)
-            except ValueError:
+                if figures["step"] > start:
+                    continue
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            if figures["step"] <= start:
-                self.last = figures
-                kept.append(line + "\n")
-        write_atomically(self.path, "".join(kept).encode())
+            self.last = figures
+            kept.append(line + b"\n")
+        write_atomically(self.path, b"".join(kept))
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add the figures of one step."""

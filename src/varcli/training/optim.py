@@ -201,7 +201,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ten
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors) -> None:
-    """Set the moments that `optimizer_tensors` returned."""
+    """Set the moments that `optimizer_tensors` returned.
+
+    Raises:
+        ValueError: some of a parameter are missing, or of another shape.
+    """
     for name, parameter in model.named_parameters():
         for key, value in tensors.items():
             if key.rpartition(".")[0] == name:
@@ -210,6 +214,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
                 of_weight = value.shape == parameter.shape
                 like = torch.empty_like(parameter if of_weight else value, device=parameter.device)
                 optimizer.state[parameter][key.rpartition(".")[2]] = like.copy_(value)
+        shapes = {key: value.shape for key, value in optimizer.state.get(parameter, {}).items()}
+        if shapes and shapes != {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+            raise ValueError(f"the moments of {name} are not whole")
 
 
 def identity(images: str, device: torch.device, bf16: bool, **configs: Any) -> dict[str, Any]:
