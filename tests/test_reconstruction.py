@@ -49,7 +49,7 @@ def pixels(path):
 
 def test_reconstruction_is_the_tokenizers(original):
     image = original.outputs["image_u8"][0].permute(1, 2, 0).numpy()
-    tokens = encode(original.tokenizer, image)
+    tokens = encode(original.tokenizer, image[None])
     for scale, idx_1l in enumerate(tokens):
         assert torch.equal(idx_1l, original.outputs[f"tokens.{scale}"][:1].long())
     expected = (original.outputs["reconstruction"][0].permute(1, 2, 0) + 1) * 127.5
@@ -73,7 +73,7 @@ def test_reconstruct_tells_figures_and_shows_images(var, model):
     tokenizer = load_tokenizer(model)
     assert said[1]["psnr"] == pytest.approx(psnr(NOISE[:16, :16], pixels(said[1]["path"])))
     assert said[0]["bits_per_pixel"] == pytest.approx((1 + 4 + 16) * 6 / 16**2)
-    assert np.array_equal(pixels(said[1]["path"]), rebuilt(tokenizer, encode(tokenizer, NOISE[:16, :16])))
+    assert np.array_equal(pixels(said[1]["path"]), rebuilt(tokenizer, encode(tokenizer, NOISE[None, :16, :16])))
     made = read_provenance(said[1]["path"])
     assert made.command[:2] == ("reconstruct", "b.png") and len(made.inputs) == 1
     var("reconstruct", "a.png", "--growth", "grows.gif", "--grid", "grid.png")
@@ -101,7 +101,7 @@ def test_tokens_there_and_back(var, model):
     save_file({k: v[1:].flatten(1).long() for k, v in tensors.items() if k != "tokens.2"}, "coarse.safetensors")
     var("tokens", "decode", "coarse.safetensors", "-o", "coarse.png")
     tokenizer = load_tokenizer(model)
-    assert np.array_equal(pixels("coarse.png"), rebuilt(tokenizer, encode(tokenizer, NOISE[:16, :16])[:2]))
+    assert np.array_equal(pixels("coarse.png"), rebuilt(tokenizer, encode(tokenizer, NOISE[None, :16, :16])[:2]))
 
 
 def test_equal_runs_write_equal_files(var, tmp_path):

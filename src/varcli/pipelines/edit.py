@@ -30,7 +30,7 @@ from varcli.images.masks import (
 )
 from varcli.images.png16 import to_8_bits
 from varcli.images.provenance import EditProvenance, png_bytes, setting_options
-from varcli.images.tiling import count_tiles, tile_side
+from varcli.images.tiling import Plan, plan_squares, plan_whole
 from varcli.outputs.open import open_sink
 from varcli.pipelines.model import ClassName, Model
 from varcli.pipelines.requests import SampleRequest, request
@@ -57,8 +57,6 @@ class EditTask:
     """sha256 of the files."""
     opaque: bool = False
     """Whether what is filled becomes opaque."""
-    side: int | None = None
-    """Side of the squares that go through the model, in the image's pixels; None is the hole with its context."""
 
 
 def read_input(image: ImageInput, name: str = "image") -> SourceImage:
@@ -179,7 +177,6 @@ def outpaint_task(
         source=stem(image),
         inputs=(source.sha256,),
         opaque=True,
-        side=min(source.size),
     )
 
 
@@ -205,9 +202,10 @@ def edit_images(
     config: SampleConfig,
     rule: EditConfig | None = None,
     *,
+    plan: Plan | None = None,
     best_of: int = 1,
     growing: bool = False,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Iterator[EditResult]:
     """Edit an image once per seed.
 
@@ -218,9 +216,10 @@ def edit_images(
         seeds: of each image's first candidate; the candidates' seeds count up from it.
         config: settings of sampling.
         rule: how the result is put back into the image.
+        plan: what `edit_plan` returned, if it is known.
         best_of: candidates per image; the one of best seam and likelihood is kept.
         growing: also keep the image after each scale.
-        advance: called after each square.
+        advance: called with how many squares were filled, after each batch of them.
 
     Raises:
         UsageError: the label means several classes.
@@ -229,15 +228,14 @@ def edit_images(
     """
     rule = rule or EditConfig()
     entry, common = model.one_class(label), model.provenance(config)
-    side = _square_side(model, task, rule)
+    plan = plan or edit_plan(model, task, rule)
     editor = Editor(model.prepared.tokenizer, model.prepared.transformer, config, rule)
     for seed in seeds:
         wanted = request(entry, seed, model.classes, common)
         candidates = [
             editor.edit(
                 task.image.seen(),
-                task.mask,
-                side,
+                plan,
                 wanted.label,
                 seed + i,
                 scored=best_of > 1,
@@ -253,10 +251,11 @@ def edit_images(
         )
 
 
-def _square_side(model: Model, task: EditTask, rule: EditConfig) -> int:
-    """Side of the squares that go through the model, in the image's pixels."""
-    whole = max(task.mask.shape)
-    return tile_side(task.mask, model.tokenizer_config.pixels, whole if rule.released_rule else task.side)
+def edit_plan(model: Model, task: EditTask, rule: EditConfig) -> Plan:
+    """Return the squares that go through the model."""
+    if rule.released_rule:
+        return plan_whole(task.mask)
+    return plan_squares(task.mask, model.tokenizer_config.pixels, rule.feather or 0)
 
 
 def _provenance(task: EditTask, wanted: SampleRequest, seed: int, rule: EditConfig) -> EditProvenance:
@@ -304,17 +303,27 @@ def edit_to(
     seeds = range(seed, seed + count * best_of, best_of)
     model.one_class(label)
     model.load_weights()
-    squares = count * best_of * count_tiles(task.mask, _square_side(model, task, rule))
+    plan = edit_plan(model, task, rule)
+    squares = count * best_of * plan.count
     shown, labels = [marked(task.image.pixels(), task.mask)], ["to fill"]
     with open_sink(out, several=count > 1) as sink, progress("squares", squares, quiet) as advance:
         results = edit_images(
-            model, task, label, seeds, config, rule, best_of=best_of, growing=growth is not None, advance=advance
+            model,
+            task,
+            label,
+            seeds,
+            config,
+            rule,
+            plan=plan,
+            best_of=best_of,
+            growing=growth is not None,
+            advance=advance,
         )
         for result in results:
             provenance = result.image.provenance
             path = sink.add(result.image.raster, provenance)
             if growth:
-                _save_growth(growth, result)
+                _save_growth(growth, result, len(model.tokenizer_config.sides))
             if grid:
                 shown.append(to_8_bits(result.chosen.pixels))
                 labels.append(f"{provenance.class_name}, seed {provenance.seed}")
@@ -323,9 +332,9 @@ def edit_to(
         write_atomically(grid, png_bytes(contact_sheet(shown, labels)))
 
 
-def _save_growth(path: Path, result: EditResult) -> None:
-    """Write the image growing: scale by scale, or square by square as a strip of several squares."""
-    frames, squares = result.chosen.frames, len(result.chosen.seams)
-    step = len(frames) // squares if squares > 1 and path.suffix.lower() == ".png" else 1
-    frames = frames[step - 1 :: step]
+def _save_growth(path: Path, result: EditResult, scales: int) -> None:
+    """Write the image growing: scale by scale, or as a strip of what each of several batches of squares made."""
+    frames = result.chosen.frames
+    if len(frames) > scales and path.suffix.lower() == ".png":
+        frames = frames[scales - 1 :: scales]
     save_growth(path, frames, [f"step {i + 1}" for i in range(len(frames))], result.image.provenance)

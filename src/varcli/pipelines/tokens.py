@@ -58,7 +58,7 @@ def reconstruct(model: Model, image: ImageInput, number: int = 0, *, growth: Pat
     """
     source = read_input(image)
     before = crop(model, source)
-    tokens = reconstruction.encode(model.tokenizer, before)
+    tokens = reconstruction.encode(model.tokenizer, before[None])
     pixels = reconstruction.rebuilt(model.tokenizer, tokens)
     if growth:
         sides = model.tokenizer_config.sides
@@ -90,7 +90,7 @@ def encode(model: Model, image: ImageInput) -> list[Tensor]:
     Raises:
         InputError: the image cannot be read.
     """
-    return reconstruction.encode(model.tokenizer, crop(model, read_input(image)))
+    return reconstruction.encode(model.tokenizer, crop(model, read_input(image))[None])
 
 
 def encode_to(model: Model, images: Sequence[ImageInput], path: Path, advance: Callable[[], None]) -> None:
@@ -103,7 +103,7 @@ def encode_to(model: Model, images: Sequence[ImageInput], path: Path, advance: C
     sources = [read_input(image) for image in images]
     tokens = []
     for source in sources:
-        tokens.append(reconstruction.encode(model.tokenizer, crop(model, source)))
+        tokens.append(reconstruction.encode(model.tokenizer, crop(model, source)[None]))
         advance()
     names = [stem(image) for image in images]
     save_tokens(path, tokens, names, model.tokenizer_config, model.metadata["tokenizer_sha256"])
