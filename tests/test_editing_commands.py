@@ -84,7 +84,8 @@ def test_every_kind_of_png_keeps_its_kind(var, mode):
         assert out.mode == mode
         assert np.array_equal(np.asarray(out)[kept()], array[kept()])
         if "A" in mode:
-            assert np.array_equal(np.asarray(out.getchannel("A")), array[:, :, -1])
+            alpha = np.asarray(out.getchannel("A"))
+            assert np.array_equal(alpha[~MASK], array[:, :, -1][~MASK]) and alpha[MASK].min() > 0
         assert (np.asarray(out)[MASK] != array[MASK]).any()
 
 
@@ -116,7 +117,7 @@ def test_colours_of_16_bits_are_kept_whole(var, channels):
     fading = out[~MASK & ~kept()][:, : 3 if channels > 2 else 1]
     assert (fading % 257 != 0).any(axis=1).mean() > 0.9, "composited in 16 bits"
     if channels != 3:
-        assert np.array_equal(out[:, :, -1], deep[:, :, -1])
+        assert np.array_equal(out[:, :, -1][~MASK], deep[:, :, -1][~MASK])
     assert read_provenance("out.png").seed == 0
     var("outpaint", "deep.png", "--pad", "4,0,8,2", "-o", "wide.png")
     inside = feather_mask(~box_mask((4, 0, 64, 40), (72, 42)), 5)[:40, 4:64] == 0
@@ -210,7 +211,7 @@ def test_outpaint_goes_on_beyond_the_edges(var, size, place, shape):
     inner = feather_mask(new, 6)[top : top + 40, left : left + 60] == 0
     assert inner.any()
     assert np.array_equal(out[top : top + 40, left : left + 60][inner], NOISE[inner])
-    assert (out[new][:, 3] == 255).all() and out[new].std() > 5
+    assert (out[new][:, 3] > 0).all() and out[new].std() > 5
 
 
 def test_edit_puts_a_class_in(var):

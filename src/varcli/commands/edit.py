@@ -160,6 +160,8 @@ def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
     from varcli.pipelines.model import load
     from varcli.sampling.editing import EditConfig
 
+    for sentence in () if shared.quiet else task.notes:
+        note(sentence)
     model = load(shared.checkpoint, device=shared.device, dtype=shared.dtype, progress=not shared.quiet)
     results = edit_to(
         model,
@@ -181,8 +183,6 @@ def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
             result(json.dumps(facts, sort_keys=True))
         elif path and not shared.quiet:
             result(str(path))
-    if task.image.shortened and not shared.quiet:
-        note(f"{task.image.name} has colours of 16 bits; the upper 8 bits were kept")
 
 
 def _scores(edited: "EditResult") -> dict[str, Any]:

@@ -8,17 +8,20 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import unicodedata
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
 from varcli.config import SampleConfig
 from varcli.errors import InputError
+from varcli.images.decode import open_image
+from varcli.images.metadata import metadata_chunks
+from varcli.images.png_chunks import chunks, png_texts, text_chunk, with_chunks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +44,7 @@ class Raster:
     levels: "Levels"
     """(height, width, channels): grey, grey and alpha, RGB or RGBA, of 8 or 16 bits."""
     info: dict[str, Any]
-    """Its resolution and colour profile, `dpi` and `icc_profile`, where it has them."""
+    """What its file says of it, as `read_metadata` returns it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,23 +132,30 @@ def provenance_from_json(text: str, name: str) -> Provenance:
         raise InputError(f"the provenance of {name} is damaged, or of another version of varcli") from error
 
 
-def read_provenance(path: Path) -> Provenance:
-    """What a PNG says about how it was made.
+def read_provenance(path: str | Path) -> Provenance:
+    """What a PNG says about how it was made; "-" is one on standard input.
 
     Raises:
         InputError: the file is no image, or says nothing.
     """
+    name = "standard input" if str(path) == "-" else str(path)
     try:
-        with Image.open(path) as image:
-            image.load()  # text may stand behind the pixels
-            text = dict(image.info)
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image: give a PNG that var sample wrote") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if KEYWORD not in text:
-        raise InputError(f"{path} has no provenance: give a PNG that var sample wrote")
-    return provenance_from_json(str(text[KEYWORD]), str(path))
+        content = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"the image {name} cannot be read: {error.strerror or error}") from error
+    last = b""
+    for chunk in chunks(content):
+        last = chunk.name
+    if last and last != b"IEND":
+        raise InputError(f"the image {name} cannot be read: it is cut off")
+    text = png_texts(content).get(KEYWORD)
+    if text is not None:
+        return provenance_from_json(text, name)
+    try:
+        open_image(content)
+    except Exception as error:  # damaged files raise nearly anything
+        raise InputError(f"{name} is not an image: give a PNG that var sample wrote") from error
+    raise InputError(f"{name} has no provenance: give a PNG that var sample wrote")
 
 
 def reproduction_command(provenance: Provenance) -> str:
@@ -180,22 +190,27 @@ def setting_options(provenance: Provenance) -> list[str]:
 def png_bytes(pixels: "PixelsOrRaster", provenance: Provenance | None = None) -> bytes:
     """Return an image as a PNG file's content, with its provenance as text where it has one.
 
-    A raster also keeps its bits, and its resolution and colour profile if its `info` has them.
+    A raster also keeps its bits, and what its `info` says of it.
     """
-    text = PngInfo()
+    texts = []
     if provenance is not None:
-        text.add_text("Title", f"{provenance.class_name}, seed {provenance.seed}")
-        text.add_text("Software", f"varcli {provenance.version}")
-        text.add_text(KEYWORD, provenance.to_json())
+        texts = [
+            text_chunk("Title", f"{provenance.class_name}, seed {provenance.seed}"),
+            text_chunk("Software", f"varcli {provenance.version}"),
+            text_chunk(KEYWORD, provenance.to_json()),
+        ]
     levels, info = (pixels.levels, pixels.info) if isinstance(pixels, Raster) else (pixels, {})
     if levels.itemsize > 1 and levels.shape[2] > 1:  # Pillow has no colours of 16 bits
         from varcli.images.png16 import deep_png_bytes
 
-        return deep_png_bytes(levels, [chunk[:2] for chunk in text.chunks], info, _COMPRESSION)
-    content = BytesIO()
-    image = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
-    image.save(content, "PNG", pnginfo=text, compress_level=_COMPRESSION, **info)
-    return content.getvalue()
+        content = deep_png_bytes(levels, _COMPRESSION)
+    else:
+        file = BytesIO()
+        image = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
+        image.save(file, "PNG", compress_level=_COMPRESSION)
+        content = file.getvalue()
+    colours, others = metadata_chunks(info)
+    return with_chunks(content, [*colours, *texts, *others])
 
 
 _COMPRESSION = 3

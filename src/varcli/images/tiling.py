@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from varcli.images.masks import Mask, Numbers
+from varcli.images.png16 import Mask, Numbers
 
 if TYPE_CHECKING:
     from varcli.images.provenance import Pixels

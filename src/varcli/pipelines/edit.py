@@ -17,9 +17,9 @@ from varcli.images.contact_sheet import contact_sheet, save_growth
 from varcli.images.editable import SourceImage, read_source_image, source_image
 from varcli.images.image import Image
 from varcli.images.masks import (
-    Mask,
     box_mask,
     check_mask,
+    check_mask_image,
     fitted_mask,
     grey_mask,
     marked,
@@ -28,7 +28,7 @@ from varcli.images.masks import (
     parse_target,
     transparent_mask,
 )
-from varcli.images.png16 import to_8_bits
+from varcli.images.png16 import Mask, to_8_bits
 from varcli.images.provenance import EditProvenance, png_bytes, setting_options
 from varcli.images.tiling import Plan, plan_squares, plan_whole
 from varcli.outputs.open import open_sink
@@ -55,8 +55,8 @@ class EditTask:
     """Name of the results: the image's file name without folder and suffix."""
     inputs: tuple[str, ...]
     """sha256 of the files."""
-    opaque: bool = False
-    """Whether what is filled becomes opaque."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: what of a file is left out, what may be a mistake."""
 
 
 def read_input(image: ImageInput, name: str = "image") -> SourceImage:
@@ -134,14 +134,16 @@ def fill_task(
         mask=box_mask((0, 0, 0, 0), source.size),
         source=stem(image),
         inputs=(source.sha256,),
+        notes=source.notes,
     )
     if typed is not None:
         return replace(task, mask=box_mask(parse_box(typed, source.size), source.size))
     marks = source if mask is None else read_input(mask, "mask")
     region = fitted_mask(transparent_mask(marks) if alpha else grey_mask(marks), source.size, marks.name, fit_mask)
     check_mask(region, marks.name)
+    doubt = "" if alpha else check_mask_image(marks, region)
     inputs = (source.sha256,) if mask is None else (source.sha256, marks.sha256)
-    return replace(task, mask=region, inputs=inputs, opaque=mask is None)
+    return replace(task, mask=region, inputs=inputs, notes=(*task.notes, *[doubt] * bool(doubt)))
 
 
 def outpaint_task(
@@ -176,7 +178,7 @@ def outpaint_task(
         mask=~box_mask((left, top, left + width, top + height), padded.size),
         source=stem(image),
         inputs=(source.sha256,),
-        opaque=True,
+        notes=source.notes,
     )
 
 
@@ -234,7 +236,7 @@ def edit_images(
         wanted = request(entry, seed, model.classes, common)
         candidates = [
             editor.edit(
-                task.image.seen(),
+                task.image.paint(),
                 plan,
                 wanted.label,
                 seed + i,
@@ -245,7 +247,7 @@ def edit_images(
             for i in range(best_of)
         ]
         chosen = best(candidates) if best_of > 1 else candidates[0]
-        raster = task.image.replaced(chosen.pixels, task.mask if task.opaque else None)
+        raster = task.image.replaced(chosen.pixels, task.mask)
         yield EditResult(
             Image(raster.levels, _provenance(task, wanted, chosen.seed, rule), raster.info), chosen, candidates
         )

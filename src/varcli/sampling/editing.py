@@ -18,8 +18,7 @@ from varcli.acceleration.devices import block_weight, out_of_memory
 from varcli.config import SampleConfig
 from varcli.errors import RunError
 from varcli.images.blending import feather_mask, match_levels, pull_push_fill
-from varcli.images.masks import Mask
-from varcli.images.png16 import Levels, as_deep_as, step, to_8_bits
+from varcli.images.png16 import Levels, Mask, as_deep_as, step, to_8_bits
 from varcli.images.tiling import Plan, enlarged, shrunk, shrunk_mask
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
