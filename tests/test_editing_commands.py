@@ -25,6 +25,8 @@ from varcli.images.tiling import LARGEST
 NOISE = np.random.RandomState(0).randint(0, 256, (40, 60, 4)).astype(np.uint8)
 BOX = (20, 10, 30, 22)
 MASK = box_mask(BOX, (60, 40))
+OUT_MUST_BE = "--out must be a folder, a name ending in .png, or - for standard output"
+OTHER_ENDINGS = ("npz", "tar", "jpg", "avif", "heic", "jxl", "jp2", "tga", "ppm", "psd", "pdf", "svg", "exr", "bak", "JPG")
 HALF_TOKEN = 3
 """Of the small model: 24 pixels a square on a last grid of 4."""
 
@@ -264,6 +266,64 @@ def test_many_and_the_best(var):
     assert read_provenance("best.png").seed == said["seed"]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("photo.jpg", "photo.png"),
+        ("a/x.png", "b/x.png"),
+        ("猫.png", "犬.png"),
+        ("a b.png", "a_b.png"),
+        ("é.png", "🦊.png"),
+    ],
+    ids=" ".join,
+)
+def test_results_of_different_images_have_different_names(var, names):
+    paths = []
+    for number, name in enumerate(names):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.fromarray(NOISE[:, :, number]).save(name)
+        paths.append(var("inpaint", name, "--box", "20,10,30,22").strip())
+        first = Path(paths[-1]).read_bytes()
+        assert var("inpaint", name, "--box", "20,10,30,22").strip() == paths[-1], "the same image has the same name"
+        assert Path(paths[-1]).read_bytes() == first
+    assert len(set(paths)) == 2 and all(len(read_provenance(path).inputs) == 1 for path in paths)
+
+
+def test_a_file_of_someone_else_is_not_replaced(var):
+    Path("in-inpaint-0.png").write_bytes(b"mine")
+    assert var("inpaint", "in.png", "mask.png").strip() != "in-inpaint-0.png"
+    assert Path("in-inpaint-0.png").read_bytes() == b"mine"
+
+
+def test_what_was_painted_can_be_seen(var):
+    """Also where an erased part is given by a mask or a box, whatever the alpha around it."""
+    for around in (255, 128):
+        layer = NOISE.copy()
+        layer[:, :, 3] = np.where(MASK, 0, around)
+        Image.fromarray(layer).save("hole.png")
+        for number, (command, *rest) in enumerate(
+            (("inpaint", "mask.png"), ("edit", "--box", "20,10,30,22", "-c", "pizza"), ("inpaint", "--alpha"))
+        ):
+            var(command, "hole.png", *rest, "-o", f"{number}.png")
+            assert (pixels(f"{number}.png")[:, :, 3] == around).all()
+    var("outpaint", "hole.png", "--pad", "9,0,0,0", "-o", "wide.png")
+    assert set(pixels("wide.png")[:, :9, 3].ravel()) == {128}
+
+
+def test_notes(var, model, capsys):
+    """What is left out of a file and what may be a mistake is said, and not with --quiet."""
+    Image.fromarray(NOISE[:, :, 0]).save("grey.png")
+    Image.fromarray(NOISE[:, :, :3]).save("profile.tif", icc_profile=bytes(2 << 20))
+    for arguments, said in (
+        (["inpaint", "in.png", "grey.png"], "grey.png hardly looks like a mask: its brightness marks "),
+        (["inpaint", "profile.tif", "mask.png"], "the colour profile of 2.0 MB of profile.tif is left out"),
+        (["edit", "in.png", "--mask", "mask.png", "-c", "piz"], "--class piz is taken to be 963 pizza"),
+    ):
+        assert cli.run([*arguments, "-o", "out.png", "--device", "cpu"]) == 0
+        assert f"var: {said}" in capsys.readouterr().err
+        var(*arguments, "-o", "out.png", "-q")
+
+
 def test_the_image_as_it_grows(var):
     var("inpaint", "in.png", "mask.png", "--growth", "grows.gif", "-o", "out.png", "-q")
     with Image.open("grows.gif") as growing:
@@ -345,15 +405,36 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
             "exactly one class here, or none (got 1,207)",
         ),
         (["inpaint", "in.png", "mask.png", "-c", "-"], 2, "(got -)"),
-        (
-            ["inpaint", "in.png", "mask.png", "-o", "x.npz"],
-            2,
-            "or - for standard output (got x.npz)",
+        *(
+            (["inpaint", "in.png", "mask.png", "-o", f"x.{ending}"], 2, f"{OUT_MUST_BE} (got x.{ending})")
+            for ending in OTHER_ENDINGS
+                "npz",
+                "tar",
+                "jpg",
+                "avif",
+                "heic",
+                "jxl",
+                "jp2",
+                "tga",
+                "ppm",
+                "psd",
+                "pdf",
+                "svg",
+                "apng",
+                "exr",
+                "bak",
+                "JPG",
+            ]
         ),
+        (["inpaint", "in.png", "mask.png", "--grid", "in.png"], 2, "--grid in.png is the image that is read"),
+        (["outpaint", "in.png", "--to", "90x90", "--growth", "./in.png"], 2, "--growth in.png is the image that is"),
+        (["inpaint", "in.png", "colours.png"], 3, "the mask colours.png has colours: a mask is grey, white where to"),
+        (["inpaint", "", "mask.png"], 3, "the name of an image is empty"),
+        (["inpaint", "in.png", ""], 3, "the name of an image is empty"),
         (
             ["inpaint", "in.png", "mask.png", "-o", "x.png", "-n", "2"],
             2,
-            "but there are several images",
+            "but there are several images; use a folder or - for a tar stream",
         ),
         (["inpaint", "in.png", "mask.png", "-o", "-", "--json"], 2, "--json cannot be used with --out -"),
         (["inpaint", "in.png", "mask.png", "-o", "no/x.png"], 5, "output: no/x.png cannot be written"),
@@ -391,6 +472,7 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys, mistake):
     Image.fromarray(NOISE[:, :, :3]).save("in.png")
     Image.fromarray(MASK).save("mask.png")
     Image.new("L", (30, 20), 255).save("small.png")
+    Image.fromarray(NOISE[:, :, :3]).save("colours.png")
     Image.new("L", (60, 40)).save("black.png")
     Image.new("L", (60, 40), 255).save("white.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "in.png").read_bytes()[:300])

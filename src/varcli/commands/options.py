@@ -232,8 +232,6 @@ def check_image_outputs(out: str | None, as_json: bool, growth: Path | None, cou
     """Raise UsageError if images written one by one cannot go where they are to go."""
     if out == "-" and as_json:
         raise UsageError(STDOUT_TWICE)
-    if out and out.lower().endswith((".npz", ".tar")):
-        raise UsageError(f"--out must be a .png file, a folder, or - for standard output (got {out})")
     if growth and count != 1:
         raise UsageError(f"--growth shows exactly one image (got {count} images)")
 

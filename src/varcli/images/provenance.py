@@ -11,9 +11,10 @@ import subprocess
 import sys
 import unicodedata
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 
 from PIL import Image
 
@@ -125,11 +126,30 @@ def provenance_from_json(text: str, name: str) -> Provenance:
             facts["approximate"] = facts.pop("draft")
         facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
         names = {field.name for field in fields(SampleConfig)}
-        settings = SampleConfig(**{name: facts[name] for name in names & facts.keys()})
+        settings = SampleConfig(**{name: _typed(SampleConfig, name, facts[name]) for name in names & facts.keys()})
         kind = EditProvenance if "command" in facts else Provenance
-        return kind(settings=settings, **{f.name: facts[f.name] for f in fields(kind) if f.name != "settings"})
-    except (ValueError, KeyError, TypeError) as error:
+        own = {f.name: _typed(kind, f.name, facts[f.name]) for f in fields(kind) if f.name != "settings"}
+        return kind(settings=settings, **own)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"the provenance of {name} is damaged, or of another version of varcli") from error
+
+
+def _typed(kind: type, name: str, value: Any) -> Any:
+    """Return the value of a field if it is of the field's type; files may hold anything.
+
+    Raises:
+        TypeError: it is not.
+    """
+    expected = get_type_hints(kind)[name]
+    if expected == tuple[str, ...]:
+        right = isinstance(value, tuple) and len(value) > 0 and all(isinstance(word, str) for word in value)
+    elif expected is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+    if not right:
+        raise TypeError(f"{name} is {value!r}")
+    return value
 
 
 def read_provenance(path: str | Path) -> Provenance:
@@ -156,6 +176,17 @@ def read_provenance(path: str | Path) -> Provenance:
     except Exception as error:  # damaged files raise nearly anything
         raise InputError(f"{name} is not an image: give a PNG that var sample wrote") from error
     raise InputError(f"{name} has no provenance: give a PNG that var sample wrote")
+
+
+def input_files(provenance: Provenance) -> dict[str, str]:
+    """The files that an image was made from, as its command names them, and their sha256."""
+    if not isinstance(provenance, EditProvenance):
+        return {}
+    words = provenance.command
+    names = [*words[2 if words[0] == "tokens" else 1 :][:1]]
+    if len(provenance.inputs) > 1:
+        names += words[words.index("--mask") + 1 :][:1] if "--mask" in words else words[2:3]
+    return dict(zip(names, provenance.inputs, strict=False))
 
 
 def reproduction_command(provenance: Provenance) -> str:
@@ -230,6 +261,28 @@ def image_filename(provenance: Provenance) -> str:
         "-".join([class_id, *([short] if short and provenance.class_id is not None else []), str(provenance.seed)])
         + ".png"
     )
+
+
+def own_path(path: Path, provenance: EditProvenance) -> Path:
+    """Return a path for an edited image at which no other file is lost.
+
+    A file there that was made of the same files is what running a command again replaces. If another is there, digits
+    of their hash follow the name.
+    """
+    digest = sha256(" ".join(provenance.inputs).encode()).hexdigest()
+    for digits in ("", f"-{digest[:8]}"):
+        wanted = path.with_name(f"{path.stem}{digits}{path.suffix}")
+        if not wanted.exists() or _made_of(wanted) == provenance.inputs:
+            return wanted
+    return path.with_name(f"{path.stem}-{digest}{path.suffix}")
+
+
+def _made_of(path: Path) -> tuple[str, ...] | None:
+    """Return the sha256 of the files that an image was made of, None where it does not say so."""
+    try:
+        return getattr(read_provenance(path), "inputs", None)
+    except InputError:
+        return None
 
 
 def file_words(name: str) -> str:

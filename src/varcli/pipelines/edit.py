@@ -281,6 +281,7 @@ def edit_to(
     best_of: int = 1,
     grid: Path | None = None,
     growth: Path | None = None,
+    note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
 ) -> Iterator[tuple[EditResult, Path | None]]:
     """Edit an image and write the results; yields each with its file, None where it went to standard output.
@@ -297,18 +298,23 @@ def edit_to(
         best_of: candidates per image.
         grid: also write a contact sheet, .png: what to fill, and the results.
         growth: also write the image growing, .png or .gif.
+        note: told what the user should know: what is left out of a file, what may be a mistake.
         quiet: show no progress bar.
 
     Raises:
         VarError: the label is unknown, a place cannot be written, or memory runs out.
     """
     seeds = range(seed, seed + count * best_of, best_of)
-    model.one_class(label)
+    for sentence in task.notes:
+        note(sentence)
+    model.one_class(
+        label, lambda word, entry: note(f"--class {word} is taken to be {entry}, the only class with such a name here")
+    )
     model.load_weights()
     plan = edit_plan(model, task, rule)
     squares = count * best_of * plan.count
     shown, labels = [marked(task.image.pixels(), task.mask)], ["to fill"]
-    with open_sink(out, several=count > 1) as sink, progress("squares", squares, quiet) as advance:
+    with open_sink(out, several=count > 1, archives=False) as sink, progress("squares", squares, quiet) as advance:
         results = edit_images(
             model,
             task,
