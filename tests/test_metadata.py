@@ -4,6 +4,7 @@ import struct
 import warnings
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import png
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from varcli.errors import InputError
+from varcli.images import decode
 from varcli.images.decode import decode_image, open_image
 from varcli.images.editable import source_image
 from varcli.images.png_chunks import LARGEST_TEXT, chunks, png_texts
@@ -215,6 +217,12 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="not an image"):
             read(POSTSCRIPT, "photo.png")
     assert not (tmp_path / "ran").exists()
+
+
+def test_images_are_opened_in_one_place():
+    source = Path(decode.__file__).parents[1]
+    found = [path.name for path in source.rglob("*.py") if "Image.open(" in path.read_text(encoding="utf-8")]
+    assert found == ["decode.py"]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA"])
