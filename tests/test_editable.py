@@ -1,5 +1,6 @@
 """Images of every kind come in right, and go out as they came but where they were changed."""
 
+import os
 import struct
 from io import BytesIO
 
@@ -11,7 +12,7 @@ from PIL import Image
 from varcli.errors import InputError
 from varcli.images import decode
 from varcli.images.editable import read_source_image, source_image
-from varcli.images.provenance import png_bytes
+from varcli.images.provenance import png_bytes, read_provenance
 
 NOWHERE = np.zeros((9, 12), bool)
 NOISE = np.random.RandomState(0).randint(0, 256, (9, 12, 4)).astype(np.uint8)
@@ -227,6 +228,14 @@ def test_pillows_own_limit_is_none(monkeypatch, limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     assert source_image(content(Image.new("L", (6, 6))), "it").size == (6, 6)
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no devices as on Unix")
+@pytest.mark.parametrize("read", [read_source_image, read_provenance])
+def test_files_without_end(monkeypatch, read):
+    monkeypatch.setattr(decode, "_MOST_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"^the image /dev/zero cannot be read: it is longer than"):
+        read("/dev/zero")
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -55,7 +55,7 @@ class EditOptions:
             metavar="PIXELS",
             min=0,
             help="Width over which new fades into old outside the mask, in pixels; beyond it nothing changes.",
-            show_default="half a token",
+            show_default="half a token of the hole's square",
         ),
     ] = None
     composite: Annotated[

@@ -193,7 +193,7 @@ Processes = Annotated[
 Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run left.")]
 Json = Annotated[bool, Option("--json", help="Print results as JSON, one object per line.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only: no progress bar, notes or paths.")]
-ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that `var sample` wrote.")]
+ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that var wrote, or - for standard input.")]
 Words = Annotated[
     list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without any, all classes are listed.")
 ]

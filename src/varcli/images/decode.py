@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +103,23 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
             f"it has {width} × {height} pixels, and memory is enough for {most_pixels() / 10**6:.0f} million"
         )
     return image
+
+
+def read_image_file(file: BinaryIO, name: str) -> bytes:
+    """Return the content of an image file.
+
+    Raises:
+        InputError: it is so long that it has no end, perhaps.
+        OSError: it cannot be read.
+    """
+    content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise InputError(f"the image {name} cannot be read: it is longer than {_MOST_BYTES >> 30} GB")
+    return content
+
+
+_MOST_BYTES = 1 << 30
+"""Length of an image file."""
 
 
 def most_pixels() -> int:

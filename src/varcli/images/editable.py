@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from varcli.errors import InputError
 from varcli.images.blending import pull_push_fill
-from varcli.images.decode import open_image
+from varcli.images.decode import open_image, read_image_file
 from varcli.images.metadata import read_metadata
 from varcli.images.png16 import Levels, Mask, read_png, to_8_bits
 from varcli.images.png_chunks import readable_png
@@ -152,11 +152,13 @@ def read_source_image(source: str) -> SourceImage:
     if source == STANDARD_INPUT:
         if sys.stdin.isatty():
             raise InputError("standard input is a terminal; send an image through a pipe, or name a file")
-        name, content = "standard input", sys.stdin.buffer.read()
+        name = "standard input"
+        content = read_image_file(sys.stdin.buffer, name)
     else:
         name = source
         try:
-            content = Path(source).read_bytes()
+            with Path(source).open("rb") as file:
+                content = read_image_file(file, name)
         except (OSError, ValueError) as error:  # a name with NUL in it is a ValueError
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"the image {source} cannot be read: {reason}") from error

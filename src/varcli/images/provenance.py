@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import unicodedata
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from io import BytesIO
@@ -20,7 +21,7 @@ from PIL import Image
 
 from varcli.config import SampleConfig
 from varcli.errors import InputError
-from varcli.images.decode import open_image
+from varcli.images.decode import open_image, read_image_file
 from varcli.images.metadata import metadata_chunks
 from varcli.images.png_chunks import chunks, png_texts, text_chunk, with_chunks
 
@@ -160,7 +161,8 @@ def read_provenance(path: str | Path) -> Provenance:
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else Path(path).open("rb") as file:
+            content = read_image_file(file, name)
     except OSError as error:
         raise InputError(f"the image {name} cannot be read: {error.strerror or error}") from error
     last = b""
