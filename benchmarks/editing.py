@@ -21,6 +21,7 @@ from tables import print_rows
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, Wanted
 from varcli.images.masks import box_mask
+from varcli.images.tiling import plan_squares
 from varcli.sampling.batching import BatchSampler
 from varcli.sampling.editing import Editor
 from varcli.sampling.reconstruction import encode
@@ -34,11 +35,12 @@ def variants(models: Models) -> dict[str, Callable[[int], object]]:
     pixels = models[0].config.pixels
     image = np.random.RandomState(0).randint(0, 256, (pixels, pixels, 3)).astype(np.uint8)
     mask = box_mask((pixels // 4, pixels // 4, pixels // 2, 3 * pixels // 4), (pixels, pixels))
+    plan = plan_squares(mask, pixels)
     sampler, editor = BatchSampler(*models, CONFIG), Editor(*models, CONFIG)
     return {
         "sample": lambda seed: list(sampler.images([Wanted(0, seed)])),
-        "encode": lambda _: encode(models[0], image),
-        "edit": lambda seed: editor.edit(image, mask, pixels, 0, seed),
+        "encode": lambda _: encode(models[0], image[None]),
+        "edit": lambda seed: editor.edit(image, plan, 0, seed),
     }
 
 

@@ -1,5 +1,6 @@
 """Images of every kind come in right, and go out as they came but where they were changed."""
 
+import os
 import struct
 from io import BytesIO
 
@@ -9,9 +10,11 @@ import pytest
 from PIL import Image
 
 from varcli.errors import InputError
+from varcli.images import decode
 from varcli.images.editable import read_source_image, source_image
-from varcli.images.provenance import png_bytes
+from varcli.images.provenance import png_bytes, read_provenance
 
+NOWHERE = np.zeros((9, 12), bool)
 NOISE = np.random.RandomState(0).randint(0, 256, (9, 12, 4)).astype(np.uint8)
 DEEP = np.random.RandomState(1).randint(0, 65536, (9, 12, 4)).astype(np.uint16)
 
@@ -47,13 +50,13 @@ CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 1}
 @pytest.mark.parametrize("mode", MODES)
 def test_what_does_not_change_stays_to_the_last_bit(mode):
     given = read(MODES[mode])
-    pixels = given.seen().copy()
+    pixels = given.paint().copy()
     deep = pixels.dtype == np.uint16
     assert pixels.shape == (9, 12, 3) and deep == (mode == "I;16") and given.pixels().dtype == np.uint8
     changed = np.zeros((9, 12), bool)
     changed[2:4, 5:8] = True
     pixels[changed] = np.multiply((10, 20, 30), 257 if deep else 1)
-    content = png_bytes(given.replaced(pixels))
+    content = png_bytes(given.replaced(pixels, NOWHERE))
     with Image.open(BytesIO(content)) as image:
         assert image.mode == mode
     out = source_image(content, "out").levels
@@ -69,10 +72,10 @@ def test_what_does_not_change_stays_to_the_last_bit(mode):
 def test_colours_of_16_bits_stay_to_the_last_bit(channels):
     own = DEEP[:, :, :channels]
     given = source_image(deep_content(own), "deep")
-    assert np.array_equal(given.levels, own) and given.levels.dtype == np.uint16 and not given.shortened
-    pixels = given.seen().copy()
+    assert np.array_equal(given.levels, own) and given.levels.dtype == np.uint16 and not given.notes
+    pixels = given.paint().copy()
     pixels[2, 5] = (2571, 5142, 7713)
-    out = source_image(png_bytes(given.replaced(pixels)), "out").levels
+    out = source_image(png_bytes(given.replaced(pixels, NOWHERE)), "out").levels
     expected = own.copy()
     expected[2, 5, : given.colours] = (4666,) if channels == 2 else (2571, 5142, 7713)
     assert np.array_equal(out, expected)
@@ -87,16 +90,38 @@ def test_16_bits_look_as_8_do():
         assert np.array_equal(deep.alpha(), flat.alpha())
 
 
-def test_alpha_is_kept_or_filled():
-    given = read(MODES["RGBA"])
-    shown = np.zeros((9, 12), bool)
-    shown[:3] = True
-    out = given.replaced(given.seen(), shown).levels
-    assert (out[:3, :, 3] == 255).all()
-    assert np.array_equal(out[3:], NOISE[3:])
-    assert np.array_equal(out[:3, :, :3], given.pixels()[:3])
-    deep = source_image(deep_content(DEEP), "deep")
-    assert (deep.replaced(deep.seen(), shown).levels[:3, :, 3] == 65535).all()
+@pytest.mark.parametrize(
+    ("around", "within", "filled"),
+    [(255, 0, 255), (255, 99, 255), (128, 0, 128), (128, 255, 128), (0, 0, 255), (1, 0, 1)],
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_is_new_is_as_opaque_as_what_is_seen_around_it(around, within, filled, deep):
+    layer, hole = NOISE.copy(), NOWHERE.copy()
+    hole[2:6, 3:7] = True
+    layer[:, :, 3] = np.where(hole, within, around)
+    given = source_image(deep_content(layer.astype(np.uint16) * 257) if deep else content(Image.fromarray(layer)), "it")
+    pixels = given.paint().copy()
+    pixels[hole] = 200
+    out = given.replaced(pixels, hole).levels
+    assert (out[hole] == np.array([200 + 0 * deep] * 3 + [filled * (257 if deep else 1)])).all()
+    assert np.array_equal(out[~hole], given.levels[~hole])
+
+
+def test_colours_are_edited_without_their_opacity():
+    """Mixed with white and then shown half transparent again they would come out pale."""
+    layer = np.full((9, 12, 4), (200, 40, 40, 128), np.uint8)
+    assert (read(Image.fromarray(layer)).paint() == (200, 40, 40)).all()
+    layer[:, :, 3] = 0
+    assert (read(Image.fromarray(layer)).paint() == 255).all()
+
+
+@pytest.mark.parametrize(("mode", "key", "colour"), [("RGB", (255, 0, 255), (30, 120, 200)), ("L", 0, 90)])
+def test_a_transparent_colour_becomes_an_alpha_channel(mode, key, colour):
+    image = Image.new(mode, (12, 9), key)
+    image.paste(colour, (4, 3, 8, 6))
+    given = read(image, transparency=key)
+    assert given.levels.shape[2] == (4 if mode == "RGB" else 2)
+    assert (given.alpha() == 255).sum() == 12 and (given.alpha() == 0).sum() == 9 * 12 - 12
 
 
 def test_transparent_parts_look_white():
@@ -127,9 +152,9 @@ def test_colours_of_16_bits_of_others_than_png_say_that_they_were_shortened():
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4)
     assert len(head) == 122
     given = source_image(head + struct.pack("<6H", 16, 16, 16, 0x1234, 0x5678, 0x9ABC), "deep.tif")
-    assert given.shortened
+    assert given.notes == ("deep.tif has colours of 16 bits; the upper 8 bits were kept",)
     assert given.pixels().tolist() == [[[0x12, 0x56, 0x9A]]]
-    assert not any(read(image).shortened for image in MODES.values())
+    assert not any(read(image).notes for image in MODES.values())
 
 
 def test_upright_with_resolution_and_profile():
@@ -139,7 +164,7 @@ def test_upright_with_resolution_and_profile():
     given = read(MODES["RGB"], exif=exif, dpi=(300, 300), icc_profile=profile)
     assert given.size == (9, 12)
     assert np.array_equal(given.pixels(), np.rot90(NOISE[:, :, :3], -1))
-    with Image.open(BytesIO(png_bytes(given.replaced(given.seen())))) as out:
+    with Image.open(BytesIO(png_bytes(given.replaced(given.paint(), NOWHERE.T)))) as out:
         assert round(out.info["dpi"][0]) == 300 and out.info["icc_profile"] == profile
         assert not out.getexif()
 
@@ -154,7 +179,7 @@ def test_16_bits_upright_with_resolution():
     png.write_chunks(file, chunks)
     given = source_image(file.getvalue(), "deep")
     assert given.size == (9, 12) and np.array_equal(given.levels, np.rot90(DEEP, -1))
-    with Image.open(BytesIO(png_bytes(given.replaced(given.seen())))) as out:
+    with Image.open(BytesIO(png_bytes(given.replaced(given.paint(), NOWHERE.T)))) as out:
         assert round(out.info["dpi"][0]) == 300 and not out.getexif()
 
 
@@ -191,12 +216,26 @@ def test_what_cannot_be_used(bad, message):
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("side", [6, 9])
-def test_decompression_bombs(monkeypatch, side):
-    """Pillow warns of an image over its limit and refuses one over twice that; both are too large here."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
-    with pytest.raises(InputError, match=r"^the image it is too large: at most 0 million pixels"):
-        source_image(content(Image.new("L", (side, side))), "it")
+def test_what_memory_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(decode, "most_pixels", lambda: 30)
+    with pytest.raises(InputError, match=r"cannot be read: it has 6 × 6 pixels, and memory is enough for"):
+        source_image(content(Image.new("L", (6, 6))), "it")
+
+
+@pytest.mark.parametrize("limit", [30, 10])
+def test_pillows_own_limit_is_none(monkeypatch, limit):
+    """It warns of an image over its limit and refuses one over twice that; telephones make larger ones."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert source_image(content(Image.new("L", (6, 6))), "it").size == (6, 6)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no devices as on Unix")
+@pytest.mark.parametrize("read", [read_source_image, read_provenance])
+def test_files_without_end(monkeypatch, read):
+    monkeypatch.setattr(decode, "_MOST_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"^the image /dev/zero cannot be read: it is longer than"):
+        read("/dev/zero")
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -204,3 +243,7 @@ def test_files_that_are_not_there(tmp_path):
         read_source_image(str(tmp_path / "none.png"))
     with pytest.raises(InputError, match=r"cannot be read: "):
         read_source_image(str(tmp_path))
+    with pytest.raises(InputError, match=r"^the name of an image is empty"):
+        read_source_image("")
+    with pytest.raises(InputError, match=r"cannot be read: "):
+        read_source_image("a\0b")

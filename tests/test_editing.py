@@ -10,10 +10,19 @@ from varcli.config import SampleConfig
 from varcli.errors import RunError
 from varcli.images.blending import feather_mask
 from varcli.images.masks import box_mask
+from varcli.images.tiling import plan_squares, plan_whole
 from varcli.models.tokenizer import Quantizer
 from varcli.models.transformer import Transformer
 from varcli.sampling import editing
-from varcli.sampling.editing import EditConfig, Edited, Editor, best, keep_as_released, keep_by_coverage, log_likelihood
+from varcli.sampling.editing import (
+    EditConfig,
+    Edited,
+    Editor,
+    best,
+    keep_as_released,
+    keep_by_coverage,
+    log_likelihoods,
+)
 from varcli.sampling.sampler import Keep, generate
 
 GREEDY = SampleConfig(cfg=0, top_k=1, top_p=0)
@@ -42,7 +51,7 @@ def test_paper_mode_equals_the_original(original):
         keep_44 = original.outputs[f"edit.{i}.keep_mask"].numpy()
         mask = np.kron(keep_44, np.ones((16, 16))) == 0
         config = SampleConfig(cfg=edit["cfg"], top_k=1, top_p=0)
-        edited = editor(original, config, released_rule=True).edit(given, mask, 64, edit["label"], 0)
+        edited = editor(original, config, released_rule=True).edit(given, plan_whole(mask), edit["label"], 0)
         expected = original.outputs[f"edit.{i}.image"][0].permute(1, 2, 0).numpy()
         assert np.abs(edited.pixels / 255 - expected).max() < 0.51 / 255
 
@@ -77,7 +86,9 @@ def test_no_masked_pixel_shows_through(mini, side):
     mask = hole(20, 10, 40, 35, side=side)
     other = given.copy()
     other[mask] = 255 - other[mask]
-    first, second = (editor(mini, SampleConfig()).edit(pixels, mask, side, 3, 0) for pixels in (given, other))
+    first, second = (
+        editor(mini, SampleConfig()).edit(pixels, plan_squares(mask, 64), 3, 0) for pixels in (given, other)
+    )
     assert np.array_equal(first.pixels, second.pixels)
     assert not np.array_equal(first.pixels[mask], given[mask])
 
@@ -85,7 +96,7 @@ def test_no_masked_pixel_shows_through(mini, side):
 @pytest.mark.parametrize("feather", [None, 0, 3])
 def test_kept_pixels_outside_the_feather_do_not_change(mini, feather):
     mask = hole(30, 5, 50, 64)
-    edited = editor(mini, SampleConfig(), feather=feather).edit(NOISE, mask, 64, 3, 0)
+    edited = editor(mini, SampleConfig(), feather=feather).edit(NOISE, plan_squares(mask, 64), 3, 0)
     width = 8 if feather is None else feather
     assert np.array_equal(edited.pixels[feather_mask(mask, width) == 0], NOISE[feather_mask(mask, width) == 0])
     assert (edited.pixels[mask] != NOISE[mask]).any()
@@ -94,16 +105,40 @@ def test_kept_pixels_outside_the_feather_do_not_change(mini, feather):
         assert (edited.pixels[soft] != NOISE[soft]).any()
 
 
+@pytest.mark.parametrize(
+    ("size", "holes", "most"),
+    [
+        ((1200, 900), [(40, 40, 56, 56), (1150, 860, 1166, 876)], 2 * (32**2 - 16**2)),
+        ((1200, 900), [(100, 100, 140, 140), (1199, 899, 1200, 900)], 60**2 - 40**2 + 9**2 - 1),
+        (
+            (300, 300),
+            [(20 + 90 * i, 20 + 90 * j, 22 + 90 * i, 22 + 90 * j) for i in range(3) for j in range(3)],
+            9 * 320,
+        ),
+        ((300, 1), [(100, 0, 103, 1)], 16),
+    ],
+    ids=["two holes", "a stray pixel", "dust", "one row"],
+)
+def test_holes_far_apart_change_only_what_is_near_them(mini, size, holes, most):
+    """Each has the feather of its own square: 8 pixels, or half a token of a larger one."""
+    mask = np.logical_or.reduce([box_mask(box, size) for box in holes])
+    given = np.random.RandomState(0).randint(0, 256, (*mask.shape, 3)).astype(np.uint8)
+    edited = editor(mini, SampleConfig()).edit(given, plan_squares(mask, 64), 3, 0)
+    changed = (edited.pixels != given).any(axis=2)
+    assert (changed & ~mask).sum() <= most and changed[mask].mean() > 0.9
+    assert not changed[feather_mask(mask, 10) == 0].any()
+
+
 def test_without_compositing_all_comes_from_the_decoder(mini):
     mask = hole(30, 5, 50, 64)
-    edited = editor(mini, composite=False).edit(NOISE, mask, 64, 3, 0)
+    edited = editor(mini, composite=False).edit(NOISE, plan_squares(mask, 64), 3, 0)
     assert (edited.pixels != NOISE).any(axis=2).mean() > 0.99
 
 
 def test_only_the_squares_go_through_the_model(mini):
     large = np.random.RandomState(2).randint(0, 256, (200, 300, 3)).astype(np.uint8)
     mask = box_mask((100, 50, 120, 80), (300, 200))
-    edited = editor(mini, composite=False).edit(large, mask, 64, 3, 0)
+    edited = editor(mini, composite=False).edit(large, plan_squares(mask, 64), 3, 0)
     changed = (edited.pixels != large).any(axis=2)
     assert changed.sum() > 0.98 * 64**2 and not changed[:, :60].any() and not changed[120:].any()
 
@@ -113,9 +148,9 @@ def test_steps_see_what_the_steps_before_made(mini):
     mask = ~box_mask((0, 0, 64, 64), (192, 64))
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, :64] = NOISE
-    first = editor(mini).edit(wide, mask, 64, 3, 0)
+    first = editor(mini).edit(wide, plan_squares(mask, 64), 3, 0)
     wide[:, :64] = 255 - NOISE
-    second = editor(mini).edit(wide, mask, 64, 3, 0)
+    second = editor(mini).edit(wide, plan_squares(mask, 64), 3, 0)
     assert len(first.seams) == 4
     assert (first.pixels[:, 160:] != second.pixels[:, 160:]).any()
 
@@ -123,18 +158,18 @@ def test_steps_see_what_the_steps_before_made(mini):
 def test_seeds_and_classes_decide(mini):
     mask = hole(0, 0, 40, 64)
     make = editor(mini, SampleConfig(cfg=2)).edit
-    again = make(NOISE, mask, 64, 3, 5).pixels
-    assert np.array_equal(make(NOISE, mask, 64, 3, 5).pixels, again)
-    assert (make(NOISE, mask, 64, 3, 6).pixels != again).any()
-    assert (make(NOISE, mask, 64, 4, 5).pixels != again).any()
+    again = make(NOISE, plan_squares(mask, 64), 3, 5).pixels
+    assert np.array_equal(make(NOISE, plan_squares(mask, 64), 3, 5).pixels, again)
+    assert (make(NOISE, plan_squares(mask, 64), 3, 6).pixels != again).any()
+    assert (make(NOISE, plan_squares(mask, 64), 4, 5).pixels != again).any()
 
 
 def test_the_image_as_it_grows(mini):
-    edited = editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0, growing=True)
+    edited = editor(mini).edit(NOISE, plan_squares(hole(0, 0, 40, 64), 64), 3, 0, growing=True)
     assert len(edited.frames) == len(SIDES)
     assert np.array_equal(edited.frames[-1], edited.pixels)
     assert (edited.frames[0] != edited.pixels).any()
-    assert editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0).frames == []
+    assert editor(mini).edit(NOISE, plan_squares(hole(0, 0, 40, 64), 64), 3, 0).frames == []
 
 
 @torch.no_grad()
@@ -145,7 +180,7 @@ def test_likelihood_is_that_of_the_new_tokens(mini):
     drawn = [
         r.tokens for r in generate(mini.tokenizer, mini.transformer, [3], [0], SampleConfig(), keep=Keep(tokens, masks))
     ]
-    found = log_likelihood(mini.transformer, mini.tokenizer, drawn, Keep(tokens, masks), 3)
+    [found] = log_likelihoods(mini.transformer, mini.tokenizer, drawn, Keep(tokens, masks), 3)
     logits = mini.transformer(torch.tensor([3]), mini.tokenizer.quantize.teacher_input(drawn)).log_softmax(-1)
     expected = [float(logits[0, i, token]) for i, token in enumerate(torch.cat(drawn, 1)[0]) if i < 14 + 5]
     assert found == pytest.approx(np.mean(expected), rel=1e-5)
@@ -162,7 +197,7 @@ def test_the_best_has_a_smooth_seam_and_likely_tokens():
 def test_editing_in_16_bits():
     half = reference.load("mini")
     prepare(half.tokenizer, half.transformer, torch.device("cpu"), "bf16")
-    edited = editor(half, SampleConfig()).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0, scored=True)
+    edited = editor(half, SampleConfig()).edit(NOISE, plan_squares(hole(0, 0, 40, 64), 64), 3, 0, scored=True)
     assert edited.log_likelihood < 0 < edited.seam
 
 
@@ -172,7 +207,7 @@ def test_no_class_takes_no_second_pass(mini, monkeypatch):
         editing, "generate", lambda *args, **kwargs: seen.append(args[4].cfg) or generate(*args, **kwargs)
     )
     for row in (10, 3):
-        editor(mini, SampleConfig(cfg=3)).edit(NOISE, hole(0, 0, 40, 64), 64, row, 0)
+        editor(mini, SampleConfig(cfg=3)).edit(NOISE, plan_squares(hole(0, 0, 40, 64), 64), row, 0)
     assert seen == [0, 3]
 
 
@@ -182,9 +217,9 @@ def test_an_edit_costs_a_sample_and_an_encode(mini, monkeypatch):
     quantize, forward = Quantizer.quantize, Transformer.forward
     monkeypatch.setattr(Quantizer, "quantize", lambda *args: calls.append("encode") or quantize(*args))
     monkeypatch.setattr(Transformer, "forward", lambda *args: calls.append("forward") or forward(*args))
-    editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0)
+    editor(mini).edit(NOISE, plan_squares(hole(0, 0, 40, 64), 64), 3, 0)
     assert calls == ["encode"]
-    editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0, scored=True)
+    editor(mini).edit(NOISE, plan_squares(hole(0, 0, 40, 64), 64), 3, 0, scored=True)
     assert calls[1:] == ["encode", "forward"]
 
 
@@ -196,4 +231,4 @@ def test_memory_that_runs_out_is_no_bug(mini, monkeypatch, words):
     monkeypatch.setattr(editing, "generate", fail)
     expected = RunError if "memory" in words else RuntimeError
     with pytest.raises(expected, match=r"the edit does not fit into memory|multiplied"):
-        editor(mini).edit(NOISE, hole(0, 0, 40, 64), 64, 3, 0)
+        editor(mini).edit(NOISE, plan_squares(hole(0, 0, 40, 64), 64), 3, 0)

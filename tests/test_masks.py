@@ -8,6 +8,7 @@ from varcli.images.editable import SourceImage
 from varcli.images.masks import (
     box_mask,
     check_mask,
+    check_mask_image,
     fitted_mask,
     grey_mask,
     parse_box,
@@ -43,6 +44,40 @@ def test_transparent_is_what_to_fill_with_alpha():
         transparent_mask(given(layer[:, :, :3]))
 
 
+def speckled(side, colours):
+    return np.random.RandomState(0).choice(colours, (side, side, 1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (speckled(20, [0, 255]), ""),
+        (speckled(20, [1, 254]), ""),
+        (speckled(20, [1, 254]).astype(np.uint16) * 257, ""),
+        (np.dstack([speckled(20, [0, 255])] * 3), ""),
+        (np.dstack([np.full((20, 20), 255, np.uint8), speckled(20, [0, 0, 255])[:, :, 0]]), ""),  # white on nothing
+        (speckled(20, range(256)), "mask.png hardly looks like a mask: its brightness marks 46% of the image"),
+        (
+            np.dstack([np.full((20, 20), 255, np.uint8), speckled(20, [0, 255, 255, 255])[:, :, 0]]),
+            "of the image; --alpha fills where it is transparent",
+        ),
+    ],
+)
+def test_what_is_hardly_a_mask_is_said(levels, message):
+    image = given(levels)
+    said = check_mask_image(image, grey_mask(image))
+    assert message in said and bool(message) == bool(said)
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_colours_are_no_mask(alpha):
+    noise = np.random.RandomState(0).randint(0, 256, (20, 20, 4)).astype(np.uint8)
+    image = given(noise[:, :, : 4 if alpha else 3])
+    advice = "; --alpha fills where it is transparent" if alpha else ""
+    with pytest.raises(InputError, match=rf"^the mask mask.png has colours: .* white where to fill{advice}$"):
+        check_mask_image(image, grey_mask(image))
+
+
 def test_boxes_and_margins():
     assert parse_box("10,5,40,50", SIZE) == (10, 5, 40, 50)
     assert parse_box("10%, 10%,50%,100%", SIZE) == (10, 5, 50, 50)
@@ -71,11 +106,11 @@ def test_boxes_and_margins():
         (parse_box, "0,0,100%,50", "--box 0,0,100%,50 is the whole image"),
         (parse_margins, "0,0,0,0", "--pad must be 0 or more on each side, and more than 0 on one (got 0,0,0,0)"),
         (parse_margins, "-1,0,2,0", "--pad must be 0 or more"),
-        (parse_margins, "0,0,0,99999999", "--pad 0,0,0,99999999 makes 100 × 100000049 pixels; at most 89 million"),
+        (parse_margins, "0,0,0,99999999", "--pad 0,0,0,99999999 makes 100 × 100000049 pixels; memory is enough for"),
         (parse_target, "200", "--to must be width x height in pixels, such as 1024x256 (got 200)"),
         (parse_target, "200x40", "--to must be larger than the image's 100x50 (got 200x40)"),
         (parse_target, "100x50", "--to must be larger than"),
-        (parse_target, "99999x99999", "--to 99999x99999 makes 99999 × 99999 pixels; at most"),
+        (parse_target, "99999x99999", "--to 99999x99999 makes 99999 × 99999 pixels; memory is"),
     ],
 )
 def test_mistakes(parse, text, message):

@@ -57,14 +57,10 @@ def test_a_transparent_colour_becomes_alpha(channels):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_writes_what_others_read(channels):
     values = DEEP[:, :, :channels]
-    content = deep_png_bytes(values, [(b"tEXt", b"Title\0it")], {"dpi": (300, 150), "icc_profile": b"colours"}, 3)
+    content = deep_png_bytes(values, 3)
     width, height, rows, info = png.Reader(bytes=content).read()
     assert (width, height, info["bitdepth"], info["planes"]) == (5, 7, 16, channels)
     assert np.array_equal(np.vstack([list(row) for row in rows]).reshape(values.shape), values)
-    with Image.open(BytesIO(content)) as image:
-        image.load()
-        assert [round(value) for value in image.info["dpi"]] == [300, 150]
-        assert (image.info["icc_profile"], image.info["Title"]) == (b"colours", "it")
 
 
 def test_missing_rows():

@@ -5,6 +5,8 @@ import json
 import math
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from support import small
 from varcli import cli
 from varcli.checkpoints.store import load_tokenizer, save_tokenizer
 from varcli.config import TokenizerConfig
+from varcli.images import editable
 from varcli.images.provenance import read_provenance
 from varcli.sampling.reconstruction import bits_per_pixel, encode, growth, psnr, rebuilt
 
@@ -49,7 +52,7 @@ def pixels(path):
 
 def test_reconstruction_is_the_tokenizers(original):
     image = original.outputs["image_u8"][0].permute(1, 2, 0).numpy()
-    tokens = encode(original.tokenizer, image)
+    tokens = encode(original.tokenizer, image[None])
     for scale, idx_1l in enumerate(tokens):
         assert torch.equal(idx_1l, original.outputs[f"tokens.{scale}"][:1].long())
     expected = (original.outputs["reconstruction"][0].permute(1, 2, 0) + 1) * 127.5
@@ -73,7 +76,7 @@ def test_reconstruct_tells_figures_and_shows_images(var, model):
     tokenizer = load_tokenizer(model)
     assert said[1]["psnr"] == pytest.approx(psnr(NOISE[:16, :16], pixels(said[1]["path"])))
     assert said[0]["bits_per_pixel"] == pytest.approx((1 + 4 + 16) * 6 / 16**2)
-    assert np.array_equal(pixels(said[1]["path"]), rebuilt(tokenizer, encode(tokenizer, NOISE[:16, :16])))
+    assert np.array_equal(pixels(said[1]["path"]), rebuilt(tokenizer, encode(tokenizer, NOISE[None, :16, :16])))
     made = read_provenance(said[1]["path"])
     assert made.command[:2] == ("reconstruct", "b.png") and len(made.inputs) == 1
     var("reconstruct", "a.png", "--growth", "grows.gif", "--grid", "grid.png")
@@ -101,7 +104,45 @@ def test_tokens_there_and_back(var, model):
     save_file({k: v[1:].flatten(1).long() for k, v in tensors.items() if k != "tokens.2"}, "coarse.safetensors")
     var("tokens", "decode", "coarse.safetensors", "-o", "coarse.png")
     tokenizer = load_tokenizer(model)
-    assert np.array_equal(pixels("coarse.png"), rebuilt(tokenizer, encode(tokenizer, NOISE[:16, :16])[:2]))
+    assert np.array_equal(pixels("coarse.png"), rebuilt(tokenizer, encode(tokenizer, NOISE[None, :16, :16])[:2]))
+
+
+def test_one_bad_image_does_not_spoil_the_others(var, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    given = ("a.png", "bad.png", "b.png")
+    said = var("reconstruct", *given, "-o", "out", code=3)
+    assert [line.split("\t")[0] for line in said.out.splitlines()] == ["a.png", "b.png"]
+    assert "bad.png is not an image" in said.err and "1 of 3 images cannot be used; the others are done" in said.err
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a-reconstruct-0.png", "b-reconstruct-2.png"]
+    said = var("tokens", "encode", *given, "-o", "t.safetensors", code=3)
+    assert said.out == "t.safetensors\n" and "1 of 3 images" in said.err
+    var("tokens", "decode", "t.safetensors", "-o", "decoded")
+    assert sorted(path.name for path in Path("decoded").iterdir()) == ["a-tokens-0.png", "b-tokens-1.png"]
+    said = var("tokens", "encode", "bad.png", "none.png", "-o", "none.safetensors", code=3)
+    assert said.out == "" and not Path("none.safetensors").exists()
+
+
+def test_images_are_read_one_after_the_other(var, monkeypatch):
+    held = []
+    read = editable.read_source_image
+
+    def counted(name):
+        source = read(name)
+        held.append(weakref.ref(source.levels))
+        assert sum(each() is not None for each in held) <= 2
+        return source
+
+    monkeypatch.setattr(editable, "read_source_image", counted)
+    Image.fromarray(NOISE).save("c.png")
+    Image.fromarray(NOISE).save("d.png")
+    var("reconstruct", "a.png", "b.png", "c.png", "d.png")
+    var("tokens", "encode", "a.png", "b.png", "c.png", "d.png", "-o", "t.safetensors")
+    assert len(held) == 8
+
+
+def test_very_long_images_take_little_memory(var):
+    Image.new("L", (1, 1_000_000), 99).save("thin.png")
+    assert var("reconstruct", "thin.png").out.startswith("thin.png\t")
 
 
 def test_equal_runs_write_equal_files(var, tmp_path):
@@ -158,7 +199,15 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
         (["reconstruct", "none.png"], 3, "image none.png cannot be read"),
         (["reconstruct", "a.png", "b.png", "--growth", "x.gif"], 2, "--growth shows exactly one image (got 2 images)"),
         (["reconstruct", "a.png", "-o", "-", "--json"], 2, "--json cannot be used with --out -"),
-        (["reconstruct", "a.png", "-o", "x.npz"], 2, "--out must be a .png file"),
+        *(
+            (["reconstruct", "a.png", "-o", f"x.{ending}"], 2, "must be a folder, a name ending in .png, or -")
+            for ending in ("npz", "avif", "jpg")
+        ),
+        (["reconstruct", "a.png", "--grid", "a.png"], 2, "--grid a.png is the image that is read"),
+        (["tokens", "encode", "a.png", "-o", "a.png"], 2, "--out must be a name ending in .safetensors"),
+        (["tokens", "encode", "a.png", "-o", "tokens"], 2, "--out must be a name ending in .safetensors"),
+        (["tokens", "encode", "t.safetensors", "-o", "t.safetensors"], 2, "--out t.safetensors is one of the images"),
+        (["tokens", "decode", "t.safetensors", "-o", "x.npz"], 2, "must be a folder, a name ending in .png, or -"),
     ],
 )
 def test_mistakes(var, tmp_path, arguments, code, message):

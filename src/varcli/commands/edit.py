@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from varcli.commands import options
-from varcli.console import note, result
+from varcli.console import notes, result
 from varcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class EditOptions:
             metavar="PIXELS",
             min=0,
             help="Width over which new fades into old outside the mask, in pixels; beyond it nothing changes.",
-            show_default="half a token",
+            show_default="half a token of the hole's square",
         ),
     ] = None
     composite: Annotated[
@@ -98,7 +98,7 @@ def inpaint(
     shared: EditOptions,
 ) -> None:
     """Fill a hole in an image so that it goes with the rest. Pixels away from the hole stay bit-identical."""
-    _check(shared)
+    _check(shared, image, mask)
     from varcli.pipelines.edit import fill_task
 
     _run(fill_task("inpaint", image, mask, alpha=alpha, box=box, fit_mask=fit_mask), class_name, shared)
@@ -119,7 +119,7 @@ def outpaint(
     shared: EditOptions,
 ) -> None:
     """Extend an image beyond its borders, by any amount. In the image itself only pixels near them change."""
-    _check(shared)
+    _check(shared, image)
     from varcli.pipelines.edit import outpaint_task
 
     _run(outpaint_task(image, pad=pad, to=to), class_name, shared)
@@ -137,13 +137,13 @@ def edit(
     shared: EditOptions,
 ) -> None:
     """Repaint a region of an image with an object of another class. Pixels away from it stay bit-identical."""
-    _check(shared)
+    _check(shared, image, mask)
     from varcli.pipelines.edit import fill_task
 
     _run(fill_task("edit", image, mask, alpha=alpha, box=box, fit_mask=fit_mask), class_name, shared)
 
 
-def _check(shared: EditOptions) -> None:
+def _check(shared: EditOptions, *inputs: str | None) -> None:
     """Check the options that exclude each other, and that files can be written, before any work is done."""
     from varcli.outputs.open import check_outputs
 
@@ -152,7 +152,7 @@ def _check(shared: EditOptions) -> None:
         raise UsageError("--released-rule cannot be used with --feather or --no-composite: it composites nothing")
     if shared.feather is not None and not shared.composite:
         raise UsageError("--feather cannot be used with --no-composite: only a composite has a seam")
-    check_outputs(shared.out, shared.grid, shared.growth)
+    check_outputs(shared.out, shared.grid, shared.growth, archives=False, inputs=list(filter(None, inputs)))
 
 
 def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
@@ -173,6 +173,7 @@ def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
         best_of=shared.best_of,
         grid=shared.grid,
         growth=shared.growth,
+        note=notes(shared.quiet),
         quiet=shared.quiet,
     )
     for edited, path in results:
@@ -181,8 +182,6 @@ def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
             result(json.dumps(facts, sort_keys=True))
         elif path and not shared.quiet:
             result(str(path))
-    if task.image.shortened and not shared.quiet:
-        note(f"{task.image.name} has colours of 16 bits; the upper 8 bits were kept")
 
 
 def _scores(edited: "EditResult") -> dict[str, Any]:

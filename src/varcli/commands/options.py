@@ -193,7 +193,7 @@ Processes = Annotated[
 Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run left.")]
 Json = Annotated[bool, Option("--json", help="Print results as JSON, one object per line.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only: no progress bar, notes or paths.")]
-ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that `var sample` wrote.")]
+ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that var wrote, or - for standard input.")]
 Words = Annotated[
     list[str] | None, Argument(metavar="[WORDS]", help="Words of the name; without any, all classes are listed.")
 ]
@@ -237,8 +237,6 @@ def check_image_outputs(out: str | None, as_json: bool, growth: Path | None, cou
     """Raise UsageError if images written one by one cannot go where they are to go."""
     if out == "-" and as_json:
         raise UsageError(STDOUT_TWICE)
-    if out and out.lower().endswith((".npz", ".tar")):
-        raise UsageError(f"--out must be a .png file, a folder, or - for standard output (got {out})")
     if growth and count != 1:
         raise UsageError(f"--growth shows exactly one image (got {count} images)")
 

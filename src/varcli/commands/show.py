@@ -1,9 +1,11 @@
 """`var show`: an image's settings, and the command that reproduces it."""
 
 import json
+from pathlib import Path
 
 from varcli.commands import options
-from varcli.console import result
+from varcli.console import printable, result
+from varcli.files import file_sha256
 
 
 def show(file: options.ImageFile, as_json: options.Json = False) -> None:
@@ -11,7 +13,7 @@ def show(file: options.ImageFile, as_json: options.Json = False) -> None:
 
     On the same machine the copy is bit-identical, unless it was made in 16 bits on a GPU.
     """
-    from varcli.images.provenance import read_provenance, reproduction_command
+    from varcli.images.provenance import input_files, read_provenance, reproduction_command
 
     provenance = read_provenance(file)
     command = reproduction_command(provenance)
@@ -19,15 +21,29 @@ def show(file: options.ImageFile, as_json: options.Json = False) -> None:
         result(json.dumps(provenance.to_dict() | {"command": command}, sort_keys=True))
         return
     number = "" if provenance.class_id is None else f"{provenance.class_id} "
-    facts = {
-        "checkpoint": f"{provenance.checkpoint}, sha256 {provenance.checkpoint_sha256}",
-        "class": f"{number}{provenance.class_name}",
-        "seed": provenance.seed,
-        "settings": provenance.settings.describe(),
-        "computed": f"on {provenance.device} in {provenance.dtype}, by varcli {provenance.version}",
-    }
+    facts = [
+        ("checkpoint", f"{provenance.checkpoint}, sha256 {provenance.checkpoint_sha256}"),
+        ("class", f"{number}{provenance.class_name}"),
+        ("seed", provenance.seed),
+        ("settings", provenance.settings.describe()),
+        ("computed", f"on {provenance.device} in {provenance.dtype}, by varcli {provenance.version}"),
+        *(
+            ("input", f"{name}, sha256 {digest}{_changed(name, digest)}")
+            for name, digest in input_files(provenance).items()
+        ),
+    ]
     if provenance.batched:
-        facts["exact"] = "no: in 16 bits on a GPU the batch size changes the rounding, and tokens with it"
-    facts["command"] = command
-    for name, value in facts.items():
-        result(f"{name:<11}{value}")
+        facts.append(("exact", "no: in 16 bits on a GPU the batch size changes the rounding, and tokens with it"))
+    facts.append(("command", command))
+    for name, value in facts:
+        result(f"{name:<11}{printable(str(value))}")
+
+
+def _changed(name: str, digest: str) -> str:
+    """What to know before an input is used again: whether it is the file that the image was made of."""
+    if name == "-" or name.startswith("/dev/"):
+        return "; it had no name, so the command is incomplete"
+    path = Path(name)
+    if not path.is_file():
+        return "; there is no such file here now"
+    return "" if file_sha256(path) == digest else "; the file of this name is another one now"

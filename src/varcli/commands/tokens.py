@@ -4,16 +4,20 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
 from varcli.commands import options
 from varcli.console import note, progress, result, table
-from varcli.errors import UsageError
+from varcli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from varcli.images.editable import SourceImage
 
 Images = Annotated[
     list[str], typer.Argument(metavar="IMG...", help="Images of any size and kind; - is standard input.")
@@ -49,18 +53,17 @@ def reconstruct(
     from varcli.outputs.open import check_outputs, open_sink
 
     options.check_image_outputs(out, as_json, growth, len(images))
-    check_outputs(out, grid, growth)
-    from varcli.images.editable import read_source_image
+    check_outputs(out, grid, growth, archives=False, inputs=images)
     from varcli.pipelines.model import load
     from varcli.pipelines.tokens import reconstruct as reconstruct_image
     from varcli.pipelines.tokens import save_pairs
 
-    sources = [read_source_image(image) for image in images]  # before a checkpoint is downloaded
+    sources = _Sources(images)
     model = load(checkpoint, device=device, progress=not quiet)
     pairs, lines = [], []
-    opened = nullcontext() if out is None else open_sink(out, several=len(images) > 1)
+    opened = nullcontext() if out is None else open_sink(out, several=len(images) > 1, archives=False)
     with opened as sink, progress("images", len(images), quiet) as advance:
-        for number, source in enumerate(sources):
+        for number, source in sources:
             pair = reconstruct_image(model, source, number, growth=growth)
             path = sink.add(pair.after.array, pair.after.provenance) if sink else None
             psnr = None if pair.psnr == math.inf else pair.psnr
@@ -70,24 +73,45 @@ def reconstruct(
                 "psnr": psnr,
                 "bits_per_pixel": pair.bits_per_pixel,
             }
-            pairs.append(pair)
+            pairs.append((images[number], pair))
             lines.append(facts)
             advance()
-    if grid:
-        save_pairs(grid, sources, pairs)
+    if grid and pairs:
+        save_pairs(grid, pairs)
+    rows = [(image, f"{pair.psnr:.2f} dB", f"{pair.bits_per_pixel:.4f} bits/pixel") for image, pair in pairs]
     if as_json:
         for facts in lines:
             result(json.dumps(facts, sort_keys=True))
-        return
-    rows = [
-        (image, f"{pair.psnr:.2f} dB", f"{pair.bits_per_pixel:.4f} bits/pixel")
-        for image, pair in zip(images, pairs, strict=True)
-    ]
-    if out == "-":  # stdout carries the images
+    elif out == "-":  # stdout carries the images
         for row in rows:
             note(", ".join(row))
-    else:
+    elif rows:
         table(("image", "PSNR", "tokens"), rows)
+    sources.check()
+
+
+class _Sources:
+    """Images that are read one after the other, each with its number; those that cannot be read are passed over."""
+
+    def __init__(self, images: Sequence[str]) -> None:
+        """Read a single image, so that no checkpoint is downloaded for one that cannot be used."""
+        from varcli.images.editable import read_source_image
+
+        self._images, self._read, self._failed = images, read_source_image, 0
+        self._alone = read_source_image(images[0]) if len(images) == 1 else None
+
+    def __iter__(self) -> "Iterator[tuple[int, SourceImage]]":
+        for number, image in enumerate(self._images):
+            try:
+                yield number, self._alone or self._read(image)
+            except InputError as error:
+                note(str(error))
+                self._failed += 1
+
+    def check(self) -> None:
+        """Raise InputError, once all is done, if an image was passed over."""
+        if self._failed:
+            raise InputError(f"{self._failed} of {len(self._images)} images cannot be used; the others are done")
 
 
 tokens_app = typer.Typer(
@@ -113,25 +137,31 @@ def encode(
 
     The largest square in the middle of an image is used, in the tokenizer's size.
     """
-    from varcli.files import check_writable
+    from varcli.files import check_writable, kind_there
 
+    if out != "-" and Path(out).suffix.lower() != ".safetensors" and kind_there(Path(out)) != "device":
+        raise UsageError(f"--out must be a name ending in .safetensors, or - for standard output (got {out})")
+    if any(Path(out).resolve() == Path(image).resolve() for image in images if out != "-"):
+        raise UsageError(f"--out {out} is one of the images: give another name")
     if out == "-" and sys.stdout.isatty():
         raise UsageError("--out - is a terminal; send tokens to a file or a pipe")
     if out != "-":
         check_writable(Path(out))
-    from varcli.images.editable import read_source_image
     from varcli.pipelines.model import load
     from varcli.pipelines.tokens import encode_to
 
-    sources = [read_source_image(image) for image in images]  # before a checkpoint is downloaded
+    sources = _Sources(images)
     model = load(checkpoint, device=device, progress=not quiet)
     with tempfile.TemporaryDirectory() as folder, progress("images", len(images), quiet) as advance:
         path = Path(folder) / "tokens.safetensors" if out == "-" else Path(out)
-        encode_to(model, sources, path, advance)
+        count = encode_to(model, (source for _, source in sources), path, advance)
+        if not count:
+            sources.check()
         if out == "-":
             sys.stdout.buffer.write(path.read_bytes())
         elif not quiet:
             result(out)
+    sources.check()
 
 
 @tokens_app.command()
@@ -144,7 +174,9 @@ def decode(
     quiet: options.Quiet = False,
 ) -> None:
     """Decode the images of a token file. Its last scales may be missing, and its metadata too."""
-    from varcli.outputs.open import open_sink
+    from varcli.outputs.open import check_sink, open_sink
+
+    check_sink(out, archives=False)
     from varcli.pipelines.model import load
     from varcli.pipelines.tokens import decode_file
 
@@ -155,7 +187,7 @@ def decode(
             path = Path(folder) / "standard input"
             path.write_bytes(sys.stdin.buffer.read())
         count, images = decode_file(model, path, file)
-    with open_sink(out, several=count > 1) as sink:
+    with open_sink(out, several=count > 1, archives=False) as sink:
         for image in images:
             written = sink.add(image.array, image.provenance)
             if written and not quiet:

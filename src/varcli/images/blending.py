@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from varcli.images.masks import Mask, Numbers
-from varcli.images.png16 import Levels
+from varcli.images.png16 import Levels, Mask, Numbers
 
 _KNOWN_SHARE = 0.2
 """Of a cell's pixels: with fewer known ones it counts as unknown."""

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b, sha256
-from io import BytesIO
 from itertools import compress, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +21,7 @@ from PIL import Image
 
 from varcli.classes import KEYWORDS, ClassTable
 from varcli.errors import InputError, UsageError
-from varcli.images.decode import UnreadableImage, adm_crop, decode_image, reading_image
+from varcli.images.decode import UnreadableImage, adm_crop, decode_image, open_image, reading_image
 from varcli.images.labels import (
     TRAINING_SPLITS,
     Label,
@@ -465,6 +464,6 @@ def _with_header(file: ImageFile, label: Label, limit: int) -> tuple[ImageFile, 
     """An image with the header in its first `limit` bytes, and its label, which a PNG of ours has inside."""
     with reading_image(file.name):
         content = file.source.read(file.member, limit)
-        with Image.open(BytesIO(content)) as image:
+        with open_image(content) as image:
             header = Header(image.size, image.format or "", blake2b(content, digest_size=16).digest())
             return file._replace(header=header), label or provenance_label(str(image.info.get(KEYWORD, "")))

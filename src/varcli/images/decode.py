@@ -3,15 +3,19 @@
 Shapes: P pixels a side.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from varcli.errors import InputError
+from varcli.images.png_chunks import readable_png
 
 
 class UnreadableImage(InputError):  # noqa: N818 - what it is, said by its name
@@ -37,7 +41,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Raises:
         UnreadableImage: the content is not an image, is damaged or truncated, or has greys of unknown range.
     """
-    with reading_image(name), Image.open(BytesIO(data)) as image:
+    with reading_image(name), open_image(data) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         return _to_rgb(upright if image.mode[0] not in "IF" else _eight_bits(upright, image.format == "TIFF"))
@@ -84,6 +88,70 @@ def _eight_bits(image: Image.Image, any_range: bool) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8))
 
 
+# --- formats ---------------------------------------------------------------------------------------
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
+"""Formats that are read, whatever a file is called. Others may start programs, as PostScript does Ghostscript."""
+
+_BYTES_PER_PIXEL = 40
+"""Memory that an edit takes at its height."""
+
+_MOST_PIXELS = 1 << 29
+"""Pixels of an image on any machine."""
+
+_OPENING = Lock()
+
+
+def open_image(content: bytes) -> ImageFile.ImageFile:
+    """Open an image file; its pixels are decoded when they are asked for.
+
+    Raises:
+        UnidentifiedImageError: it is of none of the formats.
+        ValueError: it has more pixels than `most_pixels`.
+        Exception: it is damaged.
+    """
+    Image.init()
+    with _OPENING:
+        # Pillow's limit of 89 million is the same for every machine, and less than telephones make.
+        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(BytesIO(readable_png(content)), formats=[name for name in FORMATS if name in Image.OPEN])
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
+    width, height = image.size
+    if width * height > most_pixels():
+        raise ValueError(
+            f"it has {width} × {height} pixels, and memory is enough for {most_pixels() / 10**6:.0f} million"
+        )
+    return image
+
+
+def read_image_file(file: BinaryIO, name: str) -> bytes:
+    """Return the content of an image file.
+
+    Raises:
+        InputError: it is so long that it has no end, perhaps.
+        OSError: it cannot be read.
+    """
+    content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise InputError(f"the image {name} cannot be read: it is longer than {_MOST_BYTES >> 30} GB")
+    return content
+
+
+_MOST_BYTES = 1 << 30
+"""Length of an image file."""
+
+
+def most_pixels() -> int:
+    """How many pixels an image may have: what fits into this machine's memory, at most 537 million."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        memory = 8 << 30
+    return min(memory // _BYTES_PER_PIXEL, _MOST_PIXELS)
+
+
 # --- squares ---------------------------------------------------------------------------------------
 
 
@@ -103,10 +171,9 @@ def square_crop(
     short = round(pixels * resize_ratio)
     scale = short / min(image.size)
     width, height = (max(short, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
     across, down = corner or (0.5, 0.5)
-    return _crop(image, pixels, round(across * (width - pixels)), round(down * (height - pixels)))
+    left, top = round(across * (width - pixels)), round(down * (height - pixels))
+    return _resized_crop(image, (width, height), pixels, left, top, Image.Resampling.LANCZOS)
 
 
 def adm_crop(image: Image.Image, pixels: int) -> NDArray[np.uint8]:
@@ -122,9 +189,23 @@ def adm_crop(image: Image.Image, pixels: int) -> NDArray[np.uint8]:
         image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
     scale = pixels / min(image.size)
     width, height = (round(side * scale) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _crop(image, pixels, (width - pixels) // 2, (height - pixels) // 2)
+    left, top = (width - pixels) // 2, (height - pixels) // 2
+    return _resized_crop(image, (width, height), pixels, left, top, Image.Resampling.BICUBIC)
 
 
-def _crop(image: Image.Image, pixels: int, left: int, top: int) -> NDArray[np.uint8]:
+def _resized_crop(
+    image: Image.Image, size: tuple[int, int], pixels: int, left: int, top: int, how: Image.Resampling
+) -> NDArray[np.uint8]:
+    """A square of the image as it is in another size."""
+    width, height = size
+    if width * height > _RESIZED_WHOLE:  # a very long image, of which a thousandth may be asked for
+        across, down = image.width / width, image.height / height
+        box = left * across, top * down, (left + pixels) * across, (top + pixels) * down
+        return np.asarray(image.resize((pixels, pixels), how, box))
+    if size != image.size:
+        image = image.resize(size, how)
     return np.asarray(image.crop((left, top, left + pixels, top + pixels)))
+
+
+_RESIZED_WHOLE = 1 << 26
+"""Pixels up to which an image is resized before it is cropped, as always; beyond, rounding may differ by a level."""

@@ -7,7 +7,7 @@ grey, transparent or of 16 bits, and come out so again.
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from io import BytesIO
@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from varcli.errors import InputError
-from varcli.images.png16 import Levels, read_png, to_8_bits
+from varcli.images.blending import pull_push_fill
+from varcli.images.decode import open_image, read_image_file
+from varcli.images.metadata import read_metadata
+from varcli.images.png16 import Levels, Mask, read_png, to_8_bits
+from varcli.images.png_chunks import readable_png
 from varcli.images.provenance import Raster
 
 if TYPE_CHECKING:
@@ -44,9 +48,9 @@ class SourceImage:
     sha256: str
     """Of the file."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Its resolution and colour profile, `dpi` and `icc_profile`, where the file has them."""
-    shortened: bool = False
-    """Whether its file has colours of 16 bits, of which the upper 8 are here."""
+    """What else the file says of it, as `read_metadata` returns it."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what of the file is not here."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,6 +75,13 @@ class SourceImage:
         mixed = (colours * alpha + 65535 * (1 - alpha)).round().astype(np.uint16)
         return np.repeat(mixed, 3 // self.colours, axis=2)
 
+    def paint(self) -> Levels:
+        """Its colours whatever their transparency, (height, width, 3), in its own bits; white where nothing is seen."""
+        colours = np.repeat(self.levels[:, :, : self.colours], 3 // self.colours, axis=2)
+        if self.levels.shape[2] > self.colours:
+            colours[self.levels[:, :, -1] == 0] = np.iinfo(colours.dtype).max
+        return colours
+
     def pixels(self) -> "Pixels":
         """What one sees of it in 8 bits."""
         return to_8_bits(self.seen())
@@ -84,23 +95,35 @@ class SourceImage:
         left, top, right, bottom = margins
         return replace(self, levels=np.pad(self.levels, ((top, bottom), (left, right), (0, 0))))
 
-    def replaced(self, pixels: Levels, shown: "NDArray[np.bool_] | None" = None) -> Raster:
-        """Return it with other pixels, of its own kind and with its own resolution and colour profile.
+    def replaced(self, pixels: Levels, hole: Mask) -> Raster:
+        """Return it with other pixels, of its own kind and with its own metadata.
 
-        Where `pixels` are what `self.seen()` gave, its own stay to the last bit.
+        Outside the hole its own stay to the last bit where `pixels` are what `self.paint()` gave, and wherever
+        nothing is seen of them. In the hole the opacity continues that of what is seen around it, and is full
+        where there is nothing.
 
         Args:
             pixels: of the same size and as many bits.
-            shown: what was transparent and is to be seen from now on, (height, width); None is nothing.
+            hole: what is new, (height, width).
         """
-        changed = (pixels != self.seen()).any(axis=2)
-        if shown is not None:
-            changed |= shown
+        changed = (pixels != self.paint()).any(axis=2) | hole
         own = self.levels.copy()
+        if own.shape[2] > self.colours:
+            alpha = own[:, :, -1]
+            known = ~hole & (alpha > 0)
+            changed &= hole | known
+            alpha[hole] = _continued(alpha, known)[hole]
         own[:, :, : self.colours][changed] = (pixels if self.colours == 3 else grey_levels(pixels)[:, :, None])[changed]
-        if shown is not None and own.shape[2] > self.colours:
-            own[:, :, -1][shown] = np.iinfo(own.dtype).max
         return Raster(own, self.info)
+
+
+def _continued(alpha: "NDArray[np.unsignedinteger[Any]]", known: Mask) -> "NDArray[np.unsignedinteger[Any]]":
+    """Return an opacity that is full where the known ones are, and else continues them smoothly."""
+    most = np.iinfo(alpha.dtype).max
+    if not known.any() or (alpha[known] == most).all():
+        return np.full_like(alpha, most)
+    smooth = pull_push_fill(alpha[:, :, None].astype(np.float32), known)[:, :, 0]
+    return smooth.round().clip(1, most).astype(alpha.dtype)
 
 
 def grey_levels(levels: Levels) -> Levels:
@@ -124,33 +147,43 @@ def read_source_image(source: str) -> SourceImage:
         InputError: it cannot be read, is no image, is cut off, has several frames, or would take too
             much memory.
     """
+    if not source:
+        raise InputError("the name of an image is empty: give a file, or - for standard input")
     if source == STANDARD_INPUT:
         if sys.stdin.isatty():
             raise InputError("standard input is a terminal; send an image through a pipe, or name a file")
-        name, content = "standard input", sys.stdin.buffer.read()
+        name = "standard input"
+        content = read_image_file(sys.stdin.buffer, name)
     else:
         name = source
         try:
-            content = Path(source).read_bytes()
-        except OSError as error:
-            raise InputError(f"the image {source} cannot be read: {error.strerror or error}") from error
+            with Path(source).open("rb") as file:
+                content = read_image_file(file, name)
+        except (OSError, ValueError) as error:  # a name with NUL in it is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"the image {source} cannot be read: {reason}") from error
     return source_image(content, name)
 
 
 def source_image(content: bytes, name: str) -> SourceImage:
     """Return the image that a file's content holds; `name` is what to call it in messages."""
-    with _reading(name), Image.open(BytesIO(content)) as opened:
+    with _reading(name), open_image(content) as opened:
         frames = getattr(opened, "n_frames", 1)
         if frames > 1 and opened.format != "MPO":  # cameras add a second view to their photographs
             raise InputError(f"the image {name} has {frames} frames: give a single one, such as its first frame as PNG")
         cut = any(";16" in str(tile[3]) for tile in opened.tile) and opened.mode != "I;16"
+        if opened.format == "TIFF":  # it closes its file once it is loaded
+            with suppress(Exception):
+                _ = [opened.getexif().get_ifd(part) for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)]
         opened.load()
-        info = {key: opened.info[key] for key in ("dpi", "icc_profile") if opened.info.get(key)}
+        upright = ImageOps.exif_transpose(opened)
         deep = opened.format == "PNG" and (cut or (opened.mode == "I;16" and "transparency" in opened.info))
-        levels = _deep_levels(content, opened) if deep else _levels(ImageOps.exif_transpose(opened), name)
-    if opened.mode == "CMYK":
-        info.pop("icc_profile", None)  # of the inks
-    return SourceImage(name, levels, sha256(content).hexdigest(), info, shortened=cut and not deep)
+        levels = _deep_levels(readable_png(content), opened) if deep else _levels(upright, name)
+        info, left_out = read_metadata(opened, upright, content)
+    notes = [f"the {what} of {name} is left out" for what in left_out]
+    if cut and not deep:
+        notes.append(f"{name} has colours of 16 bits; the upper 8 bits were kept")
+    return SourceImage(name, levels, sha256(content).hexdigest(), info, tuple(notes))
 
 
 def _deep_levels(content: bytes, opened: Image.Image) -> Levels:
@@ -172,15 +205,13 @@ def _reading(name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata does no harm to pixels
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except (InputError, MemoryError):
+    except InputError:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise InputError(f"the image {name} is too large: at most {most} million pixels are read") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image of a known format, such as PNG or JPEG") from error
+    except MemoryError as error:
+        raise InputError(f"the image {name} does not fit into memory") from error
     except Exception as error:  # decoders fed broken bytes raise nearly anything, struct.error to SyntaxError
         raise InputError(f"the image {name} cannot be read: {str(error) or type(error).__name__}") from error
 
@@ -193,11 +224,20 @@ def _for_png(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
     if image.mode == "CMYK":
         return _from_inks(image)
+    if image.mode in ("L", "RGB") and "transparency" in image.info:
+        return _with_alpha(image)
     if image.has_transparency_data:
-        return image if image.mode in _KEPT_MODES else image.convert("LA" if image.mode == "L" else "RGBA")
+        return image if image.mode in _KEPT_MODES else image.convert("RGBA")
     if image.mode in _KEPT_MODES:
         return image.copy()
     return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """Return an image one of whose colours means transparent with an alpha channel."""
+    levels, hidden = np.asarray(image), np.array(image.info["transparency"])
+    seen = np.atleast_3d(levels != hidden).any(axis=2)
+    return Image.fromarray(np.dstack([levels, seen * np.uint8(255)]))
 
 
 def _from_inks(image: Image.Image) -> Image.Image:

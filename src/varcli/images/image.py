@@ -23,7 +23,7 @@ class Image:
     provenance: Provenance
     """All that determines it."""
     info: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Resolution and colour profile of the image an edit started from, `dpi` and `icc_profile`."""
+    """Resolution, colour profile, EXIF and the like of the image that an edit started from."""
 
     @property
     def label(self) -> int | None:

@@ -9,11 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from varcli.errors import InputError, UsageError
+from varcli.images.decode import most_pixels
 from varcli.images.editable import SourceImage, grey_levels
-from varcli.images.png16 import to_8_bits
-
-Mask = NDArray[np.bool_]
-Numbers = NDArray[np.float32]
+from varcli.images.png16 import Mask, to_8_bits
 
 _HALF = 128
 
@@ -60,6 +58,38 @@ def fitted_mask(mask: Mask, size: tuple[int, int], name: str, fit: bool) -> Mask
         )
     grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     return np.asarray(grey) >= _HALF
+
+
+def check_mask_image(given: SourceImage, marks: Mask) -> str:
+    """Return a sentence about an image that hardly is a mask, empty if it may well be one.
+
+    Args:
+        given: the image, whose brightness says what to fill.
+        marks: what it marks.
+
+    Raises:
+        InputError: it has colours.
+    """
+    alpha = given.alpha()
+    see_through = alpha is not None and bool((alpha < _HALF).any())
+    advice = "; --alpha fills where it is transparent" if see_through else ""
+    colours = to_8_bits(given.levels[:, :, : given.colours])
+    if alpha is not None:
+        colours = colours[alpha > 0]
+    if np.mean(np.ptp(colours, axis=-1) > _COLOURED) > _FEW:
+        raise InputError(f"the mask {given.name} has colours: a mask is grey, white where to fill{advice}")
+    greys = np.mean((colours > _DARK) & (colours < 255 - _DARK)) > _MANY
+    share = marks.mean()
+    if not greys and not (see_through and share > 1 / 2):
+        return ""
+    return f"{given.name} hardly looks like a mask: its brightness marks {share:.0%} of the image{advice}"
+
+
+_COLOURED, _FEW = 32, 0.01
+"""How far apart the levels of a colour are, and which share of pixels may have one."""
+
+_DARK, _MANY = 32, 0.25
+"""Levels up to which a grey counts as black (or as white, from the other end), and which share may be between."""
 
 
 def check_mask(mask: Mask, name: str) -> None:
@@ -116,9 +146,11 @@ def parse_target(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def _check_canvas(option: str, text: str, width: int, height: int) -> None:
-    most = Image.MAX_IMAGE_PIXELS or width * height
+    most = most_pixels()
     if width * height > most:
-        raise UsageError(f"{option} {text} makes {width} × {height} pixels; at most {most // 10**6} million")
+        raise UsageError(
+            f"{option} {text} makes {width} × {height} pixels; memory is enough for {most / 10**6:.0f} million"
+        )
 
 
 def _four(option: str, text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:

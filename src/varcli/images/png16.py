@@ -3,9 +3,6 @@
 Levels are (height, width, channels), 0 to 255 as uint8 or 0 to 65535 as uint16; both ends mean the same.
 """
 
-import struct
-import zlib
-from collections.abc import Sequence
 from io import BytesIO
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,6 +15,8 @@ if TYPE_CHECKING:
 
 
 Levels = NDArray[np.unsignedinteger[Any]]
+Mask = NDArray[np.bool_]
+Numbers = NDArray[np.float32]
 
 _STEP = 257
 """Of 16 bits, between neighbours of 8."""
@@ -69,15 +68,11 @@ def read_png(content: bytes) -> Levels:
     return np.dstack([values, seen * np.uint16(65535)])
 
 
-def deep_png_bytes(
-    values: Levels, texts: Sequence[tuple[bytes, bytes]], info: dict[str, Any], compression: int
-) -> bytes:
+def deep_png_bytes(values: Levels, compression: int) -> bytes:
     """Return a PNG file's content with all 16 bits.
 
     Args:
         values: uint16, with 1 to 4 channels.
-        texts: names and contents of the chunks that hold text.
-        info: as Pillow has it; `dpi` and `icc_profile` are kept.
         compression: level of zlib.
     """
     import png
@@ -86,18 +81,6 @@ def deep_png_bytes(
     writer = png.Writer(
         width, height, greyscale=channels < 3, alpha=channels in (2, 4), bitdepth=16, compression=compression
     )
-    file, extra = BytesIO(), BytesIO()
+    file = BytesIO()
     writer.write_packed(file, (row.tobytes() for row in values.astype(">u2")))
-    if info.get("icc_profile"):
-        png.write_chunk(extra, b"iCCP", b"ICC Profile\0\0" + zlib.compress(info["icc_profile"]))
-    if info.get("dpi"):
-        per_metre = [int(value / 0.0254 + 0.5) for value in info["dpi"]]
-        png.write_chunk(extra, b"pHYs", struct.pack(">IIB", *per_metre, 1))
-    for name, text in texts:
-        png.write_chunk(extra, name, text)
-    content = file.getvalue()
-    return content[:_AFTER_HEADER] + extra.getvalue() + content[_AFTER_HEADER:]
-
-
-_AFTER_HEADER = 8 + 4 + 4 + 13 + 4
-"""Where a PNG's second chunk begins: signature; length, name, content and checksum of the first."""
+    return file.getvalue()

@@ -8,17 +8,22 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import unicodedata
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
 from varcli.config import SampleConfig
 from varcli.errors import InputError
+from varcli.images.decode import open_image, read_image_file
+from varcli.images.metadata import metadata_chunks
+from varcli.images.png_chunks import chunks, png_texts, text_chunk, with_chunks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +46,7 @@ class Raster:
     levels: "Levels"
     """(height, width, channels): grey, grey and alpha, RGB or RGBA, of 8 or 16 bits."""
     info: dict[str, Any]
-    """Its resolution and colour profile, `dpi` and `icc_profile`, where it has them."""
+    """What its file says of it, as `read_metadata` returns it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,30 +127,68 @@ def provenance_from_json(text: str, name: str) -> Provenance:
             facts["approximate"] = facts.pop("draft")
         facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
         names = {field.name for field in fields(SampleConfig)}
-        settings = SampleConfig(**{name: facts[name] for name in names & facts.keys()})
+        settings = SampleConfig(**{name: _typed(SampleConfig, name, facts[name]) for name in names & facts.keys()})
         kind = EditProvenance if "command" in facts else Provenance
-        return kind(settings=settings, **{f.name: facts[f.name] for f in fields(kind) if f.name != "settings"})
-    except (ValueError, KeyError, TypeError) as error:
+        own = {f.name: _typed(kind, f.name, facts[f.name]) for f in fields(kind) if f.name != "settings"}
+        return kind(settings=settings, **own)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"the provenance of {name} is damaged, or of another version of varcli") from error
 
 
-def read_provenance(path: Path) -> Provenance:
-    """What a PNG says about how it was made.
+def _typed(kind: type, name: str, value: Any) -> Any:
+    """Return the value of a field if it is of the field's type; files may hold anything.
+
+    Raises:
+        TypeError: it is not.
+    """
+    expected = get_type_hints(kind)[name]
+    if expected == tuple[str, ...]:
+        right = isinstance(value, tuple) and len(value) > 0 and all(isinstance(word, str) for word in value)
+    elif expected is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+    if not right:
+        raise TypeError(f"{name} is {value!r}")
+    return value
+
+
+def read_provenance(path: str | Path) -> Provenance:
+    """What a PNG says about how it was made; "-" is one on standard input.
 
     Raises:
         InputError: the file is no image, or says nothing.
     """
+    name = "standard input" if str(path) == "-" else str(path)
     try:
-        with Image.open(path) as image:
-            image.load()  # text may stand behind the pixels
-            text = dict(image.info)
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image: give a PNG that var sample wrote") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if KEYWORD not in text:
-        raise InputError(f"{path} has no provenance: give a PNG that var sample wrote")
-    return provenance_from_json(str(text[KEYWORD]), str(path))
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else Path(path).open("rb") as file:
+            content = read_image_file(file, name)
+    except OSError as error:
+        raise InputError(f"the image {name} cannot be read: {error.strerror or error}") from error
+    last = b""
+    for chunk in chunks(content):
+        last = chunk.name
+    if last and last != b"IEND":
+        raise InputError(f"the image {name} cannot be read: it is cut off")
+    text = png_texts(content).get(KEYWORD)
+    if text is not None:
+        return provenance_from_json(text, name)
+    try:
+        open_image(content)
+    except Exception as error:  # damaged files raise nearly anything
+        raise InputError(f"{name} is not an image: give a PNG that var sample wrote") from error
+    raise InputError(f"{name} has no provenance: give a PNG that var sample wrote")
+
+
+def input_files(provenance: Provenance) -> dict[str, str]:
+    """The files that an image was made from, as its command names them, and their sha256."""
+    if not isinstance(provenance, EditProvenance):
+        return {}
+    words = provenance.command
+    names = [*words[2 if words[0] == "tokens" else 1 :][:1]]
+    if len(provenance.inputs) > 1:
+        names += words[words.index("--mask") + 1 :][:1] if "--mask" in words else words[2:3]
+    return dict(zip(names, provenance.inputs, strict=False))
 
 
 def reproduction_command(provenance: Provenance) -> str:
@@ -180,22 +223,27 @@ def setting_options(provenance: Provenance) -> list[str]:
 def png_bytes(pixels: "PixelsOrRaster", provenance: Provenance | None = None) -> bytes:
     """Return an image as a PNG file's content, with its provenance as text where it has one.
 
-    A raster also keeps its bits, and its resolution and colour profile if its `info` has them.
+    A raster also keeps its bits, and what its `info` says of it.
     """
-    text = PngInfo()
+    texts = []
     if provenance is not None:
-        text.add_text("Title", f"{provenance.class_name}, seed {provenance.seed}")
-        text.add_text("Software", f"varcli {provenance.version}")
-        text.add_text(KEYWORD, provenance.to_json())
+        texts = [
+            text_chunk("Title", f"{provenance.class_name}, seed {provenance.seed}"),
+            text_chunk("Software", f"varcli {provenance.version}"),
+            text_chunk(KEYWORD, provenance.to_json()),
+        ]
     levels, info = (pixels.levels, pixels.info) if isinstance(pixels, Raster) else (pixels, {})
     if levels.itemsize > 1 and levels.shape[2] > 1:  # Pillow has no colours of 16 bits
         from varcli.images.png16 import deep_png_bytes
 
-        return deep_png_bytes(levels, [chunk[:2] for chunk in text.chunks], info, _COMPRESSION)
-    content = BytesIO()
-    image = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
-    image.save(content, "PNG", pnginfo=text, compress_level=_COMPRESSION, **info)
-    return content.getvalue()
+        content = deep_png_bytes(levels, _COMPRESSION)
+    else:
+        file = BytesIO()
+        image = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
+        image.save(file, "PNG", compress_level=_COMPRESSION)
+        content = file.getvalue()
+    colours, others = metadata_chunks(info)
+    return with_chunks(content, [*colours, *texts, *others])
 
 
 _COMPRESSION = 3
@@ -215,6 +263,28 @@ def image_filename(provenance: Provenance) -> str:
         "-".join([class_id, *([short] if short and provenance.class_id is not None else []), str(provenance.seed)])
         + ".png"
     )
+
+
+def own_path(path: Path, provenance: EditProvenance) -> Path:
+    """Return a path for an edited image at which no other file is lost.
+
+    A file there that was made of the same files is what running a command again replaces. If another is there, digits
+    of their hash follow the name.
+    """
+    digest = sha256(" ".join(provenance.inputs).encode()).hexdigest()
+    for digits in ("", f"-{digest[:8]}"):
+        wanted = path.with_name(f"{path.stem}{digits}{path.suffix}")
+        if not wanted.exists() or _made_of(wanted) == provenance.inputs:
+            return wanted
+    return path.with_name(f"{path.stem}-{digest}{path.suffix}")
+
+
+def _made_of(path: Path) -> tuple[str, ...] | None:
+    """Return the sha256 of the files that an image was made of, None where it does not say so."""
+    try:
+        return getattr(read_provenance(path), "inputs", None)
+    except InputError:
+        return None
 
 
 def file_words(name: str) -> str:

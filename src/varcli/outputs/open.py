@@ -3,6 +3,7 @@
 Opening it checks that it can be written, before any work is done.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from varcli.errors import UsageError
@@ -11,25 +12,26 @@ from varcli.outputs.archives import NpzSink, TarSink
 from varcli.outputs.sinks import STANDARD_OUTPUT, FolderSink, Sink, StreamSink
 
 
-def open_sink(out: str | None, *, several: bool, resume: bool = False) -> Sink:
+def open_sink(out: str | None, *, several: bool, resume: bool = False, archives: bool = True) -> Sink:
     """Open the sink that `--out` names.
 
     Args:
         out: as typed.
         several: whether there is, or may be, more than one image.
         resume: keep what an earlier run left here.
+        archives: whether .npz and .tar are written.
 
     Raises:
         UsageError: the sink cannot hold these images.
         RunError: it cannot be written.
         InputError: with `resume`, what lies there was not written by varcli.
     """
-    output = find_sink(out, several=several)
+    output = find_sink(out, several=several, archives=archives)
     output.open(resume)
     return output
 
 
-def find_sink(out: str | None, *, several: bool) -> Sink:
+def find_sink(out: str | None, *, several: bool, archives: bool = True) -> Sink:
     """The sink that `--out` names, not open.
 
     ``-`` is standard output: one PNG, or several in a tar stream. A name ending in .png is a file, in
@@ -39,11 +41,12 @@ def find_sink(out: str | None, *, several: bool) -> Sink:
     Args:
         out: as typed.
         several: whether there is, or may be, more than one image.
+        archives: whether .npz and .tar are written.
 
     Raises:
         UsageError: the sink cannot hold these images.
     """
-    path, kind = Path(out or "."), _kind(out)
+    path, kind = Path(out or "."), _kind(out, archives)
     if kind == "stream":
         return StreamSink(path, several)
     if kind == ".npz":
@@ -53,20 +56,19 @@ def find_sink(out: str | None, *, several: bool) -> Sink:
     if kind == "folder":
         return FolderSink(path)
     if several:
-        raise UsageError(
-            f"--out {out} is one file, but there are several images; use a folder, .npz, .tar, or - for a tar stream"
-        )
+        others = "a folder, .npz, .tar," if archives else "a folder"
+        raise UsageError(f"--out {out} is one file, but there are several images; use {others} or - for a tar stream")
     return FolderSink(path.parent, path.name)
 
 
-def check_sink(out: str | None) -> None:
+def check_sink(out: str | None, *, archives: bool = True) -> None:
     """Check that the place that `--out` names can be written, without touching it.
 
     Raises:
         UsageError: there is no such kind of output.
         RunError: it cannot be written.
     """
-    path, kind = Path(out or "."), _kind(out)
+    path, kind = Path(out or "."), _kind(out, archives)
     if kind == "folder":
         there = next((folder for folder in (path, *path.parents) if kind_there(folder) != "nothing"), path)
         check_folder(there, path)
@@ -74,7 +76,7 @@ def check_sink(out: str | None) -> None:
         check_writable(path)
 
 
-def _kind(out: str | None) -> str:
+def _kind(out: str | None, archives: bool) -> str:
     """Which kind of output `--out` names: "stream", "folder", ".png", ".npz" or ".tar"."""
     path = Path(out or ".")
     there = kind_there(path)
@@ -83,17 +85,23 @@ def _kind(out: str | None) -> str:
     if there == "folder" or (out or "").endswith(("/", "\\")):
         return "folder"
     ending = path.suffix.lower()
-    if ending in (".png", ".npz", ".tar"):
+    if ending == ".png" or (archives and ending in (".npz", ".tar")):
         return ending
     if ending in _OTHER_FILES or there == "file":
-        raise UsageError(
-            f"--out must be a folder, a name ending in .png, .npz or .tar, or - for standard output (got {out})"
-        )
+        endings = "a name ending in .png, .npz or .tar" if archives else "a name ending in .png"
+        raise UsageError(f"--out must be a folder, {endings}, or - for standard output (got {out})")
     return "folder"
 
 
 _OTHER_FILES = frozenset(
-    (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".gz", ".tgz", ".xz", ".zst", ".json")
+    (
+        *(".apng", ".avif", ".bmp", ".dib", ".dng", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif", ".ico", ".j2k"),
+        *(".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl", ".pbm", ".pcx", ".pdf", ".pgm", ".pnm", ".ppm", ".ps"),
+        *(".psd", ".qoi", ".svg", ".tga", ".tif", ".tiff", ".webp", ".xcf"),
+        *(".mkv", ".mov", ".mp4", ".webm"),
+        *(".7z", ".bz2", ".gz", ".npy", ".npz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"),
+        *(".bak", ".csv", ".json", ".jsonl", ".parquet", ".pt", ".pth", ".safetensors", ".tmp", ".txt"),
+    )
 )
 """Endings that mean a file of a kind not written here, hardly a folder."""
 
@@ -110,14 +118,31 @@ def check_file(option: str, path: Path, endings: tuple[str, ...]) -> None:
     check_writable(path)
 
 
-def check_outputs(out: str | None, grid: Path | None = None, growth: Path | None = None) -> None:
+def check_outputs(
+    out: str | None,
+    grid: Path | None = None,
+    growth: Path | None = None,
+    *,
+    archives: bool = True,
+    inputs: Sequence[str] = (),
+) -> None:
     """Check that everything to be written can be, before anything is downloaded or computed.
+
+    Args:
+        out: as typed.
+        grid: where a contact sheet goes.
+        growth: where the growing image goes.
+        archives: whether .npz and .tar are written.
+        inputs: files that neither sheet nor growing image may replace.
 
     Raises:
         UsageError: a name is of no kind that can be written.
         RunError: a place cannot be written.
     """
-    check_sink(out)
+    check_sink(out, archives=archives)
+    for option, path in (("grid", grid), ("growth", growth)):
+        if path and any(path.resolve() == Path(name).resolve() for name in inputs):
+            raise UsageError(f"--{option} {path} is the image that is read: give another name")
     if grid:
         check_file("grid", grid, (".png",))
     if growth:

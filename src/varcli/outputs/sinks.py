@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from varcli.errors import InputError, UsageError
 from varcli.files import cannot_write, check_folder, check_writable, write_atomically
-from varcli.images.provenance import Provenance, image_filename, png_bytes, read_provenance
+from varcli.images.provenance import (
+    EditProvenance,
+    Provenance,
+    image_filename,
+    own_path,
+    png_bytes,
+    read_provenance,
+)
 
 if TYPE_CHECKING:
     from varcli.images.provenance import PixelsOrRaster
@@ -114,6 +121,8 @@ class FolderSink(Sink):
     def prepare(self, pixels: "PixelsOrRaster", provenance: Provenance) -> Path:
         """Write an image, which needs no order either; return its file."""
         path = self._path(provenance)
+        if self._name is None and isinstance(provenance, EditProvenance):  # photo.jpg and photo.png have one name
+            path = own_path(path, provenance)
         write_atomically(path, png_bytes(pixels, provenance))
         return path
 

@@ -17,9 +17,9 @@ from varcli.images.contact_sheet import contact_sheet, save_growth
 from varcli.images.editable import SourceImage, read_source_image, source_image
 from varcli.images.image import Image
 from varcli.images.masks import (
-    Mask,
     box_mask,
     check_mask,
+    check_mask_image,
     fitted_mask,
     grey_mask,
     marked,
@@ -28,9 +28,9 @@ from varcli.images.masks import (
     parse_target,
     transparent_mask,
 )
-from varcli.images.png16 import to_8_bits
+from varcli.images.png16 import Mask, to_8_bits
 from varcli.images.provenance import EditProvenance, png_bytes, setting_options
-from varcli.images.tiling import count_tiles, tile_side
+from varcli.images.tiling import Plan, plan_squares, plan_whole
 from varcli.outputs.open import open_sink
 from varcli.pipelines.model import ClassName, Model
 from varcli.pipelines.requests import SampleRequest, request
@@ -55,10 +55,8 @@ class EditTask:
     """Name of the results: the image's file name without folder and suffix."""
     inputs: tuple[str, ...]
     """sha256 of the files."""
-    opaque: bool = False
-    """Whether what is filled becomes opaque."""
-    side: int | None = None
-    """Side of the squares that go through the model, in the image's pixels; None is the hole with its context."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: what of a file is left out, what may be a mistake."""
 
 
 def read_input(image: ImageInput, name: str = "image") -> SourceImage:
@@ -136,14 +134,16 @@ def fill_task(
         mask=box_mask((0, 0, 0, 0), source.size),
         source=stem(image),
         inputs=(source.sha256,),
+        notes=source.notes,
     )
     if typed is not None:
         return replace(task, mask=box_mask(parse_box(typed, source.size), source.size))
     marks = source if mask is None else read_input(mask, "mask")
     region = fitted_mask(transparent_mask(marks) if alpha else grey_mask(marks), source.size, marks.name, fit_mask)
     check_mask(region, marks.name)
+    doubt = "" if alpha else check_mask_image(marks, region)
     inputs = (source.sha256,) if mask is None else (source.sha256, marks.sha256)
-    return replace(task, mask=region, inputs=inputs, opaque=mask is None)
+    return replace(task, mask=region, inputs=inputs, notes=(*task.notes, *[doubt] * bool(doubt)))
 
 
 def outpaint_task(
@@ -178,8 +178,7 @@ def outpaint_task(
         mask=~box_mask((left, top, left + width, top + height), padded.size),
         source=stem(image),
         inputs=(source.sha256,),
-        opaque=True,
-        side=min(source.size),
+        notes=source.notes,
     )
 
 
@@ -205,9 +204,10 @@ def edit_images(
     config: SampleConfig,
     rule: EditConfig | None = None,
     *,
+    plan: Plan | None = None,
     best_of: int = 1,
     growing: bool = False,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Iterator[EditResult]:
     """Edit an image once per seed.
 
@@ -218,9 +218,10 @@ def edit_images(
         seeds: of each image's first candidate; the candidates' seeds count up from it.
         config: settings of sampling.
         rule: how the result is put back into the image.
+        plan: what `edit_plan` returned, if it is known.
         best_of: candidates per image; the one of best seam and likelihood is kept.
         growing: also keep the image after each scale.
-        advance: called after each square.
+        advance: called with how many squares were filled, after each batch of them.
 
     Raises:
         UsageError: the label means several classes.
@@ -229,15 +230,14 @@ def edit_images(
     """
     rule = rule or EditConfig()
     entry, common = model.one_class(label), model.provenance(config)
-    side = _square_side(model, task, rule)
+    plan = plan or edit_plan(model, task, rule)
     editor = Editor(model.prepared.tokenizer, model.prepared.transformer, config, rule)
     for seed in seeds:
         wanted = request(entry, seed, model.classes, common)
         candidates = [
             editor.edit(
-                task.image.seen(),
-                task.mask,
-                side,
+                task.image.paint(),
+                plan,
                 wanted.label,
                 seed + i,
                 scored=best_of > 1,
@@ -247,16 +247,17 @@ def edit_images(
             for i in range(best_of)
         ]
         chosen = best(candidates) if best_of > 1 else candidates[0]
-        raster = task.image.replaced(chosen.pixels, task.mask if task.opaque else None)
+        raster = task.image.replaced(chosen.pixels, task.mask)
         yield EditResult(
             Image(raster.levels, _provenance(task, wanted, chosen.seed, rule), raster.info), chosen, candidates
         )
 
 
-def _square_side(model: Model, task: EditTask, rule: EditConfig) -> int:
-    """Side of the squares that go through the model, in the image's pixels."""
-    whole = max(task.mask.shape)
-    return tile_side(task.mask, model.tokenizer_config.pixels, whole if rule.released_rule else task.side)
+def edit_plan(model: Model, task: EditTask, rule: EditConfig) -> Plan:
+    """Return the squares that go through the model."""
+    if rule.released_rule:
+        return plan_whole(task.mask)
+    return plan_squares(task.mask, model.tokenizer_config.pixels, rule.feather or 0)
 
 
 def _provenance(task: EditTask, wanted: SampleRequest, seed: int, rule: EditConfig) -> EditProvenance:
@@ -280,6 +281,7 @@ def edit_to(
     best_of: int = 1,
     grid: Path | None = None,
     growth: Path | None = None,
+    note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
 ) -> Iterator[tuple[EditResult, Path | None]]:
     """Edit an image and write the results; yields each with its file, None where it went to standard output.
@@ -296,25 +298,40 @@ def edit_to(
         best_of: candidates per image.
         grid: also write a contact sheet, .png: what to fill, and the results.
         growth: also write the image growing, .png or .gif.
+        note: told what the user should know: what is left out of a file, what may be a mistake.
         quiet: show no progress bar.
 
     Raises:
         VarError: the label is unknown, a place cannot be written, or memory runs out.
     """
     seeds = range(seed, seed + count * best_of, best_of)
-    model.one_class(label)
+    for sentence in task.notes:
+        note(sentence)
+    model.one_class(
+        label, lambda word, entry: note(f"--class {word} is taken to be {entry}, the only class with such a name here")
+    )
     model.load_weights()
-    squares = count * best_of * count_tiles(task.mask, _square_side(model, task, rule))
+    plan = edit_plan(model, task, rule)
+    squares = count * best_of * plan.count
     shown, labels = [marked(task.image.pixels(), task.mask)], ["to fill"]
-    with open_sink(out, several=count > 1) as sink, progress("squares", squares, quiet) as advance:
+    with open_sink(out, several=count > 1, archives=False) as sink, progress("squares", squares, quiet) as advance:
         results = edit_images(
-            model, task, label, seeds, config, rule, best_of=best_of, growing=growth is not None, advance=advance
+            model,
+            task,
+            label,
+            seeds,
+            config,
+            rule,
+            plan=plan,
+            best_of=best_of,
+            growing=growth is not None,
+            advance=advance,
         )
         for result in results:
             provenance = result.image.provenance
             path = sink.add(result.image.raster, provenance)
             if growth:
-                _save_growth(growth, result)
+                _save_growth(growth, result, len(model.tokenizer_config.sides))
             if grid:
                 shown.append(to_8_bits(result.chosen.pixels))
                 labels.append(f"{provenance.class_name}, seed {provenance.seed}")
@@ -323,9 +340,9 @@ def edit_to(
         write_atomically(grid, png_bytes(contact_sheet(shown, labels)))
 
 
-def _save_growth(path: Path, result: EditResult) -> None:
-    """Write the image growing: scale by scale, or square by square as a strip of several squares."""
-    frames, squares = result.chosen.frames, len(result.chosen.seams)
-    step = len(frames) // squares if squares > 1 and path.suffix.lower() == ".png" else 1
-    frames = frames[step - 1 :: step]
+def _save_growth(path: Path, result: EditResult, scales: int) -> None:
+    """Write the image growing: scale by scale, or as a strip of what each of several batches of squares made."""
+    frames = result.chosen.frames
+    if len(frames) > scales and path.suffix.lower() == ".png":
+        frames = frames[scales - 1 :: scales]
     save_growth(path, frames, [f"step {i + 1}" for i in range(len(frames))], result.image.provenance)

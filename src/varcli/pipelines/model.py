@@ -21,7 +21,7 @@ from varcli.checkpoints.store import (
     read_config,
     read_metadata,
 )
-from varcli.classes import ClassEntry, ClassTable, imagenet, parse_classes
+from varcli.classes import ClassEntry, ClassTable, Taken, imagenet, parse_classes
 from varcli.config import SampleConfig, TokenizerConfig
 from varcli.errors import CheckpointError, UsageError
 from varcli.images.image import Image
@@ -185,14 +185,14 @@ class Model:
             version=__version__,
         )
 
-    def one_class(self, name: ClassName) -> ClassEntry | None:
-        """The one class that a name or index means; None is "no class".
+    def one_class(self, name: ClassName, taken: Taken = lambda word, entry: None) -> ClassEntry | None:
+        """The one class that a name or index means; None is "no class". `taken` is told of a part of a name.
 
         Raises:
             UsageError: it means several classes.
             InputError: the model does not know it.
         """
-        entries = list(parse_classes([_spec(name)], self.classes, (), checkpoint_hint()))
+        entries = list(parse_classes([_spec(name)], self.classes, (), checkpoint_hint(), taken))
         if len(entries) != 1:
             raise UsageError(f"--class takes exactly one class here, or none (got {name})")
         return entries[0]

@@ -1,6 +1,6 @@
 """The tokenizer alone: images to token maps, and token maps to images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def reconstruct(model: Model, image: ImageInput, number: int = 0, *, growth: Pat
     """
     source = read_input(image)
     before = crop(model, source)
-    tokens = reconstruction.encode(model.tokenizer, before)
+    tokens = reconstruction.encode(model.tokenizer, before[None])
     pixels = reconstruction.rebuilt(model.tokenizer, tokens)
     if growth:
         sides = model.tokenizer_config.sides
@@ -77,10 +77,10 @@ def reconstruct(model: Model, image: ImageInput, number: int = 0, *, growth: Pat
     )
 
 
-def save_pairs(path: Path, images: Sequence[ImageInput], pairs: Sequence[Reconstruction]) -> None:
+def save_pairs(path: Path, pairs: Sequence[tuple[ImageInput, Reconstruction]]) -> None:
     """Write a contact sheet of images beside their reconstructions, .png."""
-    labels = [text for image, pair in zip(images, pairs, strict=True) for text in (stem(image), f"{pair.psnr:.2f} dB")]
-    shown = [pixels for pair in pairs for pixels in (pair.before, pair.after.array)]
+    labels = [text for image, pair in pairs for text in (stem(image), f"{pair.psnr:.2f} dB")]
+    shown = [pixels for _, pair in pairs for pixels in (pair.before, pair.after.array)]
     write_atomically(path, png_bytes(contact_sheet(shown, labels)))
 
 
@@ -90,23 +90,27 @@ def encode(model: Model, image: ImageInput) -> list[Tensor]:
     Raises:
         InputError: the image cannot be read.
     """
-    return reconstruction.encode(model.tokenizer, crop(model, read_input(image)))
+    return reconstruction.encode(model.tokenizer, crop(model, read_input(image))[None])
 
 
-def encode_to(model: Model, images: Sequence[ImageInput], path: Path, advance: Callable[[], None]) -> None:
-    """Write the token maps of images as a token file; `advance` is called after each.
+def encode_to(model: Model, images: Iterable[ImageInput], path: Path, advance: Callable[[], None]) -> int:
+    """Write the token maps of images as a token file, if there are any; return how many there are.
+
+    The images are read one after the other, and `advance` is called after each.
 
     Raises:
         InputError: an image cannot be read.
         RunError: the file cannot be written.
     """
-    sources = [read_input(image) for image in images]
-    tokens = []
-    for source in sources:
-        tokens.append(reconstruction.encode(model.tokenizer, crop(model, source)))
+    tokens, names = [], []
+    for image in images:
+        source = read_input(image)
+        tokens.append(reconstruction.encode(model.tokenizer, crop(model, source)[None]))
+        names.append(stem(source))
         advance()
-    names = [stem(image) for image in images]
-    save_tokens(path, tokens, names, model.tokenizer_config, model.metadata["tokenizer_sha256"])
+    if tokens:
+        save_tokens(path, tokens, names, model.tokenizer_config, model.metadata["tokenizer_sha256"])
+    return len(tokens)
 
 
 def decode(

@@ -1,6 +1,6 @@
 """Zero-shot editing: the scale loop with the tokens that an image keeps (paper, section 5.3).
 
-Shapes: P pixels a side of the model, H = W = s_K, s the side and l = s² the tokens of one scale.
+Shapes: B squares, P pixels a side of the model, H = W = s_K, s the side and l = s² the tokens of one scale.
 Masks are True where to fill, and keep masks True where a token stays.
 """
 
@@ -18,13 +18,19 @@ from varcli.acceleration.devices import block_weight, out_of_memory
 from varcli.config import SampleConfig
 from varcli.errors import RunError
 from varcli.images.blending import feather_mask, match_levels, pull_push_fill
-from varcli.images.masks import Mask
-from varcli.images.png16 import Levels, as_deep_as, step, to_8_bits
-from varcli.images.tiling import enlarged, shrunk, shrunk_mask, tiles
+from varcli.images.png16 import Levels, Mask, as_deep_as, step, to_8_bits
+from varcli.images.tiling import Plan, enlarged, shrunk, shrunk_mask
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
+from varcli.sampling.batching import batch_bytes
 from varcli.sampling.reconstruction import encode
 from varcli.sampling.sampler import Keep, Pixels, ScaleResult, decode, generate
+
+_MOST_AT_ONCE = 16
+"""Squares in a batch; more are not faster."""
+
+_BATCH_BYTES = 2 << 30
+"""Memory of a batch of squares. It is the same on every machine, since rounding depends on the size of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,67 +153,89 @@ class Editor:
     def edit(
         self,
         pixels: Levels,
-        mask: Mask,
-        side: int,
+        plan: Plan,
         row: int,
         seed: int,
         *,
         scored: bool = False,
         growing: bool = False,
-        advance: Callable[[], None] = lambda: None,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> Edited:
         """Return an image whose masked pixels are new.
 
         Args:
             pixels: (height, width, 3), of 8 or 16 bits.
-            mask: (height, width).
-            side: of the squares that go through the model one after another, in the image's pixels.
+            plan: the mask, and the squares that go through the model.
             row: row of the class table, `config.null_class` for none.
             seed: of the draws; each square has draws of its own.
             scored: also tell the likelihood, which takes one more pass of the model.
             growing: also give the image after each scale.
-            advance: called after each square.
+            advance: called with the number of squares in a batch when it is done.
 
         Raises:
             RunError: memory runs out.
         """
-        edited, unknown = Edited(pixels.copy(), seed), mask.copy()
+        edited, size = Edited(pixels, seed), self.batch_size
+        image, unknown = plan.padded(pixels), plan.padded(plan.mask)
         last = len(self.tokenizer.config.sides) - 1
-        for number, region in enumerate(tiles(mask, side)):
-            given, hole = edited.pixels[region.slices].copy(), unknown[region.slices].copy()
-            keep, tokens = self.keep(given, hole), []
-            for result in self._scales(row, seed + (number << 32), keep):
+        for batch in (wave[i : i + size] for wave in plan.waves for i in range(0, len(wave), size)):
+            given = [image[tile.slices].copy() for tile in batch]
+            unknowns = [unknown[tile.slices].copy() for tile in batch]
+            holes = [marks & plan.fills(tile) for marks, tile in zip(unknowns, batch, strict=True)]
+            first, count = len(edited.seams), len(batch)
+            keep, tokens = self.keep(given, unknowns), []
+            for result in self._scales(row, [seed + (i << 32) for i in range(first, first + count)], keep):
                 tokens.append(result.tokens)
-                if growing or result.scale == last:
-                    made = self._matched(given, decode(self.tokenizer, result.f_hat)[0], hole)
-                    edited.pixels[region.slices] = self._composite(given, made, hole)
-                    edited.frames += [to_8_bits(edited.pixels.copy())] if growing else []
-            edited.seams.append(seam(given, made, hole, self._feather(region.side)))
+                if not growing and result.scale < last:
+                    continue
+                decoded = decode(self.tokenizer, result.f_hat)
+                made = [
+                    self._matched(old, new, marks) for old, new, marks in zip(given, decoded, unknowns, strict=True)
+                ]
+                for tile, old, new, hole in zip(batch, given, made, holes, strict=True):
+                    image[tile.slices] = self._composite(old, new, hole)
+                edited.frames += [to_8_bits(plan.cropped(image).copy())] if growing else []
+            for old, new, hole, marks in zip(given, made, holes, unknowns, strict=True):
+                edited.seams.append(seam(old, new, hole, marks, self._feather(len(hole))))
             if scored:
-                edited.log_likelihoods.append(log_likelihood(self.transformer, self.tokenizer, tokens, keep, row))
-            unknown[region.slices] = False
-            advance()
+                edited.log_likelihoods += log_likelihoods(self.transformer, self.tokenizer, tokens, keep, row)
+            for tile, hole in zip(batch, holes, strict=True):
+                unknown[tile.slices] &= ~hole
+            advance(count)
+        edited.pixels = plan.cropped(image)
         return edited
 
+    @property
+    def batch_size(self) -> int:
+        """How many squares go through the model at once: up to 16, as many as two gigabytes hold."""
+        count = _MOST_AT_ONCE
+        while count > 1 and batch_bytes(self.tokenizer, self.transformer, self.config, count) > _BATCH_BYTES:
+            count //= 2
+        return count
+
     @torch.inference_mode()
-    def keep(self, given: Levels, hole: Mask) -> Keep:
-        """Which tokens of a square image stay; they know nothing of what is in the hole.
+    def keep(self, given: Sequence[Levels], unknowns: Sequence[Mask]) -> Keep:
+        """Which tokens of square images stay; they know nothing of what is in the holes.
 
         Differs: the released rule tokenizes the image with what is in the hole, which then shows
         through in the tokens around it.
         """
-        pixels, device = self.tokenizer.config.pixels, block_weight(self.transformer).device
-        values = given.astype(np.float32) / np.float32(step(given))
-        square = shrunk(values if self.rule.released_rule else pull_push_fill(values, ~hole), pixels)
-        hole_PP = torch.from_numpy(shrunk_mask(hole, pixels).copy()).to(device)
+        config, device = self.tokenizer.config, block_weight(self.transformer).device
         rule = keep_as_released if self.rule.released_rule else keep_by_coverage
-        return Keep(encode(self.tokenizer, square), rule(hole_PP, self.tokenizer.config.sides))
+        squares, masks = [], []
+        for levels, hole in zip(given, unknowns, strict=True):
+            values = levels.astype(np.float32) / np.float32(step(levels))
+            seen = values if self.rule.released_rule else pull_push_fill(values, ~hole)
+            squares.append(shrunk(seen, config.pixels))
+            hole_PP = torch.from_numpy(shrunk_mask(hole, config.pixels).copy()).to(device)
+            masks.append(rule(hole_PP, config.sides))
+        return Keep(encode(self.tokenizer, np.stack(squares)), [torch.cat(scale) for scale in zip(*masks, strict=True)])
 
-    def _scales(self, row: int, seed: int, keep: Keep) -> Iterator[ScaleResult]:
+    def _scales(self, row: int, seeds: Sequence[int], keep: Keep) -> Iterator[ScaleResult]:
         # Guiding "no class" away from "no class" changes nothing and costs a second pass.
         guided = self.rule.released_rule or row != self.transformer.config.null_class
         config = self.config if guided else replace(self.config, cfg=0)
-        return generate(self.tokenizer, self.transformer, [row], [seed], config, keep=keep)
+        return generate(self.tokenizer, self.transformer, [row] * len(seeds), seeds, config, keep=keep)
 
     def _feather(self, side: int) -> int:
         """Return over how many pixels of a square of this side the new fades."""
@@ -230,23 +258,30 @@ class Editor:
         return (given * (1 - share) + made * share).round().astype(given.dtype)
 
 
-def seam(given: Levels, made: Levels, hole: Mask, feather: int) -> float:
-    """How far old and new differ just outside a hole, where one fades into the other: mean of 255 levels."""
-    ring = (feather_mask(hole, max(feather, 1)) > 0) & ~hole
+def seam(given: Levels, made: Levels, hole: Mask, unknown: Mask, feather: int) -> float:
+    """How far old and new differ just outside a hole, where one fades into the other: mean of 255 levels.
+
+    What is unknown, in this hole and others, is left out.
+    """
+    ring = (feather_mask(hole, max(feather, 1)) > 0) & ~unknown
     if not ring.any():
         return 0.0
     return float(np.abs(given[ring].astype(np.float32) - made[ring]).mean()) / step(given)
 
 
 @torch.inference_mode()
-def log_likelihood(
+def log_likelihoods(
     transformer: Transformer, tokenizer: Tokenizer, tokens: Sequence[Tensor], keep: Keep, row: int
-) -> float:
-    """Return the mean natural logarithm of the new tokens' probabilities, given the class and all coarser tokens."""
+) -> list[float]:
+    """Return for each square the mean natural logarithm of its new tokens' probabilities, 0 where none is new.
+
+    They are given the class and all coarser tokens.
+    """
     weight = block_weight(transformer)
-    input_1LC = tokenizer.quantize.teacher_input(tokens)
+    input_BLC = tokenizer.quantize.teacher_input(tokens)
+    idx_BL, new_BL = torch.cat(list(tokens), dim=1), ~torch.cat(keep.masks, dim=1)
+    row_B = torch.full((len(idx_BL),), row, device=weight.device)
     with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
-        logits_1LV = transformer(torch.tensor([row], device=weight.device), input_1LC).float()
-    idx_1L, new_1L = torch.cat(list(tokens), dim=1), ~torch.cat(keep.masks, dim=1)
-    log_1L = logits_1LV.log_softmax(-1).gather(-1, idx_1L[:, :, None])[:, :, 0]
-    return float(log_1L[new_1L].mean()) if new_1L.any() else 0.0
+        logits_BLV = transformer(row_B, input_BLC).float()
+    log_BL = logits_BLV.log_softmax(-1).gather(-1, idx_BL[:, :, None])[:, :, 0]
+    return [float(log_L[new_L].mean()) if new_L.any() else 0.0 for log_L, new_L in zip(log_BL, new_BL, strict=True)]

@@ -1,6 +1,6 @@
 """The tokenizer there and back: images to token maps, token maps to images, and what was lost.
 
-Shapes: B images, P pixels a side, l tokens of one scale. Token maps are (1, l) int64, one a scale.
+Shapes: B images, P pixels a side, l tokens of one scale. Token maps are (B, l) int64, one a scale.
 """
 
 import math
@@ -17,11 +17,11 @@ from varcli.sampling.sampler import Pixels, decode
 
 
 @torch.inference_mode()
-def encode(tokenizer: Tokenizer, pixels_PP3: Pixels | NDArray[np.float32]) -> list[Tensor]:
-    """Return the token maps of an image of the tokenizer's size, levels from 0 to 255."""
+def encode(tokenizer: Tokenizer, pixels_BPP3: Pixels | NDArray[np.float32]) -> list[Tensor]:
+    """Return the token maps of images of the tokenizer's size, levels from 0 to 255."""
     device = tokenizer.quant_conv.weight.device
-    image_3PP = torch.from_numpy(pixels_PP3.copy()).permute(2, 0, 1).to(device) / 127.5 - 1
-    return tokenizer.encode(image_3PP[None])
+    image_B3PP = torch.from_numpy(pixels_BPP3.copy()).permute(0, 3, 1, 2).to(device) / 127.5 - 1
+    return tokenizer.encode(image_B3PP)
 
 
 @torch.inference_mode()

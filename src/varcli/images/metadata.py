@@ -1,0 +1,114 @@
+"""What an image file says of itself besides its pixels, as far as it goes into the PNG that is made of it.
+
+It is a dictionary with any of `dpi`, `aspect` (the shape of a pixel), `icc_profile`, `exif`, `xmp` and the names of the
+PNG chunks in `COLOUR_CHUNKS`.
+"""
+
+import struct
+import zlib
+from contextlib import suppress
+from typing import Any
+
+from PIL import Image
+
+from varcli.images.png_chunks import LARGEST_TEXT, chunks
+
+COLOUR_CHUNKS = ("cICP", "mDCV", "cLLI", "gAMA", "cHRM", "sRGB")
+"""PNG chunks that say which colours the levels stand for, besides a profile."""
+
+_ORIENTATION, _RESOLUTION, _EXIF_IFD = 0x0112, (0x011A, 0x011B, 0x0128), 0x8769
+_PIXEL_SIZE = (0xA002, 0xA003)
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
+
+_TIFF_DESCRIPTIONS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, _EXIF_IFD, 0x8825)
+"""TIFF tags that describe a photograph; the others say how the file is built."""
+
+_OTHER_SPACES = (b"CMYK", b"CMY ", b"Lab ", b"Luv ", b"XYZ ", b"YCbr", b"Yxy ", b"HSV ", b"HLS ")
+"""Colour spaces of profiles that do not fit grey or RGB."""
+
+_PER_METRE = 0.0254
+"""Inches to metres."""
+
+
+def read_metadata(opened: Image.Image, upright: Image.Image, content: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what goes into a PNG, and in words what is left out because it is too large or damaged.
+
+    Args:
+        opened: the image, loaded.
+        upright: the same, turned as it says.
+        content: its file.
+    """
+    found: dict[str, Any] = {c.name.decode("latin-1"): c.data for c in chunks(content)}
+    info, left_out = {name: found[name] for name in COLOUR_CHUNKS if name in found}, []
+    turned = opened.getexif().get(_ORIENTATION) in _TURNED
+    for name, pair in (("dpi", _resolution(opened)), ("aspect", _aspect(opened))):
+        if pair and name not in info:
+            info[name] = pair[::-1] if turned else pair
+    profile = opened.info.get("icc_profile") or b""
+    xmp = upright.info.get("xmp") or upright.info.get("XML:com.adobe.xmp") or b""
+    xmp = xmp if isinstance(xmp, bytes) else str(xmp).encode()
+    for name, value in (("icc_profile", profile), ("xmp", xmp)):
+        if len(value) > LARGEST_TEXT:
+            left_out.append(f"{'colour profile' if name == 'icc_profile' else 'XMP'} of {len(value) / 2**20:.1f} MB")
+        elif value and not (name == "icc_profile" and value[16:20] in _OTHER_SPACES):
+            info[name] = value
+    if "iCCP" in found and not profile:
+        left_out.append("colour profile, which is damaged or larger than 1 MB")
+    try:
+        exif = _exif(opened)
+    except Exception:  # what cameras write may be anything
+        left_out.append("EXIF data, which is damaged")
+    else:
+        info |= {"exif": exif} if exif else {}
+    return info, tuple(left_out)
+
+
+def _resolution(image: Image.Image) -> tuple[float, float] | None:
+    """Return pixels per inch in both directions, None where a file has none that a PNG can hold."""
+    if image.format == "TIFF" and _RESOLUTION[0] not in image.getexif():
+        return None  # Pillow makes it 1
+    with suppress(TypeError, ValueError, ArithmeticError):
+        across, down = (float(value) for value in image.info.get("dpi", ()))
+        if all(0.5 <= value / _PER_METRE < 2**31 - 1 for value in (across, down)):
+            return across, down
+    return None
+
+
+def _aspect(image: Image.Image) -> tuple[int, int] | None:
+    """Return how many pixels are as long as each other in both directions, None where they are square."""
+    pair = image.info.get("aspect") or (image.info.get("jfif_unit") == 0 and image.info.get("jfif_density"))
+    if not pair or pair[0] == pair[1] or min(pair) < 1:
+        return None
+    return int(pair[0]), int(pair[1])
+
+
+def _exif(image: Image.Image) -> bytes:
+    """Return the EXIF data without what no longer holds: orientation, size, resolution and thumbnail."""
+    exif = image.getexif()
+    for tag in list(exif):
+        structure = image.format == "TIFF" and tag not in _TIFF_DESCRIPTIONS
+        if structure or tag in (_ORIENTATION, *_RESOLUTION):
+            del exif[tag]
+    if _EXIF_IFD in exif:
+        for tag in _PIXEL_SIZE:
+            exif.get_ifd(_EXIF_IFD).pop(tag, None)
+    return exif.tobytes().removeprefix(b"Exif\0\0") if len(exif) else b""
+
+
+def metadata_chunks(info: dict[str, Any]) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+    """Return the PNG chunks that say it: those about colours, and those that follow the texts."""
+    colours = [(name.encode(), info[name]) for name in COLOUR_CHUNKS if name in info]
+    if "icc_profile" in info:
+        colours = [chunk for chunk in colours if chunk[0] != b"sRGB"]  # the standard allows one of both
+        colours.insert(0, (b"iCCP", b"ICC Profile\0\0" + zlib.compress(info["icc_profile"])))
+    others = []
+    if "xmp" in info:
+        others.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + info["xmp"]))
+    if "dpi" in info:
+        others.append((b"pHYs", struct.pack(">IIB", *(int(value / _PER_METRE + 0.5) for value in info["dpi"]), 1)))
+    elif "aspect" in info:
+        others.append((b"pHYs", struct.pack(">IIB", *info["aspect"], 0)))
+    if "exif" in info:
+        others.append((b"eXIf", info["exif"]))
+    return colours, others
