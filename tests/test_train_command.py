@@ -206,17 +206,6 @@ def test_a_loss_is_expected_only_where_the_scaling_laws_speak():
     assert expected(sides=(1, 2, 4)) is None
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_one_of_several_processes_does_not_train(stage, data, tokenizer, tmp_path, capsys, monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    command = ["train", stage, str(data), "--out", str(tmp_path / "run")]
-    assert run([*command, *(["--tokenizer", str(tokenizer)] if stage == "transformer" else [])]) == 2
-    error = "var: error: training uses one process: start it without torchrun or another launcher\n"
-    assert capsys.readouterr().err == error
-    assert not (tmp_path / "run").exists()
-
-
 def test_quiet_prints_nothing(data, tokenizer, tmp_path, capsys):
     assert run(transformer_command(data, tokenizer, tmp_path, "--quiet")) == 0
     assert capsys.readouterr() == ("", "")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from varcli import console
 from varcli.commands import options
@@ -16,8 +16,7 @@ from varcli.config import (
     TrainingConfig,
     TransformerTrainingConfig,
 )
-from varcli.distributed import launched
-from varcli.errors import UsageError
+from varcli.distributed import launch, launched, process_group
 
 if TYPE_CHECKING:
     from varcli.training.estimate import TrainingEstimate
@@ -71,6 +70,7 @@ class RunOptions:
         ),
     ] = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write figures for TensorBoard.")] = False
+    nproc: options.Processes = 1
     dry_run: Annotated[bool, Option("--dry-run", help="Print what the run will take, and stop.")] = False
     as_json: options.Json = False
     quiet: options.Quiet = False
@@ -104,33 +104,34 @@ def tokenizer(
         shape[name] = options.parse_numbers(f"--{name}", shape[name])
     config = TokenizerConfig(**shape) if shape or init is None else None
     training = TokenizerTrainingConfig(**recipe)
-    _check_alone()
     from varcli.pipelines import train as pipeline
 
-    shared: dict[str, Any] = {
-        "config": config,
-        "training": training,
-        "init": init,
-        "holdout": run.holdout,
-        "device": run.device,
-        "dtype": run.dtype,
-        "note": console.notes(run.quiet),
-    }
+    shared: dict[str, Any] = {"config": config, "training": training, "init": init}
+    shared |= {"holdout": run.holdout, "dtype": run.dtype}
     if run.dry_run:
-        _show_estimate(pipeline.estimate_tokenizer(data, **shared), training, run.as_json)
+        plan = pipeline.estimate_tokenizer(data, **shared, device=run.device, note=console.notes(run.quiet))
+        _show_estimate(plan, training, run.as_json)
         return
-    figures = pipeline.train_tokenizer(
-        data,
-        out,
-        **shared,
-        lpips_weights=lpips_weights,
-        validate_every=run.validate_every,
-        save_every=run.save_every,
-        workers=run.workers,
-        tensorboard=run.tensorboard,
-        report=_report(run.quiet),
-    )
-    _finish(figures, out / "tokenizer.safetensors", run)
+    if run.nproc > 1 and not launched():
+        raise Exit(launch(run.nproc))
+    with process_group() as group:
+        silent = run.quiet or not group.is_main
+        figures = pipeline.train_tokenizer(
+            data,
+            out,
+            **shared,
+            lpips_weights=lpips_weights,
+            validate_every=run.validate_every,
+            save_every=run.save_every,
+            device=group.device(run.device),
+            workers=run.workers,
+            tensorboard=run.tensorboard,
+            group=group,
+            report=_report(run.quiet),
+            note=console.notes(silent),
+        )
+        if group.is_main:
+            _finish(figures, out / "tokenizer.safetensors", run)
 
 
 @train_app.command("transformer")
@@ -177,42 +178,41 @@ def transformer(
     run: RunOptions,
 ) -> None:
     """Train a transformer on the token maps of a tokenizer."""
-    _check_alone()
     from varcli.pipelines import train as pipeline
 
     training = replace(pipeline.default_recipe(depth, init), **recipe)
 
     shared: dict[str, Any] = {"depth": depth, "width": width, "shared_adaln": shared_adaln, "training": training}
-    shared |= {"init": init, "holdout": run.holdout, "device": run.device, "dtype": run.dtype}
-    shared["note"] = console.notes(run.quiet)
+    shared |= {"init": init, "holdout": run.holdout, "dtype": run.dtype}
     if run.dry_run:
-        _show_estimate(pipeline.estimate_transformer(data, tokenizer, **shared), training, run.as_json)
+        plan = pipeline.estimate_transformer(
+            data, tokenizer, **shared, device=run.device, note=console.notes(run.quiet)
+        )
+        _show_estimate(plan, training, run.as_json)
         return
-    figures = pipeline.train_transformer(
-        data,
-        tokenizer,
-        out,
-        **shared,
-        token_cache=token_cache,
-        save_dtype=save_dtype,
-        validate_every=run.validate_every,
-        save_every=run.save_every,
-        workers=run.workers,
-        tensorboard=run.tensorboard,
-        report=_report(run.quiet),
-        quiet=run.quiet,
-    )
-    _finish(figures, out / "model.safetensors", run)
-
-
-def _check_alone() -> None:
-    """Check that no launcher started this process as one of several: each would train the whole run.
-
-    Raises:
-        UsageError: one did.
-    """
-    if launched():
-        raise UsageError("training uses one process: start it without torchrun or another launcher")
+    if run.nproc > 1 and not launched():
+        raise Exit(launch(run.nproc))
+    with process_group() as group:
+        silent = run.quiet or not group.is_main
+        figures = pipeline.train_transformer(
+            data,
+            tokenizer,
+            out,
+            **shared,
+            token_cache=token_cache,
+            save_dtype=save_dtype,
+            validate_every=run.validate_every,
+            save_every=run.save_every,
+            device=group.device(run.device),
+            workers=run.workers,
+            tensorboard=run.tensorboard,
+            group=group,
+            report=_report(run.quiet),
+            note=console.notes(silent),
+            quiet=silent,
+        )
+        if group.is_main:
+            _finish(figures, out / "model.safetensors", run)
 
 
 def _report(quiet: bool) -> Any:

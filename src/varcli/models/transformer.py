@@ -213,9 +213,16 @@ class Transformer(nn.Module):
         self.register_buffer("lvl_1L", level_L.view(1, length))
         self.register_buffer("attn_bias_for_masking", block_causal_bias(level_L))
 
-    def drop_labels(self, label_B: Tensor) -> Tensor:
-        """Return labels of which about a tenth became "no class", drawn from torch's global generator."""
-        dropped_B = torch.rand(label_B.shape[0], device=label_B.device) < LABEL_DROP
+    def drop_labels(self, label_B: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+        """Return labels of which about a tenth became "no class", drawn from torch's global generator.
+
+        Args:
+            label_B: labels, of a batch or of a part of one.
+            first: its first row in the batch.
+            total: rows of the batch; None is this part alone.
+        """
+        count = label_B.shape[0]
+        dropped_B = torch.rand(total or count, device=label_B.device)[first : first + count] < LABEL_DROP
         return label_B.masked_fill(dropped_B, self.config.null_class)
 
     def modulations(self, class_BD: Tensor) -> list[Tensor]:
@@ -263,6 +270,9 @@ def block_causal_bias(level_L: Tensor) -> Tensor:
 class StochasticDepth(nn.Module):
     """Drop a residual branch for whole samples in training (Huang et al. 2016), keeping its expectation."""
 
+    rows: tuple[int, int] | None = None
+    """The first row and the number of rows of the whole batch, where what comes is a part of one."""
+
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.probability = probability
@@ -272,5 +282,7 @@ class StochasticDepth(nn.Module):
         if not self.training or self.probability == 0:
             return x_BLD
         keep = 1 - self.probability
-        mask_B11 = torch.empty(x_BLD.shape[0], 1, 1, dtype=x_BLD.dtype, device=x_BLD.device).bernoulli_(keep)
-        return x_BLD * (mask_B11 / keep)
+        count = x_BLD.shape[0]
+        first, total = self.rows or (0, count)
+        mask_B11 = torch.empty(total, 1, 1, dtype=x_BLD.dtype, device=x_BLD.device).bernoulli_(keep)
+        return x_BLD * (mask_B11[first : first + count] / keep)

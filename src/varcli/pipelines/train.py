@@ -30,6 +30,7 @@ from varcli.config import (
     transformer_recipe,
 )
 from varcli.console import progress
+from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet
@@ -44,6 +45,7 @@ from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
 from varcli.training.finetune import adapt, merged, warm_start
 from varcli.training.loop import Run, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
+from varcli.training.parallel import check_batch
 from varcli.training.perceptual import perceptual_distance
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer
@@ -73,6 +75,7 @@ def train_tokenizer(
     dtype: str = "auto",
     workers: int | None = None,
     tensorboard: bool = False,
+    group: ProcessGroup | None = None,
     report: Report = lambda step, steps, figures: None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Metrics:
@@ -92,6 +95,7 @@ def train_tokenizer(
         dtype: fp32, bf16, or auto: bf16 where it is faster.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         tensorboard: also write figures for TensorBoard.
+        group: the ranks that share each batch; None is this process alone.
         report: called with figures as they come.
         note: takes remarks for the user.
 
@@ -104,7 +108,10 @@ def train_tokenizer(
     """
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
-    stage, images, account = _tokenizer_stage(data, config, training, begun, holdout, device, dtype, workers, note)
+    group = group or ProcessGroup()
+    stage, images, account = _tokenizer_stage(
+        data, config, training, begun, holdout, device, dtype, workers, group, note
+    )
     if training.perceptual != "none" and training.perceptual_weight > 0:
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
         distance = perceptual_distance(training.perceptual, folder).to(stage.device)
@@ -150,7 +157,9 @@ def estimate_tokenizer(
     """What training a tokenizer will take; arguments as for `train_tokenizer`."""
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
-    stage, images, account = _tokenizer_stage(data, config, training, begun, holdout, device, dtype, 0, note)
+    stage, images, account = _tokenizer_stage(
+        data, config, training, begun, holdout, device, dtype, 0, ProcessGroup(), note
+    )
     _tell(account, training, len(images), note)
     return estimate(stage, training, len(images))
 
@@ -164,6 +173,7 @@ def _tokenizer_stage(
     device: str,
     dtype: str,
     workers: int | None,
+    group: ProcessGroup,
     note: Callable[[str], None],
 ) -> tuple[TokenizerStage, ImageSet, list[str]]:
     where = pick_device(device)
@@ -183,11 +193,13 @@ def _tokenizer_stage(
         model.load_state_dict(begun.state_dict())
     optim.freeze(model, training.freeze)
     model, adversary = model.to(where), adversary.to(where)
-    # Parallelism wraps the models here; the stage makes their average and optimizers of what it gets.
     bf16 = trains_in_bf16(where, on_cpu=False) if dtype == "auto" else dtype == "bf16"
     ahead = _worker_count(workers, training.batch * 3 * config.pixels**2, note)
     warm = begun is not None
-    stage = TokenizerStage(model, adversary, training, images, held, bf16=bf16, warm=warm, workers=ahead, warn=note)
+    check_batch(training.batch, training.accumulate, group)
+    stage = TokenizerStage(
+        model, adversary, training, images, held, bf16=bf16, group=group, warm=warm, workers=ahead, warn=note
+    )
     return stage, images, everything.account
 
 
@@ -210,6 +222,7 @@ def train_transformer(
     save_dtype: str = "fp32",
     workers: int | None = None,
     tensorboard: bool = False,
+    group: ProcessGroup | None = None,
     report: Report = lambda step, steps, figures: None,
     note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
@@ -235,6 +248,7 @@ def train_transformer(
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         tensorboard: also write figures for TensorBoard.
+        group: the ranks that share each batch; None is this process alone.
         report: called with figures as they come.
         note: takes remarks for the user.
         quiet: show no progress bar while tokens are computed.
@@ -246,9 +260,10 @@ def train_transformer(
         VarError: images or the tokenizer cannot be used, the folder holds another run, or the loss is not finite.
     """
     training = training or default_recipe(depth, init)
+    group = group or ProcessGroup()
     begun = _model_to_tune(init, depth, width, shared_adaln)
     stage, images, held, account = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, save_dtype, note
+        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, save_dtype, group, note
     )
     sha256 = tokenizer_sha256(stage.tokenizer)
     identity = optim.identity(
@@ -300,8 +315,9 @@ def estimate_transformer(
     """What training a transformer will take; arguments as for `train_transformer`."""
     training = training or default_recipe(depth, init)
     begun = _model_to_tune(init, depth, width, shared_adaln)
+    alone = ProcessGroup()
     stage, images, _, account = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", note
+        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", alone, note
     )
     _tell(account, training, len(images), note)
     return estimate(stage, training, len(images), _expected_losses(stage.config))
@@ -356,6 +372,7 @@ def _transformer_stage(
     device: str,
     dtype: str,
     save_dtype: str,
+    group: ProcessGroup,
     note: Callable[[str], None],
 ) -> tuple[TransformerStage, ImageSet, ImageSet, list[str]]:
     where = pick_device(device)
@@ -386,9 +403,11 @@ def _transformer_stage(
     adapt(model, training.adapter)
     optim.freeze(model, training.freeze)
     model = model.to(where)
-    # Parallelism wraps the model here; the stage makes its average and optimizer of what it gets.
+    check_batch(training.batch, training.accumulate, group)
     bf16 = trains_in_bf16(where, on_cpu=True) if dtype == "auto" else dtype == "bf16"
-    stage = TransformerStage(model, training, trained, images.classes, bf16=bf16, save_dtype=DTYPES[save_dtype])
+    stage = TransformerStage(
+        model, training, trained, images.classes, bf16=bf16, group=group, save_dtype=DTYPES[save_dtype]
+    )
     return stage, images, held, everything.account
 
 
@@ -461,10 +480,15 @@ def _tokens(
     training = stage.training
     flip = training.flip and crops > 1
     settings = CacheSettings(enlarge=training.enlarge, crops=crops, seed=training.seed, flip=flip)
+    if not stage.group.is_main:
+        stage.group.barrier()  # the main rank has computed what was lacking
     with progress("token maps", crops * len(images), quiet) as advance:
-        return open_cache(
+        cache = open_cache(
             folder, stage.tokenizer, images, settings, stage.device, workers=workers, warn=note, progress=advance
         )
+    if stage.group.is_main:
+        stage.group.barrier()
+    return cache
 
 
 def _reporter(folder: Path, steps: int, report: Report, tensorboard: bool) -> Callable[[int, Metrics], None]:

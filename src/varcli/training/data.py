@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from varcli.checkpoints.store import tokenizer_sha256
 from varcli.config import sequence_length
-from varcli.distributed import end_with_parent
+from varcli.distributed import ProcessGroup, end_with_parent
 from varcli.errors import InputError, RunError
 from varcli.files import cannot_write, write_atomically
 from varcli.images.dataset import ImageSet
@@ -41,8 +41,10 @@ Draw = tuple[int, int]
 """An item's number and the epoch it is drawn in."""
 
 
-def draws(count: int, batch: int, steps: range, seed: int) -> Iterator[list[Draw]]:
-    """Yield the items of each step: epoch after epoch, each in its own order."""
+def draws(count: int, batch: int, steps: range, seed: int, group: ProcessGroup | None = None) -> Iterator[list[Draw]]:
+    """Yield a rank's items of each step: epoch after epoch, each in its own order."""
+    group = group or ProcessGroup()
+    share = batch // group.world_size
     epoch, order = -1, torch.empty(0)
     for step in steps:
         chosen = []
@@ -52,7 +54,7 @@ def draws(count: int, batch: int, steps: range, seed: int) -> Iterator[list[Draw
                 generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
                 order = torch.randperm(count, generator=generator)
             chosen.append((int(order[position % count]), epoch))
-        yield chosen
+        yield chosen[group.rank * share : (group.rank + 1) * share]
 
 
 Unread = tuple[str, str]

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from varcli.distributed import ProcessGroup
+from varcli.training.parallel import Rows, mean_over_ranks
+
 MAX_WEIGHT = 1e4
 SMALLEST_PATCH = 8
 """Pixels a side that an image must have to be judged: three convolutions halve it."""
@@ -31,30 +34,35 @@ class PatchDiscriminator(nn.Module):
         return self.layers(image_B3PP)
 
 
-def augment(image_B3PP: Tensor) -> Tensor:
+def augment(image_B3PP: Tensor, part: Rows | None = None) -> Tensor:
     """Return images with random brightness, saturation, contrast, shift and one square cut out.
 
     The same kind of change to real and made images keeps a discriminator from learning a small data
     set by heart, and the gradient passes through.
 
+    Args:
+        image_B3PP: a batch of images, or a part of one.
+        part: its rows of the batch; None is a whole batch.
+
     Source: DiffAugment (Zhao et al. 2020).
     """
     batch, _, pixels, _ = image_B3PP.shape
+    part = part or Rows(0, batch, batch)
     device = image_B3PP.device
-    bright, saturate, contrast = torch.rand(3, batch, 1, 1, 1, device=device)
+    bright, saturate, contrast = part.of(torch.rand(3, part.total, 1, 1, 1, device=device), 1)
     x = image_B3PP + (bright - 0.5)
     mean = x.mean(1, keepdim=True)
     x = (x - mean) * (2 * saturate) + mean
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * (contrast + 0.5) + mean
     rows = torch.arange(pixels, device=device)
-    shift_2B1 = torch.randint(-(pixels // 8), pixels // 8 + 1, (2, batch, 1), device=device)
+    shift_2B1 = part.of(torch.randint(-(pixels // 8), pixels // 8 + 1, (2, part.total, 1), device=device), 1)
     from_2BP = rows + shift_2B1
     inside_2BP = (from_2BP >= 0) & (from_2BP < pixels)
     y, x_ = from_2BP.clamp(0, pixels - 1)
     image = torch.arange(batch, device=device)[:, None, None]
     shifted = x.permute(0, 2, 3, 1)[image, y[:, :, None], x_[:, None, :]].permute(0, 3, 1, 2)
-    corner_2B1 = torch.randint(-(pixels // 4), pixels, (2, batch, 1), device=device)
+    corner_2B1 = part.of(torch.randint(-(pixels // 4), pixels, (2, part.total, 1), device=device), 1)
     cut_2BP = (rows >= corner_2B1) & (rows < corner_2B1 + pixels // 2)
     keep_BPP = (inside_2BP[0, :, :, None] & inside_2BP[1, :, None, :]) & ~(
         cut_2BP[0, :, :, None] & cut_2BP[1, :, None, :]
@@ -67,11 +75,14 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, group: ProcessGroup | None = None
+) -> Tensor:
     """How much to multiply the adversarial loss by, so that both losses pull equally at the last layer.
 
     Source: VQGAN (Esser et al. 2021), equation 7.
     """
     (pull,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (push,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    pull, push = mean_over_ranks([pull, push], group or ProcessGroup())
     return (pull.norm() / (push.norm() + 1e-4)).clamp(max=MAX_WEIGHT).detach()

@@ -12,7 +12,7 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,12 +25,14 @@ from torch import Tensor
 from varcli.acceleration.devices import out_of_memory
 from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors
 from varcli.config import TrainingConfig
+from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, RunError, UsageError
 from varcli.files import cannot_lock, cannot_write
 from varcli.images.dataset import in_words
 from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
+from varcli.training.parallel import Rows, mean_over_ranks, rows_of_part, sum_over_ranks
 
 BEFORE = {"perceptual": "lpips", "flip": False, "freeze": "", "adapter": "", "scale_weight": "mean", "init": None}
 """What runs had that were begun before these settings existed."""
@@ -40,6 +42,7 @@ class Stage(Protocol):
     """A stage of training: its losses, and what follows a step. `update` is the skeleton that both share."""
 
     device: torch.device
+    group: ProcessGroup
 
     @property
     def training(self) -> TrainingConfig:
@@ -51,8 +54,8 @@ class Stage(Protocol):
     def prepare(self, batch: Any, step: int, steps: int) -> Sequence[Any]:
         """Set the schedules of a step, and split its batch into `training.accumulate` parts."""
 
-    def add_gradients(self, part: Any) -> dict[str, Tensor]:
-        """Add the gradients of a part of the batch; returns its figures, the loss among them."""
+    def add_gradients(self, part: Any, rows: Rows, last: bool) -> dict[str, Tensor]:
+        """Add the gradients of a part of the batch, the `last` one or not; returns its figures, the loss among them."""
 
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients together, which are clipped where the recipe clips them."""
@@ -107,15 +110,21 @@ def update(stage: Stage, batch: Any, step: int, steps: int) -> dict[str, Tensor]
     """One step of training: schedule, gradients of the batch in parts, clipping, optimizer, moving average.
 
     Returns:
-        Figures averaged over the parts. The loss is NaN, and the weights are as before, if it or a gradient is
-        not finite.
+        Figures averaged over the parts and ranks. The loss is NaN, and the weights are as before, if it or a
+        gradient is not finite.
     """
-    optim.seed_step(stage.training.seed, step)
+    training = stage.training
+    optim.seed_step(training.seed, step)
     totals: dict[str, Tensor] = {}
-    for part in stage.prepare(batch, step, steps):
-        for name, value in stage.add_gradients(part).items():
+    parts = stage.prepare(batch, step, steps)
+    for number, part in enumerate(parts):
+        if number:
+            optim.seed_step(training.seed, step)  # each part draws for the whole batch
+        rows = rows_of_part(training.batch, training.accumulate, number, stage.group)
+        for name, value in stage.add_gradients(part, rows, number == len(parts) - 1).items():
             totals[name] = totals.get(name, torch.zeros((), device=stage.device)) + value.detach()
-    metrics = {name: total / stage.training.accumulate for name, total in totals.items()}
+    means = mean_over_ranks([total / training.accumulate for total in totals.values()], stage.group)
+    metrics = dict(zip(totals, means, strict=True))
     metrics["gradient_norm"] = stage.gradient_norm()
     if metrics["loss"].isfinite() and metrics["gradient_norm"].isfinite():
         stage.apply_gradients(step, steps)
@@ -232,7 +241,8 @@ def save_state(stage: Stage, run: Run, step: int) -> None:
 def train(stage: Stage, run: Run) -> Metrics:
     """Train from the beginning, or from where the folder's run stopped, to the end; return the last figures.
 
-    Ctrl-C and SIGTERM end the run after the step under way, with its state saved.
+    To be called by all ranks; the main one writes the files. Ctrl-C and SIGTERM end the run after the step under way,
+    with its state saved.
 
     Raises:
         RunError: the loss is not finite, memory does not suffice, or another run is under way in the folder;
@@ -241,15 +251,16 @@ def train(stage: Stage, run: Run) -> Metrics:
         CheckpointError: the state of the folder's run is damaged.
     """
     make_folder(run.folder)
-    with only_run(run.folder), memory_explained(run.batch):
+    with only_run(run.folder) if stage.group.is_main else nullcontext(), memory_explained(run.batch):
         return continue_run(stage, run, resume(stage, run))
 
 
 def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
     """Take the steps from `start` on; returns the last figures. A finished run has its checkpoint written anew."""
-    log = MetricsLog(run.folder, start, run.batch)
+    group = stage.group
+    log = MetricsLog(run.folder, start, run.batch) if group.is_main else None
     remaining = range(start, run.steps)
-    if not remaining:
+    if not remaining and log:
         conclude(stage, run, start)
     with StopSignal() as stop:
         for step, batch in zip(remaining, stage.batches(remaining), strict=True):
@@ -258,19 +269,29 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
             if not math.isfinite(metrics["loss"].item()):
                 kept = f"; {run.folder} keeps the last good state" if run.state_file.exists() else ""
                 raise RunError(f"the loss is not finite at step {done}{kept}; try a lower --base-lr in another --out")
-            log.add(metrics)
             last = done == run.steps
-            validating = last or done % run.validate_every == 0
-            if validating and not run.state_file.exists():
-                save_state(stage, run, done)  # before the checkpoint, which without a state no run could replace
-            if validating or done % run.log_every == 0:
-                log.write(done, conclude(stage, run, done) if validating else {})
-                run.report(done, log.last)
-            if last or done % run.save_every == 0 or stop.received:
-                save_state(stage, run, done)
-            if stop.received and not last:
+            # A signal may reach one rank alone, or one a step earlier than another.
+            stopping = bool(sum_over_ranks(torch.tensor(int(stop.received)), group)) and not last
+            if log:
+                log.add(metrics)
+                record(stage, run, log, done, stopping)
+            if stopping:
+                group.barrier()  # the state is to be saved before any rank ends
                 raise KeyboardInterrupt
-    return log.last
+    return group.broadcast(log.last if log else {})
+
+
+def record(stage: Stage, run: Run, log: MetricsLog, done: int, stopping: bool) -> None:
+    """Write what is due after a step: state, checkpoint, preview, figures."""
+    last = done == run.steps
+    validating = last or done % run.validate_every == 0
+    if validating and not run.state_file.exists():
+        save_state(stage, run, done)  # before the checkpoint, which without a state no run could replace
+    if validating or done % run.log_every == 0:
+        log.write(done, conclude(stage, run, done) if validating else {})
+        run.report(done, log.last)
+    if last or done % run.save_every == 0 or stopping:
+        save_state(stage, run, done)
 
 
 @contextmanager

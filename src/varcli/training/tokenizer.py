@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from varcli.checkpoints.store import save_tokenizer
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig
+from varcli.distributed import ProcessGroup
 from varcli.images.dataset import ImageSet
-from varcli.models.tokenizer import Quantized, Tokenizer, quantization_loss
+from varcli.models.tokenizer import Tokenizer, quantization_loss
 from varcli.training import optim
 from varcli.training.data import Batch, Crops, Unreadable, draws, loader, to_unit
 from varcli.training.discriminator import PatchDiscriminator, adaptive_weight, augment, discriminator_loss
 from varcli.training.loop import autocast
 from varcli.training.metrics_log import Metrics
 from varcli.training.optim import cosine_factor
+from varcli.training.parallel import Rows, data_parallel, rows_of_all, sum_over_ranks, without_averaging
 
 BETAS = (0.5, 0.9)
 HIT_DECAY = 0.99
@@ -44,6 +46,25 @@ def build_tokenizer(config: TokenizerConfig, seed: int) -> tuple[Tokenizer, Patc
     return Tokenizer(config), PatchDiscriminator()
 
 
+class Reconstruction(nn.Module):
+    """A tokenizer as training runs it: there and back, with a straight-through gradient."""
+
+    def __init__(self, tokenizer: Tokenizer, bf16: bool) -> None:
+        super().__init__()
+        self.tokenizer, self.bf16 = tokenizer, bf16
+
+    def forward(self, image_B3PP: Tensor, scales: int | None) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Return pixels, the quantizer's loss, and each scale's tokens (B, l) and residuals (B, l, C)."""
+        model, device = self.tokenizer, image_B3PP.device
+        with autocast(device, self.bf16):
+            f_BCHW = model.features(image_B3PP).float()
+        quantized = model.quantize.quantize(f_BCHW, scales)
+        straight_BCHW = f_BCHW + (quantized.f_hats[-1] - f_BCHW).detach()
+        with autocast(device, self.bf16):
+            decoded = model.decode_features(straight_BCHW).float()
+        return decoded, quantization_loss(quantized, f_BCHW), quantized.tokens, quantized.residuals
+
+
 class TokenizerStage:
     """A tokenizer, its adversary, their optimizers and losses."""
 
@@ -56,6 +77,7 @@ class TokenizerStage:
         held: ImageSet,
         *,
         bf16: bool,
+        group: ProcessGroup | None = None,
         warm: bool = False,
         workers: int = 0,
         warn: Callable[[str], None] = lambda text: None,
@@ -69,6 +91,7 @@ class TokenizerStage:
             images: training images.
             held: images held out for validation.
             bf16: run the networks in bf16 autocast.
+            group: the ranks that share each batch; None is this process alone.
             warm: the model's weights, its codebook among them, come from a checkpoint.
             workers: processes that read images ahead.
             warn: told of images that cannot be read.
@@ -81,17 +104,24 @@ class TokenizerStage:
         self.unreadable = Unreadable(len(images), warn)
         self.adversarial = False
         self.scales: int | None = None
+        self.quantized: list[tuple[list[Tensor], list[Tensor]]] = []
+        """Tokens (B, l) and residuals (B, l, C) of each scale, for each part of the step's batch."""
         self.model = model.to(memory_format=torch.channels_last)
         self.average = optim.MovingAverage(self.model, training.ema)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=("quantize.embedding",))
         self.adversary = adversary.to(memory_format=torch.channels_last)
         self.adversary_optimizer = optim.adamw(self.adversary, BETAS)
+        self.group = group or ProcessGroup()
+        # A step that leaves out scales uses no φ of theirs.
+        reconstruction = Reconstruction(self.model, bf16)
+        self.reconstruct = data_parallel(reconstruction, self.group, self.device, unused=True)
+        self.judge = data_parallel(self.adversary, self.group, self.device)
 
     def batches(self, steps: range) -> Iterator[Batch]:
         """Yield images as (B, 3, P, P) uint8, with the names of unreadable ones."""
         training = self.training
         crops = Crops(self.images, self.config.pixels, training.enlarge, training.seed, flip=training.flip)
-        chosen = draws(len(self.images), training.batch, steps, training.seed)
+        chosen = draws(len(self.images), training.batch, steps, training.seed, self.group)
         yield from loader(crops, chosen, self.workers)
 
     def prepare(self, batch: Batch, step: int, steps: int) -> Sequence[Tensor]:
@@ -101,7 +131,7 @@ class TokenizerStage:
         self.unreadable.add(itertools.chain(*unreadable))
         parts = pixels.chunk(training.accumulate)
         if step == 0 and not self.warm:
-            self.begin_codebook(parts[0])
+            self.begin_codebook(parts)
         rate = training.lr * cosine_factor(step, steps, training.final_lr)
         for optimizer in (self.optimizer, self.adversary_optimizer):
             optim.set_rates(optimizer, rate, training.weight_decay)
@@ -113,8 +143,8 @@ class TokenizerStage:
         """Return the reconstruction loss of `count` random images, with its gradient."""
         pixels = torch.randint(256, (count, 3, self.config.pixels, self.config.pixels), dtype=torch.uint8)
         image = to_unit(pixels, self.device)
-        decoded, quantized, f_BCHW = self.reconstruct(image, None)
-        return F.mse_loss(decoded, image) + quantization_loss(quantized, f_BCHW)
+        decoded, quantization, _, _ = self.reconstruct(image, None)
+        return F.mse_loss(decoded, image) + quantization
 
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients, the adversary's included, before those of the tokenizer are clipped."""
@@ -128,12 +158,14 @@ class TokenizerStage:
         if self.adversarial:
             self.adversary_optimizer.step()
         self.average.update(self.model, step)
+        self.note_hits()
         learning = self.model.quantize.embedding.weight.requires_grad
         if learning and step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < REVIVE_UNTIL * steps:
             self.revive_codes()
 
     def clear_gradients(self) -> None:
-        """Forget the gradients of both networks."""
+        """Forget the gradients of both networks, and the step's tokens."""
+        self.quantized = []
         self.optimizer.zero_grad()
         self.adversary_optimizer.zero_grad()
 
@@ -144,53 +176,46 @@ class TokenizerStage:
             return None
         return generator.randint(1, max(len(self.config.sides) - 1, 1))
 
-    def add_gradients(self, part: Tensor) -> dict[str, Tensor]:
+    def add_gradients(self, part: Tensor, rows: Rows, last: bool) -> dict[str, Tensor]:
         """Add the gradients of a part of the batch (B, 3, P, P) uint8; returns its figures.
 
         Source: equation 5.
         """
         image = to_unit(part, self.device)
-        decoded, quantized, f_BCHW = self.reconstruct(image, self.scales)
-        squared = F.mse_loss(decoded, image)
-        metrics = {"squared_error": squared, "quantization": quantization_loss(quantized, f_BCHW)}
-        pull = squared
-        if self.perceptual is not None:
-            metrics["perceptual"] = self.perceptual(decoded, image)
-            pull = squared + self.training.perceptual_weight * metrics["perceptual"]
-        loss = pull + metrics["quantization"]
+        with without_averaging(self.reconstruct, last):
+            decoded, quantization, tokens, residuals = self.reconstruct(image, self.scales)
+            squared = F.mse_loss(decoded, image)
+            metrics = {"squared_error": squared, "quantization": quantization}
+            pull = squared
+            if self.perceptual is not None:
+                metrics["perceptual"] = self.perceptual(decoded, image)
+                pull = squared + self.training.perceptual_weight * metrics["perceptual"]
+            loss = pull + quantization
+            if self.adversarial:
+                self.adversary.requires_grad_(False)
+                push = -self.adversary(augment(decoded, rows)).mean()
+                weight = adaptive_weight(pull, push, self.model.decoder.conv_out.weight, self.group)
+                metrics["adversarial"] = push
+                loss = loss + self.training.gan * weight * push
+                self.adversary.requires_grad_(True)
+            (loss / self.training.accumulate).backward()
         if self.adversarial:
-            self.adversary.requires_grad_(False)
-            push = -self.adversary(augment(decoded)).mean()
-            weight = adaptive_weight(pull, push, self.model.decoder.conv_out.weight)
-            metrics["adversarial"] = push
-            loss = loss + self.training.gan * weight * push
-            self.adversary.requires_grad_(True)
-        (loss / self.training.accumulate).backward()
-        if self.adversarial:
-            metrics["adversary"] = self.add_adversary_gradients(image, decoded.detach())
-        self.note_hits(quantized)
+            with without_averaging(self.judge, last):
+                metrics["adversary"] = self.add_adversary_gradients(image, decoded.detach(), rows)
+        self.quantized.append((tokens, residuals))
         return metrics | {"loss": loss}
 
-    def add_adversary_gradients(self, image: Tensor, decoded: Tensor) -> Tensor:
+    def add_adversary_gradients(self, image: Tensor, decoded: Tensor, rows: Rows) -> Tensor:
         """Add the adversary's gradients and return its loss."""
-        loss = discriminator_loss(self.adversary(augment(image)), self.adversary(augment(decoded)))
+        loss = discriminator_loss(self.judge(augment(image, rows)), self.judge(augment(decoded, rows)))
         (loss / self.training.accumulate).backward()
         return loss
 
-    def reconstruct(self, image: Tensor, scales: int | None) -> tuple[Tensor, Quantized, Tensor]:
-        """Return pixels with a straight-through gradient, the quantized features, and the features."""
-        with autocast(self.device, self.bf16):
-            f_BCHW = self.model.features(image).float()
-        quantized = self.model.quantize.quantize(f_BCHW, scales)
-        straight_BCHW = f_BCHW + (quantized.f_hats[-1] - f_BCHW).detach()
-        with autocast(self.device, self.bf16):
-            decoded = self.model.decode_features(straight_BCHW).float()
-        return decoded, quantized, f_BCHW
-
     @torch.no_grad()
-    def begin_codebook(self, pixels: Tensor) -> None:
+    def begin_codebook(self, parts: Sequence[Tensor]) -> None:
         """Draw the first codebook from the features of the first images, so that no row starts dead."""
-        features = self.model.features(to_unit(pixels, self.device))
+        features = torch.cat([self.model.features(to_unit(pixels, self.device)) for pixels in parts])
+        features = rows_of_all(features, self.group)
         rows = features.permute(0, 2, 3, 1).flatten(0, 2)
         weight = self.model.quantize.embedding.weight
         chosen = torch.randint(len(rows), (len(weight),), device=rows.device)
@@ -198,13 +223,15 @@ class TokenizerStage:
         weight.copy_(rows[chosen] * torch.rand(len(weight), 1, device=rows.device))
 
     @torch.no_grad()
-    def note_hits(self, quantized: Quantized) -> None:
-        """Let the record of hits per scale and row take in a batch, and keep its residuals for revival."""
+    def note_hits(self) -> None:
+        """Let the record of hits per scale and row take in the step's tokens, of all parts and ranks."""
         hits_SV = self.model.quantize.ema_vocab_hit_SV
-        for scale, idx_Bl in enumerate(quantized.tokens):
-            counts_V = torch.bincount(idx_Bl.flatten(), minlength=hits_SV.shape[1]).to(hits_SV.dtype)
-            hits_SV[scale].lerp_(counts_V, 1 - HIT_DECAY)
-        self.residuals = torch.cat([z.flatten(0, 1) for z in quantized.residuals])
+        scales = zip(*(tokens for tokens, _ in self.quantized), strict=True)
+        counts_SV = torch.stack(
+            [torch.bincount(torch.cat(parts).flatten(), minlength=hits_SV.shape[1]) for parts in scales]
+        )
+        counts_SV = sum_over_ranks(counts_SV, self.group).to(hits_SV.dtype)
+        hits_SV[: len(counts_SV)].lerp_(counts_SV, 1 - HIT_DECAY)
 
     @torch.no_grad()
     def revive_codes(self) -> None:
@@ -212,8 +239,10 @@ class TokenizerStage:
         hits_V = self.model.quantize.ema_vocab_hit_SV.sum(0)
         dead = (hits_V < DEAD * hits_V.mean()).nonzero().flatten()
         weight = self.model.quantize.embedding.weight
-        chosen = torch.randint(len(self.residuals), (len(dead),), device=dead.device)
-        weight[dead] = self.residuals[chosen].to(weight.dtype)
+        scales = zip(*(residuals for _, residuals in self.quantized), strict=True)
+        residuals = torch.cat([rows_of_all(torch.cat(parts), self.group).flatten(0, 1) for parts in scales])
+        chosen = torch.randint(len(residuals), (len(dead),), device=dead.device)
+        weight[dead] = residuals[chosen].to(weight.dtype)
         self.average.model.quantize.embedding.weight[dead] = weight[dead]  # an average with dead rows helps nobody
         for key in ("exp_avg", "exp_avg_sq"):
             self.optimizer.state[weight][key][dead] = 0

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from varcli.checkpoints.store import save_model
 from varcli.classes import ClassTable
 from varcli.config import TransformerConfig, TransformerTrainingConfig, spans
+from varcli.distributed import ProcessGroup
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
@@ -21,6 +22,7 @@ from varcli.training.finetune import merged
 from varcli.training.loop import autocast
 from varcli.training.metrics_log import Metrics
 from varcli.training.optim import initialize_transformer
+from varcli.training.parallel import Rows, data_parallel, share_rows, without_averaging
 
 BETAS = (0.9, 0.95)
 WITHOUT_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
@@ -60,6 +62,7 @@ class TransformerStage:
         classes: ClassTable,
         *,
         bf16: bool,
+        group: ProcessGroup | None = None,
         save_dtype: torch.dtype = torch.float32,
         tokens: TokenCache | None = None,
         held: TokenCache | None = None,
@@ -72,6 +75,7 @@ class TransformerStage:
             tokenizer: makes the tokens; its weights stay as they are.
             classes: the model's class table.
             bf16: run the network in bf16 autocast.
+            group: the ranks that share each batch; None is this process alone.
             save_dtype: precision of the weights in the checkpoint.
             tokens: token maps of the training images; None only estimates.
             held: token maps of images held out for validation.
@@ -81,13 +85,15 @@ class TransformerStage:
         self.classes, self.tokens, self.held, self.save_dtype = classes, tokens, held, save_dtype
         self.weight_L = token_weights(self.config.sides, training.scale_weight).to(self.device)
         self.tokenizer = tokenizer.to(self.device).eval().requires_grad_(False)
+        self.group = group or ProcessGroup()
         self.average = optim.MovingAverage(self.model, training.ema)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
+        self.network = data_parallel(self.model, self.group, self.device)
 
     def batches(self, steps: range) -> Iterator[Batch]:
-        """Yield tokens (B, L) and labels (B,) of each step."""
+        """Yield tokens (B, L) and labels (B,) of this rank's rows of each step."""
         assert self.tokens is not None, "a stage without tokens only plans"
-        for chosen in draws(len(self.tokens), self.training.batch, steps, self.training.seed):
+        for chosen in draws(len(self.tokens), self.training.batch, steps, self.training.seed, self.group):
             yield self.tokens.batch(chosen)
 
     def prepare(self, batch: Batch, step: int, steps: int) -> Sequence[Batch]:
@@ -100,13 +106,15 @@ class TransformerStage:
         tokens_BL, label_B = batch
         return list(zip(tokens_BL.chunk(training.accumulate), label_B.chunk(training.accumulate), strict=True))
 
-    def add_gradients(self, part: Batch) -> dict[str, Tensor]:
+    def add_gradients(self, part: Batch, rows: Rows, last: bool) -> dict[str, Tensor]:
         """Add the gradients of a part of the batch, some of its labels dropped; returns its figures."""
         tokens_BL, label_B = part
-        label_B = self.model.drop_labels(label_B.to(self.device))
-        loss_BL, hit_BL = self.predict(self.model, tokens_BL.to(self.device), label_B)
-        loss = (loss_BL * self.weight_L).mean()
-        (loss / self.training.accumulate).backward()
+        label_B = self.model.drop_labels(label_B.to(self.device), rows.first, rows.total)
+        share_rows(self.model, rows)
+        with without_averaging(self.network, last):
+            loss_BL, hit_BL = self.predict(self.network, tokens_BL.to(self.device), label_B)
+            loss = (loss_BL * self.weight_L).mean()
+            (loss / self.training.accumulate).backward()
         return self.figures(loss_BL, hit_BL)
 
     def gradient_norm(self) -> Tensor:
@@ -129,7 +137,7 @@ class TransformerStage:
         label_B = torch.randint(self.config.class_count, (count,), device=self.device)
         return self.predict(self.model.train(), tokens_BL, label_B)[0].mean()
 
-    def predict(self, model: Transformer, tokens_BL: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, model: nn.Module, tokens_BL: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's cross-entropy, and 1 where it is the likeliest, (B, L) each. Source: section 3.1."""
         parts = spans(self.config.sides)
         with torch.no_grad():

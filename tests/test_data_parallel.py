@@ -1,0 +1,128 @@
+"""Several ranks train as one does: only rounding differs, and a run goes on with another number of them."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from support.images import write_folder
+from varcli.checkpoints.safetensors_io import load_tensors
+from varcli.distributed import ProcessGroup
+from varcli.errors import UsageError
+from varcli.models.transformer import StochasticDepth
+from varcli.training.data import draws
+from varcli.training.discriminator import augment
+from varcli.training.parallel import Rows, check_batch, rows_of_part, share_rows
+
+SHAPE = "--sides 1,2,4 --base-width 32 --multipliers 1,1 --encoder-blocks 1 --codebook-size 32 --codebook-width 8"
+PACE = "--batch-size 8 --holdout 2 --device cpu --workers 0 --base-lr 0.05 --json"
+TOKENIZER = f"{SHAPE} {PACE} --perceptual none --scale-drop 0.5 --gan 0.4 --gan-start 0".split()
+TRANSFORMER = f"{PACE} --depth 6 --width 64".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), {"n02099601": 14, "n01443537": 14})
+
+
+def command(stage, data, out, *more):
+    words = [sys.executable, "-m", "varcli", "train", stage, str(data), "--out", str(out)]
+    return [*words, *(TOKENIZER if stage == "tokenizer" else TRANSFORMER), *map(str, more)]
+
+
+def train(stage, data, out, *more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(stage, data, out, *more), env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+# --- parts of a batch ------------------------------------------------------------------------------
+
+
+def test_ranks_share_each_batch_in_order():
+    whole = list(draws(10, 6, range(4), seed=3))
+    parts = [list(draws(10, 6, range(4), 3, ProcessGroup(rank, 3))) for rank in range(3)]
+    assert [list(itertools.chain(*step)) for step in zip(*parts, strict=True)] == whole
+    rows = [rows_of_part(24, 2, part, ProcessGroup(rank, 3)) for rank in range(3) for part in range(2)]
+    assert [(each.first, each.count, each.total) for each in rows] == [(i * 4, 4, 24) for i in range(6)]
+
+
+def test_a_batch_that_does_not_come_out_even_is_refused():
+    check_batch(24, 2, ProcessGroup(0, 3))
+    with pytest.raises(
+        UsageError, match=r"--batch-size must be a multiple of 3 processes times --grad-accum 2 \(got 8\)"
+    ):
+        check_batch(8, 2, ProcessGroup(0, 3))
+
+
+def test_what_is_drawn_for_a_part_is_the_whole_batchs():
+    images = torch.rand(6, 3, 16, 16)
+    torch.manual_seed(5)
+    whole = augment(images)
+    torch.manual_seed(5)
+    assert torch.equal(augment(images[2:4], Rows(2, 2, 6)), whole[2:4])
+    layer, images = StochasticDepth(0.5).train(), images.flatten(2)
+    torch.manual_seed(5)
+    whole = layer(images)
+    share_rows(layer, Rows(2, 2, 6))
+    torch.manual_seed(5)
+    assert torch.equal(layer(images[2:4]), whole[2:4])
+
+
+# --- whole runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("--nproc", 2), ("--nproc", 2, "--grad-accum", 2), ("--grad-accum", 4)])
+def test_ranks_and_parts_of_a_transformers_batch_change_nothing_but_rounding(more, data, tmp_path):
+    train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
+    tokenizer = ("--tokenizer", tmp_path / "tokenizer" / "tokenizer.safetensors", "--epochs", 2)
+    one = train("transformer", data, tmp_path / "one", *tokenizer)
+    several = train("transformer", data, tmp_path / "several", *tokenizer, *more)
+    for name in ("loss", "loss_last", "gradient_norm", "validation_loss"):
+        assert several[name] == pytest.approx(one[name], rel=1e-4), name
+    compare(tmp_path / "one", tmp_path / "several")
+
+
+@pytest.mark.slow
+def test_ranks_change_nothing_but_rounding_of_a_tokenizer(data, tmp_path):
+    """Adversary, hits of the codebook, and the moving average are of the whole batch."""
+    one = train("tokenizer", data, tmp_path / "one", "--epochs", 1)
+    several = train("tokenizer", data, tmp_path / "several", "--epochs", 1, "--nproc", 2)
+    for name in ("squared_error", "quantization", "adversarial", "adversary", "gradient_norm", "validation_psnr"):
+        assert several[name] == pytest.approx(one[name], rel=2e-3), name
+    compare(tmp_path / "one", tmp_path / "several")
+
+
+def compare(one, several):
+    """The averaged weights agree to rounding, of which Adam's division makes more where gradients are small."""
+    ours, theirs = (load_tensors(folder / "state.safetensors")[0] for folder in (one, several))
+    assert ours.keys() == theirs.keys()
+    names = [name for name in ours if name.startswith("average.")]
+    distance = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in names)
+    size = sum(float(ours[name].double().square().sum()) for name in names)
+    assert (distance / size) ** 0.5 < 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_is_killed_says_how_to_go_on_and_does_with_another_number(data, tmp_path):
+    whole = train("tokenizer", data, tmp_path / "whole", "--epochs", 4, "--save-every", 2)
+    words = command("tokenizer", data, tmp_path / "killed", "--epochs", 4, "--save-every", 2, "--nproc", 2)
+    running = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "killed" / "state.safetensors").exists():
+        time.sleep(0.02)
+        assert running.poll() is None
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(running.pid)], text=True)
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    _, error = running.communicate(timeout=120)
+    assert running.returncode == 5
+    assert "was ended by SIGKILL; run the command again" in error.splitlines()[-1]
+    gone_on = train("tokenizer", data, tmp_path / "killed", "--epochs", 4, "--save-every", 2)
+    assert gone_on["step"] == whole["step"]
+    assert gone_on["validation_psnr"] == pytest.approx(whole["validation_psnr"], abs=0.5)
