@@ -71,6 +71,45 @@ def test_no_torchscript(tmp_path):
         Classifier(str(tmp_path / "text.pt"), TABLE, CPU)
 
 
+class Raising(nn.Module):
+    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
+        if image_B3PP.size(2) < 100:
+            raise ValueError("too small")
+        return image_B3PP
+
+
+class OfTwo(nn.Module):
+    def forward(self, image_B3PP: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return image_B3PP + other
+
+
+class NoNumbers(nn.Module):
+    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
+        return image_B3PP[:, :, 0, 0] / 0
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        (Raising(), "failed on an image: .*too small"),
+        (OfTwo(), r"failed on an image: .*forward\(\)"),
+        (NoNumbers(), "returns logits that are not finite"),
+    ],
+)
+def test_programs_that_are_no_classifiers(tmp_path, module, line):
+    classifier = Classifier(scripted(tmp_path / "x.pt", module), TABLE, CPU)
+    with pytest.raises(CheckpointError, match=line) as caught:
+        classifier.confidence(reds(1), [0])
+    assert "\n" not in str(caught.value)
+
+
+def test_who_uses_a_program_is_told_that_it_is_one(tmp_path):
+    notes = []
+    Classifier(scripted(tmp_path / "three.pt", Brightness(3)), TABLE, CPU, notes.append)
+    (note,) = notes
+    assert "three.pt is a program, which can read and write files here: use one that you trust" in note
+
+
 def test_no_logits(tmp_path):
     with pytest.raises(CheckpointError, match="must turn images"):
         Classifier(scripted(tmp_path / "same.pt", nn.Identity()), TABLE, CPU).confidence(reds(1), [0])

@@ -210,7 +210,11 @@ BestOf = Annotated[
 ]
 Classifier = Annotated[
     str,
-    Option("--classifier", metavar="NAME|FILE", help="Classifier: a torchvision model name or a TorchScript file."),
+    Option(
+        "--classifier",
+        metavar="NAME|FILE",
+        help="Classifier: a torchvision model name, or a TorchScript file, which is a program: use one that you trust.",
+    ),
 ]
 DEFAULT_CLASSIFIER: Final = "resnet101"
 """torchvision's, the network that VQGAN's rejection sampling used."""
