@@ -81,6 +81,45 @@ def test_no_torchscript(tmp_path):
         Classifier(str(tmp_path / "text.pt"), TABLE, CPU)
 
 
+class Raising(nn.Module):
+    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
+        if image_B3PP.size(2) < 100:
+            raise ValueError("too small")
+        return image_B3PP
+
+
+class OfTwo(nn.Module):
+    def forward(self, image_B3PP: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return image_B3PP + other
+
+
+class NoNumbers(nn.Module):
+    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
+        return image_B3PP[:, :, 0, 0] / 0
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        (Raising(), "failed on an image: .*too small"),
+        (OfTwo(), r"failed on an image: .*forward\(\)"),
+        (NoNumbers(), "returns logits that are not finite"),
+    ],
+)
+def test_programs_that_are_no_classifiers(tmp_path, module, line):
+    classifier = Classifier(scripted(tmp_path / "x.pt", module), TABLE, CPU)
+    with pytest.raises(CheckpointError, match=line) as caught:
+        classifier.confidence(reds(1), [0])
+    assert "\n" not in str(caught.value)
+
+
+def test_who_uses_a_program_is_told_that_it_is_one(tmp_path):
+    notes = []
+    Classifier(scripted(tmp_path / "three.pt", Brightness(3)), TABLE, CPU, notes.append)
+    (note,) = notes
+    assert "three.pt is a program, which can read and write files here: use one that you trust" in note
+
+
 def test_no_logits(tmp_path):
     with pytest.raises(CheckpointError, match="must turn images"):
         Classifier(scripted(tmp_path / "same.pt", nn.Identity()), TABLE, CPU).confidence(reds(1), [0])
@@ -124,35 +163,3 @@ def test_torchvisions_models_see_what_they_were_trained_on(tmp_path, monkeypatch
         wanted = plain(seen).softmax(1)[[0, 1], [207, 951]].numpy()
     found = Classifier("squeezenet1_1", TABLE, CPU).confidence(pixels, [1, 2])
     assert found == pytest.approx(wanted, rel=1e-3)
-
-
-class Failing(nn.Module):
-    """A network that cannot take images of this size."""
-
-    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
-        return image_B3PP.reshape(-1, 7)
-
-
-class OfTwo(nn.Module):
-    """A network that wants two inputs."""
-
-    def forward(self, image_B3PP: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        return image_B3PP[:, :3, 0, 0]
-
-
-class NotANumber(nn.Module):
-    """A network whose logits overflow."""
-
-    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
-        return image_B3PP[:, :3, 0, 0] * float("nan")
-
-
-@pytest.mark.parametrize(
-    ("module", "words"),
-    [(Failing, "fails on images"), (OfTwo, "fails on images"), (NotANumber, "gives logits that are no numbers")],
-)
-def test_a_classifier_that_fails_is_one_line(tmp_path, module, words):
-    classifier = Classifier(scripted(tmp_path / "x.pt", module()), TABLE, CPU)
-    with pytest.raises(CheckpointError, match=words) as caught:
-        classifier.confidence(reds(1, 2), [0, 1])
-    assert "\n" not in str(caught.value)

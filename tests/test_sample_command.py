@@ -19,6 +19,8 @@ from torch import nn
 
 from support import small
 from varcli import cli
+from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
+from varcli.checkpoints.store import recorded_hashes
 from varcli.classes import imagenet
 from varcli.images.contact_sheet import MAX_IMAGES
 from varcli.images.provenance import read_provenance
@@ -321,6 +323,34 @@ def test_mistakes_end_in_one_line_and_leave_nothing(model, monkeypatch, tmp_path
     assert out == "" and err.startswith("var: error: ") and err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "-c", "1", "-o", "x.png"],
+        ["sample", "-c", "1", "-o", "x.npz"],
+        ["inpaint", "hole.png", "--box", "2,2,9,9", "-o", "x.png"],
+        ["edit", "hole.png", "-c", "1", "--box", "2,2,9,9", "-o", "x.png"],
+        ["outpaint", "hole.png", "--pad", "4,0,0,0", "-o", "x.png"],
+        ["reconstruct", "hole.png", "-o", "x.png"],
+        ["checkpoints", "verify"],
+    ],
+    ids=" ".join,
+)
+def test_values_that_are_not_finite_are_told_before_an_image_is_made(model, monkeypatch, tmp_path, capsys, arguments):
+    tensors, metadata = load_tensors(model)
+    for name in ("transformer.head.bias", "tokenizer.quant_conv.bias"):
+        tensors[name][:3] = torch.nan
+    save_tensors(tmp_path / "bad.safetensors", tensors, metadata | recorded_hashes(tensors, metadata))
+    Image.new("RGB", (16, 16), (200, 100, 0)).save(tmp_path / "hole.png")
+    monkeypatch.chdir(tmp_path)
+    words = [*arguments, "bad.safetensors"] if arguments[0] == "checkpoints" else [*arguments, "-m", "bad.safetensors"]
+    assert cli.run(words) == 4
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "3 values of t" in err and "are not finite: train or convert again" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors", "hole.png"]
 
 
 def test_images_nobody_asked_for_this_time_are_told_of(sample, capsys):

@@ -156,6 +156,22 @@ def test_bad_inputs_end_in_one_line(data, tokenizer, tmp_path, capsys):
         assert not (tmp_path / "a").exists()
 
 
+def test_a_tokenizer_is_found_and_refused_as_a_checkpoint_is(data, tokenizer, tmp_path, capsys):
+    """`--tokenizer` says what `--checkpoint` says of a file of another kind, a folder or an unknown name."""
+    (tmp_path / "vae.pth").write_bytes(b"PK")
+    cases = {
+        tmp_path / "vae.pth": "vae.pth must be converted first: var checkpoints convert",
+        tokenizer.parent: f"is a folder; its tokenizer is {tokenizer}",
+        tokenizer.parent / "state.safetensors": "is the state of a training run; the model is beside it",
+        "tiny6": "there is no checkpoint tiny6: neither a file nor one of the names tiny64",
+    }
+    for given, line in cases.items():
+        assert run(transformer_command(data, given, tmp_path / "a")) == 4
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1
+        assert not (tmp_path / "a").exists()
+
+
 def test_tensorboard_gets_the_figures(data, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     command = ["train", "tokenizer", str(data), "--out", str(tmp_path), *SMALL, *PACE, "--tensorboard", "-q"]

@@ -65,7 +65,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: the file is missing, truncated, of another format, or was changed while it was read.
     """
-    with reading(path), path.open("rb") as file:
+    with reading(path), Path(path).open("rb") as file:
         opened = os.fstat(file.fileno())
         header, metadata = _header(file)
         tensors = {}
@@ -88,7 +88,7 @@ def load_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dic
     Raises:
         CheckpointError: the file is missing, truncated or of another format.
     """
-    with reading(path), path.open("rb") as file:
+    with reading(path), Path(path).open("rb") as file:
         header, metadata = _header(file)
         return {name: (entry.kind, entry.shape) for name, entry in header.items()}, metadata
 

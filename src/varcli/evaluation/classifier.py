@@ -7,7 +7,7 @@ Shapes: B images of P × P pixels, N classes the classifier knows.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +25,23 @@ from varcli.models.efficientnet import EfficientNetLite0
 class Classifier:
     """Tells how sure a network is that images show given classes."""
 
-    def __init__(self, name: str, table: ClassTable, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        table: ClassTable,
+        device: torch.device,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Load a network.
 
         Args:
             name: efficientnet-lite0, whose weights are a package; one of torchvision's ImageNet models, whose
                 weights are downloaded at the first use; or a TorchScript file. The last takes images in [0, 1],
                 (B, 3, P, P), at their own size, and returns logits (B, N): either ImageNet's 1 000 classes or those
-                of `table`, in its order.
+                of `table`, in its order. It is a program, which can read and write files.
             table: classes of the checkpoint, to find the logit of a label.
             device: where to compute.
+            note: takes remarks for the user.
 
         Raises:
             UsageError: there is no such model or file.
@@ -42,6 +49,7 @@ class Classifier:
         """
         self.name, self.table, self.device = name, table, device
         if Path(name).is_file():
+            note(f"the classifier {name} is a program, which can read and write files here: use one that you trust")
             network, self.sha256 = _torchscript(Path(name))
         elif name == "efficientnet-lite0":
             network, self.sha256 = _efficientnet()
@@ -54,20 +62,20 @@ class Classifier:
         """Return the probability of each image's label, (B,).
 
         Raises:
-            CheckpointError: the network fails, or does not answer with finite logits of known classes.
+            CheckpointError: the network does not answer with finite logits of known classes.
         """
         image_B3PP = torch.from_numpy(pixels_BPP3).to(self.device).permute(0, 3, 1, 2).float() / 255
         try:
             logits_BN = self.network(image_B3PP)
-        except Exception as error:  # a user's network may raise anything
+        except Exception as error:  # whatever a program of the user's raises
             if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise CheckpointError(f"the classifier {self.name} fails on images (B, 3, P, P): {reason}") from error
+            why = (str(error).strip() or type(error).__name__).splitlines()[-1]  # TorchScript tells it last
+            raise CheckpointError(f"the classifier {self.name} failed on an image: {why}") from error
         if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2 or len(logits_BN) != len(labels):
             raise CheckpointError(f"the classifier {self.name} must turn images (B, 3, P, P) into logits (B, classes)")
         if not logits_BN.isfinite().all():
-            raise CheckpointError(f"the classifier {self.name} gives logits that are no numbers")
+            raise CheckpointError(f"the classifier {self.name} returns logits that are not finite")
         probability_BN = logits_BN.double().softmax(1).cpu().numpy()
         columns = [self._column(label, logits_BN.shape[1]) for label in labels]
         return probability_BN[np.arange(len(labels)), columns]

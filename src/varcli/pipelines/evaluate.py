@@ -455,7 +455,7 @@ def _samples(
         candidates=candidates,
         kept=kept,
         preset=presets(model.name)["metrics"],
-        classifier=Classifier(classifier, model.classes, model.device) if best_of > 1 else None,
+        classifier=Classifier(classifier, model.classes, model.device, note) if best_of > 1 else None,
         save_images=save_images,
     )
 

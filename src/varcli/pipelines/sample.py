@@ -135,7 +135,9 @@ def sample_to(
         )
         sampled: Sampled = sampler.images
         if best_of > 1:
-            rejection = RejectionSampler(sampler, Classifier(classifier, model.classes, model.device), count, group)
+            rejection = RejectionSampler(
+                sampler, Classifier(classifier, model.classes, model.device, note), count, group
+            )
             requests, sampled = rejection.select(requests), rejection.images
             requests = requests if group.world_size == 1 else list(requests)  # all ranks must exhaust it
         if growth:
