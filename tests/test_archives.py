@@ -1,8 +1,8 @@
 """Archives: .npz and .tar that grow without memory, survive any death, and go on bit for bit."""
 
+import errno
 import io
 import json
-import errno
 import os
 import signal
 import subprocess

@@ -169,9 +169,7 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, images):
     notes = []
     last = train(tokenizer_stage(images), run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))
     assert last["step"] == 6
-    assert notes == [
-        f"the run in {tmp_path} has come to step 3 of 1 epochs: from here on it follows the learning rates of 2 epochs"
-    ]
+    assert notes == ["going on from step 3 of 1 epochs, by the learning rates of 2 epochs"]
     with pytest.raises(UsageError, match=r"begun with epochs 2\.0 \(now 1\.0\)"):
         train(tokenizer_stage(images), run(tmp_path, 3, identity={"a": 1, "epochs": 1.0}))
     with pytest.raises(UsageError, match=r"begun with a 1 \(now 2\), epochs 2\.0 \(now 3\.0\)"):
