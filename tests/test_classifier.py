@@ -114,35 +114,3 @@ def test_torchvisions_models_see_what_they_were_trained_on(tmp_path, monkeypatch
         wanted = plain(seen).softmax(1)[[0, 1], [207, 951]].numpy()
     found = Classifier("squeezenet1_1", TABLE, CPU).confidence(pixels, [1, 2])
     assert found == pytest.approx(wanted, rel=1e-3)
-
-
-class Failing(nn.Module):
-    """A network that cannot take images of this size."""
-
-    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
-        return image_B3PP.reshape(-1, 7)
-
-
-class OfTwo(nn.Module):
-    """A network that wants two inputs."""
-
-    def forward(self, image_B3PP: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        return image_B3PP[:, :3, 0, 0]
-
-
-class NotANumber(nn.Module):
-    """A network whose logits overflow."""
-
-    def forward(self, image_B3PP: torch.Tensor) -> torch.Tensor:
-        return image_B3PP[:, :3, 0, 0] * float("nan")
-
-
-@pytest.mark.parametrize(
-    ("module", "words"),
-    [(Failing, "fails on images"), (OfTwo, "fails on images"), (NotANumber, "gives logits that are no numbers")],
-)
-def test_a_classifier_that_fails_is_one_line(tmp_path, module, words):
-    classifier = Classifier(scripted(tmp_path / "x.pt", module()), TABLE, CPU)
-    with pytest.raises(CheckpointError, match=words) as caught:
-        classifier.confidence(reds(1, 2), [0, 1])
-    assert "\n" not in str(caught.value)

@@ -504,6 +504,12 @@ def test_no_image_counts_twice(tmp_path, monkeypatch, paths):
         open_images(paths)
 
 
+def test_an_empty_path_is_not_the_folder_one_is_in(samples, monkeypatch):
+    monkeypatch.chdir(samples)
+    with pytest.raises(InputError, match="a path of images is empty"):
+        open_images([""])
+
+
 def test_paths_that_find_separates_by_nul(samples):
     line = "".join(f"{path}\0" for path in samples.iterdir())
     assert everything(open_images(["-"], lines=[line])) == everything(open_images([samples]))

@@ -1,6 +1,7 @@
 """References: what is saved is read again, other toolkits' files too, and what is none is refused in one line."""
 
 import dataclasses
+import os
 import zipfile
 
 import numpy as np
@@ -110,6 +111,14 @@ def test_more_statistics_than_memory_takes_are_not_unpacked(tmp_path, monkeypatc
         read_reference(write(tmp_path / "x.npz", **GOOD))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no pipes")
+def test_a_pipe_is_no_reference(tmp_path):
+    os.mkfifo(tmp_path / "x.npz")
+    for look in (holds_images, read_reference):
+        with pytest.raises(InputError, match="is a pipe or device"):
+            look(tmp_path / "x.npz")
+
+
 def test_rounding_makes_no_covariance_wrong(tmp_path):
     features = np.random.RandomState(0).rand(50, 300)
     sigma = np.cov(features.T).astype(np.float32)  # of rank 49: the other variances are zero but for rounding
@@ -183,6 +192,7 @@ def test_images_and_statistics_are_told_apart(saved, tmp_path):
     assert held == {"ours.npz": False, "images.npz": True, "adm.npz": False, "half.npz": False}
     assert holds_images(tmp_path)
     assert holds_images(tmp_path / "x.zip")
-    assert not holds_images(tmp_path / "bad.npz")
+    with pytest.raises(InputError, match=r"bad\.npz is no \.npz of statistics"):
+        holds_images(tmp_path / "bad.npz")
     assert not holds_images(tmp_path / "absent.npz")
     assert len(open_images([tmp_path / "images.npz"])) == 3

@@ -162,6 +162,12 @@ def test_compressed_tars_are_told_from_others(tmp_path, name):
         open_source(tmp_path / name)
 
 
+def test_a_single_array_is_no_source(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(InputError, match=r"x\.npy is a single array; expected an \.npz"):
+        open_source(tmp_path / "x.npy")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no pipes")
 def test_pipes_and_devices_are_no_sources(tmp_path):
     os.mkfifo(tmp_path / "pipe")
@@ -379,6 +385,18 @@ def test_labels_of_other_shapes_are_not_read(tmp_path, shape):
     source = NpzSource(with_header(tmp_path / "x.npz", shape, bytes(40), labels=True))
     assert [source.sidecar(name, "cls") for name, _ in source.members()] == [None] * 5
     assert list(source.left_out) == ["arrays that are no labels, which would be integers (5,)"]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 100), lambda path: save(path, PIXELS[::-1].copy())])
+def test_an_array_that_changes_while_it_is_read_is_told(tmp_path, compressed, change):
+    source = NpzSource(save(tmp_path / "x.npz", compressed=compressed))
+    (name, _), *_ = source.members()
+    os.utime(tmp_path / "x.npz", (0, 0))  # files written within a tick of the clock look alike
+    source._state = sources_module._file_state(tmp_path / "x.npz")
+    change(tmp_path / "x.npz")
+    with pytest.raises(UnreadableImage, match="changed while it was being read"), reading_image(name):
+        source.read(name)
 
 
 def test_a_changed_bit_does_not_pass(tmp_path):

@@ -210,11 +210,7 @@ BestOf = Annotated[
 ]
 Classifier = Annotated[
     str,
-    Option(
-        "--classifier",
-        metavar="NAME|FILE",
-        help="Classifier: a torchvision model name, or a TorchScript file (a program: it can read and write files).",
-    ),
+    Option("--classifier", metavar="NAME|FILE", help="Classifier: a torchvision model name or a TorchScript file."),
 ]
 DEFAULT_CLASSIFIER: Final = "resnet101"
 """torchvision's, the network that VQGAN's rejection sampling used."""

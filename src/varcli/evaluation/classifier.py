@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from varcli.acceleration.devices import out_of_memory
 from varcli.classes import ClassTable, imagenet
 from varcli.errors import CheckpointError, UsageError
 from varcli.files import file_sha256
@@ -47,20 +46,12 @@ class Classifier:
         """Return the probability of each image's label, (B,).
 
         Raises:
-            CheckpointError: the network fails, or does not answer with finite logits of known classes.
+            CheckpointError: the network does not answer with logits of known classes.
         """
         image_B3PP = torch.from_numpy(pixels_BPP3).to(self.device).permute(0, 3, 1, 2).float() / 255
-        try:
-            logits_BN = self.network(image_B3PP)
-        except Exception as error:  # a user's network may raise anything
-            if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise CheckpointError(f"the classifier {self.name} fails on images (B, 3, P, P): {reason}") from error
+        logits_BN = self.network(image_B3PP)
         if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2 or len(logits_BN) != len(labels):
             raise CheckpointError(f"the classifier {self.name} must turn images (B, 3, P, P) into logits (B, classes)")
-        if not logits_BN.isfinite().all():
-            raise CheckpointError(f"the classifier {self.name} gives logits that are no numbers")
         probability_BN = logits_BN.double().softmax(1).cpu().numpy()
         columns = [self._column(label, logits_BN.shape[1]) for label in labels]
         return probability_BN[np.arange(len(labels)), columns]

@@ -1,5 +1,6 @@
 """What images are measured against: mean and covariance of features, in a file or of images at hand."""
 
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -164,8 +165,6 @@ def holds_images(path: Path) -> bool:
     """
     if path.suffix.lower() != ".npz":
         return path.is_dir() or path.suffix.lower() in (".zip", ".tar")
-    if not zipfile.is_zipfile(path):
-        return False
     with _reading(path), zipfile.ZipFile(path) as stored:
         names = set(stored.namelist())
     return PIXELS in names and not names & {"mu.npy", "sigma.npy"}
@@ -249,7 +248,8 @@ def save_reference(
 def _reading(path: Path) -> Iterator[None]:
     """Turn what a file that is no .npz raises into one line."""
     try:
-        path.stat()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"the reference {path} is a pipe or device; expected a file or a folder of images")
         if not zipfile.is_zipfile(path):
             raise EOFError
         yield

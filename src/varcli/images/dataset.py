@@ -321,6 +321,8 @@ def _open_sources(paths: Sequence[str | Path], lines: Iterable[str], require_lab
         raise InputError(f"each path of images must be given only once (got {in_words(twice)} twice)")
     if not names:
         raise InputError("no path of images was given")
+    if "" in names:
+        raise InputError("a path of images is empty; expected a folder, an archive or an image file")
     if not require_labels:
         names.sort()  # images of one name are in the order of their paths
     archives = {name: open_source(Path(name)) for name in names}

@@ -359,6 +359,7 @@ class NpzSource(Source):
         super().__init__(path.name)
         self.path = path
         try:
+            self._state = _file_state(path)
             with zipfile.ZipFile(path) as stored:
                 self._pixels_NHW3 = _map_pixels(path, stored)
                 _check_bytes(stored)
@@ -377,7 +378,13 @@ class NpzSource(Source):
         return ((name, self._pixels_NHW3[0].nbytes) for name in self._indices)
 
     def read(self, member: str, limit: int = -1) -> bytes:
-        """An image as a PPM file's content, or its first `limit` bytes."""
+        """An image as a PPM file's content, or its first `limit` bytes.
+
+        Raises:
+            ValueError: the file has been changed since it was opened; where it was cut off, reading would kill us.
+        """
+        if _file_state(self.path) != self._state:
+            raise ValueError("the file was changed while it was being read")
         pixels_HW3 = self._pixels_NHW3[self._indices[member]]
         height, width, _ = pixels_HW3.shape
         header = b"P6 %d %d 255\n" % (width, height)
@@ -447,6 +454,12 @@ def _file_size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def _file_state(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written to or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_file(path: Path, limit: int) -> bytes:
