@@ -479,7 +479,7 @@ def _check_size(size: int) -> None:
 PIXELS, LABELS, PROVENANCE = "arr_0.npy", "arr_1.npy", "provenance.jsonl"
 
 
-MOST_IMAGES = 5_000_000
+MOST_IMAGES = 2_000_000
 """Images in an .npz; a few kilobytes could unpack to any number of one pixel each."""
 
 
