@@ -146,6 +146,7 @@ def test_rounding_makes_no_covariance_wrong(tmp_path):
         (lambda path: write(path, **GOOD, pool=np.float32(1)), "is no .npz of statistics"),
         (lambda path: write(path, **GOOD, n="many"), "is no .npz of statistics"),
         (lambda path: write(path, **GOOD, n=-1), "is of -1 images"),
+        (lambda path: write(path, **GOOD, mu_s=MEAN[:9], sigma_s=-np.eye(9)), "has a sigma_s that is no covariance"),
         (lambda path: write(path, mu=MEAN, sigma=-COVARIANCE), "has negative variances"),
         (lambda path: write(path, mu=MEAN, sigma=COVARIANCE + np.eye(POOL)[::-1] * 2), "has negative variances"),
         (lambda path: write(path, mu=MEAN, sigma=np.triu(np.ones((POOL, POOL)))), "sigma that is not symmetric"),

@@ -380,6 +380,12 @@ def test_members_must_hold_what_their_headers_say(tmp_path, shape):
     assert len(str(caught.value)) < 500
 
 
+def test_a_few_kilobytes_of_endless_images_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "MOST_IMAGES", 4)
+    with pytest.raises(InputError, match="at most 4 images are read from one file"):
+        NpzSource(save(tmp_path / "x.npz", compressed=True))
+
+
 @pytest.mark.parametrize("shape", ["(10000000000000,)", "(5, 10)", "(-5,)"])
 def test_labels_of_other_shapes_are_not_read(tmp_path, shape):
     source = NpzSource(with_header(tmp_path / "x.npz", shape, bytes(40), labels=True))

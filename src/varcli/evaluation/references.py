@@ -189,7 +189,7 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
         if "mu_s" in found and "sigma_s" in found:
             size = found["mu_s"].shape[-1] if found["mu_s"].ndim else 0
             mean = _numbers(path, "mu_s", found["mu_s"], (size,))
-            spatial = Moments(0, mean, _numbers(path, "sigma_s", found["sigma_s"], (size, size)))
+            spatial = Moments(0, mean, _covariance(path, "sigma_s", found["sigma_s"], size))
         count = int(found["n"]) if "n" in found else None
         if count is not None and count < 1:
             raise _unusable(path, f"is of {count} images")
@@ -197,7 +197,7 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
             name=name or path.name,
             sha256=file_sha256(path),
             mean=_numbers(path, "mu", found["mu"], (pool,)),
-            covariance=_covariance(path, _numbers(path, "sigma", found["sigma"], (pool, pool))),
+            covariance=_covariance(path, "sigma", found["sigma"], pool),
             spatial=spatial,
             count=count,
             pixels=int(found["pixels"]) if "pixels" in found else square_side(path),
@@ -268,15 +268,16 @@ def _numbers(path: Path, key: str, values: NDArray[Any], shape: tuple[int, ...])
     return values if key == "pool" else values.astype(np.float64)
 
 
-def _covariance(path: Path, sigma_NN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A covariance as it is, having checked that it is one: symmetric and, but for rounding, not negative."""
+def _covariance(path: Path, key: str, values: NDArray[Any], size: int) -> NDArray[np.float64]:
+    """A covariance of a file, having checked that it is one: symmetric and, but for rounding, not negative."""
+    sigma_NN = _numbers(path, key, values, (size, size))
     scale = np.abs(sigma_NN).max(initial=0)
     if not np.allclose(sigma_NN, sigma_NN.T, rtol=0, atol=1e-3 * scale):
-        raise _unusable(path, "has a sigma that is not symmetric")
+        raise _unusable(path, f"has a {key} that is not symmetric")
     try:
         np.linalg.cholesky(sigma_NN + 1e-3 * scale * np.eye(len(sigma_NN)))
     except np.linalg.LinAlgError as error:
-        raise _unusable(path, "has a sigma that is no covariance: it has negative variances") from error
+        raise _unusable(path, f"has a {key} that is no covariance: it has negative variances") from error
     return sigma_NN
 
 
