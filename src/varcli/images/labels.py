@@ -63,7 +63,7 @@ def class_folders(members: Sequence[str]) -> Layout:
         if len(names) != 1 or names <= _by_wnid().keys() or deeper <= len(inside) / 2:
             break
         level += 1
-    folders = [_class_name(parts[level]) if len(parts) > level + 1 else None for parts in paths]
+    folders = [class_name(parts[level]) if len(parts) > level + 1 else None for parts in paths]
     if len(names) > 1 and all(_counts_thousands(parts[level], parts[-1]) for parts in inside):
         folders = [None] * len(paths)
     insides = [
@@ -164,7 +164,7 @@ def class_table(labels: Sequence[Label]) -> tuple[ClassTable, list[int]]:
     return table, [-1 if entry is None else table.label(entry.id) for entry in entries]
 
 
-def _class_name(folder: str) -> str:
+def class_name(folder: str) -> str:
     """A folder's name as text: composed letters, which macOS decomposes, and no bytes that are no letters."""
     return unicodedata.normalize("NFC", folder.encode(errors="replace").decode())
 

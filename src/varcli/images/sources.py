@@ -64,6 +64,8 @@ class Source(ABC):
         """Its name in messages, without the folders above it."""
         self.left_out: dict[str, list[str]] = {}
         """What is not read, by its kind in words ("files named .heic"), once `members` has been run through."""
+        self.remarks: list[str] = []
+        """What else is to be said of it by then."""
         self.folders: set[str] = set()
         """Paths of the folders inside, as far as they are known by then, also of those without images."""
 
@@ -256,7 +258,9 @@ class ZipSource(Source):
                 yield name, info.file_size
         unsure = [name for name, info in self._infos.items() if _zip_name(info) is None]
         if unsure:
-            self.left_out["names whose characters are a guess, as the zip does not say their code page"] = unsure
+            self.remarks.append(
+                f"{len(unsure)} names are of an unknown code page, and read as code page 437: {unsure[0]} is the first"
+            )
 
     def read(self, member: str, limit: int = -1) -> bytes:
         """Content of an image file, or its first `limit` bytes."""
