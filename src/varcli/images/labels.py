@@ -12,7 +12,7 @@ from typing import NamedTuple
 from varcli.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import InputError
 from varcli.images.provenance import file_words, provenance_from_json
-from varcli.images.sources import Source, path_parts
+from varcli.images.sources import ARCHIVE_ERRORS, Source, path_parts
 
 Label = ClassEntry | str | None
 """A class with its id, the name of a class folder, or nothing known."""
@@ -115,7 +115,7 @@ def _listed_labels(source: Source) -> dict[str, Label] | None:
         if not isinstance(content, dict) or "labels" not in content:
             return None  # another file of that name
         return {str(name): numbered_class(int(operator.index(number))) for name, number in content["labels"] or ()}
-    except (ValueError, TypeError, RecursionError) as error:
+    except (*ARCHIVE_ERRORS, OSError) as error:
         raise InputError(
             f"{source.name} has a dataset.json that cannot be used: {error}; expected a list of paths and whole numbers"
         ) from error
