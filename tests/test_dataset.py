@@ -324,6 +324,20 @@ LEFT_OUT = {
         3,
         ["left out: files named .heic (1): d/bird/2.heic", "d: class folders without images: bird"],
     ),
+    "a folder of other things beside the folder of classes": (
+        all_of(folder_of("images/cat/1.png", "images/dog/1.png"), folder_of("notes/cat/bird/1.xml", content=b"x")),
+        2,
+        [],
+    ),
+    "a class that is only in another split": (
+        folder_of("train/cat/1.png", "train/dog/1.png", "val/bird/1.png"),
+        2,
+        [
+            "left out: images outside of train, the split that is trained on (1): d/val/bird/1.png",
+            "d: class folders without images: bird",
+        ],
+    ),
+    "names taken apart by a Mac": (folder_of("cafe\u0301/1.png", "dog/1.png"), 2, []),
     "empty class": (
         all_of(PETS, lambda root: (root / "d" / "ant").mkdir()),
         3,
@@ -502,6 +516,12 @@ def test_no_image_counts_twice(tmp_path, monkeypatch, paths):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="which is given too: its images would count twice"):
         open_images(paths)
+
+
+def test_an_empty_path_is_not_the_folder_one_is_in(samples, monkeypatch):
+    monkeypatch.chdir(samples)
+    with pytest.raises(InputError, match="a path of images is empty"):
+        open_images([""])
 
 
 def test_paths_that_find_separates_by_nul(samples):

@@ -1,6 +1,7 @@
 """References: what is saved is read again, other toolkits' files too, and what is none is refused in one line."""
 
 import dataclasses
+import os
 import zipfile
 
 import numpy as np
@@ -110,6 +111,14 @@ def test_more_statistics_than_memory_takes_are_not_unpacked(tmp_path, monkeypatc
         read_reference(write(tmp_path / "x.npz", **GOOD))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no pipes")
+def test_a_pipe_is_no_reference(tmp_path):
+    os.mkfifo(tmp_path / "x.npz")
+    for look in (holds_images, read_reference):
+        with pytest.raises(InputError, match="is a pipe or device"):
+            look(tmp_path / "x.npz")
+
+
 def test_rounding_makes_no_covariance_wrong(tmp_path):
     features = np.random.RandomState(0).rand(50, 300)
     sigma = np.cov(features.T).astype(np.float32)  # of rank 49: the other variances are zero but for rounding
@@ -137,6 +146,7 @@ def test_rounding_makes_no_covariance_wrong(tmp_path):
         (lambda path: write(path, **GOOD, pool=np.float32(1)), "is no .npz of statistics"),
         (lambda path: write(path, **GOOD, n="many"), "is no .npz of statistics"),
         (lambda path: write(path, **GOOD, n=-1), "is of -1 images"),
+        (lambda path: write(path, **GOOD, mu_s=MEAN[:9], sigma_s=-np.eye(9)), "has a sigma_s that is no covariance"),
         (lambda path: write(path, mu=MEAN, sigma=-COVARIANCE), "has negative variances"),
         (lambda path: write(path, mu=MEAN, sigma=COVARIANCE + np.eye(POOL)[::-1] * 2), "has negative variances"),
         (lambda path: write(path, mu=MEAN, sigma=np.triu(np.ones((POOL, POOL)))), "sigma that is not symmetric"),
@@ -183,6 +193,7 @@ def test_images_and_statistics_are_told_apart(saved, tmp_path):
     assert held == {"ours.npz": False, "images.npz": True, "adm.npz": False, "half.npz": False}
     assert holds_images(tmp_path)
     assert holds_images(tmp_path / "x.zip")
-    assert not holds_images(tmp_path / "bad.npz")
-    assert not holds_images(tmp_path / "absent.npz")
+    for name, words in (("bad.npz", "is no .npz of statistics"), ("absent.npz", "cannot be read: No such file")):
+        with pytest.raises(InputError, match=f"{name} {words}"):
+            holds_images(tmp_path / name)
     assert len(open_images([tmp_path / "images.npz"])) == 3

@@ -181,9 +181,7 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, images):
     notes = []
     last = train(tokenizer_stage(images), run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))
     assert last["step"] == 6
-    assert notes == [
-        f"the run in {tmp_path} has come to step 3 of 1 epochs: from here on it follows the learning rates of 2 epochs"
-    ]
+    assert notes == ["going on from step 3 of 1 epochs, by the learning rates of 2 epochs"]
     with pytest.raises(UsageError, match=r"begun with epochs 2\.0 \(now 1\.0\)"):
         train(tokenizer_stage(images), run(tmp_path, 3, identity={"a": 1, "epochs": 1.0}))
     with pytest.raises(UsageError, match=r"begun with a 1 \(now 2\), epochs 2\.0 \(now 3\.0\)"):
@@ -273,22 +271,42 @@ def test_file_systems_without_locks_are_one_line(tmp_path, images, monkeypatch, 
     assert not (tmp_path / "lock").exists()
 
 
-class Ended:
-    """Images whose reader ends in the middle, as the system ends processes when memory is short."""
+class Ending:
+    """Images whose reader ends in the middle."""
 
-    def __init__(self, images):
-        self.images = images
+    def __init__(self, end):
+        self.end = end
 
     def __len__(self):
-        return len(self.images)
+        return 4
 
     def read(self, index):
-        os.kill(os.getpid(), signal.SIGKILL)
+        self.end()
 
 
-def test_a_reader_that_is_killed_ends_the_run_in_one_line(images):
-    with pytest.raises(RunError, match=r"a process that reads images failed: .*; try --workers 0"):
-        next(loader(Crops(Ended(images), 8, 1.0, None), [[(0, 0)]], 1))
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full():
+    raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
+
+
+def wrong():
+    raise RuntimeError("a mistake of ours")
+
+
+@pytest.mark.parametrize("end", [killed, full])
+def test_a_reader_that_the_system_ends_is_one_line(end):
+    with pytest.raises(RunError, match=r"a process that reads images failed: .*; try --workers 0") as caught:
+        next(loader(Crops(Ending(end), 8, 1.0, None), [[(0, 0)]], 1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_a_reader_is_shown_whole(workers):
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        next(loader(Crops(Ending(wrong), 8, 1.0, None), [[(0, 0)]], workers))
 
 
 def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, images):

@@ -213,7 +213,7 @@ Classifier = Annotated[
     Option(
         "--classifier",
         metavar="NAME|FILE",
-        help="Classifier: efficientnet-lite0, a torchvision model, or a TorchScript file (a program: use one you trust).",
+        help="Classifier: efficientnet-lite0, a torchvision model, or a TorchScript file (a program you trust).",
     ),
 ]
 DEFAULT_CLASSIFIER: Final = "resnet101"

@@ -1,5 +1,6 @@
 """What images are measured against: mean and covariance of features, in a file or of images at hand."""
 
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -164,8 +165,6 @@ def holds_images(path: Path) -> bool:
     """
     if path.suffix.lower() != ".npz":
         return path.is_dir() or path.suffix.lower() in (".zip", ".tar")
-    if not zipfile.is_zipfile(path):
-        return False
     with _reading(path), zipfile.ZipFile(path) as stored:
         names = set(stored.namelist())
     return PIXELS in names and not names & {"mu.npy", "sigma.npy"}
@@ -190,7 +189,7 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
         if "mu_s" in found and "sigma_s" in found:
             size = found["mu_s"].shape[-1] if found["mu_s"].ndim else 0
             mean = _numbers(path, "mu_s", found["mu_s"], (size,))
-            spatial = Moments(0, mean, _numbers(path, "sigma_s", found["sigma_s"], (size, size)))
+            spatial = Moments(0, mean, _covariance(path, "sigma_s", found["sigma_s"], size))
         count = int(found["n"]) if "n" in found else None
         if count is not None and count < 1:
             raise _unusable(path, f"is of {count} images")
@@ -198,7 +197,7 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
             name=name or path.name,
             sha256=file_sha256(path),
             mean=_numbers(path, "mu", found["mu"], (pool,)),
-            covariance=_covariance(path, _numbers(path, "sigma", found["sigma"], (pool, pool))),
+            covariance=_covariance(path, "sigma", found["sigma"], pool),
             spatial=spatial,
             count=count,
             pixels=int(found["pixels"]) if "pixels" in found else square_side(path),
@@ -249,7 +248,8 @@ def save_reference(
 def _reading(path: Path) -> Iterator[None]:
     """Turn what a file that is no .npz raises into one line."""
     try:
-        path.stat()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"the reference {path} is a pipe or device; expected a file or a folder of images")
         if not zipfile.is_zipfile(path):
             raise EOFError
         yield
@@ -268,15 +268,16 @@ def _numbers(path: Path, key: str, values: NDArray[Any], shape: tuple[int, ...])
     return values if key == "pool" else values.astype(np.float64)
 
 
-def _covariance(path: Path, sigma_NN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A covariance as it is, having checked that it is one: symmetric and, but for rounding, not negative."""
+def _covariance(path: Path, key: str, values: NDArray[Any], size: int) -> NDArray[np.float64]:
+    """A covariance of a file, having checked that it is one: symmetric and, but for rounding, not negative."""
+    sigma_NN = _numbers(path, key, values, (size, size))
     scale = np.abs(sigma_NN).max(initial=0)
     if not np.allclose(sigma_NN, sigma_NN.T, rtol=0, atol=1e-3 * scale):
-        raise _unusable(path, "has a sigma that is not symmetric")
+        raise _unusable(path, f"has a {key} that is not symmetric")
     try:
         np.linalg.cholesky(sigma_NN + 1e-3 * scale * np.eye(len(sigma_NN)))
     except np.linalg.LinAlgError as error:
-        raise _unusable(path, "has a sigma that is no covariance: it has negative variances") from error
+        raise _unusable(path, f"has a {key} that is no covariance: it has negative variances") from error
     return sigma_NN
 
 

@@ -27,6 +27,7 @@ from varcli.images.labels import (
     Label,
     Layout,
     class_folders,
+    class_name,
     class_table,
     natural_key,
     provenance_label,
@@ -320,6 +321,8 @@ def _open_sources(paths: Sequence[str | Path], lines: Iterable[str], require_lab
         raise InputError(f"each path of images must be given only once (got {in_words(twice)} twice)")
     if not names:
         raise InputError("no path of images was given")
+    if "" in names:
+        raise InputError("a path of images is empty; expected a folder, an archive or an image file")
     if not require_labels:
         names.sort()  # images of one name are in the order of their paths
     archives = {name: open_source(Path(name)) for name in names}
@@ -356,6 +359,7 @@ def _list_images(
 
     for kind, inside in source.left_out.items():
         leave_out(kind, inside)
+    remarks += (f"{source.name}: {remark}" for remark in source.remarks)
     if not members:
         raise InputError(
             f"{source.name} has no images; expected a folder, .zip, .tar or .npz of images"
@@ -385,7 +389,7 @@ def _list_images(
     if require_labels:
         unlabelled = [taken and not label for taken, label in zip(chosen, labels, strict=True)]
         leave_out("images without a label", compress(names, unlabelled))
-    if any(isinstance(label, str) for label in labels) and (empty := _empty_classes(source, layout)):
+    if any(isinstance(label, str) for label in labels) and (empty := _empty_classes(source, names, layout, chosen)):
         remarks.append(f"{source.name}: class folders without images: {in_words(empty)}")
     return [
         (ImageFile(source, member, size), label, inside)
@@ -398,11 +402,17 @@ def _splits(layout: Layout) -> list[str]:
     return sorted({split for split in layout.splits if split})
 
 
-def _empty_classes(source: Source, layout: Layout) -> list[str]:
-    """Folders beside the class folders of a source that hold no image."""
-    at_level = {tuple(path_parts(folder)[: layout.level + 1]) for folder in source.folders}
-    names = {parts[-1] for parts in at_level if len(parts) == layout.level + 1}
-    return sorted(names - set(layout.folders) - set(layout.splits), key=natural_key)
+def _empty_classes(source: Source, names: Sequence[str], layout: Layout, chosen: Sequence[bool]) -> list[str]:
+    """Folders beside the class folders of a source that hold no image, or none that was chosen."""
+    used = {folder for folder, taken in zip(layout.folders, chosen, strict=True) if taken}
+    around = {tuple(path_parts(name)[: layout.level]) for name in compress(names, map(bool, layout.folders))}
+    paths = [path_parts(folder) for folder in source.folders]
+    beside = {
+        class_name(parts[layout.level])
+        for parts in paths
+        if len(parts) > layout.level and tuple(parts[: layout.level]) in around
+    }
+    return sorted(beside - used, key=natural_key)
 
 
 # --- what is said before work begins -----------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from varcli.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import InputError
 from varcli.images.provenance import file_words, provenance_from_json
-from varcli.images.sources import Source, path_parts
+from varcli.images.sources import ARCHIVE_ERRORS, Source, path_parts
 
 Label = ClassEntry | str | None
 """A class with its id, the name of a class folder, or nothing known."""
@@ -63,7 +63,7 @@ def class_folders(members: Sequence[str]) -> Layout:
         if len(names) != 1 or names <= _by_wnid().keys() or deeper <= len(inside) / 2:
             break
         level += 1
-    folders = [_class_name(parts[level]) if len(parts) > level + 1 else None for parts in paths]
+    folders = [class_name(parts[level]) if len(parts) > level + 1 else None for parts in paths]
     if len(names) > 1 and all(_counts_thousands(parts[level], parts[-1]) for parts in inside):
         folders = [None] * len(paths)
     insides = [
@@ -115,7 +115,7 @@ def _listed_labels(source: Source) -> dict[str, Label] | None:
         if not isinstance(content, dict) or "labels" not in content:
             return None  # another file of that name
         return {str(name): numbered_class(int(operator.index(number))) for name, number in content["labels"] or ()}
-    except (ValueError, TypeError, RecursionError) as error:
+    except (*ARCHIVE_ERRORS, OSError) as error:
         raise InputError(
             f"{source.name} has a dataset.json that cannot be used: {error}; expected a list of paths and whole numbers"
         ) from error
@@ -164,7 +164,7 @@ def class_table(labels: Sequence[Label]) -> tuple[ClassTable, list[int]]:
     return table, [-1 if entry is None else table.label(entry.id) for entry in entries]
 
 
-def _class_name(folder: str) -> str:
+def class_name(folder: str) -> str:
     """A folder's name as text: composed letters, which macOS decomposes, and no bytes that are no letters."""
     return unicodedata.normalize("NFC", folder.encode(errors="replace").decode())
 

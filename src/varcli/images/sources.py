@@ -64,6 +64,8 @@ class Source(ABC):
         """Its name in messages, without the folders above it."""
         self.left_out: dict[str, list[str]] = {}
         """What is not read, by its kind in words ("files named .heic"), once `members` has been run through."""
+        self.remarks: list[str] = []
+        """What else is to be said of it by then."""
         self.folders: set[str] = set()
         """Paths of the folders inside, as far as they are known by then, also of those without images."""
 
@@ -256,7 +258,9 @@ class ZipSource(Source):
                 yield name, info.file_size
         unsure = [name for name, info in self._infos.items() if _zip_name(info) is None]
         if unsure:
-            self.left_out["names whose characters are a guess, as the zip does not say their code page"] = unsure
+            self.remarks.append(
+                f"{len(unsure)} names are of an unknown code page, and read as code page 437: {unsure[0]} is the first"
+            )
 
     def read(self, member: str, limit: int = -1) -> bytes:
         """Content of an image file, or its first `limit` bytes."""
@@ -359,6 +363,7 @@ class NpzSource(Source):
         super().__init__(path.name)
         self.path = path
         try:
+            self._state = _file_state(path)
             with zipfile.ZipFile(path) as stored:
                 self._pixels_NHW3 = _map_pixels(path, stored)
                 _check_bytes(stored)
@@ -377,7 +382,13 @@ class NpzSource(Source):
         return ((name, self._pixels_NHW3[0].nbytes) for name in self._indices)
 
     def read(self, member: str, limit: int = -1) -> bytes:
-        """An image as a PPM file's content, or its first `limit` bytes."""
+        """An image as a PPM file's content, or its first `limit` bytes.
+
+        Raises:
+            ValueError: the file has been changed since it was opened; where it was cut off, reading would kill us.
+        """
+        if _file_state(self.path) != self._state:
+            raise ValueError("the file was changed while it was being read")
         pixels_HW3 = self._pixels_NHW3[self._indices[member]]
         height, width, _ = pixels_HW3.shape
         header = b"P6 %d %d 255\n" % (width, height)
@@ -449,6 +460,12 @@ def _file_size(path: Path) -> int:
         return 0
 
 
+def _file_state(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written to or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _read_file(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
         if limit < 0:
@@ -466,7 +483,7 @@ def _check_size(size: int) -> None:
 PIXELS, LABELS, PROVENANCE = "arr_0.npy", "arr_1.npy", "provenance.jsonl"
 
 
-MOST_IMAGES = 5_000_000
+MOST_IMAGES = 2_000_000
 """Images in an .npz; a few kilobytes could unpack to any number of one pixel each."""
 
 

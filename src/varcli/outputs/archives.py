@@ -144,7 +144,7 @@ class ArchiveSink(Sink):
         except OSError as error:
             self._close_files()
             kept = f"what is done is kept in {self._part}, --resume goes on from there"
-            raise cannot_write(self.archive, error, kept if self._count else "") from error
+            raise cannot_write(self.archive, error, kept if self._count and self._part.exists() else "") from error
         except InputError:
             self._close_files()
             raise

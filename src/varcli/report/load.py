@@ -211,7 +211,7 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
     log = folder / METRICS_LOG
     if not log.is_file():
         raise InputError(f"training run {folder} has no {METRICS_LOG}: it must be a folder that `var train` wrote")
-    sheets = sorted((folder / "samples").glob("*.png"))
+    sheets = sorted(path for path in (folder / "samples").glob("*.png") if path.is_file())  # a pipe would not end
     try:
         lines = tuple(_log_lines(log))
         sheet = sheets[-1].read_bytes() if sheets else None
@@ -249,7 +249,7 @@ def _run_settings(state: Path) -> Mapping[str, Any]:
     """Read a run's settings from its state, nothing where there is no state."""
     from safetensors import SafetensorError, safe_open
 
-    if not state.exists():
+    if not state.is_file():
         return {}
     try:
         with safe_open(state, "np") as file:

@@ -37,6 +37,9 @@ from varcli.training.optim import mixed_seed
 TOLERATED = 0.01
 """Part of the images that may be unreadable."""
 
+_ENDED = ("killed by signal", "exited unexpectedly", "No space left", "unable to open shared memory")
+"""What torch says where the system ended a process that reads ahead, or where shared memory is full."""
+
 Draw = tuple[int, int]
 """An item's number and the epoch it is drawn in."""
 
@@ -140,29 +143,20 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
     Raises:
         RunError: one of them was ended, or cannot hand its images over.
     """
-    reader = iter(
-        DataLoader(
-            crops,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=_follow_parent,
-        )
+    reading = DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_follow_parent,
     )
-    while True:
-        try:
-            batch = next(reader, None)
-        except (RuntimeError, OSError) as error:
-            if not workers:
-                raise
-            raise RunError(f"a process that reads images failed: {_first_line(error)}; try --workers 0") from error
-        if batch is None:
-            return
-        yield batch
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    try:
+        yield from reading
+    except (RuntimeError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        if not any(words in reason for words in _ENDED):
+            raise
+        raise RunError(f"a process that reads images failed: {reason}; try --workers 0") from error
 
 
 def _follow_parent(worker: int) -> None:

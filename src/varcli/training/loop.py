@@ -185,14 +185,10 @@ def check_run(run: Run) -> int:
         different = sorted(key for key in given if begun.get(key) != given[key])
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(run, "it does not say which run's it is") from error
-    if different == ["epochs"] and given["epochs"] > begun["epochs"]:
-        run.note(
-            f"the run in {run.folder} has come to step {step} of {begun['epochs']:g} epochs: from here on it follows "
-            f"the learning rates of {given['epochs']:g} epochs"
-        )
-    elif "pictures" in different and images:
+    longer = different == ["epochs"] and given["epochs"] > begun["epochs"]
+    if "pictures" in different and images:
         raise UsageError(f"the run in {run.folder} was begun with {_other_images(images, run.images)}; use {_AGAIN}")
-    elif different:
+    if different and not longer:
         was = ", ".join(f"{key} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
         raise UsageError(f"the run in {run.folder} was begun with {was}; use {_AGAIN}")
     return step
@@ -217,7 +213,10 @@ def resume(stage: Stage, run: Run) -> int:
     """
     step = check_run(run)
     if run.state_file.exists():
-        tensors, _ = load_tensors(run.state_file)
+        tensors, metadata = load_tensors(run.state_file)
+        before, now = json.loads(metadata["identity"]).get("epochs"), run.identity.get("epochs")
+        if before != now:
+            run.note(f"going on from step {step} of {before:g} epochs, by the learning rates of {now:g} epochs")
         try:
             stage.load_tensors(tensors)
         except (KeyError, ValueError, RuntimeError) as error:
