@@ -113,7 +113,8 @@ class SourceImage:
             known = ~hole & (alpha > 0)
             changed &= hole | known
             alpha[hole] = _continued(alpha, known)[hole]
-        own[:, :, : self.colours][changed] = (pixels if self.colours == 3 else grey_levels(pixels)[:, :, None])[changed]
+        new = pixels[changed]
+        own[:, :, : self.colours][changed] = new if self.colours == 3 else grey_levels(new[None])[0, :, None]
         return Raster(own, self.info)
 
 
