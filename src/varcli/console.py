@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from unicodedata import category
 
 
 def prepare_streams() -> None:
@@ -39,11 +40,6 @@ def failure(message: str) -> None:
     note("error: " + " ".join(message.split()))
 
 
-def printable(text: str) -> str:
-    """Return text in which line breaks, terminal escapes and the like are written out as in Python's strings."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write rows to stdout: as a table with headings on a terminal, else with tabs between and no headings."""
     if not sys.stdout.isatty():
@@ -58,6 +54,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         shown.add_row(*row)
     Console(markup=False, highlight=False).print(shown)
+
+
+def readable(text: str) -> str:
+    r"""Return text with what would steer a terminal, or could not be seen, as escapes such as ``\x1b``.
+
+    Those are control characters and line breaks, marks that change the direction of text, and half characters.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode() if category(character) in _UNSEEN else character
+        for character in text
+    )
+
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control, format and half characters, and of breaks of lines and paragraphs."""
 
 
 @contextmanager
