@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from varcli.commands import options
-from varcli.console import printable, result
+from varcli.console import readable, result
 from varcli.files import file_sha256
 
 
@@ -36,7 +36,7 @@ def show(file: options.ImageFile, as_json: options.Json = False) -> None:
         facts.append(("exact", "no: in 16 bits on a GPU the batch size changes the rounding, and tokens with it"))
     facts.append(("command", command))
     for name, value in facts:
-        result(f"{name:<11}{printable(str(value))}")
+        result(f"{name:<11}{readable(str(value))}")
 
 
 def _changed(name: str, digest: str) -> str:

@@ -3,6 +3,7 @@
 Shapes: P pixels a side.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,8 @@ _MOST_PIXELS = 1 << 29
 """Pixels of an image on any machine."""
 
 _OPENING = Lock()
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs about damaged files is no line of ours
 
 
 def open_image(content: bytes) -> ImageFile.ImageFile:

@@ -24,6 +24,7 @@ from varcli.images.metadata import read_metadata
 from varcli.images.png16 import Levels, Mask, read_png, to_8_bits
 from varcli.images.png_chunks import readable_png
 from varcli.images.provenance import Raster
+from varcli.images.tiling import bounds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,10 +78,10 @@ class SourceImage:
 
     def paint(self) -> Levels:
         """Its colours whatever their transparency, (height, width, 3), in its own bits; white where nothing is seen."""
-        colours = np.repeat(self.levels[:, :, : self.colours], 3 // self.colours, axis=2)
+        colours = self.levels[:, :, : self.colours]
         if self.levels.shape[2] > self.colours:
-            colours[self.levels[:, :, -1] == 0] = np.iinfo(colours.dtype).max
-        return colours
+            colours = np.where(self.levels[:, :, -1:] == 0, np.iinfo(colours.dtype).max, colours).astype(colours.dtype)
+        return colours if self.colours == 3 else np.repeat(colours, 3, axis=2)
 
     def pixels(self) -> "Pixels":
         """What one sees of it in 8 bits."""
@@ -112,9 +113,16 @@ class SourceImage:
             alpha = own[:, :, -1]
             known = ~hole & (alpha > 0)
             changed &= hole | known
-            alpha[hole] = _continued(alpha, known)[hole]
-        own[:, :, : self.colours][changed] = (pixels if self.colours == 3 else grey_levels(pixels)[:, :, None])[changed]
+            left, top, right, bottom = bounds(hole) if hole.any() else (0, 0, 0, 0)
+            near = slice(max(top - _AROUND, 0), bottom + _AROUND), slice(max(left - _AROUND, 0), right + _AROUND)
+            alpha[near][hole[near]] = _continued(alpha[near], known[near])[hole[near]]
+        new = pixels[changed]
+        own[:, :, : self.colours][changed] = new if self.colours == 3 else grey_levels(new[None])[0, :, None]
         return Raster(own, self.info)
+
+
+_AROUND = 64
+"""Pixels around a hole whose opacity counts."""
 
 
 def _continued(alpha: "NDArray[np.unsignedinteger[Any]]", known: Mask) -> "NDArray[np.unsignedinteger[Any]]":

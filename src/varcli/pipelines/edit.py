@@ -313,7 +313,7 @@ def edit_to(
     model.load_weights()
     plan = edit_plan(model, task, rule)
     squares = count * best_of * plan.count
-    shown, labels = [marked(task.image.pixels(), task.mask)], ["to fill"]
+    shown, labels = [marked(task.image.pixels(), task.mask)] if grid else [], ["to fill"]
     with open_sink(out, several=count > 1, archives=False) as sink, progress("squares", squares, quiet) as advance:
         results = edit_images(
             model,
