@@ -54,11 +54,6 @@ def failure(message: str) -> None:
     note("error: " + " ".join(message.split()))
 
 
-def printable(text: str) -> str:
-    """Return text in which line breaks, terminal escapes and the like are written out as in Python's strings."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write rows to stdout: as a table with headings on a terminal, else with tabs between and no headings.
 
