@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,14 @@ def test_download_converts_and_records_hashes(server, files, tmp_path):
     known = hashes | {"small.safetensors": model.sha256}
     assert json.loads((tmp_path / "varcli" / "sha256.json").read_text()) == known
     assert server.log == [("vae.pth", None), ("var.pth", None)]
+
+
+def test_files_in_folders_and_licences_that_forbid_trade(server, files, tmp_path, capsys):
+    server.files = {"vae.pth": files["vae.pth"], "tuned/var.pth": files["var.pth"]}
+    sources = tuple(SourceFile(name=name, repository=REPOSITORY) for name in server.files)
+    tuned = replace(entry(), files=sources, licence="CC BY-NC-SA 4.0")
+    assert load_model(download(tuned)).classes.entries
+    assert "small is for non-commercial use only: its licence is CC BY-NC-SA 4.0" in capsys.readouterr().err
 
 
 def test_a_bug_in_conversion_is_no_failed_download(server, monkeypatch):

@@ -20,8 +20,9 @@ from varcli.errors import CheckpointError
 
 
 def test_names_and_published_figures():
-    assert list(registry()) == ["tiny64", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36"]
-    figures = {name: (entry.fid, entry.inception_score) for name, entry in registry().items() if entry.files}
+    names = list(registry())
+    assert names[:6] == ["tiny64", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36"]
+    figures = {name: (entry.fid, entry.inception_score) for name, entry in registry().items() if entry.inception_score}
     assert figures == {
         "var-d16": (3.30, 274.4),
         "var-d20": (2.57, 302.6),
@@ -29,7 +30,18 @@ def test_names_and_published_figures():
         "var-d30": (1.92, 323.1),
         "var-d36": (2.63, 303.2),
     }
-    assert [entry.pixels for entry in registry().values()] == [64, 256, 256, 256, 256, 512]
+    assert [registry()[name].pixels for name in names[:6]] == [64, 256, 256, 256, 256, 512]
+    tuned = {name: (entry.fid, entry.presets["metrics"].describe()) for name, entry in registry().items()}
+    assert {name: tuned[name] for name in names[6:]} == {
+        "neon-d16": (2.01, "cfg 2.9, top-k 900, top-p 0.95"),
+        "neon-d36": (1.70, "cfg 4, top-k 900, top-p 0.95"),
+        "cca-d16": (4.03, "cfg 0, top-k 900, top-p 0.96"),
+        "cca-d20": (3.02, "cfg 0, top-k 900, top-p 0.96"),
+        "cca-d24": (2.63, "cfg 0, top-k 900, top-p 0.96"),
+        "cca-d30": (2.54, "cfg 0, top-k 900, top-p 0.96"),
+        "ddo-d16": (2.54, "cfg 1, top-k 0, top-p 0"),
+        "ddo-d30": (1.73, "cfg 1.4, top-k 0, top-p 0"),
+    }
     bands = {name: entry.fid_band for name, entry in registry().items() if entry.fid_band}
     assert bands == {"var-d16": (3.3, 3.6), "var-d20": (2.6, 2.95), "var-d24": (2.1, 2.35), "var-d30": (1.92, 2.0)}
     shares = {name: (entry.precision, entry.recall) for name, entry in registry().items() if entry.precision}
@@ -44,13 +56,15 @@ def test_names_and_published_figures():
 def test_every_entry_is_whole():
     for entry in registry().values():
         assert set(entry.presets) == set(PRESETS)
-        assert entry.licence == "MIT"
+        assert entry.licence == ("CC BY-NC-SA 4.0" if entry.name.startswith("ddo") else "MIT")
+        assert entry.commercial == (entry.licence == "MIT")
         assert bool(entry.bundled) != bool(entry.files)
+        assert all(file.repository == "FoundationVision/var" for file in entry.files[:1])  # all share its tokenizer
         for file in entry.files:
-            assert file.repository == "FoundationVision/var"
             assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
     assert [file.bytes for file in registry()["var-d16"].files] == [436_075_834, None]
     assert registry()["var-d16"].source == "https://huggingface.co/FoundationVision/var"
+    assert registry()["neon-d36"].source == "https://huggingface.co/sinaalemohammad/Neon"
 
 
 def test_bundled_file_is_as_registered():
@@ -89,7 +103,7 @@ def test_names_and_files_are_found(tmp_path, monkeypatch):
     [
         ("var-d17", "neither a file nor one of the names var-d1"),
         ("none.safetensors", "neither a file nor one of the names tiny64, var-d16, var-d20, var-d24, var-d30, var-d36"),
-        (".", "neither a file nor"),
+        (".", "the checkpoint \\. is a folder; give the file of a model"),
     ],
 )
 def test_neither_name_nor_file(given, line):

@@ -19,6 +19,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
 from varcli.checkpoints.conversion import convert
 from varcli.checkpoints.registry import Entry, SourceFile, cache_folder
 from varcli.checkpoints.safetensors_io import file_sha256, load_header
+from varcli.console import note
 from varcli.downloads import TIMEOUT, one_at_a_time, patiently, record, recorded, transfer, translated
 from varcli.errors import CheckpointError
 
@@ -32,6 +33,8 @@ def download(entry: Entry, progress: bool = True) -> Path:
     """
     if not progress:
         disable_progress_bars()
+    if not entry.commercial:
+        note(f"{entry.name} is for non-commercial use only: its licence is {entry.licence}, see {entry.source}")
     names = " ".join(file.name for file in entry.files)
     advice = (
         "go online or set HF_ENDPOINT to a mirror and try again, or bring its files and run: "

@@ -79,7 +79,12 @@ class Entry:
     @property
     def source(self) -> str:
         """Where it comes from, in words."""
-        return self.files[0].page if self.files else "in the package"
+        return self.files[-1].page if self.files else "in the package"
+
+    @property
+    def commercial(self) -> bool:
+        """Whether its licence allows commercial use."""
+        return "-NC" not in self.licence
 
     @property
     def bytes(self) -> int | None:
@@ -191,7 +196,7 @@ def markdown_table() -> str:
     """Return the README's table of checkpoints."""
     rows = [["name", "pixels", "classes", "parameters", "FID", "IS", "licence", "weights"], ["---"] * 8]
     for entry in registry().values():
-        weights = f"[{entry.files[0].repository}]({entry.source})" if entry.files else entry.source
+        weights = f"[{entry.files[-1].repository}]({entry.source})" if entry.files else entry.source
         figures = [
             "–" if entry.fid is None else f"{entry.fid:.2f}",
             "–" if entry.inception_score is None else f"{entry.inception_score:.1f}",
