@@ -18,15 +18,16 @@ from varcli.errors import CheckpointError, InputError, RunError, UsageError
 
 EDITING = (
     "--class -c --count -n --seed --best-of --feather --composite --released-rule --checkpoint -m --cfg --top-k "
-    "--top-p --smooth --approximate --out -o --grid --growth --device --dtype --json --quiet -q "
+    "--top-p --temperature --ssg --cfg-scales --smooth --approximate --out -o --grid --growth --device --dtype --json "
+    "--quiet -q "
 )
 OPTIONS = {
-    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --smooth --preset --approximate "
-    "--out -o --grid --growth --batch-size --device --dtype --quantize --best-of --classifier --nproc "
+    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --temperature --ssg --cfg-scales "
+    "--smooth --preset --approximate --out -o --grid --growth --batch-size --device --dtype --quantize --best-of --classifier --nproc "
     "--resume --json --quiet -q",
     "eval": "--fid --sfid --is --kid --prc --agreement --features --dinov2 --num-images -n --reference -r --tokenizer "
-    "--checkpoint -m --seed --cfg --top-k --top-p --smooth --preset --approximate --best-of --classifier --resize "
-    "--skip-bad --inception --lpips-weights --save-stats --save-images --out -o --batch-size --device --dtype "
+    "--checkpoint -m --seed --cfg --top-k --top-p --temperature --ssg --cfg-scales --smooth --preset --approximate "
+    "--best-of --classifier --resize --skip-bad --inception --lpips-weights --save-stats --save-images --out -o --batch-size --device --dtype "
     "--quantize --nproc --json --quiet -q",
     "eval stats": "--out -o --features --keep-features --resize --skip-bad --inception --dinov2 --device --nproc "
     "--quiet -q",
@@ -36,7 +37,7 @@ OPTIONS = {
     "reconstruct": "--out -o --checkpoint -m --grid --growth --device --json --quiet -q",
     "report": "--out -o",
     "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "
-    "--json --quiet -q --cfg --top-k --top-p --smooth",
+    "--json --quiet -q --cfg --top-k --top-p --temperature --ssg --cfg-scales --smooth",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }

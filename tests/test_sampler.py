@@ -88,6 +88,7 @@ SETTINGS = [
     SampleConfig(),
     SampleConfig(smooth=True, top_k=0),
     SampleConfig(smooth=True, top_k=20, cfg=3),
+    SampleConfig(cfg=3.0, top_k=40, top_p=0.9, temperature=0.7, ssg=0.4, cfg_scales="2-4"),
 ]
 
 

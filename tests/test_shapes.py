@@ -89,7 +89,7 @@ def test_shape_suffixes_tell_the_truth(shared_adaln):
     image_B3PP = torch.rand(3, 3, 8, 8) * 2 - 1
     with traced(wrong), torch.no_grad():
         f_BCHW = tokenizer.features(image_B3PP)
-        quantization_loss(tokenizer.quantize.quantize(f_BCHW), f_BCHW)
+        quantization_loss(tokenizer.quantize.quantize(f_BCHW), f_BCHW, 0.25)
         tokens = tokenizer.encode(image_B3PP)
         transformer(transformer.drop_labels(torch.tensor([0, 1, 2])), tokenizer.quantize.teacher_input(tokens))
         for config in (SampleConfig(), SampleConfig(smooth=True), SampleConfig(cfg=0, top_k=0, top_p=0)):

@@ -234,6 +234,11 @@ class SampleConfig:
     top_p: float = option(
         0.96, "Sample from the most likely tokens that hold this probability; 0 is off.", shown=PRESET_S
     )
+    temperature: float = option(1.0, "Divide the logits by this: below 1 likely tokens are drawn more often.")
+    ssg: float = option(
+        0.0, "Strength of scaled spatial guidance: stress what each scale adds to the one before; 0 is off."
+    )
+    cfg_scales: str = option("", "Guide only these scales, the coarsest being 1, such as 3-8.", metavar="FIRST-LAST")
     smooth: bool = option(False, "Mix codebook vectors instead of sampling one: smoother images, not for metrics.")
     approximate: str = option(
         "", f"Approximations that save time: {', '.join(APPROXIMATIONS)} (comma-separated), or all.", metavar="NAMES"
@@ -254,15 +259,33 @@ class SampleConfig:
         _require(self.cfg <= 1000, f"--cfg must be at most 1000 (got {self.cfg:g})")
         _require(self.top_k >= 0, f"--top-k must be 0 (off) or more (got {self.top_k})")
         _require(0 <= self.top_p <= 1, f"--top-p must be between 0 (off) and 1 (got {self.top_p:g})")
+        _require(
+            0 < self.temperature <= 100, f"--temperature must be more than 0, 100 at most (got {self.temperature:g})"
+        )
+        _require(0 <= self.ssg <= 100, f"--ssg must be between 0 (off) and 100 (got {self.ssg:g})")
+        _require(
+            not self.cfg_scales or (self.guided_scales.start >= 0 and len(self.guided_scales) > 0),
+            f"--cfg-scales must be two numbers, such as 3-8, of which the first is not larger (got {self.cfg_scales})",
+        )
+
+    @property
+    def guided_scales(self) -> range:
+        """Scales that are guided, from 0; those that a model has not do no harm."""
+        if not self.cfg_scales:
+            return range(LARGEST_SIDE)
+        found = re.fullmatch(r"([1-9][0-9]{0,2})-([1-9][0-9]{0,2})", self.cfg_scales)
+        return range(int(found[1]) - 1, int(found[2])) if found else range(0)
 
     def describe(self) -> str:
         """The settings in a line, e.g. "cfg 1.5, top-k 900, top-p 0.96"; what is off by default and off is left out."""
         words = []
         for field in dataclasses.fields(self):
             name, value = field.name.replace("_", "-"), getattr(self, field.name)
+            if field.name not in ("cfg", "top_k", "top_p") and value == field.default:
+                continue
             if isinstance(value, bool):
-                words += [name] * value
-            elif value != "":
+                words.append(name)
+            else:
                 words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
         return ", ".join(words)
 
@@ -348,6 +371,9 @@ class TokenizerTrainingConfig(TrainingConfig):
         shown=RECIPE_S,
     )
     perceptual_weight: float = option(1.0, "λ_P, weight of the perceptual loss; 0 is off.", shown=RECIPE_S)
+    commitment: float = option(
+        0.25, "β, how strongly the encoder is drawn to the codebook; the codebook is drawn with 1.", shown=RECIPE_S
+    )
     gan: float = option(0.4, "λ_G, weight of the adversarial loss; 0 is off.", shown=RECIPE_S)
     gan_start: float = option(0.22, "Start of the adversarial loss, as a fraction of training.", shown=RECIPE_S)
     scale_drop: float = option(
@@ -361,6 +387,7 @@ class TokenizerTrainingConfig(TrainingConfig):
         _require(
             self.perceptual_weight >= 0, f"--perceptual-weight must be 0 (off) or more (got {self.perceptual_weight:g})"
         )
+        _require(self.commitment >= 0, f"--commitment must be 0 (off) or more (got {self.commitment:g})")
         _require(self.gan >= 0, f"--gan must be 0 (off) or more (got {self.gan:g})")
         _require(0 <= self.gan_start <= 1, f"--gan-start must be a fraction between 0 and 1 (got {self.gan_start:g})")
         _require(0 <= self.scale_drop <= 1, f"--scale-drop must be a probability (got {self.scale_drop:g})")

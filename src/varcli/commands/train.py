@@ -70,6 +70,9 @@ class RunOptions:
         ),
     ] = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write figures for TensorBoard.")] = False
+    compiled: Annotated[
+        bool, Option("--compile", help="Compile the networks with torch.compile first: minutes, then faster steps.")
+    ] = False
     nproc: options.Processes = 1
     dry_run: Annotated[bool, Option("--dry-run", help="Print what the run will take, and stop.")] = False
     as_json: options.Json = False
@@ -125,6 +128,7 @@ def tokenizer(
             save_every=run.save_every,
             device=group.device(run.device),
             workers=run.workers,
+            compiled=run.compiled,
             tensorboard=run.tensorboard,
             group=group,
             report=_report(run.quiet),
@@ -205,6 +209,7 @@ def transformer(
             save_every=run.save_every,
             device=group.device(run.device),
             workers=run.workers,
+            compiled=run.compiled,
             tensorboard=run.tensorboard,
             group=group,
             report=_report(run.quiet),

@@ -69,7 +69,7 @@ class LPIPS(nn.Module):
             wanted = self.activations(image_B3PP)
         total = torch.zeros((), device=made_B3PP.device)
         for made, image, weight_1C11 in zip(self.activations(made_B3PP), wanted, self.weights, strict=True):
-            total = total + F.conv2d((made - image).square(), weight_1C11).mean()
+            total = total + ((made - image).square() * weight_1C11).sum(1).mean()
         return total
 
     def activations(self, image_B3PP: Tensor) -> list[Tensor]:
@@ -78,7 +78,7 @@ class LPIPS(nn.Module):
         found = []
         for stage in self.stages:
             h_BCHW = stage(h_BCHW)
-            found.append(F.normalize(h_BCHW, dim=1))
+            found.append(F.normalize(h_BCHW.float(), dim=1))
         return found
 
 

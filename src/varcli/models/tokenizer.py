@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from varcli.config import TokenizerConfig, progress_ratio
 from varcli.models.autoencoder import Decoder, Encoder
 
-COMMITMENT = 0.25
-"""β of the vector-quantization loss."""
-
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
@@ -149,13 +146,13 @@ def resizing(side: int, target: int, mode: str) -> Tensor:
     return F.interpolate(unit_11ss, size=(target, side), mode=mode)[0, 0]
 
 
-def quantization_loss(quantized: Quantized, f_BCHW: Tensor) -> Tensor:
-    """Return the mean over scales of β·‖sg(f_hat_k) - f‖² + ‖f_hat_k - sg(f)‖².
+def quantization_loss(quantized: Quantized, f_BCHW: Tensor, commitment: float) -> Tensor:
+    """Return the mean over scales of β·‖sg(f_hat_k) - f‖² + ‖f_hat_k - sg(f)‖², β being the commitment.
 
     Source: equation 5, its quantizer's part taken at every scale.
     """
     losses = [
-        COMMITMENT * F.mse_loss(f_hat.detach(), f_BCHW) + F.mse_loss(f_hat, f_BCHW.detach())
+        commitment * F.mse_loss(f_hat.detach(), f_BCHW) + F.mse_loss(f_hat, f_BCHW.detach())
         for f_hat in quantized.f_hats
     ]
     return torch.stack(losses).mean()

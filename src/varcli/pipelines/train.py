@@ -74,6 +74,7 @@ def train_tokenizer(
     device: str = "auto",
     dtype: str = "auto",
     workers: int | None = None,
+    compiled: bool = False,
     tensorboard: bool = False,
     group: ProcessGroup | None = None,
     report: Report = lambda step, steps, figures: None,
@@ -94,6 +95,7 @@ def train_tokenizer(
         device: auto, cpu, cuda or mps.
         dtype: fp32, bf16, or auto: bf16 where it is faster.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
+        compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
         tensorboard: also write figures for TensorBoard.
         group: the ranks that share each batch; None is this process alone.
         report: called with figures as they come.
@@ -116,6 +118,9 @@ def train_tokenizer(
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
         distance = perceptual_distance(training.perceptual, folder).to(stage.device)
         stage.perceptual = distance.to(memory_format=torch.channels_last)
+    if compiled:
+        for network in (stage.model.encoder, stage.model.decoder):
+            network.compile()
     identity = optim.identity(
         images.fingerprint(),
         stage.device,
@@ -221,6 +226,7 @@ def train_transformer(
     dtype: str = "auto",
     save_dtype: str = "fp32",
     workers: int | None = None,
+    compiled: bool = False,
     tensorboard: bool = False,
     group: ProcessGroup | None = None,
     report: Report = lambda step, steps, figures: None,
@@ -247,6 +253,7 @@ def train_transformer(
         dtype: fp32, bf16, or auto: bf16 where it is faster.
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
+        compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
         tensorboard: also write figures for TensorBoard.
         group: the ranks that share each batch; None is this process alone.
         report: called with figures as they come.
@@ -292,6 +299,9 @@ def train_transformer(
     make_folder(run.folder)
     _tell(account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
+    if compiled:
+        for block in stage.model.blocks:
+            block.compile()
     cache = Path(token_cache or out)
     stage.held = _tokens(stage, held, 1, cache, ahead, note, quiet)
     stage.tokens = _tokens(stage, images, training.crops, cache, ahead, note, quiet)

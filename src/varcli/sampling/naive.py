@@ -17,6 +17,7 @@ from torch import Tensor
 from varcli.config import SampleConfig, sequence_length
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
+from varcli.sampling.spatial_guidance import prior
 
 
 @torch.no_grad()
@@ -34,13 +35,19 @@ def sample(
     source = torch.Generator().manual_seed(image_seed(seed, row))
     tokens: list[Tensor] = []
     f_hats: list[Tensor] = []
+    before_lV: Tensor | None = None
     for scale, side in enumerate(sides):
         ratio = scale / max(len(sides) - 1, 1)
         logits_lV = scale_logits(tokenizer, transformer, row, f_hats)
         if config.cfg > 0:
             unconditional_lV = scale_logits(tokenizer, transformer, transformer.config.null_class, f_hats)
-            t = config.cfg * ratio
+            t = config.cfg * ratio if scale in config.guided_scales else 0
             logits_lV = (1 + t) * logits_lV - t * unconditional_lV
+        own_lV = logits_lV
+        if config.ssg > 0 and before_lV is not None:
+            logits_lV = own_lV + config.ssg * (own_lV - prior(before_lV[None], side)[0])
+        before_lV = own_lV
+        logits_lV = logits_lV / config.temperature
         mark("transformer")
         if config.smooth:
             weight_lV = smooth_weights(logits_lV, config, ratio, source)

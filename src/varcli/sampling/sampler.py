@@ -72,7 +72,7 @@ class Drawing:
 
     def step(self, scale: int, logits_BlV: Tensor, f_hat_BCHW: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return a scale's tokens (B, l), f_hat with them, and, if there is a next scale, its input (B, l, C)."""
-        found = candidates(logits_BlV, self.config.top_k, self.config.top_p)
+        found = candidates(logits_BlV, self.config.top_k, self.config.top_p, self.config.temperature)
         idx_Bl, h_BCss = self._mixed(found, scale) if self.u_BL is None else self._drawn(found, scale, self.u_BL)
         if self.keep is not None:
             idx_Bl, h_BCss = self._kept(idx_Bl, h_BCss, self.keep, scale)

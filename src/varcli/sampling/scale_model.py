@@ -17,6 +17,7 @@ from varcli.acceleration.dispatch import gpu_block
 from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu
 from varcli.config import SampleConfig, progress_ratio, spans
 from varcli.models.transformer import KeyValueCache, Transformer, normalize
+from varcli.sampling import spatial_guidance
 
 
 class Blocks(Protocol):
@@ -59,7 +60,9 @@ class ScaleModel:
                 the transformer's own.
         """
         model, weight = transformer, block_weight(transformer)
-        self.transformer, self.cfg, self.count = model, config.cfg, len(rows)
+        self.transformer, self.config, self.count = model, config, len(rows)
+        self.before_BlV: Tensor | None = None
+        """The logits of the scale before, where they guide the next."""
         row_R = torch.as_tensor(rows, device=weight.device)
         if config.cfg > 0:
             row_R = torch.cat([row_R, torch.full_like(row_R, model.config.null_class)])
@@ -77,7 +80,10 @@ class ScaleModel:
     def logits(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """Return the guided logits (B, l, V) of a scale, in float32, after those of all scales before it."""
         logits_BlV: Tensor = self.transformer.head(self.guide(self.hidden(scale, input_BlC), scale))
-        return logits_BlV
+        if self.config.ssg == 0:
+            return logits_BlV
+        before_BlV, self.before_BlV = self.before_BlV, logits_BlV
+        return spatial_guidance.guided(logits_BlV, before_BlV, self.config.ssg)
 
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """What the head is to see of a scale in each row, (R, l, D)."""
@@ -104,7 +110,8 @@ class ScaleModel:
 
         Differs: mixed before the head instead of after it, the same because the head is linear.
         """
-        t = self.cfg * progress_ratio(scale, len(self.transformer.config.sides))
+        t = self.config.cfg * progress_ratio(scale, len(self.transformer.config.sides))
+        t *= scale in self.config.guided_scales
         if t == 0:
             return h_RlD[: self.count]
         return (1 + t) * h_RlD[: self.count] - t * h_RlD[self.count :]

@@ -47,12 +47,14 @@ def gumbels(sources: Sequence[torch.Generator], length: int, count: int) -> Tens
     return torch.stack(noise).log_().neg_()
 
 
-def candidates(logits_BlV: Tensor, top_k: int, top_p: float) -> Candidates:
+def candidates(logits_BlV: Tensor, top_k: int, top_p: float, temperature: float = 1.0) -> Candidates:
     """Return the tokens left by top-k and, within them, by top-p; 0 switches a filter off.
 
     Top-p drops the worst tokens whose probabilities, summed from the smallest up, do not exceed
-    1 - top_p; the best token always stays.
+    1 - top_p; the best token always stays. Logits are divided by the temperature before.
     """
+    if temperature != 1:
+        logits_BlV = logits_BlV / temperature
     count = min(top_k, logits_BlV.shape[-1]) or logits_BlV.shape[-1]
     logits_BlK, order_BlK = best(logits_BlV, count)
     if top_p > 0:

@@ -52,7 +52,7 @@ class ClassifierDistance(nn.Module):
 
 def unit_distance(made: Tensor, image: Tensor) -> Tensor:
     """Mean over all positions of the squared distance of unit-length vectors along the channels, in [0, 4]."""
-    return (F.normalize(made, dim=1) - F.normalize(image, dim=1)).square().sum(1).mean()
+    return (F.normalize(made.float(), dim=1) - F.normalize(image.float(), dim=1)).square().sum(1).mean()
 
 
 def centred(logits_BN: Tensor) -> Tensor:

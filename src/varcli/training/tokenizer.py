@@ -49,9 +49,9 @@ def build_tokenizer(config: TokenizerConfig, seed: int) -> tuple[Tokenizer, Patc
 class Reconstruction(nn.Module):
     """A tokenizer as training runs it: there and back, with a straight-through gradient."""
 
-    def __init__(self, tokenizer: Tokenizer, bf16: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, bf16: bool, commitment: float) -> None:
         super().__init__()
-        self.tokenizer, self.bf16 = tokenizer, bf16
+        self.tokenizer, self.bf16, self.commitment = tokenizer, bf16, commitment
 
     def forward(self, image_B3PP: Tensor, scales: int | None) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """Return pixels, the quantizer's loss, and each scale's tokens (B, l) and residuals (B, l, C)."""
@@ -62,7 +62,7 @@ class Reconstruction(nn.Module):
         straight_BCHW = f_BCHW + (quantized.f_hats[-1] - f_BCHW).detach()
         with autocast(device, self.bf16):
             decoded = model.decode_features(straight_BCHW).float()
-        return decoded, quantization_loss(quantized, f_BCHW), quantized.tokens, quantized.residuals
+        return decoded, quantization_loss(quantized, f_BCHW, self.commitment), quantized.tokens, quantized.residuals
 
 
 class TokenizerStage:
@@ -113,7 +113,7 @@ class TokenizerStage:
         self.adversary_optimizer = optim.adamw(self.adversary, BETAS)
         self.group = group or ProcessGroup()
         # A step that leaves out scales uses no φ of theirs.
-        reconstruction = Reconstruction(self.model, bf16)
+        reconstruction = Reconstruction(self.model, bf16, training.commitment)
         self.reconstruct = data_parallel(reconstruction, self.group, self.device, unused=True)
         self.judge = data_parallel(self.adversary, self.group, self.device)
 
@@ -188,7 +188,8 @@ class TokenizerStage:
             metrics = {"squared_error": squared, "quantization": quantization}
             pull = squared
             if self.perceptual is not None:
-                metrics["perceptual"] = self.perceptual(decoded, image)
+                with autocast(self.device, self.bf16):
+                    metrics["perceptual"] = self.perceptual(decoded, image)
                 pull = squared + self.training.perceptual_weight * metrics["perceptual"]
             loss = pull + quantization
             if self.adversarial:
