@@ -410,6 +410,12 @@ class TransformerTrainingConfig(TrainingConfig):
         "Train an adapter alone, with the class embedding, and merge it into the checkpoint: lora:RANK or modulation.",
         shown=RECIPE_S,
     )
+    cca: float = option(
+        0.0,
+        "λ of condition contrastive alignment, a fine-tuning after which samples need no guidance; 0 is off.",
+        shown=RECIPE_S,
+    )
+    cca_beta: float = option(0.02, "β of condition contrastive alignment.", shown=RECIPE_S)
     gamma_init: float = option(
         1e-3,
         "Factor of the initial weights behind the gates γ, smaller in deeper models.",
@@ -425,6 +431,8 @@ class TransformerTrainingConfig(TrainingConfig):
         _require(
             self.final_weight_decay >= 0, f"--final-weight-decay must be 0 or more (got {self.final_weight_decay:g})"
         )
+        _require(self.cca >= 0, f"--cca must be 0 (off) or more (got {self.cca:g})")
+        _require(self.cca_beta > 0, f"--cca-beta must be more than 0 (got {self.cca_beta:g})")
         _require(self.gamma_init > 0, f"--gamma-init must be more than 0 (got {self.gamma_init:g})")
         _require(
             self.scale_weight in ("mean", "side"), f"--scale-weight must be mean or side (got {self.scale_weight})"

@@ -100,6 +100,22 @@ def convert(files: Released, out: Converted, sides: Sides = None, class_names: C
 
 
 @checkpoints_app.command()
+def merge(
+    reference: NameOrFile,
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A model that was fine-tuned from it.")],
+    out: Converted,
+    weight: Annotated[
+        float, typer.Option("--weight", "-w", help="w; more than 0 leads away from TUNED, -1 is TUNED itself.")
+    ] = 1.0,
+) -> None:
+    """Merge a model with one fine-tuned from it: (1 + w) θ_reference - w θ_tuned, as Neon does (arXiv 2510.03597)."""
+    from varcli.checkpoints.merging import merge as merge_files
+
+    merge_files(known.resolve_checkpoint(reference), known.resolve_checkpoint(tuned), weight, out)
+    result(str(out))
+
+
+@checkpoints_app.command()
 def verify(checkpoint: NameOrFile) -> None:
     """Verify a checkpoint: its hashes, that every value is finite, that the tokenizer belongs to it."""
     from varcli.checkpoints import store

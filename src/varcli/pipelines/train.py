@@ -268,7 +268,7 @@ def train_transformer(
     """
     training = training or default_recipe(depth, init)
     group = group or ProcessGroup()
-    begun = _model_to_tune(init, depth, width, shared_adaln)
+    begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
     stage, images, held, account = _transformer_stage(
         data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, save_dtype, group, note
     )
@@ -324,7 +324,7 @@ def estimate_transformer(
 ) -> TrainingEstimate:
     """What training a transformer will take; arguments as for `train_transformer`."""
     training = training or default_recipe(depth, init)
-    begun = _model_to_tune(init, depth, width, shared_adaln)
+    begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
     alone = ProcessGroup()
     stage, images, _, account = _transformer_stage(
         data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", alone, note
@@ -346,15 +346,17 @@ def default_recipe(depth: int | None = None, init: str | Path | None = None) -> 
 
 
 def _model_to_tune(
-    init: str | Path | None, depth: int | None, width: int | None, shared_adaln: bool
+    init: str | Path | None, depth: int | None, width: int | None, shared_adaln: bool, contrastive: bool
 ) -> Checkpoint | None:
     """The model to fine-tune, None if weights are to be random.
 
     Raises:
-        UsageError: its shape is given too.
+        UsageError: its shape is given too, or there is none to contrast with.
         CheckpointError: there is no such model.
     """
     if init is None:
+        if contrastive:
+            raise UsageError("--cca contrasts with a trained model: give it with --init")
         return None
     if depth is not None or width is not None or shared_adaln:
         raise UsageError(f"--init {init} has its own depth, width and modulation: leave those options out")

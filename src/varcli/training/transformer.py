@@ -3,6 +3,7 @@
 Shapes: B images, L tokens of all scales, l of one, C codebook channels, V codebook rows.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from varcli.distributed import ProcessGroup
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
+from varcli.training.contrastive import contrastive_loss, other_labels
 from varcli.training.data import TokenCache, draws
 from varcli.training.finetune import merged
 from varcli.training.loop import autocast
@@ -86,6 +88,8 @@ class TransformerStage:
         self.weight_L = token_weights(self.config.sides, training.scale_weight).to(self.device)
         self.tokenizer = tokenizer.to(self.device).eval().requires_grad_(False)
         self.group = group or ProcessGroup()
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False) if training.cca > 0 else None
+        """The model before fine-tuning, where it is contrasted with."""
         self.average = optim.MovingAverage(self.model, training.ema)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
         self.network = data_parallel(self.model, self.group, self.device)
@@ -109,13 +113,34 @@ class TransformerStage:
     def add_gradients(self, part: Batch, rows: Rows, last: bool) -> dict[str, Tensor]:
         """Add the gradients of a part of the batch, some of its labels dropped; returns its figures."""
         tokens_BL, label_B = part
-        label_B = self.model.drop_labels(label_B.to(self.device), rows.first, rows.total)
-        share_rows(self.model, rows)
+        tokens_BL, label_B = tokens_BL.to(self.device), label_B.to(self.device)
         with without_averaging(self.network, last):
-            loss_BL, hit_BL = self.predict(self.network, tokens_BL.to(self.device), label_B)
-            loss = (loss_BL * self.weight_L).mean()
+            if self.reference is None:
+                label_B = self.model.drop_labels(label_B, rows.first, rows.total)
+                share_rows(self.model, rows)
+                loss_BL, hit_BL = self.predict(self.network, tokens_BL, label_B)
+                figures, loss = self.figures(loss_BL, hit_BL), (loss_BL * self.weight_L).mean()
+            else:
+                figures, loss = self.contrast(self.reference, tokens_BL, label_B, rows)
             (loss / self.training.accumulate).backward()
-        return self.figures(loss_BL, hit_BL)
+        return figures
+
+    def contrast(
+        self, reference: nn.Module, tokens_BL: Tensor, label_B: Tensor, rows: Rows
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the figures under the images' own labels, and the contrastive loss. Source: arXiv 2410.09347."""
+        labels_2B = torch.stack([label_B, other_labels(label_B, self.config.class_count, rows)], 1).flatten()
+        tokens_2BL = tokens_BL.repeat_interleave(2, 0)
+        share_rows(self.model, Rows(2 * rows.first, 2 * rows.count, 2 * rows.total))
+        loss_2BL, hit_2BL = self.predict(self.network, tokens_2BL, labels_2B)
+        with torch.no_grad():
+            before_2BL, _ = self.predict(reference, tokens_2BL, labels_2B)
+        (own_BL, other_BL), (own_before_BL, other_before_BL) = (
+            (loss[::2] * self.weight_L, loss[1::2] * self.weight_L) for loss in (loss_2BL, before_2BL)
+        )
+        lam, beta = self.training.cca, self.training.cca_beta
+        loss = contrastive_loss(own_BL, other_BL, own_before_BL, other_before_BL, lam, beta)
+        return self.figures(loss_2BL[::2], hit_2BL[::2]) | {"contrastive": loss}, loss
 
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients before they are clipped."""
