@@ -231,7 +231,9 @@ def edit_images(
     rule = rule or EditConfig()
     entry, common = model.one_class(label), model.provenance(config)
     plan = plan or edit_plan(model, task, rule)
-    editor = Editor(model.prepared.tokenizer, model.prepared.transformer, config, rule)
+    models, refiner = model.prepared, model.refiner(config)
+    fine = refiner.prepared.transformer if refiner else None
+    editor = Editor(models.tokenizer, models.transformer, config, rule, refiner=fine)
     for seed in seeds:
         wanted = request(entry, seed, model.classes, common)
         candidates = [
@@ -310,7 +312,7 @@ def edit_to(
     model.one_class(
         label, lambda word, entry: note(f"--class {word} is taken to be {entry}, the only class with such a name here")
     )
-    model.load_weights()
+    model.load_weights(config)
     plan = edit_plan(model, task, rule)
     squares = count * best_of * plan.count
     shown, labels = [marked(task.image.pixels(), task.mask)] if grid else [], ["to fill"]

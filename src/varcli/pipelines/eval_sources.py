@@ -129,6 +129,7 @@ class Samples(EvalSource):
         self.checkpoint = {
             "name": self.provenance.checkpoint,
             "sha256": self.provenance.checkpoint_sha256,
+            "refiner_sha256": self.provenance.refiner_sha256,
             **asdict(self.provenance.settings),
             **{name: getattr(self.provenance, name) for name in ("seed", "device", "dtype")},
         }

@@ -62,7 +62,7 @@ def load(
     where = pick_device(device)
     precision = pick_precision(dtype, quantize, where)
     path = resolve_checkpoint(str(checkpoint), progress=progress)
-    return Model(str(checkpoint), path, where, precision, chosen=dtype == "auto")
+    return Model(str(checkpoint), path, where, precision, chosen=dtype == "auto", progress=progress)
 
 
 def pick_precision(dtype: str, quantize: str | None, device: torch.device) -> str:
@@ -79,7 +79,16 @@ def pick_precision(dtype: str, quantize: str | None, device: torch.device) -> st
 class Model:
     """A checkpoint on a device. Weights are read when they are first needed."""
 
-    def __init__(self, name: str, path: Path, device: torch.device, dtype: str, *, chosen: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        device: torch.device,
+        dtype: str,
+        *,
+        chosen: bool = False,
+        progress: bool = True,
+    ) -> None:
         self.name = name
         """As it was asked for."""
         self.path = path
@@ -91,7 +100,10 @@ class Model:
             check_registered(name, path, self.metadata)
         self.precision_note = precision_reason(dtype, device) if chosen and dtype != "int8" else None
         """Which precision was chosen, and why; None if the user chose it."""
+        self.progress = progress
+        """Whether a download shows a bar."""
         self._checkpoint: Checkpoint | None = None
+        self._refiners: dict[str, Model] = {}
 
     @property
     def sha256(self) -> str:
@@ -122,12 +134,17 @@ class Model:
         self._check_unchanged()
         return tokenizer.to(self.device)
 
-    def load_weights(self) -> None:
+    def load_weights(self, config: SampleConfig | None = None) -> None:
         """Read tokenizer and transformer now, so that a damaged file is found before anything else is done.
+
+        Args:
+            config: settings, of which the refiner is read as well.
 
         Raises:
             CheckpointError: the file is damaged, was replaced meanwhile, or holds a tokenizer alone.
         """
+        if config is not None and (refiner := self.refiner(config)):
+            refiner.load_weights()
         if self._checkpoint is None:
             with replaceable(self.name):
                 checkpoint = load_model(self.path)
@@ -158,21 +175,56 @@ class Model:
 
         Raises:
             ConfigError: a value makes no sense.
+            UsageError: the refiner is to draw scales that there are not.
+            CheckpointError: the refiner cannot be used with this model.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        if "refiner" in given:
+            given["refiner"] = str(given["refiner"])  # a path too
         unknown = given.keys() - SampleConfig.__dataclass_fields__.keys()
         if unknown:
             raise TypeError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
-        return replace(presets(self.name)[preset], **given)
+        config = replace(presets(self.name)[preset], **given)
+        self.refiner(config)
+        return config
+
+    def refiner(self, config: SampleConfig) -> "Model | None":
+        """The model that draws the fine scales with these settings; None where one model draws all.
+
+        Raises:
+            UsageError: the first scale that it is to draw is none of the model's.
+            CheckpointError: there is no such checkpoint, or its tokenizer or classes are others than the model's.
+        """
+        if not config.refiner:
+            return None
+        scales = len(self.tokenizer_config.sides)
+        if config.refine_from > scales:
+            raise UsageError(
+                f"--refine-from must be a scale of the model, between 2 and {scales} (got {config.refine_from})"
+            )
+        if config.refiner not in self._refiners:
+            path = resolve_checkpoint(config.refiner, progress=self.progress)
+            refiner = Model(config.refiner, path, self.device, self.dtype, progress=self.progress)
+            for key in ("tokenizer_sha256", "tokenizer_config", "classes"):
+                if refiner.metadata.get(key) != self.metadata.get(key):
+                    what = "other classes" if key == "classes" else "another tokenizer"
+                    raise CheckpointError(
+                        f"--refiner must have the tokenizer and the classes of {self.name} ({refiner.name} has {what})"
+                    )
+            self._refiners[config.refiner] = refiner
+        return self._refiners[config.refiner]
 
     def sampler(
         self, config: SampleConfig, batch_size: int | None = None, note: Callable[[str], None] = lambda line: None
     ) -> BatchSampler:
         """A sampler with these settings; `batch_size` None means as many images at a time as memory holds."""
-        return BatchSampler(self.prepared.tokenizer, self.prepared.transformer, config, batch_size, note)
+        models, refiner = self.prepared, self.refiner(config)
+        fine = refiner.prepared.transformer if refiner else None
+        return BatchSampler(models.tokenizer, models.transformer, config, batch_size, note, refiner=fine)
 
     def provenance(self, config: SampleConfig, *, device: str | None = None) -> Provenance:
         """What all images of these settings have in common; `device` is the name to record."""
+        refiner = self.refiner(config)
         return Provenance(
             checkpoint=self.name,
             checkpoint_sha256=self.sha256,
@@ -183,6 +235,7 @@ class Model:
             device=device or str(self.device),
             dtype=self.dtype,
             version=__version__,
+            refiner_sha256=refiner.sha256 if refiner else "",
         )
 
     def one_class(self, name: ClassName, taken: Taken = lambda word, entry: None) -> ClassEntry | None:
@@ -215,7 +268,7 @@ class Model:
             seed: of each class's first image; the next ones count up from it.
             preset: "looks" or "metrics"; `settings` override it.
             batch_size: images at a time on a GPU in 16 bits; always 1 elsewhere.
-            settings: cfg, top_k, top_p, smooth, approximate: see `SampleConfig`.
+            settings: cfg, top_k, top_p, refiner, refine_from and others: see `SampleConfig`.
 
         Returns:
             `count` images per class, class after class.

@@ -122,7 +122,7 @@ def sample_to(
     if growth and total != 1:
         raise UsageError(f"--growth shows exactly one image (got {total or 'any number of'} images)")
     sink = find_sink(out, several=total != 1)
-    model.load_weights()
+    model.load_weights(config)
     if group.is_main:
         sink.open(resume)
     with sink, progress("images", total, quiet) as advance:

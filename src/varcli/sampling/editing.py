@@ -143,10 +143,16 @@ class Editor:
     """Fills masks of images with one pair of models and one set of settings."""
 
     def __init__(
-        self, tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, rule: EditConfig | None = None
+        self,
+        tokenizer: Tokenizer,
+        transformer: Transformer,
+        config: SampleConfig,
+        rule: EditConfig | None = None,
+        refiner: Transformer | None = None,
     ) -> None:
-        """Take models that `dispatch.prepare` made ready."""
+        """Take models that `dispatch.prepare` made ready; `refiner` as for `generate`."""
         self.tokenizer, self.transformer, self.config = tokenizer, transformer, config
+        self.refiner = refiner
         self.rule = rule or EditConfig()
 
     @_enough_memory()
@@ -209,7 +215,8 @@ class Editor:
     def batch_size(self) -> int:
         """How many squares go through the model at once: up to 16, as many as two gigabytes hold."""
         count = _MOST_AT_ONCE
-        while count > 1 and batch_bytes(self.tokenizer, self.transformer, self.config, count) > _BATCH_BYTES:
+        both = [self.transformer] if self.refiner is None else [self.transformer, self.refiner]
+        while count > 1 and sum(batch_bytes(self.tokenizer, each, self.config, count) for each in both) > _BATCH_BYTES:
             count //= 2
         return count
 
@@ -235,7 +242,8 @@ class Editor:
         # Guiding "no class" away from "no class" changes nothing and costs a second pass.
         guided = self.rule.released_rule or row != self.transformer.config.null_class
         config = self.config if guided else replace(self.config, cfg=0)
-        return generate(self.tokenizer, self.transformer, [row] * len(seeds), seeds, config, keep=keep)
+        models, rows = (self.tokenizer, self.transformer), [row] * len(seeds)
+        return generate(*models, rows, seeds, config, refiner=self.refiner, keep=keep)
 
     def _feather(self, side: int) -> int:
         """Return over how many pixels of a square of this side the new fades."""

@@ -28,9 +28,13 @@ def sample(
     seed: int,
     config: SampleConfig,
     *,
+    refiner: Transformer | None = None,
     mark: Callable[[str], None] = lambda phase: None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return one image's token maps, each (l,), and its pixels (P, P, 3) as uint8; `mark` as for the sampler."""
+    """Return one image's token maps, each (l,), and its pixels (P, P, 3) as uint8.
+
+    `refiner` and `mark` are as for the sampler.
+    """
     quantizer, sides = tokenizer.quantize, transformer.config.sides
     source = torch.Generator().manual_seed(image_seed(seed, row))
     tokens: list[Tensor] = []
@@ -38,6 +42,8 @@ def sample(
     before_lV: Tensor | None = None
     for scale, side in enumerate(sides):
         ratio = scale / max(len(sides) - 1, 1)
+        if refiner is not None and scale + 1 == config.refine_from:
+            transformer = refiner
         logits_lV = scale_logits(tokenizer, transformer, row, f_hats)
         if config.cfg > 0:
             unconditional_lV = scale_logits(tokenizer, transformer, transformer.config.null_class, f_hats)

@@ -85,6 +85,16 @@ class ScaleModel:
         before_BlV, self.before_BlV = self.before_BlV, logits_BlV
         return spatial_guidance.guided(logits_BlV, before_BlV, self.config.ssg)
 
+    def take_over(self, other: "ScaleModel", inputs: Sequence[Tensor | None]) -> None:
+        """Go on where another model stopped, having seen the inputs of the scales that it drew.
+
+        They are seen one scale after the other, as if this model had drawn them: in one pass they would be rounded
+        differently.
+        """
+        for scale, input_BlC in enumerate(inputs):
+            self.hidden(scale, input_BlC)
+        self.before_BlV = other.before_BlV
+
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """What the head is to see of a scale in each row, (R, l, D)."""
         self.cache.filled = spans(self.transformer.config.sides)[scale].start
