@@ -17,14 +17,14 @@ from varcli.config import TransformerConfig
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 
 EDITING = (
-    "--class -c --count -n --seed --best-of --feather --composite --released-rule --checkpoint -m --cfg --top-k "
-    "--top-p --temperature --ssg --cfg-scales --refiner --refine-from --smooth --approximate --out -o --grid --growth "
-    "--device --dtype --json --quiet -q "
+    "--class -c --count -n --seed --best-of --decide-at --feather --composite --released-rule --checkpoint -m --cfg "
+    "--top-k --top-p --temperature --ssg --cfg-scales --refiner --refine-from --smooth --approximate --out -o --grid "
+    "--growth --device --dtype --json --quiet -q "
 )
 OPTIONS = {
     "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --temperature --ssg --cfg-scales "
     "--refiner --refine-from --smooth --preset --approximate --out -o --grid --growth --batch-size --device --dtype "
-    "--quantize --best-of --classifier --nproc --resume --json --quiet -q",
+    "--quantize --best-of --decide-at --classifier --nproc --resume --json --quiet -q",
     "eval": "--fid --sfid --is --kid --prc --agreement --features --dinov2 --num-images -n --reference -r --tokenizer "
     "--checkpoint -m --seed --cfg --top-k --top-p --temperature --ssg --cfg-scales --refiner --refine-from --smooth "
     "--preset --approximate "
@@ -111,6 +111,12 @@ def test_version(capsys):
             ["sample", "-c", "1", "--refiner", "tiny64", "--refine-from", "2"],
             4,
             "--refiner must have the tokenizer and the classes of {model} (tiny64 has another tokenizer)",
+        ),
+        (["sample", "-c", "1", "--decide-at", "2"], 2, "--decide-at needs --best-of"),
+        (
+            ["sample", "-c", "1", "--best-of", "2", "--decide-at", "3"],
+            2,
+            "--decide-at must be a scale between the first and the last of 3 (got 3)",
         ),
         (["bench", "--refiner", "tiny64", "--refine-from", "2"], 2, "--refiner cannot be used with var bench"),
         (["sample", "-c", "1", "--device", "tpu"], 2, "--device must be auto, cpu, cuda, cuda:1 or mps (got tpu)"),

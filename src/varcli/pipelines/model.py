@@ -323,6 +323,7 @@ class Model:
         fit_mask: bool = False,
         seed: int = 0,
         best_of: int = 1,
+        decide_at: int | None = None,
         feather: int | None = None,
         composite: bool = True,
         released_rule: bool = False,
@@ -340,6 +341,7 @@ class Model:
             fit_mask: resize a mask of another size.
             seed: of the first candidate.
             best_of: candidates; the one of best seam and likelihood is returned.
+            decide_at: after which scale it is chosen, the coarsest being 1; None is after the last.
             feather: pixels outside the hole over which new fades into old; None is half a token.
             composite: take kept pixels from the image, bit by bit.
             released_rule: follow the released demonstration exactly.
@@ -356,7 +358,8 @@ class Model:
         from varcli.pipelines.edit import fill_task
 
         task = fill_task("inpaint", image, mask, alpha=alpha, box=box, fit_mask=fit_mask)
-        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+        rule = _rule(feather, composite, released_rule)
+        return self._edited(task, label, seed, best_of, decide_at, rule, preset, settings)
 
     def edit(
         self,
@@ -369,6 +372,7 @@ class Model:
         fit_mask: bool = False,
         seed: int = 0,
         best_of: int = 1,
+        decide_at: int | None = None,
         feather: int | None = None,
         composite: bool = True,
         released_rule: bool = False,
@@ -379,7 +383,8 @@ class Model:
         from varcli.pipelines.edit import fill_task
 
         task = fill_task("edit", image, mask, alpha=alpha, box=box, fit_mask=fit_mask)
-        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+        rule = _rule(feather, composite, released_rule)
+        return self._edited(task, label, seed, best_of, decide_at, rule, preset, settings)
 
     def outpaint(
         self,
@@ -390,6 +395,7 @@ class Model:
         label: ClassName = None,
         seed: int = 0,
         best_of: int = 1,
+        decide_at: int | None = None,
         feather: int | None = None,
         composite: bool = True,
         released_rule: bool = False,
@@ -405,6 +411,7 @@ class Model:
             label: class to paint: index, name, or None.
             seed: of the first candidate.
             best_of: candidates; the one of best seam and likelihood is returned.
+            decide_at: after which scale it is chosen, the coarsest being 1; None is after the last.
             feather: pixels inside the image over which new fades into old.
             composite: take kept pixels from the image, bit by bit.
             released_rule: follow the released demonstration exactly.
@@ -418,7 +425,8 @@ class Model:
         from varcli.pipelines.edit import outpaint_task
 
         task = outpaint_task(image, pad=pad, to=to)
-        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+        rule = _rule(feather, composite, released_rule)
+        return self._edited(task, label, seed, best_of, decide_at, rule, preset, settings)
 
     def _edited(
         self,
@@ -426,6 +434,7 @@ class Model:
         label: ClassName,
         seed: int,
         best_of: int,
+        decide_at: int | None,
         rule: EditConfig,
         preset: str,
         settings: dict[str, Any],
@@ -433,7 +442,7 @@ class Model:
         from varcli.pipelines.edit import edit_images
 
         config = self.settings(preset, **settings)
-        return next(edit_images(self, task, label, [seed], config, rule, best_of=best_of)).image
+        return next(edit_images(self, task, label, [seed], config, rule, best_of=best_of, decide_at=decide_at)).image
 
     # --- the tokenizer alone -----------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Shapes: B images, P pixels a side.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -177,11 +177,17 @@ class BatchSampler:
             raise
         yield from chain.from_iterable(map(Underway.images, underway))
 
-    def growth(self, request: Request) -> Iterator[Pixels]:
-        """Yield one image (P, P, 3) as it looks after each scale; the last one is the image itself."""
+    def growth(self, request: Request, scales: Container[int] | None = None) -> Iterator[Pixels]:
+        """Yield one image (P, P, 3) as it looks after each scale; the last one is the image itself.
+
+        Args:
+            request: which image.
+            scales: after which ones, the coarsest being 1; None is all. Each is sampled when it is asked for.
+        """
         models, row, seed = (self.tokenizer, self.transformer), [request.label], [request.seed]
         for result in generate(*models, row, seed, self.config, refiner=self.refiner):
-            yield decode(self.tokenizer, result.f_hat)[0]
+            if scales is None or result.scale + 1 in scales:
+                yield decode(self.tokenizer, result.f_hat)[0]
 
     def _size(self, count: int, several: bool) -> int:
         """The batch size that is computed for a number of images.

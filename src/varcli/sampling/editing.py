@@ -7,6 +7,7 @@ Masks are True where to fill, and keep masks True where a token stays.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from statistics import fmean, pstdev
 
 import numpy as np
@@ -165,6 +166,7 @@ class Editor:
         *,
         scored: bool = False,
         growing: bool = False,
+        scales: int | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> Edited:
         """Return an image whose masked pixels are new.
@@ -176,6 +178,7 @@ class Editor:
             seed: of the draws; each square has draws of its own.
             scored: also tell the likelihood, which takes one more pass of the model.
             growing: also give the image after each scale.
+            scales: stop after so many, and give the image as it looks then; None is all.
             advance: called with the number of squares in a batch when it is done.
 
         Raises:
@@ -183,14 +186,15 @@ class Editor:
         """
         edited, size = Edited(pixels, seed), self.batch_size
         image, unknown = plan.padded(pixels), plan.padded(plan.mask)
-        last = len(self.tokenizer.config.sides) - 1
+        last = (scales or len(self.tokenizer.config.sides)) - 1
         for batch in (wave[i : i + size] for wave in plan.waves for i in range(0, len(wave), size)):
             given = [image[tile.slices].copy() for tile in batch]
             unknowns = [unknown[tile.slices].copy() for tile in batch]
             holes = [marks & plan.fills(tile) for marks, tile in zip(unknowns, batch, strict=True)]
             first, count = len(edited.seams), len(batch)
             keep, tokens = self.keep(given, unknowns), []
-            for result in self._scales(row, [seed + (i << 32) for i in range(first, first + count)], keep):
+            results = self._scales(row, [seed + (i << 32) for i in range(first, first + count)], keep)
+            for result in islice(results, last + 1):
                 tokens.append(result.tokens)
                 if not growing and result.scale < last:
                     continue
@@ -283,11 +287,11 @@ def log_likelihoods(
 ) -> list[float]:
     """Return for each square the mean natural logarithm of its new tokens' probabilities, 0 where none is new.
 
-    They are given the class and all coarser tokens.
+    They are given the class and all coarser tokens. The last scales' tokens may be missing.
     """
     weight = block_weight(transformer)
     input_BLC = tokenizer.quantize.teacher_input(tokens)
-    idx_BL, new_BL = torch.cat(list(tokens), dim=1), ~torch.cat(keep.masks, dim=1)
+    idx_BL, new_BL = torch.cat(list(tokens), dim=1), ~torch.cat(keep.masks[: len(tokens)], dim=1)
     row_B = torch.full((len(idx_BL),), row, device=weight.device)
     with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
         logits_BLV = transformer(row_B, input_BLC).float()
