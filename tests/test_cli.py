@@ -18,18 +18,17 @@ from varcli.errors import CheckpointError, InputError, RunError, UsageError
 
 EDITING = (
     "--class -c --count -n --seed --best-of --decide-at --feather --composite --released-rule --checkpoint -m --cfg "
-    "--top-k --top-p --temperature --ssg --cfg-scales --refiner --refine-from --smooth --approximate --out -o --grid "
-    "--growth --device --dtype --json --quiet -q "
+    "--top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from --smooth --approximate --out -o "
+    "--grid --growth --device --dtype --json --quiet -q "
 )
 OPTIONS = {
-    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --temperature --ssg --cfg-scales "
-    "--refiner --refine-from --smooth --preset --approximate --out -o --grid --growth --batch-size --device --dtype "
-    "--quantize --best-of --decide-at --classifier --nproc --resume --json --quiet -q",
+    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --temperature --ssg --vpg "
+    "--cfg-scales --refiner --refine-from --smooth --preset --approximate --out -o --grid --growth --batch-size "
+    "--device --dtype --quantize --best-of --decide-at --classifier --nproc --resume --json --quiet -q",
     "eval": "--fid --sfid --is --kid --prc --agreement --features --dinov2 --num-images -n --reference -r --tokenizer "
-    "--checkpoint -m --seed --cfg --top-k --top-p --temperature --ssg --cfg-scales --refiner --refine-from --smooth "
-    "--preset --approximate "
-    "--best-of --classifier --resize --skip-bad --inception --lpips-weights --save-stats --save-images --out -o "
-    "--batch-size --device --dtype --quantize --nproc --json --quiet -q",
+    "--checkpoint -m --seed --cfg --top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from "
+    "--smooth --preset --approximate --best-of --classifier --resize --skip-bad --inception --lpips-weights --save-stats "
+    "--save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
     "eval stats": "--out -o --features --keep-features --resize --skip-bad --inception --dinov2 --device --nproc "
     "--quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
@@ -38,7 +37,7 @@ OPTIONS = {
     "reconstruct": "--out -o --checkpoint -m --grid --growth --device --json --quiet -q",
     "report": "--out -o",
     "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "
-    "--json --quiet -q --cfg --top-k --top-p --temperature --ssg --cfg-scales --refiner --refine-from --smooth",
+    "--json --quiet -q --cfg --top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from --smooth",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }

@@ -79,6 +79,7 @@ def test_settings_are_what_decides_an_image():
         "smooth": True,
         "temperature": 0.8,
         "ssg": 0.5,
+        "vpg": 0.5,
         "cfg_scales": "2-4",
         "approximate": "guidance",
         "dtype": "bf16",

@@ -89,6 +89,8 @@ SETTINGS = [
     SampleConfig(smooth=True, top_k=0),
     SampleConfig(smooth=True, top_k=20, cfg=3),
     SampleConfig(cfg=3.0, top_k=40, top_p=0.9, temperature=0.7, ssg=0.4, cfg_scales="2-4"),
+    SampleConfig(cfg=0, vpg=1.5, top_k=40),
+    SampleConfig(cfg=2.0, vpg=0.8, ssg=0.3, cfg_scales="1-3"),
 ]
 
 
@@ -114,7 +116,7 @@ def test_equals_the_plain_twin_on_the_reference_models(original):
 def test_every_setting_changes_the_image(small):
     start = SampleConfig(cfg=2, top_k=50, top_p=0.8)
     first = tokens_of(small, [1], [0], start)[-1]
-    for change in ({"cfg": 0}, {"cfg": 5}, {"top_k": 3}, {"top_p": 0.2}, {"smooth": True}):
+    for change in ({"cfg": 0}, {"cfg": 5}, {"top_k": 3}, {"top_p": 0.2}, {"smooth": True}, {"vpg": 3}):
         assert not torch.equal(tokens_of(small, [1], [0], replace(start, **change))[-1], first), change
     assert not torch.equal(tokens_of(small, [1], [1], start)[-1], first)
     assert not torch.equal(tokens_of(small, [2], [0], start)[-1], first)
@@ -124,6 +126,7 @@ def test_without_guidance_there_is_no_unconditional_pass(small):
     with torch.no_grad():
         assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=0)).cache.kv[0].shape[1] == 2
         assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=1)).cache.kv[0].shape[1] == 4
+        assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=1, vpg=1)).cache.kv[0].shape[1] == 6
 
 
 def test_kept_tokens_survive(small):

@@ -238,6 +238,7 @@ class SampleConfig:
     ssg: float = option(
         0.0, "Strength of scaled spatial guidance: stress what each scale adds to the one before; 0 is off."
     )
+    vpg: float = option(0.0, "Strength of visual prefix guidance: stress what rests on the scales before; 0 is off.")
     cfg_scales: str = option("", "Guide only these scales, the coarsest being 1, such as 3-8.", metavar="FIRST-LAST")
     refiner: str = option(
         "", "Draw the scales from --refine-from on with this model, usually a smaller one.", metavar="NAME|FILE"
@@ -269,6 +270,7 @@ class SampleConfig:
             0 < self.temperature <= 100, f"--temperature must be more than 0, 100 at most (got {self.temperature:g})"
         )
         _require(0 <= self.ssg <= 100, f"--ssg must be between 0 (off) and 100 (got {self.ssg:g})")
+        _require(0 <= self.vpg <= 100, f"--vpg must be between 0 (off) and 100 (got {self.vpg:g})")
         _require(
             bool(self.refiner) == (self.refine_from != 0),
             "--refiner and --refine-from need each other: which model draws the fine scales, and from which scale on "
@@ -282,6 +284,11 @@ class SampleConfig:
             not self.cfg_scales or (self.guided_scales.start >= 0 and len(self.guided_scales) > 0),
             f"--cfg-scales must be two numbers, such as 3-8, of which the first is not larger (got {self.cfg_scales})",
         )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the transformer's batch that an image takes: its class, "no class" and a damaged prefix."""
+        return 1 + (self.cfg > 0) + (self.vpg > 0)
 
     @property
     def guided_scales(self) -> range:

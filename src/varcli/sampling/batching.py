@@ -57,7 +57,7 @@ def model_bytes(*models: Tokenizer | Transformer) -> int:
 def batch_bytes(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, count: int) -> int:
     """Peak bytes of a captured batch of images, besides the models."""
     shape, size = transformer.config, block_weight(transformer).element_size()
-    rows, last = 2 * count if config.cfg > 0 else count, shape.sides[-1] ** 2
+    rows, last = count * config.rows, shape.sides[-1] ** 2
     fused = for_gpu(transformer)
     kept_tokens = shape.depth * (shape.length - last) + shape.length if fused else shape.depth * shape.length
     cache = 2 * rows * kept_tokens * shape.width * size
