@@ -1,6 +1,7 @@
 """What each approximation of `--approximate` brings and what it costs, against the same model without any.
 
     python benchmarks/approximations.py [--checkpoint NAME|FILE] [--device cpu] [--dtype fp32] [--images 8] [--json]
+    python benchmarks/approximations.py --refiner NAME|FILE|DEPTH   # instead: a refiner from each of the last scales on
 
 Speed: seconds an image, pixels included, all taking turns in every round; medians of the rounds. Price, of the late
 scales: logits from the same tokens, which were drawn without any approximation (mean difference in standard
@@ -23,13 +24,15 @@ from torch import Tensor
 from varcli.acceleration.devices import pick_device, pick_dtype, synchronize
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, Wanted
+from varcli.checkpoints.random_init import randomized, released_transformer
 from varcli.config import APPROXIMATIONS, SampleConfig
+from varcli.models.transformer import Transformer
 from varcli.sampling.approximations import LATE, ApproximateScaleModel
 from varcli.sampling.batching import BatchSampler
 from varcli.sampling.sampler import generate
 from varcli.sampling.scale_model import ScaleModel
 
-VARIANTS = {
+APPROXIMATED = {
     approximate or "none": replace(CONFIG, approximate=approximate)
     for approximate in ("", *APPROXIMATIONS, ",".join(APPROXIMATIONS))
 }
@@ -52,16 +55,20 @@ def late_logits(model: ScaleModel, inputs: list[Tensor | None]) -> Tensor:
 
 
 @torch.inference_mode()
-def price(models: Models, config: SampleConfig, wanted: Wanted) -> Price:
-    """Return what an approximation costs on one image."""
+def price(models: Models, config: SampleConfig, wanted: Wanted, refiner: Transformer | None) -> Price:
+    """Return what an approximation, or a refiner, costs on one image."""
     tokenizer, transformer = models
     rows, seeds = [wanted.label], [wanted.seed]
     exact = [r.tokens.clone() for r in generate(tokenizer, transformer, rows, seeds, replace(config, approximate=""))]
-    near = [r.tokens.clone() for r in generate(tokenizer, transformer, rows, seeds, config)]
+    near = [r.tokens.clone() for r in generate(tokenizer, transformer, rows, seeds, config, refiner=refiner)]
     lengths = [side * side for side in transformer.config.sides]
     inputs = [None, *tokenizer.quantize.teacher_input(exact).split(lengths[1:], dim=1)]
-    ours_NV = late_logits(ApproximateScaleModel(transformer, rows, config), inputs)
+    late = refiner if refiner is not None and config.refiner else transformer
+    ours_NV = late_logits(ApproximateScaleModel(late, rows, config), inputs)
     theirs_NV = late_logits(ScaleModel(transformer, rows, config), inputs)
+    if config.refiner:  # what is late and not the refiner's is exact
+        own = sum(lengths[len(lengths) - LATE : config.refine_from - 1])
+        ours_NV[:own] = theirs_NV[:own]
     divergence = torch.nn.functional.kl_div(
         ours_NV.log_softmax(-1), theirs_NV.log_softmax(-1), reduction="batchmean", log_target=True
     )
@@ -74,11 +81,24 @@ def price(models: Models, config: SampleConfig, wanted: Wanted) -> Price:
     )
 
 
-def speeds(models: Models, images: int, rounds: int) -> dict[str, float]:
+Variants = dict[str, SampleConfig]
+"""What is measured, by name."""
+
+
+def refined(transformer: Transformer) -> Variants:
+    """Return one setting for each of the last scales, from which on a refiner draws."""
+    scales = len(transformer.config.sides)
+    configs = {f"refine-from {k}": replace(CONFIG, refiner="it", refine_from=k) for k in range(scales - 3, scales + 1)}
+    return {"none": CONFIG} | configs
+
+
+def speeds(
+    models: Models, variants: Variants, images: int, rounds: int, refiner: Transformer | None
+) -> dict[str, float]:
     """Return the median seconds an image of each variant."""
-    samplers = {name: BatchSampler(*models, config) for name, config in VARIANTS.items()}
+    samplers = {name: BatchSampler(*models, config, refiner=refiner) for name, config in variants.items()}
     device = models[1].pos_start.device
-    taken: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, sampler in samplers.items():
             synchronize(device)
@@ -90,12 +110,13 @@ def speeds(models: Models, images: int, rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def measure(models: Models, images: int, rounds: int) -> list[dict[str, object]]:
+def measure(models: Models, images: int, rounds: int, refiner: Transformer | None) -> list[dict[str, object]]:
     """Return one row a variant."""
-    seconds, classes = speeds(models, images, rounds), models[1].config.class_count
+    variants = refined(models[1]) if refiner is not None else APPROXIMATED
+    seconds, classes = speeds(models, variants, images, rounds, refiner), models[1].config.class_count
     rows: list[dict[str, object]] = []
-    for name, config in VARIANTS.items():
-        prices = [price(models, config, Wanted(37 * seed % classes, seed)) for seed in range(images)]
+    for name, config in variants.items():
+        prices = [price(models, config, Wanted(37 * seed % classes, seed), refiner) for seed in range(images)]
         rows.append(
             {
                 "approximate": name,
@@ -114,6 +135,7 @@ def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
+    parser.add_argument("--refiner", help="name or file, or the depth of one with random weights")
     parser.add_argument("--device", default="auto", help="where to measure")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")
     parser.add_argument("--images", type=int, default=8, help="how many, in each round and for the price")
@@ -123,7 +145,13 @@ def main() -> None:
     device = pick_device(given.device)
     name, models = named_models(given.checkpoint)
     prepare(*models, device, pick_dtype(given.dtype, device))
-    rows = measure(models, given.images, given.rounds)
+    refiner = None
+    if given.refiner:
+        shape = released_transformer(int(given.refiner), models[0].config.sides) if given.refiner.isdecimal() else None
+        others = randomized(models[0].config, shape) if shape else named_models(given.refiner)[1]
+        prepare(*others, device, pick_dtype(given.dtype, device))
+        refiner = others[1]
+    rows = measure(models, given.images, given.rounds, refiner)
     print_rows([{"model": name} | row for row in rows], as_json=given.json)
 
 

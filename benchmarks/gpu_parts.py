@@ -173,7 +173,7 @@ def rows(name: str, models: Models, batch: int, taken: Taken) -> list[Row]:
     rate, found = statistics.median(taken.rates), list[Row]()
     for way, seconds in medians.items():
         counts = tokens.get(way, [side * side for side in config.sides])
-        operations = sum(transformer_operations(config, counts, guided=True)) + decoder_operations(models[0].config)
+        operations = sum(transformer_operations(config, counts, rows=2)) + decoder_operations(models[0].config)
         found.append(
             {
                 "model": name,

@@ -66,7 +66,7 @@ def precisions() -> list[str]:
 def operations(models: Models) -> int:
     """Return the floating-point operations of an image with guidance, those that the sampler avoids included."""
     counts = [side * side for side in models[1].config.sides]
-    transformer = transformer_operations(models[1].config, counts, guided=CONFIG.cfg > 0)
+    transformer = transformer_operations(models[1].config, counts, rows=CONFIG.rows)
     return sum(transformer) + decoder_operations(models[0].config)
 
 

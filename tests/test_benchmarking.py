@@ -88,7 +88,7 @@ def test_transformer_operations_are_those_torch_counts(counts, cfg):
             x_RlD = model.step(x_RlD, modulations, cache)
             model.head(x_RlD[:1])
         found.append(counter.get_total_flops())
-    assert transformer_operations(model.config, counts, guided=cfg > 0) == found
+    assert transformer_operations(model.config, counts, rows=1 + (cfg > 0)) == found
 
 
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 1, 2, 2, 4), (2, 1, 1)])
@@ -103,7 +103,7 @@ def test_decoder_operations_are_those_torch_counts(multipliers):
 def test_the_released_d16_takes_about_a_teraflop():
     sides = TokenizerConfig().sides
     shape = TransformerConfig(depth=16, width=1024, sides=sides, codebook_size=4096, codebook_width=32)
-    guided = sum(transformer_operations(shape, [side * side for side in sides], guided=True))
+    guided = sum(transformer_operations(shape, [side * side for side in sides], rows=2))
     assert guided + decoder_operations(TokenizerConfig()) == pytest.approx(994e9, rel=0.01)
 
 

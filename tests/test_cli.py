@@ -17,18 +17,18 @@ from varcli.config import TransformerConfig
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 
 EDITING = (
-    "--class -c --count -n --seed --best-of --feather --composite --released-rule --checkpoint -m --cfg --top-k "
-    "--top-p --temperature --ssg --cfg-scales --smooth --approximate --out -o --grid --growth --device --dtype --json "
-    "--quiet -q "
+    "--class -c --count -n --seed --best-of --decide-at --feather --composite --released-rule --checkpoint -m --cfg "
+    "--top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from --smooth --approximate --out -o "
+    "--grid --growth --device --dtype --json --quiet -q "
 )
 OPTIONS = {
-    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --temperature --ssg --cfg-scales "
-    "--smooth --preset --approximate --out -o --grid --growth --batch-size --device --dtype --quantize "
-    "--best-of --classifier --nproc --resume --json --quiet -q",
+    "sample": "--class -c --count -n --seed --checkpoint -m --cfg --top-k --top-p --temperature --ssg --vpg "
+    "--cfg-scales --refiner --refine-from --smooth --preset --approximate --out -o --grid --growth --batch-size "
+    "--device --dtype --quantize --best-of --decide-at --classifier --nproc --resume --json --quiet -q",
     "eval": "--fid --sfid --is --kid --prc --agreement --features --dinov2 --num-images -n --reference -r --tokenizer "
-    "--checkpoint -m --seed --cfg --top-k --top-p --temperature --ssg --cfg-scales --smooth --preset --approximate "
-    "--best-of --classifier --resize --skip-bad --inception --lpips-weights --save-stats --save-images --out -o "
-    "--batch-size --device --dtype --quantize --nproc --json --quiet -q",
+    "--checkpoint -m --seed --cfg --top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from "
+    "--smooth --preset --approximate --best-of --classifier --resize --skip-bad --inception --lpips-weights --save-stats "
+    "--save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
     "eval stats": "--out -o --features --keep-features --resize --skip-bad --inception --dinov2 --device --nproc "
     "--quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
@@ -37,7 +37,7 @@ OPTIONS = {
     "reconstruct": "--out -o --checkpoint -m --grid --growth --device --json --quiet -q",
     "report": "--out -o",
     "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "
-    "--json --quiet -q --cfg --top-k --top-p --temperature --ssg --cfg-scales --smooth",
+    "--json --quiet -q --cfg --top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from --smooth",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }
@@ -97,6 +97,27 @@ def test_version(capsys):
         (["sample", "-c", "1", "--preset", "best"], 2, "'best' is not one of 'metrics', 'looks'."),
         (["sample", "-c", "1", "--dtype", "int8"], 2, "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'."),
         (["sample", "-c", "1", "--top-k", "-3"], 2, "--top-k must be 0 (off) or more (got -3)"),
+        (["sample", "-c", "1", "--refiner", "tiny64"], 2, "--refiner and --refine-from need each other"),
+        (["sample", "-c", "1", "--refine-from", "3"], 2, "on (got --refine-from 3 alone)"),
+        (["sample", "-c", "1", "--refiner", "{model}", "--refine-from", "1"], 2, "--refine-from must be 2 or more"),
+        (
+            ["sample", "-c", "1", "--refiner", "{model}", "--refine-from", "4"],
+            2,
+            "--refine-from must be a scale of the model, between 2 and 3 (got 4)",
+        ),
+        (["sample", "-c", "1", "--refiner", "tiny46", "--refine-from", "2"], 4, "there is no checkpoint tiny46"),
+        (
+            ["sample", "-c", "1", "--refiner", "tiny64", "--refine-from", "2"],
+            4,
+            "--refiner must have the tokenizer and the classes of {model} (tiny64 has another tokenizer)",
+        ),
+        (["sample", "-c", "1", "--decide-at", "2"], 2, "--decide-at needs --best-of"),
+        (
+            ["sample", "-c", "1", "--best-of", "2", "--decide-at", "3"],
+            2,
+            "--decide-at must be a scale between the first and the last of 3 (got 3)",
+        ),
+        (["bench", "--refiner", "tiny64", "--refine-from", "2"], 2, "--refiner cannot be used with var bench"),
         (["sample", "-c", "1", "--device", "tpu"], 2, "--device must be auto, cpu, cuda, cuda:1 or mps (got tpu)"),
         (["sample", "-c", "20-10"], 2, "a range of classes begins with the smaller index: 10-20 (got 20-10)"),
         (
@@ -138,10 +159,11 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys, mistake):
     files["foreign"].write_text("a shopping list " * 99)
     files["truncated"].write_bytes(Path(model).read_bytes()[:100_000])
     arguments, code, message = mistake
-    assert cli.run([argument.format(**files) for argument in arguments]) == code
+    names = files | {"model": model}
+    assert cli.run([argument.format(**names) for argument in arguments]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("var: error: ") and err.count("\n") == 1
-    assert message.format(**files) in err
+    assert message.format(**names) in err
     assert sorted(tmp_path.iterdir()) == sorted(files.values())
 
 

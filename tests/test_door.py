@@ -24,11 +24,11 @@ API = {
     "save_every device dtype save_dtype workers tensorboard group report note quiet",
     "Model.sample": "self classes count seed preset batch_size settings",
     "Model.stream": "self requests preset batch_size settings",
-    "Model.inpaint": "self image mask label box alpha fit_mask seed best_of feather composite released_rule preset "
-    "settings",
-    "Model.outpaint": "self image pad to label seed best_of feather composite released_rule preset settings",
-    "Model.edit": "self image label mask box alpha fit_mask seed best_of feather composite released_rule preset "
-    "settings",
+    "Model.inpaint": "self image mask label box alpha fit_mask seed best_of decide_at feather composite released_rule "
+    "preset settings",
+    "Model.outpaint": "self image pad to label seed best_of decide_at feather composite released_rule preset settings",
+    "Model.edit": "self image label mask box alpha fit_mask seed best_of decide_at feather composite released_rule "
+    "preset settings",
     "Model.reconstruct": "self image",
     "Model.encode": "self image",
     "Model.decode": "self tokens",

@@ -266,6 +266,19 @@ def test_results_say_how_they_were_made(var, capsys):
     assert np.array_equal(pixels("again.png"), first)
 
 
+def test_the_best_chosen_early_is_edited_to_the_end(var):
+    asked = ("inpaint", "in.png", "mask.png", "--seed", 4)
+    [line] = var(*asked, "--best-of", 3, "--decide-at", 2, "-o", "best.png", "--json").splitlines()
+    facts = json.loads(line)
+    assert [one["seed"] for one in facts["candidates"]] == [4, 5, 6]
+    var("inpaint", "in.png", "mask.png", "--seed", facts["seed"], "-o", "alone.png")
+    assert np.array_equal(pixels("best.png"), pixels("alone.png"))
+    finished = json.loads(var(*asked, "--best-of", 3, "-o", "late.png", "--json"))["candidates"]
+    assert facts["log_likelihood"] in [one["log_likelihood"] for one in finished]
+    early = [one["log_likelihood"] for one in facts["candidates"]]
+    assert len(set(early)) == 3 and not set(early) & {one["log_likelihood"] for one in finished}
+
+
 def test_many_and_the_best(var):
     paths = var("inpaint", "in.png", "mask.png", "-n", 3, "-o", "many", "--grid", "grid.png").split()
     assert [path.replace("\\", "/") for path in paths] == [f"many/in-inpaint-{i}.png" for i in range(3)]

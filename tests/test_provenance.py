@@ -77,12 +77,21 @@ def test_settings_are_what_decides_an_image():
         "top_k": 0,
         "top_p": 0.5,
         "smooth": True,
+        "temperature": 0.8,
+        "ssg": 0.5,
+        "vpg": 0.5,
+        "cfg_scales": "2-4",
         "approximate": "guidance",
         "dtype": "bf16",
     }
-    assert same.keys() | others.keys() == MADE.to_dict().keys()
+    refined = {"refiner": "var-d16", "refine_from": 7, "refiner_sha256": "11"}
+    assert same.keys() | others.keys() | refined.keys() == MADE.to_dict().keys()
     for name, value in others.items():
         assert made(**{name: value}).identity() != MADE.identity()
+    first = made(**refined).identity()
+    assert first == made(**refined | {"refiner": "copy.safetensors"}).identity() != MADE.identity()
+    assert first != made(**refined | {"refiner_sha256": "22"}).identity()
+    assert first != made(**refined | {"refine_from": 8}).identity()
 
 
 def with_text(text):
@@ -220,7 +229,7 @@ def test_folder_without_permission(tmp_path):
 
 def test_what_older_files_do_not_mention():
     text = json.loads(MADE.to_json())
-    del text["approximate"]
+    del text["approximate"], text["refiner_sha256"]
     assert provenance_from_json(json.dumps(text), "old.png") == MADE
 
 

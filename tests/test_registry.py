@@ -41,6 +41,14 @@ def test_names_and_published_figures():
         "cca-d30": (2.54, "cfg 0, top-k 900, top-p 0.96"),
         "ddo-d16": (2.54, "cfg 1, top-k 0, top-p 0"),
         "ddo-d30": (1.73, "cfg 1.4, top-k 0, top-p 0"),
+        "code-6": (2.27, "cfg 1.5, top-k 900, top-p 0.96, refiner code-6-refiner, refine-from 7"),
+        "code-6-refiner": (None, "cfg 1.5, top-k 900, top-p 0.96"),
+        "code-7": (2.11, "cfg 1.5, top-k 900, top-p 0.96, refiner code-7-refiner, refine-from 8"),
+        "code-7-refiner": (None, "cfg 1.5, top-k 900, top-p 0.96"),
+        "code-8": (1.98, "cfg 1.5, top-k 900, top-p 0.96, refiner code-8-refiner, refine-from 9"),
+        "code-8-refiner": (None, "cfg 1.5, top-k 900, top-p 0.96"),
+        "code-9": (1.94, "cfg 1.5, top-k 900, top-p 0.96, refiner code-9-refiner, refine-from 10"),
+        "code-9-refiner": (None, "cfg 1.5, top-k 900, top-p 0.96"),
     }
     bands = {name: entry.fid_band for name, entry in registry().items() if entry.fid_band}
     assert bands == {"var-d16": (3.3, 3.6), "var-d20": (2.6, 2.95), "var-d24": (2.1, 2.35), "var-d30": (1.92, 2.0)}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+import varcli
+from support import small
 from support.provenances import made
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
@@ -57,8 +59,9 @@ def test_more_candidates_than_are_looked_at_at_once():
     wanted = sorted(np.argsort(-sure)[:7])
     found = best_candidates(Seeds(), Sure(sure), candidates(100), 7)
     assert seeds(found) == wanted
-    assert [pixels[0, 0, 0] for _, pixels in found] == wanted
-    assert all(pixels.base is None for _, pixels in found), "a view keeps its whole batch in memory"
+    images = [next(image) for _, image in found]
+    assert [pixels[0, 0, 0] for pixels in images] == wanted
+    assert all(pixels.base is None for pixels in images), "a view keeps its whole batch in memory"
 
 
 def test_one_process_makes_each_candidate_once():
@@ -67,6 +70,45 @@ def test_one_process_makes_each_candidate_once():
     chosen = (image for group in rejection.select([candidates(4), candidates(4)]) for image in group)
     assert seeds(rejection.images(chosen)) == [1, 3, 1, 3]
     assert sampler.made == [0, 1, 2, 3] * 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return varcli.load(small.save(tmp_path_factory.mktemp("model") / "small.safetensors"), device="cpu", dtype="fp32")
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_an_image_decided_early_is_the_one_of_its_seed(model, scale):
+    """The classifier sees candidates after a scale; the best become what their seeds give, and the others end there."""
+    config = model.settings(cfg=3.0, top_k=40)
+    sampler, seen, counts = model.sampler(config), [], []
+    sampler_growth = sampler.growth
+
+    def counted(request, scales):
+        counts.append(0)
+        number = len(counts) - 1
+        for pixels in sampler_growth(request, scales):
+            counts[number] += 1
+            yield pixels
+
+    class Likes:
+        def confidence(self, pixels_BPP3, rows):
+            seen.extend(pixels_BPP3)
+            return np.array([[0.1, 0.9, 0.3, 0.8][len(seen) - 1]])
+
+    sampler.growth = counted
+    found = best_candidates(sampler, Likes(), candidates(4), 2, decide_at=scale)
+    assert counts == [1, 1, 1, 1]
+    assert [request.seed for request, _ in found] == [1, 3]
+    for request, image in found:
+        assert np.array_equal(next(image), next(model.sampler(config).images([request]))[1])
+        assert np.array_equal(seen[request.seed], list(sampler_growth(request))[scale - 1])
+    assert counts == [1, 2, 1, 2]
+
+
+def test_early_decisions_are_not_for_batches():
+    with pytest.raises(UsageError, match="--decide-at samples candidates one by one"):
+        RejectionSampler(Seeds(batch_size=8), Sure([]), 2, ProcessGroup(), decide_at=1)
 
 
 def test_batches_are_not_made_once_more_by_another_process():

@@ -392,6 +392,15 @@ def test_the_best_of_several_are_kept(sample, redness):
         assert kept == {path.name: path.read_bytes() for path in drawn[2:]}
 
 
+def test_the_best_may_be_chosen_early(sample, redness):
+    asked = ("-c", "207", "-n", 2, "--best-of", 3, "--classifier", redness, "--dtype", "fp32")
+    sample(*asked, "--decide-at", 2, "-o", "early")
+    sample("-c", "207", "-n", 6, "--dtype", "fp32", "-o", "drawn")
+    assert len(list(Path("early").iterdir())) == 2
+    for path in Path("early").iterdir():
+        assert path.read_bytes() == (Path("drawn") / path.name).read_bytes()
+
+
 def test_the_best_go_on_too(sample, redness, capsys):
     asked = ("-c", "207,963", "-n", 2, "--best-of", 2, "--classifier", redness, "-o", "best.npz")
     sample(*asked)

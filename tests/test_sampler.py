@@ -89,6 +89,8 @@ SETTINGS = [
     SampleConfig(smooth=True, top_k=0),
     SampleConfig(smooth=True, top_k=20, cfg=3),
     SampleConfig(cfg=3.0, top_k=40, top_p=0.9, temperature=0.7, ssg=0.4, cfg_scales="2-4"),
+    SampleConfig(cfg=0, vpg=1.5, top_k=40),
+    SampleConfig(cfg=2.0, vpg=0.8, ssg=0.3, cfg_scales="1-3"),
 ]
 
 
@@ -114,7 +116,7 @@ def test_equals_the_plain_twin_on_the_reference_models(original):
 def test_every_setting_changes_the_image(small):
     start = SampleConfig(cfg=2, top_k=50, top_p=0.8)
     first = tokens_of(small, [1], [0], start)[-1]
-    for change in ({"cfg": 0}, {"cfg": 5}, {"top_k": 3}, {"top_p": 0.2}, {"smooth": True}):
+    for change in ({"cfg": 0}, {"cfg": 5}, {"top_k": 3}, {"top_p": 0.2}, {"smooth": True}, {"vpg": 3}):
         assert not torch.equal(tokens_of(small, [1], [0], replace(start, **change))[-1], first), change
     assert not torch.equal(tokens_of(small, [1], [1], start)[-1], first)
     assert not torch.equal(tokens_of(small, [2], [0], start)[-1], first)
@@ -124,6 +126,7 @@ def test_without_guidance_there_is_no_unconditional_pass(small):
     with torch.no_grad():
         assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=0)).cache.kv[0].shape[1] == 2
         assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=1)).cache.kv[0].shape[1] == 4
+        assert ScaleModel(small[1], [0, 1], replace(GREEDY, cfg=1, vpg=1)).cache.kv[0].shape[1] == 6
 
 
 def test_kept_tokens_survive(small):
@@ -288,3 +291,44 @@ def test_a_stopwatch_hears_of_both_phases_of_every_scale(small):
     results = generate(*small, [0], [0], GREEDY, mark=marks.append)
     for number, _ in enumerate(results, start=1):
         assert marks == ["transformer", "drawing"] * number
+
+
+# --- two models ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def refiner(small):
+    """Another transformer of the same tokenizer: less deep, and wider."""
+    transformer = Transformer(replace(small[1].config, depth=2, width=192))
+    reference.set_rule_weights(transformer)
+    prepare(small[0], transformer, torch.device("cpu"), "fp32")
+    return transformer
+
+
+@pytest.mark.parametrize("scale", [2, 4, 5])
+@pytest.mark.parametrize("config", SETTINGS, ids=str)
+def test_a_model_that_refines_itself_changes_nothing(small, config, scale):
+    config = replace(config, refiner="itself", refine_from=scale)
+    alone = generate(*small, [0, 4], [1, 2], config)
+    for one, two in zip(alone, generate(*small, [0, 4], [1, 2], config, refiner=small[1]), strict=True):
+        assert torch.equal(one.tokens, two.tokens) and torch.equal(one.f_hat, two.f_hat)
+
+
+@pytest.mark.parametrize("approximate", ["", "guidance", "all"])
+def test_an_approximated_model_that_refines_itself_changes_nothing(small, approximate):
+    config = SampleConfig(refiner="itself", refine_from=4, approximate=approximate, ssg=0.3)
+    one, two = list(generate(*small, [1], [3], config))[-1], list(generate(*small, [1], [3], config, refiner=small[1]))
+    assert torch.equal(one.f_hat, two[-1].f_hat)
+
+
+@pytest.mark.parametrize("scale", [2, 4, 5])
+def test_a_refiner_equals_the_plain_twin(small, refiner, scale):
+    config = SampleConfig(cfg=3.0, top_k=40, ssg=0.4, refiner="another", refine_from=scale)
+    results = list(generate(*small, [0, 4], [1, 2], config, refiner=refiner))
+    for i, (row, seed) in enumerate([(0, 1), (4, 2)]):
+        tokens, _ = naive.sample(*small, row, seed, config, refiner=refiner)
+        for result, expected in zip(results, tokens, strict=True):
+            assert torch.equal(result.tokens[i], expected), f"image {i} scale {result.scale}"
+    alone = list(generate(*small, [0, 4], [1, 2], config))
+    same = [torch.equal(one.tokens, two.tokens) for one, two in zip(results, alone, strict=True)]
+    assert all(same[: scale - 1]) and not same[-1]

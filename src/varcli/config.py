@@ -238,7 +238,14 @@ class SampleConfig:
     ssg: float = option(
         0.0, "Strength of scaled spatial guidance: stress what each scale adds to the one before; 0 is off."
     )
+    vpg: float = option(0.0, "Strength of visual prefix guidance: stress what rests on the scales before; 0 is off.")
     cfg_scales: str = option("", "Guide only these scales, the coarsest being 1, such as 3-8.", metavar="FIRST-LAST")
+    refiner: str = option(
+        "", "Draw the scales from --refine-from on with this model, usually a smaller one.", metavar="NAME|FILE"
+    )
+    refine_from: int = option(
+        0, "First scale that --refiner draws, the coarsest being 1.", metavar="SCALE", shown="off"
+    )
     smooth: bool = option(False, "Mix codebook vectors instead of sampling one: smoother images, not for metrics.")
     approximate: str = option(
         "", f"Approximations that save time: {', '.join(APPROXIMATIONS)} (comma-separated), or all.", metavar="NAMES"
@@ -263,10 +270,25 @@ class SampleConfig:
             0 < self.temperature <= 100, f"--temperature must be more than 0, 100 at most (got {self.temperature:g})"
         )
         _require(0 <= self.ssg <= 100, f"--ssg must be between 0 (off) and 100 (got {self.ssg:g})")
+        _require(0 <= self.vpg <= 100, f"--vpg must be between 0 (off) and 100 (got {self.vpg:g})")
+        _require(
+            bool(self.refiner) == (self.refine_from != 0),
+            "--refiner and --refine-from need each other: which model draws the fine scales, and from which scale on "
+            f"(got {f'--refiner {self.refiner}' if self.refiner else f'--refine-from {self.refine_from}'} alone)",
+        )
+        _require(
+            self.refine_from == 0 or self.refine_from >= 2,
+            f"--refine-from must be 2 or more: the other model draws the scales before (got {self.refine_from})",
+        )
         _require(
             not self.cfg_scales or (self.guided_scales.start >= 0 and len(self.guided_scales) > 0),
             f"--cfg-scales must be two numbers, such as 3-8, of which the first is not larger (got {self.cfg_scales})",
         )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the transformer's batch that an image takes: its class, "no class" and a damaged prefix."""
+        return 1 + (self.cfg > 0) + (self.vpg > 0)
 
     @property
     def guided_scales(self) -> range:
@@ -276,13 +298,17 @@ class SampleConfig:
         found = re.fullmatch(r"([1-9][0-9]{0,2})-([1-9][0-9]{0,2})", self.cfg_scales)
         return range(int(found[1]) - 1, int(found[2])) if found else range(0)
 
+    def stated(self) -> dict[str, Any]:
+        """The settings by name; those that are off by default are left out while they are off."""
+        always = ("cfg", "top_k", "top_p")
+        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return {field.name: value for field, value in values if field.name in always or value != field.default}
+
     def describe(self) -> str:
-        """The settings in a line, e.g. "cfg 1.5, top-k 900, top-p 0.96"; what is off by default and off is left out."""
+        """The settings in a line, e.g. "cfg 1.5, top-k 900, top-p 0.96"."""
         words = []
-        for field in dataclasses.fields(self):
-            name, value = field.name.replace("_", "-"), getattr(self, field.name)
-            if field.name not in ("cfg", "top_k", "top_p") and value == field.default:
-                continue
+        for option_name, value in self.stated().items():
+            name = option_name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(name)
             else:

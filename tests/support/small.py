@@ -13,13 +13,13 @@ SIDES = (1, 2, 4)
 CLASSES = (1, 207, 281, 963, 985)  # goldfish, golden retriever, tabby, pizza, daisy
 
 
-def save(path):
-    """Write the model; return its path."""
+def save(path, depth=2):
+    """Write the model; return its path. One of another depth has the same tokenizer and classes."""
     tokenizer = Tokenizer(
         TokenizerConfig(sides=SIDES, codebook_size=64, codebook_width=8, base_width=32, multipliers=(1, 1, 1))
     )
     transformer = Transformer(
-        TransformerConfig(depth=2, width=64, sides=SIDES, codebook_size=64, codebook_width=8, class_count=5)
+        TransformerConfig(depth=depth, width=64, sides=SIDES, codebook_size=64, codebook_width=8, class_count=5)
     )
     reference.set_rule_weights(tokenizer)
     reference.set_rule_weights(transformer)

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from varcli.config import TokenizerConfig, TransformerConfig
 
 
-def transformer_operations(config: TransformerConfig, counts: Sequence[int], guided: bool) -> list[int]:
+def transformer_operations(config: TransformerConfig, counts: Sequence[int], rows: int) -> list[int]:
     """What the transformer needs for each step of one image.
 
     Args:
         config: of the transformer.
         counts: tokens of each step: s² of every scale, or 1 again and again in raster order.
-        guided: with a second, unconditional row; the head sees the two mixed.
+        rows: of the transformer's batch, `SampleConfig.rows`; the head sees them mixed into one.
     """
-    rows, width = 2 if guided else 1, config.width
+    width = config.width
     so_far, found = 0, []
     for count in counts:
         embedding = 2 * count * config.codebook_width * width if so_far else 0  # the first token is the class

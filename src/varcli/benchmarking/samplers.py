@@ -218,7 +218,7 @@ def _work(models: Models, config: SampleConfig, steps: Mapping[str, Sequence[int
     names = [name for name, counts in steps.items() for _ in counts]
     counts = [count for counts in steps.values() for count in counts]
     operations = Counter[tuple[str, str]]()
-    for name, needed in zip(names, transformer_operations(models[1].config, counts, config.cfg > 0), strict=True):
+    for name, needed in zip(names, transformer_operations(models[1].config, counts, config.rows), strict=True):
         operations["transformer", name] += needed
     operations["decoder", ""] = decoder_operations(models[0].config)
     return {"steps": names, "operations": operations}

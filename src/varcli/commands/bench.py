@@ -68,7 +68,9 @@ def bench(
     from varcli.pipelines.model import pick_precision
 
     _check_chart(out)
-    config = replace(presets(checkpoint)["metrics"], **settings)
+    if "refiner" in settings or "refine_from" in settings:
+        raise UsageError("--refiner cannot be used with var bench, which measures one model")
+    config = replace(presets(checkpoint)["metrics"], refiner="", refine_from=0, **settings)
     where = pick_device(device)
     plan = BenchPlan(
         load=lambda: _models(checkpoint, random, quiet),

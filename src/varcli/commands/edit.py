@@ -48,6 +48,7 @@ class EditOptions:
             help="Generate N candidates per image and keep the one with the best seam and likelihood.",
         ),
     ] = 1
+    decide_at: options.DecideAt = None
     feather: Annotated[
         int | None,
         Option(
@@ -171,6 +172,7 @@ def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
         count=shared.count,
         seed=shared.seed,
         best_of=shared.best_of,
+        decide_at=shared.decide_at,
         grid=shared.grid,
         growth=shared.growth,
         note=notes(shared.quiet),

@@ -208,6 +208,16 @@ BestOf = Annotated[
         help="Sample N candidates per image and keep those of highest classifier confidence; may be fractional.",
     ),
 ]
+DecideAt = Annotated[
+    int | None,
+    Option(
+        "--decide-at",
+        metavar="SCALE",
+        min=1,
+        help="Choose the best of --best-of after this scale, the coarsest being 1, and go on with them alone.",
+        show_default="after the last",
+    ),
+]
 Classifier = Annotated[
     str,
     Option(

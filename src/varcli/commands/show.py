@@ -23,6 +23,11 @@ def show(file: options.ImageFile, as_json: options.Json = False) -> None:
     number = "" if provenance.class_id is None else f"{provenance.class_id} "
     facts = [
         ("checkpoint", f"{provenance.checkpoint}, sha256 {provenance.checkpoint_sha256}"),
+        *(
+            [("refiner", f"{provenance.settings.refiner}, sha256 {provenance.refiner_sha256}")]
+            if provenance.settings.refiner
+            else []
+        ),
         ("class", f"{number}{provenance.class_name}"),
         ("seed", provenance.seed),
         ("settings", provenance.settings.describe()),

@@ -71,6 +71,8 @@ class Provenance:
     """What it was computed in, e.g. "fp32"; "int8" stands for `--quantize int8`."""
     version: str
     """Of varcli."""
+    refiner_sha256: str = ""
+    """As `checkpoint_sha256`, of the model that drew the fine scales; "" where one model drew all."""
 
     def to_dict(self) -> dict[str, Any]:
         """All facts by name, the settings among them."""
@@ -92,7 +94,8 @@ class Provenance:
         Two of these are equal if the same image is meant, which is how `--resume` knows what is done; another
         device or version may still round differently.
         """
-        return replace(self, checkpoint="", class_name="", device="", version="")
+        settings = replace(self.settings, refiner=self.refiner_sha256 or self.settings.refiner)
+        return replace(self, checkpoint="", settings=settings, class_name="", device="", version="")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +132,7 @@ def provenance_from_json(text: str, name: str) -> Provenance:
         names = {field.name for field in fields(SampleConfig)}
         settings = SampleConfig(**{name: _typed(SampleConfig, name, facts[name]) for name in names & facts.keys()})
         kind = EditProvenance if "command" in facts else Provenance
+        facts.setdefault("refiner_sha256", "")  # which early files do not mention
         own = {f.name: _typed(kind, f.name, facts[f.name]) for f in fields(kind) if f.name != "settings"}
         return kind(settings=settings, **own)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -206,7 +210,7 @@ def setting_options(provenance: Provenance) -> list[str]:
         "class": "none" if provenance.class_id is None else provenance.class_id,
         "seed": provenance.seed,
         "checkpoint": provenance.checkpoint,
-        **asdict(provenance.settings),
+        **provenance.settings.stated(),
         "device": provenance.device,
         "quantize" if provenance.dtype == "int8" else "dtype": provenance.dtype,
     }
@@ -215,7 +219,7 @@ def setting_options(provenance: Provenance) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words += [flag] * value
-        elif value != "":
+        else:
             words += [flag, str(value)]
     return words
 

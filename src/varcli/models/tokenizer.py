@@ -131,7 +131,10 @@ class Quantizer(nn.Module):
         return found
 
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Return the transformer's input for scales 2 … K, (B, L - 1, C), from the true tokens."""
+        """Return the transformer's input for scales 2 … K, (B, L - 1, C), from the true tokens.
+
+        The last scales may be missing, and L is then smaller.
+        """
         f_hats = self.f_hats(tokens[:-1])
         return torch.cat([self.next_input(f_hat, k + 1) for k, f_hat in enumerate(f_hats)], dim=1)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from varcli.images.provenance import EditProvenance, png_bytes, setting_options
 from varcli.images.tiling import Plan, plan_squares, plan_whole
 from varcli.outputs.open import open_sink
 from varcli.pipelines.model import ClassName, Model
+from varcli.pipelines.rejection import check_decision
 from varcli.pipelines.requests import SampleRequest, request
 from varcli.sampling.editing import EditConfig, Edited, Editor, best
 
@@ -193,7 +195,7 @@ class EditResult:
     chosen: Edited
     """Seam and likelihood, and how the image grew."""
     candidates: Sequence[Edited]
-    """What it was chosen from, itself included."""
+    """What it was chosen from, itself included; where that was decided early, as they were then."""
 
 
 def edit_images(
@@ -206,6 +208,7 @@ def edit_images(
     *,
     plan: Plan | None = None,
     best_of: int = 1,
+    decide_at: int | None = None,
     growing: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Iterator[EditResult]:
@@ -220,33 +223,34 @@ def edit_images(
         rule: how the result is put back into the image.
         plan: what `edit_plan` returned, if it is known.
         best_of: candidates per image; the one of best seam and likelihood is kept.
+        decide_at: after which scale it is chosen, the coarsest being 1; it alone is then edited to the end. None is
+            after the last.
         growing: also keep the image after each scale.
         advance: called with how many squares were filled, after each batch of them.
 
     Raises:
-        UsageError: the label means several classes.
+        UsageError: the label means several classes, or candidates cannot be judged after that scale.
         InputError: the model does not know it.
         RunError: memory runs out.
     """
+    check_decision(decide_at, best_of, len(model.tokenizer_config.sides))
     rule = rule or EditConfig()
     entry, common = model.one_class(label), model.provenance(config)
     plan = plan or edit_plan(model, task, rule)
-    editor = Editor(model.prepared.tokenizer, model.prepared.transformer, config, rule)
+    models, refiner = model.prepared, model.refiner(config)
+    fine = refiner.prepared.transformer if refiner else None
+    editor = Editor(models.tokenizer, models.transformer, config, rule, refiner=fine)
     for seed in seeds:
         wanted = request(entry, seed, model.classes, common)
-        candidates = [
-            editor.edit(
-                task.image.paint(),
-                plan,
-                wanted.label,
-                seed + i,
-                scored=best_of > 1,
-                growing=growing,
-                advance=advance,
-            )
-            for i in range(best_of)
-        ]
-        chosen = best(candidates) if best_of > 1 else candidates[0]
+        edit = partial(
+            editor.edit, task.image.paint(), plan, wanted.label, scored=best_of > 1, growing=growing, advance=advance
+        )
+        if decide_at is None:
+            candidates = [edit(seed + i) for i in range(best_of)]
+            chosen = best(candidates) if best_of > 1 else candidates[0]
+        else:
+            candidates = [edit(seed + i, growing=False, scales=decide_at) for i in range(best_of)]
+            chosen = edit(best(candidates).seed)
         raster = task.image.replaced(chosen.pixels, task.mask)
         yield EditResult(
             Image(raster.levels, _provenance(task, wanted, chosen.seed, rule), raster.info), chosen, candidates
@@ -279,6 +283,7 @@ def edit_to(
     count: int = 1,
     seed: int = 0,
     best_of: int = 1,
+    decide_at: int | None = None,
     grid: Path | None = None,
     growth: Path | None = None,
     note: Callable[[str], None] = lambda line: None,
@@ -296,6 +301,7 @@ def edit_to(
         count: images, each from its own seed.
         seed: of the first candidate; the next ones count up from it.
         best_of: candidates per image.
+        decide_at: after which scale the best is chosen, as for `edit_images`.
         grid: also write a contact sheet, .png: what to fill, and the results.
         growth: also write the image growing, .png or .gif.
         note: told what the user should know: what is left out of a file, what may be a mistake.
@@ -304,15 +310,16 @@ def edit_to(
     Raises:
         VarError: the label is unknown, a place cannot be written, or memory runs out.
     """
+    check_decision(decide_at, best_of, len(model.tokenizer_config.sides))
     seeds = range(seed, seed + count * best_of, best_of)
     for sentence in task.notes:
         note(sentence)
     model.one_class(
         label, lambda word, entry: note(f"--class {word} is taken to be {entry}, the only class with such a name here")
     )
-    model.load_weights()
+    model.load_weights(config)
     plan = edit_plan(model, task, rule)
-    squares = count * best_of * plan.count
+    squares = count * (best_of + (decide_at is not None)) * plan.count
     shown, labels = [marked(task.image.pixels(), task.mask)] if grid else [], ["to fill"]
     with open_sink(out, several=count > 1, archives=False) as sink, progress("squares", squares, quiet) as advance:
         results = edit_images(
@@ -324,6 +331,7 @@ def edit_to(
             rule,
             plan=plan,
             best_of=best_of,
+            decide_at=decide_at,
             growing=growth is not None,
             advance=advance,
         )

@@ -129,6 +129,7 @@ class Samples(EvalSource):
         self.checkpoint = {
             "name": self.provenance.checkpoint,
             "sha256": self.provenance.checkpoint_sha256,
+            "refiner_sha256": self.provenance.refiner_sha256,
             **asdict(self.provenance.settings),
             **{name: getattr(self.provenance, name) for name in ("seed", "device", "dtype")},
         }
@@ -161,7 +162,8 @@ class Samples(EvalSource):
         for label, of_class in groupby(ranks, key=self.labels.__getitem__):
             best = best_candidates(self.sampler, self.classifier, self.candidates[label], self.kept[label])
             for rank in of_class:
-                request, pixels = best[rank - self._first[label]]
+                request, image = best[rank - self._first[label]]
+                pixels = next(image)
                 self._save(request, pixels)
                 yield rank, request, pixels
 

@@ -62,7 +62,7 @@ def load(
     where = pick_device(device)
     precision = pick_precision(dtype, quantize, where)
     path = resolve_checkpoint(str(checkpoint), progress=progress)
-    return Model(str(checkpoint), path, where, precision, chosen=dtype == "auto")
+    return Model(str(checkpoint), path, where, precision, chosen=dtype == "auto", progress=progress)
 
 
 def pick_precision(dtype: str, quantize: str | None, device: torch.device) -> str:
@@ -79,7 +79,16 @@ def pick_precision(dtype: str, quantize: str | None, device: torch.device) -> st
 class Model:
     """A checkpoint on a device. Weights are read when they are first needed."""
 
-    def __init__(self, name: str, path: Path, device: torch.device, dtype: str, *, chosen: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        device: torch.device,
+        dtype: str,
+        *,
+        chosen: bool = False,
+        progress: bool = True,
+    ) -> None:
         self.name = name
         """As it was asked for."""
         self.path = path
@@ -91,7 +100,10 @@ class Model:
             check_registered(name, path, self.metadata)
         self.precision_note = precision_reason(dtype, device) if chosen and dtype != "int8" else None
         """Which precision was chosen, and why; None if the user chose it."""
+        self.progress = progress
+        """Whether a download shows a bar."""
         self._checkpoint: Checkpoint | None = None
+        self._refiners: dict[str, Model] = {}
 
     @property
     def sha256(self) -> str:
@@ -122,12 +134,17 @@ class Model:
         self._check_unchanged()
         return tokenizer.to(self.device)
 
-    def load_weights(self) -> None:
+    def load_weights(self, config: SampleConfig | None = None) -> None:
         """Read tokenizer and transformer now, so that a damaged file is found before anything else is done.
+
+        Args:
+            config: settings, of which the refiner is read as well.
 
         Raises:
             CheckpointError: the file is damaged, was replaced meanwhile, or holds a tokenizer alone.
         """
+        if config is not None and (refiner := self.refiner(config)):
+            refiner.load_weights()
         if self._checkpoint is None:
             with replaceable(self.name):
                 checkpoint = load_model(self.path)
@@ -158,21 +175,56 @@ class Model:
 
         Raises:
             ConfigError: a value makes no sense.
+            UsageError: the refiner is to draw scales that there are not.
+            CheckpointError: the refiner cannot be used with this model.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        if "refiner" in given:
+            given["refiner"] = str(given["refiner"])  # a path too
         unknown = given.keys() - SampleConfig.__dataclass_fields__.keys()
         if unknown:
             raise TypeError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
-        return replace(presets(self.name)[preset], **given)
+        config = replace(presets(self.name)[preset], **given)
+        self.refiner(config)
+        return config
+
+    def refiner(self, config: SampleConfig) -> "Model | None":
+        """The model that draws the fine scales with these settings; None where one model draws all.
+
+        Raises:
+            UsageError: the first scale that it is to draw is none of the model's.
+            CheckpointError: there is no such checkpoint, or its tokenizer or classes are others than the model's.
+        """
+        if not config.refiner:
+            return None
+        scales = len(self.tokenizer_config.sides)
+        if config.refine_from > scales:
+            raise UsageError(
+                f"--refine-from must be a scale of the model, between 2 and {scales} (got {config.refine_from})"
+            )
+        if config.refiner not in self._refiners:
+            path = resolve_checkpoint(config.refiner, progress=self.progress)
+            refiner = Model(config.refiner, path, self.device, self.dtype, progress=self.progress)
+            for key in ("tokenizer_sha256", "tokenizer_config", "classes"):
+                if refiner.metadata.get(key) != self.metadata.get(key):
+                    what = "other classes" if key == "classes" else "another tokenizer"
+                    raise CheckpointError(
+                        f"--refiner must have the tokenizer and the classes of {self.name} ({refiner.name} has {what})"
+                    )
+            self._refiners[config.refiner] = refiner
+        return self._refiners[config.refiner]
 
     def sampler(
         self, config: SampleConfig, batch_size: int | None = None, note: Callable[[str], None] = lambda line: None
     ) -> BatchSampler:
         """A sampler with these settings; `batch_size` None means as many images at a time as memory holds."""
-        return BatchSampler(self.prepared.tokenizer, self.prepared.transformer, config, batch_size, note)
+        models, refiner = self.prepared, self.refiner(config)
+        fine = refiner.prepared.transformer if refiner else None
+        return BatchSampler(models.tokenizer, models.transformer, config, batch_size, note, refiner=fine)
 
     def provenance(self, config: SampleConfig, *, device: str | None = None) -> Provenance:
         """What all images of these settings have in common; `device` is the name to record."""
+        refiner = self.refiner(config)
         return Provenance(
             checkpoint=self.name,
             checkpoint_sha256=self.sha256,
@@ -183,6 +235,7 @@ class Model:
             device=device or str(self.device),
             dtype=self.dtype,
             version=__version__,
+            refiner_sha256=refiner.sha256 if refiner else "",
         )
 
     def one_class(self, name: ClassName, taken: Taken = lambda word, entry: None) -> ClassEntry | None:
@@ -215,7 +268,7 @@ class Model:
             seed: of each class's first image; the next ones count up from it.
             preset: "looks" or "metrics"; `settings` override it.
             batch_size: images at a time on a GPU in 16 bits; always 1 elsewhere.
-            settings: cfg, top_k, top_p, smooth, approximate: see `SampleConfig`.
+            settings: cfg, top_k, top_p, refiner, refine_from and others: see `SampleConfig`.
 
         Returns:
             `count` images per class, class after class.
@@ -270,6 +323,7 @@ class Model:
         fit_mask: bool = False,
         seed: int = 0,
         best_of: int = 1,
+        decide_at: int | None = None,
         feather: int | None = None,
         composite: bool = True,
         released_rule: bool = False,
@@ -287,6 +341,7 @@ class Model:
             fit_mask: resize a mask of another size.
             seed: of the first candidate.
             best_of: candidates; the one of best seam and likelihood is returned.
+            decide_at: after which scale it is chosen, the coarsest being 1; None is after the last.
             feather: pixels outside the hole over which new fades into old; None is half a token.
             composite: take kept pixels from the image, bit by bit.
             released_rule: follow the released demonstration exactly.
@@ -303,7 +358,8 @@ class Model:
         from varcli.pipelines.edit import fill_task
 
         task = fill_task("inpaint", image, mask, alpha=alpha, box=box, fit_mask=fit_mask)
-        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+        rule = _rule(feather, composite, released_rule)
+        return self._edited(task, label, seed, best_of, decide_at, rule, preset, settings)
 
     def edit(
         self,
@@ -316,6 +372,7 @@ class Model:
         fit_mask: bool = False,
         seed: int = 0,
         best_of: int = 1,
+        decide_at: int | None = None,
         feather: int | None = None,
         composite: bool = True,
         released_rule: bool = False,
@@ -326,7 +383,8 @@ class Model:
         from varcli.pipelines.edit import fill_task
 
         task = fill_task("edit", image, mask, alpha=alpha, box=box, fit_mask=fit_mask)
-        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+        rule = _rule(feather, composite, released_rule)
+        return self._edited(task, label, seed, best_of, decide_at, rule, preset, settings)
 
     def outpaint(
         self,
@@ -337,6 +395,7 @@ class Model:
         label: ClassName = None,
         seed: int = 0,
         best_of: int = 1,
+        decide_at: int | None = None,
         feather: int | None = None,
         composite: bool = True,
         released_rule: bool = False,
@@ -352,6 +411,7 @@ class Model:
             label: class to paint: index, name, or None.
             seed: of the first candidate.
             best_of: candidates; the one of best seam and likelihood is returned.
+            decide_at: after which scale it is chosen, the coarsest being 1; None is after the last.
             feather: pixels inside the image over which new fades into old.
             composite: take kept pixels from the image, bit by bit.
             released_rule: follow the released demonstration exactly.
@@ -365,7 +425,8 @@ class Model:
         from varcli.pipelines.edit import outpaint_task
 
         task = outpaint_task(image, pad=pad, to=to)
-        return self._edited(task, label, seed, best_of, _rule(feather, composite, released_rule), preset, settings)
+        rule = _rule(feather, composite, released_rule)
+        return self._edited(task, label, seed, best_of, decide_at, rule, preset, settings)
 
     def _edited(
         self,
@@ -373,6 +434,7 @@ class Model:
         label: ClassName,
         seed: int,
         best_of: int,
+        decide_at: int | None,
         rule: EditConfig,
         preset: str,
         settings: dict[str, Any],
@@ -380,7 +442,7 @@ class Model:
         from varcli.pipelines.edit import edit_images
 
         config = self.settings(preset, **settings)
-        return next(edit_images(self, task, label, [seed], config, rule, best_of=best_of)).image
+        return next(edit_images(self, task, label, [seed], config, rule, best_of=best_of, decide_at=decide_at)).image
 
     # --- the tokenizer alone -----------------------------------------------------------------------
 

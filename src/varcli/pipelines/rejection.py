@@ -20,33 +20,93 @@ CLASSIFIER_BATCH = 32
 """Images that a classifier sees at a time."""
 
 
+def check_decision(decide_at: int | None, best_of: float, scales: int) -> None:
+    """Raise UsageError if the candidates cannot be judged after a scale, the coarsest being 1; None is off."""
+    if decide_at is None:
+        return
+    if best_of <= 1:
+        raise UsageError("--decide-at needs --best-of: it says after which scale the best of several are chosen")
+    if not 2 <= decide_at < scales:
+        raise UsageError(f"--decide-at must be a scale between the first and the last of {scales} (got {decide_at})")
+
+
+Candidate = tuple[SampleRequest, Pixels, Iterator[Pixels]]
+"""An image that is asked for, what the classifier is to see of it, and what yields the finished image."""
+
+
 def best_candidates(
-    sampler: BatchSampler, classifier: Classifier, candidates: Iterable[SampleRequest], kept: int
-) -> list[tuple[SampleRequest, Pixels]]:
-    """Sample a class's candidates and return the `kept` of highest confidence, in their order.
+    sampler: BatchSampler,
+    classifier: Classifier,
+    candidates: Iterable[SampleRequest],
+    kept: int,
+    decide_at: int | None = None,
+) -> list[tuple[SampleRequest, Iterator[Pixels]]]:
+    """Return the `kept` of a class's candidates of highest confidence, in their order, and what yields each image.
 
     Of equally confident ones the first are kept. Memory holds no more images than may be kept.
+
+    Args:
+        sampler: samples the candidates.
+        classifier: judges them.
+        candidates: all of one class.
+        kept: how many to keep.
+        decide_at: after which scale they are judged, the coarsest being 1; the others are then sampled for those
+            kept alone, and when their images are asked for. None judges finished images.
     """
-    best: list[tuple[float, int, tuple[SampleRequest, Pixels]]] = []
-    sampled = enumerate(sampler.images(candidates))
-    while part := list(islice(sampled, CLASSIFIER_BATCH)):
-        pixels_BPP3 = np.stack([pixels for _, (_, pixels) in part])
-        confidence_B = classifier.confidence(pixels_BPP3, [request.label for _, (request, _) in part])
-        scored = [
-            (float(confidence), -number, (request, pixels.copy()))  # a view would keep its whole batch in memory
-            for confidence, (number, (request, pixels)) in zip(confidence_B, part, strict=True)
-        ]
+    best: list[tuple[float, int, Candidate]] = []
+    judged = enumerate(_finished(sampler, candidates) if decide_at is None else _begun(sampler, candidates, decide_at))
+    while part := list(islice(judged, CLASSIFIER_BATCH if decide_at is None else 1)):  # each one begun has a cache
+        pixels_BPP3 = np.stack([pixels for _, (_, pixels, _) in part])
+        confidence_B = classifier.confidence(pixels_BPP3, [request.label for _, (request, _, _) in part])
+        scored = [(float(sure), -number, one) for sure, (number, one) in zip(confidence_B, part, strict=True)]
         best = nlargest(kept, best + scored, key=lambda candidate: candidate[:2])
-    return [image for _, _, image in sorted(best, key=lambda candidate: -candidate[1])]
+    return [(request, image) for _, _, (request, _, image) in sorted(best, key=lambda candidate: -candidate[1])]
+
+
+def _finished(sampler: BatchSampler, requests: Iterable[SampleRequest]) -> Iterator[Candidate]:
+    for request, pixels in sampler.images(requests):
+        own = pixels.copy()  # a view would keep its whole batch in memory
+        yield request, own, iter([own])
+
+
+def _begun(sampler: BatchSampler, requests: Iterable[SampleRequest], scale: int) -> Iterator[Candidate]:
+    last = len(sampler.transformer.config.sides)
+    for request in requests:
+        frames = sampler.growth(request, (scale, last))
+        yield request, next(frames), frames
 
 
 class RejectionSampler:
     """Samples each class's candidates and gives out the best of them."""
 
-    def __init__(self, sampler: BatchSampler, classifier: Classifier, kept: int, group: ProcessGroup) -> None:
-        """Take what samples and judges, how many images of each class are kept, and the ranks that share the work."""
+    def __init__(
+        self,
+        sampler: BatchSampler,
+        classifier: Classifier,
+        kept: int,
+        group: ProcessGroup,
+        decide_at: int | None = None,
+    ) -> None:
+        """Take what samples and judges.
+
+        Args:
+            sampler: samples the candidates.
+            classifier: judges them.
+            kept: how many images of each class are kept.
+            group: the ranks that share the work.
+            decide_at: after which scale candidates are judged, the coarsest being 1; None after the last.
+
+        Raises:
+            UsageError: candidates are to be judged early, and sampled in batches.
+        """
+        if decide_at is not None and sampler.batch_size > 1:
+            raise UsageError(
+                "--decide-at samples candidates one by one, and in 16 bits on a GPU images depend on the batch; "
+                "use --batch-size 1 or --dtype fp32"
+            )
         self.sampler, self.classifier, self.kept, self.group = sampler, classifier, kept, group
-        self._pixels: dict[SampleRequest, Pixels] = {}
+        self.decide_at = decide_at
+        self._images: dict[SampleRequest, Iterator[Pixels]] = {}
 
     def select(self, classes: Iterable[list[SampleRequest]]) -> Iterator[list[SampleRequest]]:
         """Yield which of each class's candidates are kept.
@@ -59,8 +119,8 @@ class RejectionSampler:
         """
         if self.group.world_size == 1:
             for candidates in classes:
-                self._pixels = dict(self._best(candidates))
-                yield list(self._pixels)
+                self._images = dict(self._best(candidates))
+                yield list(self._images)
             return
         if self.sampler.batch_size > 1:
             raise UsageError(
@@ -72,17 +132,17 @@ class RejectionSampler:
         yield from filter(None, chain.from_iterable(zip_longest(*shares)))
 
     def images(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[SampleRequest, Pixels]]:
-        """Yield kept images: as they were judged where they are at hand, sampled again otherwise."""
+        """Yield kept images: finished where they are at hand, sampled again otherwise."""
         for request in requests:
-            if request in self._pixels:
-                yield request, self._pixels.pop(request)
+            if request in self._images:
+                yield request, next(self._images.pop(request))
             else:
                 yield from self.sampler.images([request])
 
-    def _best(self, candidates: list[SampleRequest]) -> list[tuple[SampleRequest, Pixels]]:
+    def _best(self, candidates: list[SampleRequest]) -> list[tuple[SampleRequest, Iterator[Pixels]]]:
         ids = {request.provenance.class_id for request in candidates}
         if None in ids or len(ids) > 1:
             raise UsageError(
                 "--best-of cannot be used with --class none or random: a classifier needs a class to judge"
             )
-        return best_candidates(self.sampler, self.classifier, candidates, self.kept)
+        return best_candidates(self.sampler, self.classifier, candidates, self.kept, self.decide_at)

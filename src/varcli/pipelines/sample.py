@@ -21,7 +21,7 @@ from varcli.outputs.async_writer import AsyncWriter
 from varcli.outputs.open import check_outputs, find_sink
 from varcli.outputs.sinks import Sink
 from varcli.pipelines.model import Model, checkpoint_hint
-from varcli.pipelines.rejection import RejectionSampler
+from varcli.pipelines.rejection import RejectionSampler, check_decision
 from varcli.pipelines.requests import SampleRequest, candidate_count, class_requests
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def sample_to(
     seed: int = 0,
     batch_size: int | None = None,
     best_of: float = 1,
+    decide_at: int | None = None,
     classifier: str = "resnet101",
     grid: Path | None = None,
     growth: Path | None = None,
@@ -89,6 +90,7 @@ def sample_to(
         seed: of each class's first image; the next ones count up from it.
         batch_size: images at a time on a GPU in 16 bits.
         best_of: candidates per image that is kept.
+        decide_at: after which scale candidates are judged, the coarsest being 1; None after the last.
         classifier: what chooses among candidates.
         grid: also write a contact sheet of all images, .png.
         growth: also write the one image growing scale by scale, .png or .gif.
@@ -121,8 +123,9 @@ def sample_to(
             check_sheet(total)
     if growth and total != 1:
         raise UsageError(f"--growth shows exactly one image (got {total or 'any number of'} images)")
+    check_decision(decide_at, best_of, len(model.tokenizer_config.sides))
     sink = find_sink(out, several=total != 1)
-    model.load_weights()
+    model.load_weights(config)
     if group.is_main:
         sink.open(resume)
     with sink, progress("images", total, quiet) as advance:
@@ -136,7 +139,7 @@ def sample_to(
         sampled: Sampled = sampler.images
         if best_of > 1:
             rejection = RejectionSampler(
-                sampler, Classifier(classifier, model.classes, model.device, note), count, group
+                sampler, Classifier(classifier, model.classes, model.device, note), count, group, decide_at
             )
             requests, sampled = rejection.select(requests), rejection.images
             requests = requests if group.world_size == 1 else list(requests)  # all ranks must exhaust it

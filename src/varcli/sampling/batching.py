@@ -4,7 +4,7 @@ Shapes: B images, P pixels a side.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -30,32 +30,34 @@ PLANNED = 0.85
 """Fraction of the memory that models and batches may fill; the rest is for libraries and fragmentation."""
 
 
-def fitting_batch(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig) -> int:
+def fitting_batch(
+    tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, refiner: Transformer | None = None
+) -> int:
     """How many images should fit into a GPU's memory, a power of two; too many are halved later.
 
     It is the whole memory, not what others leave free of it: in 16 bits the images depend on the size of their
     batch, and are to be the same each time on the same machine.
     """
-    device = block_weight(transformer).device
+    device, transformers = block_weight(transformer).device, [transformer, *([refiner] if refiner else [])]
     if device.type != "cuda":
         return 16
     _, whole = torch.cuda.mem_get_info(device)
-    room, count = PLANNED * whole - model_bytes(tokenizer, transformer), LARGEST_BATCH
-    while count > 1 and batch_bytes(tokenizer, transformer, config, count) > room:
+    room, count = PLANNED * whole - model_bytes(tokenizer, *transformers), LARGEST_BATCH
+    while count > 1 and sum(batch_bytes(tokenizer, each, config, count) for each in transformers) > room:
         count //= 2
     return count
 
 
-def model_bytes(tokenizer: Tokenizer, transformer: Transformer) -> int:
+def model_bytes(*models: Tokenizer | Transformer) -> int:
     """Bytes of the models themselves."""
-    tensors = [tensor for model in (tokenizer, transformer) for tensor in (*model.parameters(), *model.buffers())]
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def batch_bytes(tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, count: int) -> int:
     """Peak bytes of a captured batch of images, besides the models."""
     shape, size = transformer.config, block_weight(transformer).element_size()
-    rows, last = 2 * count if config.cfg > 0 else count, shape.sides[-1] ** 2
+    rows, last = count * config.rows, shape.sides[-1] ** 2
     fused = for_gpu(transformer)
     kept_tokens = shape.depth * (shape.length - last) + shape.length if fused else shape.depth * shape.length
     cache = 2 * rows * kept_tokens * shape.width * size
@@ -129,6 +131,7 @@ class BatchSampler:
         config: SampleConfig,
         batch_size: int | None = None,
         note: Callable[[str], None] = lambda line: None,
+        refiner: Transformer | None = None,
     ) -> None:
         """Take models that `dispatch.prepare` made ready.
 
@@ -138,10 +141,12 @@ class BatchSampler:
             config: settings of all images.
             batch_size: images per batch where there are batches; None means as many as memory seems to hold.
             note: told, in a line, what makes this run slower than it might be.
+            refiner: predicts the tokens from `config.refine_from` on.
         """
         self.tokenizer, self.transformer, self.config, self.note = tokenizer, transformer, config, note
+        self.refiner = refiner
         alone, device = independent(transformer), block_weight(transformer).device
-        self.batch_size = 1 if alone else batch_size or fitting_batch(tokenizer, transformer, config)
+        self.batch_size = 1 if alone else batch_size or fitting_batch(tokenizer, transformer, config, refiner)
         self.ahead = 1 if device.type == "cuda" else 0
         recordable = device.type == "cuda" and not alone and not config.smooth
         self.recorder: Callable[[], Record] | None = partial(cuda_recorder, device) if recordable else None
@@ -172,10 +177,17 @@ class BatchSampler:
             raise
         yield from chain.from_iterable(map(Underway.images, underway))
 
-    def growth(self, request: Request) -> Iterator[Pixels]:
-        """Yield one image (P, P, 3) as it looks after each scale; the last one is the image itself."""
-        for result in generate(self.tokenizer, self.transformer, [request.label], [request.seed], self.config):
-            yield decode(self.tokenizer, result.f_hat)[0]
+    def growth(self, request: Request, scales: Container[int] | None = None) -> Iterator[Pixels]:
+        """Yield one image (P, P, 3) as it looks after each scale; the last one is the image itself.
+
+        Args:
+            request: which image.
+            scales: after which ones, the coarsest being 1; None is all. Each is sampled when it is asked for.
+        """
+        models, row, seed = (self.tokenizer, self.transformer), [request.label], [request.seed]
+        for result in generate(*models, row, seed, self.config, refiner=self.refiner):
+            if scales is None or result.scale + 1 in scales:
+                yield decode(self.tokenizer, result.f_hat)[0]
 
     def _size(self, count: int, several: bool) -> int:
         """The batch size that is computed for a number of images.
@@ -225,7 +237,7 @@ class BatchSampler:
         padded = [*group, *[group[-1]] * (size - len(group))]
         rows, seeds = [request.label for request in padded], [request.seed for request in padded]
         runner, models = self._runner(size), (self.tokenizer, self.transformer)
-        *_, last = generate(*models, rows, seeds, self.config, mark=self.mark, runner=runner)
+        *_, last = generate(*models, rows, seeds, self.config, refiner=self.refiner, mark=self.mark, runner=runner)
         pixels_BPP3 = runner.run("decoder", partial(decode_on_device, self.tokenizer, last.f_hat))
         return fetched(group, pixels_BPP3)
 

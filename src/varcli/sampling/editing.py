@@ -7,6 +7,7 @@ Masks are True where to fill, and keep masks True where a token stays.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from statistics import fmean, pstdev
 
 import numpy as np
@@ -143,10 +144,16 @@ class Editor:
     """Fills masks of images with one pair of models and one set of settings."""
 
     def __init__(
-        self, tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, rule: EditConfig | None = None
+        self,
+        tokenizer: Tokenizer,
+        transformer: Transformer,
+        config: SampleConfig,
+        rule: EditConfig | None = None,
+        refiner: Transformer | None = None,
     ) -> None:
-        """Take models that `dispatch.prepare` made ready."""
+        """Take models that `dispatch.prepare` made ready; `refiner` as for `generate`."""
         self.tokenizer, self.transformer, self.config = tokenizer, transformer, config
+        self.refiner = refiner
         self.rule = rule or EditConfig()
 
     @_enough_memory()
@@ -159,6 +166,7 @@ class Editor:
         *,
         scored: bool = False,
         growing: bool = False,
+        scales: int | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> Edited:
         """Return an image whose masked pixels are new.
@@ -170,6 +178,7 @@ class Editor:
             seed: of the draws; each square has draws of its own.
             scored: also tell the likelihood, which takes one more pass of the model.
             growing: also give the image after each scale.
+            scales: stop after so many, and give the image as it looks then; None is all.
             advance: called with the number of squares in a batch when it is done.
 
         Raises:
@@ -177,14 +186,15 @@ class Editor:
         """
         edited, size = Edited(pixels, seed), self.batch_size
         image, unknown = plan.padded(pixels), plan.padded(plan.mask)
-        last = len(self.tokenizer.config.sides) - 1
+        last = (scales or len(self.tokenizer.config.sides)) - 1
         for batch in (wave[i : i + size] for wave in plan.waves for i in range(0, len(wave), size)):
             given = [image[tile.slices].copy() for tile in batch]
             unknowns = [unknown[tile.slices].copy() for tile in batch]
             holes = [marks & plan.fills(tile) for marks, tile in zip(unknowns, batch, strict=True)]
             first, count = len(edited.seams), len(batch)
             keep, tokens = self.keep(given, unknowns), []
-            for result in self._scales(row, [seed + (i << 32) for i in range(first, first + count)], keep):
+            results = self._scales(row, [seed + (i << 32) for i in range(first, first + count)], keep)
+            for result in islice(results, last + 1):
                 tokens.append(result.tokens)
                 if not growing and result.scale < last:
                     continue
@@ -209,7 +219,8 @@ class Editor:
     def batch_size(self) -> int:
         """How many squares go through the model at once: up to 16, as many as two gigabytes hold."""
         count = _MOST_AT_ONCE
-        while count > 1 and batch_bytes(self.tokenizer, self.transformer, self.config, count) > _BATCH_BYTES:
+        both = [self.transformer] if self.refiner is None else [self.transformer, self.refiner]
+        while count > 1 and sum(batch_bytes(self.tokenizer, each, self.config, count) for each in both) > _BATCH_BYTES:
             count //= 2
         return count
 
@@ -235,7 +246,8 @@ class Editor:
         # Guiding "no class" away from "no class" changes nothing and costs a second pass.
         guided = self.rule.released_rule or row != self.transformer.config.null_class
         config = self.config if guided else replace(self.config, cfg=0)
-        return generate(self.tokenizer, self.transformer, [row] * len(seeds), seeds, config, keep=keep)
+        models, rows = (self.tokenizer, self.transformer), [row] * len(seeds)
+        return generate(*models, rows, seeds, config, refiner=self.refiner, keep=keep)
 
     def _feather(self, side: int) -> int:
         """Return over how many pixels of a square of this side the new fades."""
@@ -275,11 +287,11 @@ def log_likelihoods(
 ) -> list[float]:
     """Return for each square the mean natural logarithm of its new tokens' probabilities, 0 where none is new.
 
-    They are given the class and all coarser tokens.
+    They are given the class and all coarser tokens. The last scales' tokens may be missing.
     """
     weight = block_weight(transformer)
     input_BLC = tokenizer.quantize.teacher_input(tokens)
-    idx_BL, new_BL = torch.cat(list(tokens), dim=1), ~torch.cat(keep.masks, dim=1)
+    idx_BL, new_BL = torch.cat(list(tokens), dim=1), ~torch.cat(keep.masks[: len(tokens)], dim=1)
     row_B = torch.full((len(idx_BL),), row, device=weight.device)
     with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
         logits_BLV = transformer(row_B, input_BLC).float()

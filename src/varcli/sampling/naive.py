@@ -17,6 +17,7 @@ from torch import Tensor
 from varcli.config import SampleConfig, sequence_length
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
+from varcli.sampling.prefix_guidance import damaged
 from varcli.sampling.spatial_guidance import prior
 
 
@@ -28,9 +29,13 @@ def sample(
     seed: int,
     config: SampleConfig,
     *,
+    refiner: Transformer | None = None,
     mark: Callable[[str], None] = lambda phase: None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return one image's token maps, each (l,), and its pixels (P, P, 3) as uint8; `mark` as for the sampler."""
+    """Return one image's token maps, each (l,), and its pixels (P, P, 3) as uint8.
+
+    `refiner` and `mark` are as for the sampler.
+    """
     quantizer, sides = tokenizer.quantize, transformer.config.sides
     source = torch.Generator().manual_seed(image_seed(seed, row))
     tokens: list[Tensor] = []
@@ -38,11 +43,16 @@ def sample(
     before_lV: Tensor | None = None
     for scale, side in enumerate(sides):
         ratio = scale / max(len(sides) - 1, 1)
-        logits_lV = scale_logits(tokenizer, transformer, row, f_hats)
+        if refiner is not None and scale + 1 == config.refine_from:
+            transformer = refiner
+        logits_lV = conditional_lV = scale_logits(tokenizer, transformer, row, f_hats)
         if config.cfg > 0:
             unconditional_lV = scale_logits(tokenizer, transformer, transformer.config.null_class, f_hats)
             t = config.cfg * ratio if scale in config.guided_scales else 0
             logits_lV = (1 + t) * logits_lV - t * unconditional_lV
+        if config.vpg > 0:
+            damaged_lV = scale_logits(tokenizer, transformer, row, f_hats, seen=damaged)
+            logits_lV = logits_lV + config.vpg * (conditional_lV - damaged_lV)
         own_lV = logits_lV
         if config.ssg > 0 and before_lV is not None:
             logits_lV = own_lV + config.ssg * (own_lV - prior(before_lV[None], side)[0])
@@ -69,11 +79,21 @@ def image_seed(seed: int, row: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {row}".encode(), digest_size=4).digest(), "little")
 
 
-def scale_logits(tokenizer: Tokenizer, transformer: Transformer, row: int, f_hats: list[Tensor]) -> Tensor:
-    """Return the logits (l, V) of the scale after those given, computed from the whole sequence so far."""
+def scale_logits(
+    tokenizer: Tokenizer,
+    transformer: Transformer,
+    row: int,
+    f_hats: list[Tensor],
+    *,
+    seen: Callable[[Tensor], Tensor] = lambda input_1lC: input_1lC,
+) -> Tensor:
+    """Return the logits (l, V) of the scale after those given, computed from the whole sequence so far.
+
+    `seen` says what is seen of each scale's input.
+    """
     scale, sides = len(f_hats), transformer.config.sides
     class_1D = transformer.class_emb(torch.tensor([row], device=transformer.pos_start.device))
-    inputs = [None, *(tokenizer.quantize.next_input(f_hat, k + 1) for k, f_hat in enumerate(f_hats))]
+    inputs = [None, *(seen(tokenizer.quantize.next_input(f_hat, k + 1)) for k, f_hat in enumerate(f_hats))]
     x_1LD = torch.cat([transformer.scale_input(k, class_1D, input_1lC) for k, input_1lC in enumerate(inputs)], dim=1)
     length = sequence_length(sides[: scale + 1])
     bias = transformer.attn_bias_for_masking[:, :, :length, :length]

@@ -109,6 +109,7 @@ def generate(
     seeds: Sequence[int],
     config: SampleConfig,
     *,
+    refiner: Transformer | None = None,
     keep: Keep | None = None,
     mark: Callable[[str], None] = lambda phase: None,
     runner: Runner = EAGER,
@@ -121,11 +122,12 @@ def generate(
         rows: row of the class table an image, `config.null_class` for none.
         seeds: one seed an image; with its row and the settings it determines the image.
         config: guidance, filters and how to sample tokens.
+        refiner: draws the scales from `config.refine_from` on, made ready as the transformer was.
         keep: tokens of a given image that stay, for editing.
         mark: called with "transformer" and "drawing" after these phases of each scale, for a stopwatch.
         runner: how to run the steps. Recorded ones leave their results where the next batch's will be.
 
-    Source: paper, figure 4 and equation 4; guidance as in its section 4.
+    Source: paper, figure 4 and equation 4; guidance as in its section 4; the refiner is CoDe's, arXiv 2411.17787.
     """
     device, sources = block_weight(transformer).device, generators(seeds, rows)
     row_B = runner.admit("rows", torch.tensor(rows), device)
@@ -134,13 +136,18 @@ def generate(
     kind = ApproximateScaleModel if config.approximations else ScaleModel
     model = runner.run("class", lambda: kind(transformer, row_B, config))
     drawing = Drawing(tokenizer.quantize, config, keep, sources, u_BL)
-    f_hat_BCHW, input_BlC = None, None
+    f_hat_BCHW = None
+    inputs: list[Tensor | None] = [None]
     for scale in range(len(transformer.config.sides)):
-        logits_BlV = runner.run(f"transformer {scale}", partial(model.logits, scale, input_BlC))
+        if refiner is not None and scale + 1 == config.refine_from:
+            coarse, model = model, runner.run("refiner class", lambda: kind(refiner, row_B, config))
+            runner.run("refiner prefix", partial(model.take_over, coarse, inputs[:-1]))
+        logits_BlV = runner.run(f"transformer {scale}", partial(model.logits, scale, inputs[scale]))
         mark("transformer")
         drawn = runner.run(f"drawing {scale}", partial(drawing.step, scale, logits_BlV, f_hat_BCHW))
         mark("drawing")
         idx_Bl, f_hat_BCHW, input_BlC = drawn
+        inputs.append(input_BlC)
         yield ScaleResult(scale, idx_Bl, f_hat_BCHW)
 
 

@@ -1,7 +1,7 @@
 """The transformer at work on one batch of images, scale after scale.
 
-Shapes: B images, R rows of the transformer's batch (B, or 2B when guided: conditional above
-unconditional), l tokens of one scale, D width, C codebook channels, V codebook rows.
+Shapes: B images, R rows of the transformer's batch (B, and B more for each guidance: conditional, unconditional, those
+of a damaged prefix), l tokens of one scale, D width, C codebook channels, V codebook rows.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu
 from varcli.config import SampleConfig, progress_ratio, spans
 from varcli.models.transformer import KeyValueCache, Transformer, normalize
 from varcli.sampling import spatial_guidance
+from varcli.sampling.prefix_guidance import damaged
 
 
 class Blocks(Protocol):
@@ -63,9 +64,11 @@ class ScaleModel:
         self.transformer, self.config, self.count = model, config, len(rows)
         self.before_BlV: Tensor | None = None
         """The logits of the scale before, where they guide the next."""
-        row_R = torch.as_tensor(rows, device=weight.device)
+        row_R = row_B = torch.as_tensor(rows, device=weight.device)
         if config.cfg > 0:
-            row_R = torch.cat([row_R, torch.full_like(row_R, model.config.null_class)])
+            row_R = torch.cat([row_R, torch.full_like(row_B, model.config.null_class)])
+        if config.vpg > 0:
+            row_R = torch.cat([row_R, row_B])
         self.class_RD = model.class_emb(row_R)
         self.blocks, cache = fastest(model)
         mixed = self.blocks is model and weight.dtype != torch.float32
@@ -85,6 +88,16 @@ class ScaleModel:
         before_BlV, self.before_BlV = self.before_BlV, logits_BlV
         return spatial_guidance.guided(logits_BlV, before_BlV, self.config.ssg)
 
+    def take_over(self, other: "ScaleModel", inputs: Sequence[Tensor | None]) -> None:
+        """Go on where another model stopped, having seen the inputs of the scales that it drew.
+
+        They are seen one scale after the other, as if this model had drawn them: in one pass they would be rounded
+        differently.
+        """
+        for scale, input_BlC in enumerate(inputs):
+            self.hidden(scale, input_BlC)
+        self.before_BlV = other.before_BlV
+
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """What the head is to see of a scale in each row, (R, l, D)."""
         self.cache.filled = spans(self.transformer.config.sides)[scale].start
@@ -92,9 +105,12 @@ class ScaleModel:
 
     def entering(self, scale: int, input_BlC: Tensor | None) -> Tensor:
         """Return the residual stream of a scale before the blocks, (R, l, D)."""
+        input_RlC = None
         if input_BlC is not None:
-            input_BlC = input_BlC.repeat(len(self.class_RD) // self.count, 1, 1)
-        return self.transformer.scale_input(scale, self.class_RD, input_BlC)
+            input_RlC = input_BlC.repeat(len(self.class_RD) // self.count, 1, 1)
+            if self.config.vpg > 0:
+                input_RlC[-self.count :] = damaged(input_BlC)
+        return self.transformer.scale_input(scale, self.class_RD, input_RlC)
 
     def through_blocks(self, x_RlD: Tensor) -> Tensor:
         """Return the residual stream after the blocks, (R, l, D), perhaps in the memory of what was given."""
@@ -108,10 +124,15 @@ class ScaleModel:
     def guide(self, h_RlD: Tensor, scale: int) -> Tensor:
         """Return (1 + t)·conditional - t·unconditional, (B, l, D), with t = cfg·k/(K-1).
 
+        With prefix guidance, vpg·(conditional - damaged) comes on top.
+
         Differs: mixed before the head instead of after it, the same because the head is linear.
         """
         t = self.config.cfg * progress_ratio(scale, len(self.transformer.config.sides))
         t *= scale in self.config.guided_scales
-        if t == 0:
-            return h_RlD[: self.count]
-        return (1 + t) * h_RlD[: self.count] - t * h_RlD[self.count :]
+        conditional_BlD = guided_BlD = h_RlD[: self.count]
+        if t != 0:
+            guided_BlD = (1 + t) * conditional_BlD - t * h_RlD[self.count : 2 * self.count]
+        if self.config.vpg > 0:
+            guided_BlD = guided_BlD + self.config.vpg * (conditional_BlD - h_RlD[-self.count :])
+        return guided_BlD
