@@ -106,3 +106,14 @@ def _depth(inside: Mask) -> Numbers:
         inside = _box_sums(~inside, 1) == 0
         depth += inside
     return depth
+
+
+def tinted(pixels: Levels, share: Numbers) -> Levels:
+    """Return an image of 8 bits in grey, tinted red where `share` (height, width) is 1 and not at all where it is 0."""
+    grey = pixels.mean(axis=2, keepdims=True)
+    weight = 0.8 * share[:, :, None]
+    return (grey * (1 - weight) + weight * np.array(_RED)).round().astype(np.uint8)
+
+
+_RED = (213, 94, 0)
+"""Of the palette that `charts` has, which people tell apart who do not see all colours."""

@@ -250,14 +250,16 @@ class Transformer(nn.Module):
 
         Args:
             label_B: rows of the class table.
-            input_BLC: `Quantizer.teacher_input`, (B, L - 1, C).
+            input_BLC: `Quantizer.teacher_input` of all scales, or of the first few; (B, L - 1, C).
         """
+        length = 1 + input_BLC.shape[1]
         class_BD = self.class_emb(label_B)
         first_B1D = class_BD.unsqueeze(1) + self.pos_start
         x_BLD = torch.cat([first_B1D.to(input_BLC.dtype), self.word_embed(input_BLC)], dim=1)
-        x_BLD = x_BLD + self.lvl_embed(self.lvl_1L) + self.pos_1LC
+        x_BLD = x_BLD + self.lvl_embed(self.lvl_1L[:, :length]) + self.pos_1LC[:, :length]
+        bias_11LL = self.attn_bias_for_masking[:, :, :length, :length]
         for i, (block, ada_B16D) in enumerate(zip(self.blocks, self.modulations(class_BD), strict=True)):
-            x_BLD = block(x_BLD, ada_B16D, i, self.attn_bias_for_masking, None)
+            x_BLD = block(x_BLD, ada_B16D, i, bias_11LL, None)
         return self.head(self.head_nm(x_BLD, class_BD))
 
 
