@@ -34,6 +34,9 @@ OPTIONS = {
     "inpaint": EDITING + "--alpha --box --fit-mask",
     "outpaint": EDITING + "--pad --to",
     "edit": EDITING + "--mask --alpha --box --fit-mask",
+    "score": "--class -c --heatmap --checkpoint -m --device --dtype --json --quiet -q",
+    "classify": "--reference -r --num-images -n --top --candidates --encodings --skip-bad --checkpoint -m --device "
+    "--dtype --json --quiet -q",
     "reconstruct": "--out -o --checkpoint -m --grid --growth --device --json --quiet -q",
     "report": "--out -o",
     "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "

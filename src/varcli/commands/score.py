@@ -9,7 +9,7 @@ from typer import Argument, Option
 from varcli.commands import options
 from varcli.commands.tokens import Images, Sources
 from varcli.console import note, progress, result, table
-from varcli.errors import InputError, UsageError
+from varcli.errors import UsageError
 
 if TYPE_CHECKING:
     from varcli.classes import ClassEntry
@@ -121,6 +121,7 @@ def classify(
             help="Average over N encodings of the image, all but the first with noise on the features.",
         ),
     ] = 1,
+    skip_bad: options.SkipBad = False,
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -140,12 +141,14 @@ def classify(
     from varcli.pipelines.likelihood import classify as classify_image
     from varcli.pipelines.model import load
 
-    images = None if paths == ["-"] else open_set(paths or [], reference, num_images, progress=not quiet)
     model = load(checkpoint, device=device, dtype=dtype, progress=not quiet)
-    if images is None:
+    if paths == ["-"]:
         count, classified = 1, iter([Classified("-", None, classify_image(model, "-", kept, encodings))])
     else:
-        count, classified = len(images), classify_set(model, images, kept, encodings, note)
+        images = open_set(model, paths or [], reference, num_images, skip_bad=skip_bad, progress=not quiet)
+        for name in images.skipped:
+            note(f"skipped: {name}")
+        count, classified = len(images), classify_set(model, images, kept, encodings, skip_bad=skip_bad, note=note)
     found, rows = [], []
     with progress("images", count, quiet) as advance:
         for image in classified:
@@ -174,12 +177,13 @@ def classify(
             result(json.dumps({"images": len(labelled), "top_1": shares[1], "top_5": shares[5]}, sort_keys=True))
         else:
             result(f"{len(labelled)} images with a label: top-1 {shares[1]:.1%}, top-5 {shares[5]:.1%}")
-    if len(found) < count:
-        raise InputError(f"{count - len(found)} of {count} images cannot be used; the others are done")
 
 
 def _ranking(image: "likelihood.Classified", top: int) -> dict[str, Any]:
-    classes = [(_facts(each.entry) or {}) | {"nats": each.nats, "scales": each.scales} for each in image.classes[:top]]
+    classes = [
+        {"id": each.entry.id, "name": each.entry.name, "nats": each.nats, "scales": each.scales}
+        for each in image.classes[:top]
+    ]
     return {"image": image.name, "label": _facts(image.label), "classes": classes}
 
 

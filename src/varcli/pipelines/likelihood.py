@@ -17,7 +17,7 @@ from varcli.files import write_atomically
 from varcli.images.blending import tinted
 from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
-from varcli.images.decode import square_crop
+from varcli.images.decode import UnreadableImage, square_crop
 from varcli.images.provenance import png_bytes
 from varcli.pipelines.edit import ImageInput, read_input
 from varcli.pipelines.model import ClassName, Model
@@ -97,15 +97,14 @@ def score(model: Model, image: ImageInput, label: ClassName) -> Score:
 def save_heatmaps(path: Path, scores: Sequence[Score], names: Sequence[str]) -> None:
     """Write a contact sheet of images beside where they are unlikely, .png.
 
-    The redder a place, the more nats its tokens take; the range of all images is that of the colour.
+    Blue is where an image's tokens take fewest nats, and orange where they take most.
     """
-    maps = [each.map for each in scores]
-    low, high = min(float(each.min()) for each in maps), max(float(each.max()) for each in maps)
     shown, labels = [], []
-    for each, name, nats_PP in zip(scores, names, maps, strict=True):
-        shown += [each.pixels, tinted(each.pixels, (nats_PP - low) / max(high - low, 1e-6))]
-        labels += [name, f"{nats_PP.min():.1f} to {nats_PP.max():.1f} nats per token"]
-    write_atomically(path, png_bytes(contact_sheet(shown, labels)))
+    for each, name in zip(scores, names, strict=True):
+        low, high = float(each.map.min()), float(each.map.max())
+        shown += [each.pixels, tinted(each.pixels, (each.map - low) / max(high - low, 1e-6))]
+        labels += [name, f"{low:.1f} to {high:.1f} nats per token"]
+    write_atomically(path, png_bytes(contact_sheet(shown, labels, columns=2 if len(scores) < 3 else 4)))
 
 
 # --- classification --------------------------------------------------------------------------------
@@ -158,46 +157,62 @@ class Classified:
         return self.label in [each.entry for each in self.classes[:count]]
 
 
+def classify_set(
+    model: Model,
+    images: ImageSet,
+    candidates: Sequence[int],
+    encoding_count: int,
+    *,
+    skip_bad: bool = False,
+    note: Callable[[str], None] = lambda line: None,
+) -> Iterator[Classified]:
+    """Yield each image of a set with its classes; one that cannot be decoded is noted if bad images are skipped.
+
+    Raises:
+        InputError: an image cannot be decoded.
+    """
+    known = {entry.wnid: entry for entry in model.classes.entries}
+    for rank, label in enumerate(images.labels):
+        try:
+            image = images.read(rank)
+        except UnreadableImage as error:
+            if not skip_bad:
+                raise
+            note(str(error))
+            continue
+        pixels = square_crop(image, model.tokenizer_config.pixels)
+        entry = known.get(images.classes.entries[label].wnid) if label >= 0 else None
+        yield Classified(images.name(rank), entry, classify_pixels(model, pixels, candidates, encoding_count))
+
+
 def open_set(
-    paths: Sequence[str], reference: str | None = None, count: int | None = None, *, progress: bool = True
+    model: Model,
+    paths: Sequence[str],
+    reference: str | None = None,
+    count: int | None = None,
+    *,
+    skip_bad: bool = False,
+    progress: bool = True,
 ) -> ImageSet:
     """Open images to classify, of any sizes.
 
     Args:
+        model: what classifies them.
         paths: folders, archives and image files.
         reference: instead, a reference set by name.
         count: take only so many, spread evenly over all.
+        skip_bad: skip unreadable images instead of raising.
         progress: show a bar while downloading.
 
     Raises:
-        InputError: a path cannot be opened, or the reference has no images.
+        InputError: a path cannot be opened, images cannot be read, or the reference has none.
     """
     if reference is not None:
         path = find_reference(reference, progress)
         if not holds_images(path):
             raise InputError(f"--reference {reference} holds statistics and no images; give paths of images")
         paths = [str(path)]
-    images = open_images(paths, read_headers=False)
+    images = open_images(paths, resize=model.tokenizer_config.pixels, skip_bad=skip_bad)
     if count is None or count >= len(images):
         return images
     return images.subset(i * len(images) // count for i in range(count))
-
-
-def classify_set(
-    model: Model,
-    images: ImageSet,
-    candidates: Sequence[int],
-    encoding_count: int,
-    note: Callable[[str], None] = lambda line: None,
-) -> Iterator[Classified]:
-    """Yield each image of a set with its classes. One that cannot be read is noted and passed over."""
-    known = {entry.wnid: entry for entry in model.classes.entries}
-    for rank, label in enumerate(images.labels):
-        try:
-            image = images.read(rank)
-        except InputError as error:
-            note(str(error))
-            continue
-        pixels = square_crop(image, model.tokenizer_config.pixels)
-        entry = known.get(images.classes.entries[label].wnid) if label >= 0 else None
-        yield Classified(images.name(rank), entry, classify_pixels(model, pixels, candidates, encoding_count))
