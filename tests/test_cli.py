@@ -27,13 +27,16 @@ OPTIONS = {
     "--device --dtype --quantize --best-of --decide-at --classifier --nproc --resume --json --quiet -q",
     "eval": "--fid --sfid --is --kid --prc --agreement --features --dinov2 --num-images -n --reference -r --tokenizer "
     "--checkpoint -m --seed --cfg --top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from "
-    "--smooth --preset --approximate --best-of --classifier --resize --skip-bad --inception --lpips-weights --save-stats "
-    "--save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
+    "--smooth --preset --approximate --best-of --classifier --resize --skip-bad --inception --lpips-weights "
+    "--save-stats --save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
     "eval stats": "--out -o --features --keep-features --resize --skip-bad --inception --dinov2 --device --nproc "
     "--quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
     "outpaint": EDITING + "--pad --to",
     "edit": EDITING + "--mask --alpha --box --fit-mask",
+    "score": "--class -c --heatmap --checkpoint -m --device --dtype --json --quiet -q",
+    "classify": "--reference -r --num-images -n --top --candidates --encodings --skip-bad --checkpoint -m --device "
+    "--dtype --json --quiet -q",
     "reconstruct": "--out -o --checkpoint -m --grid --growth --device --json --quiet -q",
     "report": "--out -o",
     "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "

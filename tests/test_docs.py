@@ -16,7 +16,7 @@ from varcli import cli
 README = (generated.ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {page.relative_to(generated.ROOT).as_posix(): page.read_text(encoding="utf-8") for page in generated.PAGES}
 BASH_BLOCKS = {name: re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for name, text in PAGES.items()}
-TRIED = ("README.md", "docs/sampling.md", "docs/editing.md")
+TRIED = ("README.md", "docs/sampling.md", "docs/editing.md", "docs/likelihood.md")
 """Pages whose commands are run; those of the others need networks, GPUs or hours."""
 LINES = {name: [line for block in BASH_BLOCKS[name] for line in block.splitlines()] for name in BASH_BLOCKS}
 COMMANDS = re.compile(r"\bvar (?=[a-z])[^|>&#]*")

@@ -557,7 +557,7 @@ def test_names_on_stdin_may_be_no_text(measure, tmp_path, monkeypatch):
         (
             ["--is", "-n", "10", "--best-of", "2", "--classifier", "nobody"],
             2,
-            "--classifier must be efficientnet-lite0, a torchvision model",
+            "--classifier must be self, efficientnet-lite0, a torchvision model",
         ),
     ],
 )

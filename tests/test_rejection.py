@@ -10,7 +10,7 @@ from support import small
 from support.provenances import made
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
-from varcli.pipelines.rejection import CLASSIFIER_BATCH, RejectionSampler, best_candidates
+from varcli.pipelines.rejection import CLASSIFIER_BATCH, RejectionSampler, best_candidates, open_classifier
 from varcli.pipelines.requests import SampleRequest
 
 
@@ -121,3 +121,18 @@ def test_no_class():
     rejection = RejectionSampler(Seeds(), Sure([]), 2, ProcessGroup())
     with pytest.raises(UsageError, match="--best-of cannot be used with --class none or random"):
         list(rejection.select([candidates(4, class_id=None)]))
+
+
+def test_a_model_judges_its_own_samples(tmp_path):
+    """By the nats that the class saves; the image kept is the one that the class explains best."""
+    model = varcli.load(small.save(tmp_path / "small.safetensors"), device="cpu", dtype="fp32")
+    images = model.sample(207, count=6)
+    saved = [model.score(image, None).nats - model.score(image, 207).nats for image in images]
+    classifier = open_classifier("self", model)
+    found = classifier.confidence(np.stack([image.array for image in images]), [model.classes.label(207)] * 6)
+    assert found == pytest.approx(saved, abs=1e-3)
+    assert np.std(saved) > 0.01
+    wanted = [SampleRequest(model.classes.label(207), image.seed, image.provenance) for image in images]
+    kept = best_candidates(model.sampler(model.settings()), classifier, wanted, 1)
+    assert seeds(kept) == [int(np.argmax(saved))]
+    assert classifier.sha256 == model.sha256

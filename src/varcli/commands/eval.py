@@ -24,7 +24,6 @@ Resize = Annotated[
     int | None,
     Option("--resize", metavar="SIDE", min=1, help="Crop and resize images to this many pixels a side, as ADM does."),
 ]
-SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
 Features = Annotated[
     str,
     Option("--features", metavar="NAME", help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0."),
@@ -91,7 +90,7 @@ def evaluate(
     best_of: options.BestOf = 1,
     classifier: options.Classifier = options.DEFAULT_CLASSIFIER,
     resize: Resize = None,
-    skip_bad: SkipBad = False,
+    skip_bad: options.SkipBad = False,
     inception: InceptionFile = None,
     dinov2: DinoFile = None,
     lpips_weights: Annotated[
@@ -192,7 +191,7 @@ def eval_stats(
         bool, Option("--keep-features", help="Also keep each image's features, for KID, precision and recall.")
     ] = False,
     resize: Resize = None,
-    skip_bad: SkipBad = False,
+    skip_bad: options.SkipBad = False,
     inception: InceptionFile = None,
     dinov2: DinoFile = None,
     device: options.Device = "auto",

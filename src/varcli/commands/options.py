@@ -191,6 +191,7 @@ Processes = Annotated[
     ),
 ]
 Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run left.")]
+SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
 Json = Annotated[bool, Option("--json", help="Print results as JSON, one object per line.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only: no progress bar, notes or paths.")]
 ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that var wrote, or - for standard input.")]
@@ -223,7 +224,8 @@ Classifier = Annotated[
     Option(
         "--classifier",
         metavar="NAME|FILE",
-        help="Classifier: efficientnet-lite0, a torchvision model, or a TorchScript file (a program you trust).",
+        help="Classifier: self (the checkpoint's own likelihoods), efficientnet-lite0, a torchvision model, or a "
+        "TorchScript file (a program you trust).",
     ),
 ]
 DEFAULT_CLASSIFIER: Final = "resnet101"

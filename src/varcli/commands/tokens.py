@@ -58,7 +58,7 @@ def reconstruct(
     from varcli.pipelines.tokens import reconstruct as reconstruct_image
     from varcli.pipelines.tokens import save_pairs
 
-    sources = _Sources(images)
+    sources = Sources(images)
     model = load(checkpoint, device=device, progress=not quiet)
     pairs, lines = [], []
     opened = nullcontext() if out is None else open_sink(out, several=len(images) > 1, archives=False)
@@ -90,7 +90,7 @@ def reconstruct(
     sources.check()
 
 
-class _Sources:
+class Sources:
     """Images that are read one after the other, each with its number; those that cannot be read are passed over."""
 
     def __init__(self, images: Sequence[str]) -> None:
@@ -150,7 +150,7 @@ def encode(
     from varcli.pipelines.model import load
     from varcli.pipelines.tokens import encode_to
 
-    sources = _Sources(images)
+    sources = Sources(images)
     model = load(checkpoint, device=device, progress=not quiet)
     with tempfile.TemporaryDirectory() as folder, progress("images", len(images), quiet) as advance:
         path = Path(folder) / "tokens.safetensors" if out == "-" else Path(out)

@@ -119,7 +119,8 @@ def _torchvision(name: str) -> tuple[nn.Module, str]:
 
     if name not in models.list_models(module=models):
         raise UsageError(
-            f"--classifier must be efficientnet-lite0, a torchvision model such as resnet101, or a file (got {name})"
+            "--classifier must be self, efficientnet-lite0, a torchvision model such as resnet101, or a file "
+            f"(got {name})"
         )
     weights = models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name

@@ -106,3 +106,15 @@ def _depth(inside: Mask) -> Numbers:
         inside = _box_sums(~inside, 1) == 0
         depth += inside
     return depth
+
+
+def tinted(pixels: Levels, share: Numbers) -> Levels:
+    """Return an image of 8 bits in grey, tinted blue where `share` (height, width) is 0, and orange where it is 1."""
+    grey = pixels.mean(axis=2, keepdims=True)
+    strength = 0.2 + 0.5 * np.abs(2 * share - 1)[:, :, None]
+    color = _BLUE + (_ORANGE - _BLUE) * share[:, :, None]
+    return (grey * (1 - strength) + color * strength).round().astype(np.uint8)
+
+
+_BLUE, _ORANGE = np.array([0, 114, 178]), np.array([213, 94, 0])
+"""Of the palette that `charts` has: they can be told apart by people who do not see all colours."""

@@ -250,7 +250,7 @@ class Transformer(nn.Module):
 
         Args:
             label_B: rows of the class table.
-            input_BLC: `Quantizer.teacher_input`, (B, L - 1, C); the last scales may be missing.
+            input_BLC: `Quantizer.teacher_input` of all scales, or of the first few; (B, L - 1, C).
         """
         length = 1 + input_BLC.shape[1]
         bias_11LL = self.attn_bias_for_masking[:, :, :length, :length]

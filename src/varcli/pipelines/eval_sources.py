@@ -14,7 +14,6 @@ from varcli.classes import ClassTable
 from varcli.config import SampleConfig
 from varcli.distributed import ProcessGroup
 from varcli.evaluation import comparability
-from varcli.evaluation.classifier import Classifier
 from varcli.evaluation.feature_pass import Batch
 from varcli.evaluation.reconstruction import Reconstructions
 from varcli.evaluation.results import Gallery
@@ -23,7 +22,7 @@ from varcli.images.provenance import Provenance, image_filename
 from varcli.models.tokenizer import Tokenizer
 from varcli.outputs.open import find_sink
 from varcli.outputs.sinks import Sink
-from varcli.pipelines.rejection import best_candidates
+from varcli.pipelines.rejection import Confidence, best_candidates
 from varcli.pipelines.requests import SampleRequest
 from varcli.sampling.batching import BatchSampler
 from varcli.sampling.reconstruction import there_and_back
@@ -98,7 +97,7 @@ class Samples(EvalSource):
         candidates: Mapping[int, Sequence[SampleRequest]],
         kept: Mapping[int, int],
         preset: SampleConfig,
-        classifier: Classifier | None = None,
+        classifier: Confidence | None = None,
         save_images: str | None = None,
     ) -> None:
         """Take images to be sampled.

@@ -22,7 +22,6 @@ from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.evaluation import comparability
 from varcli.evaluation import metrics as rows
-from varcli.evaluation.classifier import Classifier
 from varcli.evaluation.extractors import EXTRACTORS, Extractor
 from varcli.evaluation.feature_pass import FeaturePass, fingerprint
 from varcli.evaluation.reconstruction import Reconstructions
@@ -43,6 +42,7 @@ from varcli.images.image import Image
 from varcli.models.lpips import LPIPS
 from varcli.pipelines.eval_sources import EvalSource, ExistingImages, Reconstructed, Samples
 from varcli.pipelines.model import Model
+from varcli.pipelines.rejection import open_classifier
 from varcli.pipelines.requests import candidate_count, class_requests
 
 DEFAULT_COUNT = 2_000
@@ -96,7 +96,7 @@ def evaluate(
         seed: of each class's first image.
         config: settings of sampling; None is the model's preset for measuring.
         best_of: candidates per image that is measured, of which the classifier's favourites are kept.
-        classifier: a torchvision model or a TorchScript file.
+        classifier: as for `varcli.pipelines.rejection.open_classifier`.
         batch_size: images at a time on a GPU in 16 bits.
         paths: images for the tokenizer; none are those held out of a bundled model's training.
         resize: crop and resize images that exist, those of the reference among them, to this side, as ADM does.
@@ -455,7 +455,7 @@ def _samples(
         candidates=candidates,
         kept=kept,
         preset=presets(model.name)["metrics"],
-        classifier=Classifier(classifier, model.classes, model.device, note) if best_of > 1 else None,
+        classifier=open_classifier(classifier, model, note) if best_of > 1 else None,
         save_images=save_images,
     )
 

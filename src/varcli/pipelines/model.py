@@ -29,10 +29,12 @@ from varcli.images.provenance import Provenance
 from varcli.pipelines.requests import SampleRequest, class_requests, request
 from varcli.sampling.batching import BatchSampler
 from varcli.sampling.editing import EditConfig
+from varcli.sampling.likelihood import CANDIDATES
 
 if TYPE_CHECKING:
     from varcli.models.tokenizer import Tokenizer
     from varcli.pipelines.edit import EditTask, ImageInput
+    from varcli.pipelines.likelihood import ClassScore, Score
 
 ClassName = str | int | None
 """A class as users name it: index, name, or None for "no class"."""
@@ -443,6 +445,48 @@ class Model:
 
         config = self.settings(preset, **settings)
         return next(edit_images(self, task, label, [seed], config, rule, best_of=best_of, decide_at=decide_at)).image
+
+    # --- likelihoods -------------------------------------------------------------------------------
+
+    def score(self, image: "ImageInput", label: ClassName = None) -> "Score":
+        """How likely an image is given a class.
+
+        Args:
+            image: a file, Pillow's image or an array (height, width[, channels]) of uint8; the largest square in its
+                middle is encoded.
+            label: index, name, or None for "no class".
+
+        Returns:
+            Nats of all tokens, of each scale and of each token, bits per token and per pixel.
+
+        Raises:
+            InputError: the image cannot be read, or the class is unknown.
+        """
+        from varcli.pipelines.likelihood import score
+
+        return score(self, image, label)
+
+    def classify(
+        self, image: "ImageInput", *, candidates: Sequence[int] = CANDIDATES, encodings: int = 1
+    ) -> "list[ClassScore]":
+        """Which classes explain an image best.
+
+        Args:
+            image: as for `score`.
+            candidates: how many classes stay after the coarse half of the scales, after half of the others, and so
+                on; () scores all classes on all scales, which takes several times as long.
+            encodings: average over so many encodings of the image, all but the first with noise on the features.
+
+        Returns:
+            All classes, the one first that gives the image the highest likelihood.
+
+        Raises:
+            InputError: the image cannot be read.
+            ConfigError: the numbers of candidates do not fall.
+        """
+        from varcli.pipelines.likelihood import classify
+
+        return classify(self, image, candidates, encodings)
 
     # --- the tokenizer alone -----------------------------------------------------------------------
 

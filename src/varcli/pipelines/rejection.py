@@ -3,21 +3,71 @@
 Source: VQ-VAE-2 (arXiv 1906.00446), section 3.3; the paper's table 1 marks such figures "-re".
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import nlargest
 from itertools import chain, islice, zip_longest
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 from varcli.evaluation.classifier import Classifier
+from varcli.pipelines.model import Model
 from varcli.pipelines.requests import SampleRequest
 from varcli.sampling.batching import BatchSampler
+from varcli.sampling.likelihood import log_probabilities
+from varcli.sampling.reconstruction import encode
 from varcli.sampling.sampler import Pixels
 
 CLASSIFIER_BATCH = 32
 """Images that a classifier sees at a time."""
+
+
+class Confidence(Protocol):
+    """What tells how surely an image shows its class."""
+
+    name: str
+    sha256: str
+    """Of the weights."""
+
+    def confidence(self, pixels_BPP3: NDArray[np.uint8], labels: Sequence[int]) -> NDArray[np.float64]:
+        """Return a number for each image, (B,), the larger the surer; only those of one class are compared."""
+
+
+class SelfClassifier:
+    """A model that judges its own samples, so that no other network is needed.
+
+    By Bayes' rule log p(class | image) is log p(image | class) - log p(image), and a constant for each class. The
+    model tells both, the second as the likelihood given "no class".
+    """
+
+    name = "self"
+
+    def __init__(self, model: Model) -> None:
+        self.sha256 = model.sha256
+        self.tokenizer, self.transformer = model.prepared.tokenizer, model.prepared.transformer
+
+    def confidence(self, pixels_BPP3: NDArray[np.uint8], labels: Sequence[int]) -> NDArray[np.float64]:
+        """Return how many nats fewer each image takes given its label than without a class, (B,)."""
+        tokens = encode(self.tokenizer, pixels_BPP3)
+        without_B = [self.transformer.config.null_class] * len(labels)
+        given_BL, without_BL = (
+            log_probabilities(self.tokenizer, self.transformer, tokens, rows) for rows in (labels, without_B)
+        )
+        gain_B: NDArray[np.float64] = (given_BL - without_BL).sum(1).double().cpu().numpy()
+        return gain_B
+
+
+def open_classifier(name: str, model: Model, note: Callable[[str], None] = lambda line: None) -> Confidence:
+    """Return the classifier that `--classifier` names: "self" is the model, for the others see `Classifier`.
+
+    Raises:
+        UsageError: there is no such classifier.
+        CheckpointError: its weights cannot be had or used.
+    """
+    return SelfClassifier(model) if name == "self" else Classifier(name, model.classes, model.device, note)
 
 
 def check_decision(decide_at: int | None, best_of: float, scales: int) -> None:
@@ -36,7 +86,7 @@ Candidate = tuple[SampleRequest, Pixels, Iterator[Pixels]]
 
 def best_candidates(
     sampler: BatchSampler,
-    classifier: Classifier,
+    classifier: Confidence,
     candidates: Iterable[SampleRequest],
     kept: int,
     decide_at: int | None = None,
@@ -82,7 +132,7 @@ class RejectionSampler:
     def __init__(
         self,
         sampler: BatchSampler,
-        classifier: Classifier,
+        classifier: Confidence,
         kept: int,
         group: ProcessGroup,
         decide_at: int | None = None,

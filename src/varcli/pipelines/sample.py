@@ -12,7 +12,6 @@ from varcli.config import SampleConfig
 from varcli.console import progress
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
-from varcli.evaluation.classifier import Classifier
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import MAX_IMAGES, contact_sheet, save_growth
 from varcli.images.image import Image
@@ -21,7 +20,7 @@ from varcli.outputs.async_writer import AsyncWriter
 from varcli.outputs.open import check_outputs, find_sink
 from varcli.outputs.sinks import Sink
 from varcli.pipelines.model import Model, checkpoint_hint
-from varcli.pipelines.rejection import RejectionSampler, check_decision
+from varcli.pipelines.rejection import RejectionSampler, check_decision, open_classifier
 from varcli.pipelines.requests import SampleRequest, candidate_count, class_requests
 
 if TYPE_CHECKING:
@@ -138,9 +137,7 @@ def sample_to(
         )
         sampled: Sampled = sampler.images
         if best_of > 1:
-            rejection = RejectionSampler(
-                sampler, Classifier(classifier, model.classes, model.device, note), count, group, decide_at
-            )
+            rejection = RejectionSampler(sampler, open_classifier(classifier, model, note), count, group, decide_at)
             requests, sampled = rejection.select(requests), rejection.images
             requests = requests if group.world_size == 1 else list(requests)  # all ranks must exhaust it
         if growth:

@@ -24,6 +24,7 @@ from varcli.images.tiling import Plan, enlarged, shrunk, shrunk_mask
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling.batching import batch_bytes
+from varcli.sampling.likelihood import log_probabilities
 from varcli.sampling.reconstruction import encode
 from varcli.sampling.sampler import Keep, Pixels, ScaleResult, decode, generate
 
@@ -289,11 +290,6 @@ def log_likelihoods(
 
     They are given the class and all coarser tokens. The last scales' tokens may be missing.
     """
-    weight = block_weight(transformer)
-    input_BLC = tokenizer.quantize.teacher_input(tokens)
-    idx_BL, new_BL = torch.cat(list(tokens), dim=1), ~torch.cat(keep.masks[: len(tokens)], dim=1)
-    row_B = torch.full((len(idx_BL),), row, device=weight.device)
-    with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
-        logits_BLV = transformer(row_B, input_BLC).float()
-    log_BL = logits_BLV.log_softmax(-1).gather(-1, idx_BL[:, :, None])[:, :, 0]
+    log_BL = log_probabilities(tokenizer, transformer, tokens, [row] * len(tokens[0]))
+    new_BL = ~torch.cat(keep.masks[: len(tokens)], dim=1)
     return [float(log_L[new_L].mean()) if new_L.any() else 0.0 for log_L, new_L in zip(log_BL, new_BL, strict=True)]

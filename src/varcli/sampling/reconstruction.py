@@ -19,9 +19,15 @@ from varcli.sampling.sampler import Pixels, decode
 @torch.inference_mode()
 def encode(tokenizer: Tokenizer, pixels_BPP3: Pixels | NDArray[np.float32]) -> list[Tensor]:
     """Return the token maps of images of the tokenizer's size, levels from 0 to 255."""
+    return tokenizer.quantize.quantize(features(tokenizer, pixels_BPP3)).tokens
+
+
+@torch.inference_mode()
+def features(tokenizer: Tokenizer, pixels_BPP3: Pixels | NDArray[np.float32]) -> Tensor:
+    """Return the feature maps (B, C, H, W) of images of the tokenizer's size, levels from 0 to 255."""
     device = tokenizer.quant_conv.weight.device
     image_B3PP = torch.from_numpy(pixels_BPP3.copy()).permute(0, 3, 1, 2).to(device) / 127.5 - 1
-    return tokenizer.encode(image_B3PP)
+    return tokenizer.features(image_B3PP)
 
 
 @torch.inference_mode()
@@ -40,9 +46,7 @@ def rebuilt(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Pixels:
 @torch.inference_mode()
 def there_and_back(tokenizer: Tokenizer, before_BPP3: Pixels) -> tuple[Pixels, list[Tensor]]:
     """What the tokenizer makes of images of its size, and the token maps (B, l) between."""
-    device = tokenizer.quant_conv.weight.device
-    image_B3PP = torch.from_numpy(before_BPP3).permute(0, 3, 1, 2).to(device) / 127.5 - 1
-    quantized = tokenizer.quantize.quantize(tokenizer.features(image_B3PP))
+    quantized = tokenizer.quantize.quantize(features(tokenizer, before_BPP3))
     return decode(tokenizer, quantized.f_hats[-1]), quantized.tokens
 
 

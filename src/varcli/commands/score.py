@@ -1,0 +1,191 @@
+"""`var score` and `var classify`: how likely images are, and which class explains them best."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from varcli.commands import options
+from varcli.commands.tokens import Images, Sources
+from varcli.console import note, progress, result, table
+from varcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from varcli.classes import ClassEntry
+    from varcli.pipelines import likelihood
+
+
+def score(
+    *,
+    images: Images,
+    class_name: Annotated[
+        str,
+        Option("--class", "-c", metavar="CLASS", help="Index (207), name ('golden retriever') or none."),
+    ],
+    heatmap: Annotated[
+        Path | None,
+        Option("--heatmap", metavar="FILE", help="Also write a sheet that shows where images are unlikely, .png."),
+    ] = None,
+    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Print how likely images are given a class: nats, bits per token and bits per pixel.
+
+    The largest square in the middle of an image is encoded in the model's size. The fewer nats, the likelier.
+    """
+    if heatmap:
+        from varcli.outputs.open import check_file
+
+        check_file("heatmap", heatmap, (".png",))
+    from varcli.pipelines.edit import stem
+    from varcli.pipelines.likelihood import save_heatmaps
+    from varcli.pipelines.likelihood import score as score_image
+    from varcli.pipelines.model import load
+
+    sources = Sources(images)
+    model = load(checkpoint, device=device, dtype=dtype, progress=not quiet)
+    scores, names = [], []
+    with progress("images", len(images), quiet) as advance:
+        for number, source in sources:
+            scores.append(score_image(model, source, class_name))
+            names.append(images[number])
+            advance()
+    if heatmap and scores:
+        save_heatmaps(heatmap, scores, [stem(name) for name in names])
+    if as_json:
+        for name, found in zip(names, scores, strict=True):
+            scales = [{"side": side, "nats": nats} for side, nats in zip(found.sides, found.scale_nats, strict=True)]
+            facts = {
+                "image": name,
+                "class": _facts(found.entry),
+                "nats": found.nats,
+                "bits_per_token": found.bits_per_token,
+                "bits_per_pixel": found.bits_per_pixel,
+                "scales": scales,
+            }
+            result(json.dumps(facts, sort_keys=True))
+    elif scores:
+        rows = [
+            (
+                name,
+                str(found.entry or "none"),
+                f"{found.nats:.1f}",
+                f"{found.bits_per_token:.3f}",
+                f"{found.bits_per_pixel:.4f}",
+                " ".join(f"{nats / side**2:.2f}" for side, nats in zip(found.sides, found.scale_nats, strict=True)),
+            )
+            for name, found in zip(names, scores, strict=True)
+        ]
+        table(("image", "class", "nats", "bits/token", "bits/pixel", "nats/token of each scale"), rows)
+    sources.check()
+
+
+def classify(
+    *,
+    paths: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="[IMG]...", help="Images, folders, zips, .npz or .tar; - alone is an image on standard input."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        Option("--reference", "-r", metavar="NAME", help="Instead: the images of a reference set, such as tiny64."),
+    ] = None,
+    num_images: Annotated[
+        int | None,
+        Option("--num-images", "-n", min=1, help="Take only so many, spread evenly.", show_default="all"),
+    ] = None,
+    top: Annotated[
+        int, Option("--top", min=0, help="Print so many classes per image; 0 prints the accuracy only.")
+    ] = 5,
+    candidates: Annotated[
+        str,
+        Option(
+            "--candidates",
+            metavar="N,…",
+            help="Score all classes on the coarse half of the scales, N on half of the others too, and so on; 0 scores "
+            "all classes on all scales.",
+        ),
+    ] = "10,3",
+    encodings: Annotated[
+        int,
+        Option(
+            "--encodings",
+            metavar="N",
+            min=1,
+            help="Average over N encodings of the image, all but the first with noise on the features.",
+        ),
+    ] = 1,
+    skip_bad: options.SkipBad = False,
+    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Print which classes explain an image best: those that give it the highest likelihood.
+
+    Where the images' own classes are known, from folders, file names or provenance, the accuracy follows.
+    """
+    if bool(paths) == (reference is not None):
+        raise UsageError("exactly one of image paths and --reference must say what to classify")
+    if "-" in (paths or []) and paths != ["-"]:
+        raise UsageError("- is one image on standard input, and no other can be given beside it")
+    kept = () if candidates.strip() == "0" else options.parse_numbers("--candidates", candidates)
+    from varcli.pipelines.likelihood import Classified, classify_set, open_set
+    from varcli.pipelines.likelihood import classify as classify_image
+    from varcli.pipelines.model import load
+
+    model = load(checkpoint, device=device, dtype=dtype, progress=not quiet)
+    if paths == ["-"]:
+        count, classified = 1, iter([Classified("-", None, classify_image(model, "-", kept, encodings))])
+    else:
+        images = open_set(model, paths or [], reference, num_images, skip_bad=skip_bad, progress=not quiet)
+        for name in images.skipped:
+            note(f"skipped: {name}")
+        count, classified = len(images), classify_set(model, images, kept, encodings, skip_bad=skip_bad, note=note)
+    found, rows = [], []
+    with progress("images", count, quiet) as advance:
+        for image in classified:
+            found.append(image)
+            if as_json:
+                result(json.dumps(_ranking(image, top), sort_keys=True))
+            else:
+                rows += [
+                    (
+                        image.name,
+                        str(image.label or "-"),
+                        str(i + 1),
+                        str(each.entry),
+                        f"{each.nats:.1f}",
+                        str(each.scales),
+                    )
+                    for i, each in enumerate(image.classes[:top])
+                ]
+            advance()
+    if rows:
+        table(("image", "label", "place", "class", "nats", "scales"), rows)
+    labelled = [image for image in found if image.label]
+    if labelled:
+        shares = {count: sum(image.hit(count) for image in labelled) / len(labelled) for count in (1, 5)}
+        if as_json:
+            result(json.dumps({"images": len(labelled), "top_1": shares[1], "top_5": shares[5]}, sort_keys=True))
+        else:
+            result(f"{len(labelled)} images with a label: top-1 {shares[1]:.1%}, top-5 {shares[5]:.1%}")
+
+
+def _ranking(image: "likelihood.Classified", top: int) -> dict[str, Any]:
+    classes = [
+        {"id": each.entry.id, "name": each.entry.name, "nats": each.nats, "scales": each.scales}
+        for each in image.classes[:top]
+    ]
+    return {"image": image.name, "label": _facts(image.label), "classes": classes}
+
+
+def _facts(entry: "ClassEntry | None") -> dict[str, Any] | None:
+    return {"id": entry.id, "name": entry.name} if entry else None
