@@ -54,7 +54,13 @@ class RunOptions:
         ),
     ] = 1000
     save_every: Annotated[
-        int, Option("--save-every", metavar="N", min=1, help="Save resumable state every N steps.")
+        int,
+        Option(
+            "--save-every",
+            metavar="N",
+            min=1,
+            help="Save resumable state every N steps; the last two are kept, each four times the size of the weights.",
+        ),
     ] = 500
     device: options.Device = "auto"
     dtype: Annotated[
