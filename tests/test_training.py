@@ -26,7 +26,7 @@ from varcli.training import optim
 from varcli.training import tokenizer as tokenizer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
-from varcli.training.loop import Run, check_run, only_run, train, update
+from varcli.training.loop import Run, check_run, only_run, state_files, train, update
 from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
@@ -153,7 +153,7 @@ def test_a_tokens_loss_weighs_one_over_its_side_where_asked(tmp_path, images):
 def test_a_checkpoint_without_its_state_is_not_replaced(kind, tmp_path, images):
     stage = tokenizer_stage(images) if kind == "tokenizer" else transformer_stage(tmp_path / "cache", images)
     train(stage, run(tmp_path))
-    for file in run(tmp_path).state_files:
+    for file in state_files(tmp_path):
         file.unlink()
     kept = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
     with pytest.raises(UsageError, match=r"has a (tokenizer|model)\.safetensors and no state .*; use another --out"):

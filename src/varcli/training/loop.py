@@ -95,6 +95,8 @@ class Run:
     """All that shapes the result; a run continues only where it is the same."""
     images: Mapping[str, int] = field(default_factory=dict)
     """Number of training images of each class, to say what has changed where the identity has."""
+    copies: float = 0.0
+    """Part of the training images that are copies of others, for `var train status`."""
     log_every: int = 50
     validate_every: int = 1000
     save_every: int = 500
@@ -110,18 +112,20 @@ class Run:
     @property
     def state_file(self) -> Path:
         """The file a killed run continues from."""
-        return self.folder / "state.safetensors"
+        return self.folder / STATE
 
     @property
     def previous_state_file(self) -> Path:
         """The state before it."""
-        return self.folder / "state-previous.safetensors"
+        return self.folder / PREVIOUS_STATE
 
-    @property
-    def state_files(self) -> list[Path]:
-        """The states that are there, the newest first. A kill while one is written leaves only the one before it."""
-        files = (self.state_file, self.previous_state_file)
-        return [file for file in files if file.exists()]
+
+STATE, PREVIOUS_STATE = "state.safetensors", "state-previous.safetensors"
+
+
+def state_files(folder: Path) -> list[Path]:
+    """The states that a run's folder has, the newest first. A kill while one is written leaves only the one before."""
+    return [file for file in (folder / STATE, folder / PREVIOUS_STATE) if file.exists()]
 
 
 def update(stage: Stage, batch: Any, step: int, steps: int) -> dict[str, Tensor]:
@@ -187,7 +191,7 @@ def check_run(run: Run) -> int:
         UsageError: the folder holds a run with other settings or images, or a checkpoint without the run's state.
         CheckpointError: the run's states are damaged.
     """
-    if not run.state_files:
+    if not state_files(run.folder):
         finished = [name for name in CHECKPOINTS if (run.folder / name).exists()]
         if finished:
             raise UsageError(
@@ -207,7 +211,7 @@ def from_newest_state(run: Run, read: Callable[[Path], State]) -> State:
     Raises:
         CheckpointError: there is none that is whole.
     """
-    *newer, oldest = run.state_files
+    *newer, oldest = state_files(run.folder)
     for file in newer:
         with suppress(CheckpointError):
             return read(file)
@@ -257,9 +261,9 @@ def resume(stage: Stage, run: Run) -> int:
     Raises:
         VarError: as `check_run`, or the state is another network's.
     """
-    if not run.state_files:
+    if not state_files(run.folder):
         return check_run(run)
-    newest = run.state_files[0]
+    newest = state_files(run.folder)[0]
     file, step, identity = from_newest_state(run, lambda file: load_state(stage, run, file))
     before, now = identity.get("epochs"), run.identity.get("epochs")
     if before != now:
@@ -299,7 +303,7 @@ def save_state(stage: Stage, run: Run, step: int) -> None:
     """Write the state to continue from, and keep the one before it: one of them is whole whenever the run is killed."""
     tensors = {name: tensor.detach().cpu() for name, tensor in stage.tensors().items()}
     metadata = {"step": str(step), "identity": json.dumps(run.identity, sort_keys=True)}
-    metadata["images"] = json.dumps(run.images, sort_keys=True)
+    metadata["images"], metadata["copies"] = json.dumps(run.images, sort_keys=True), str(run.copies)
     metadata["sha256"] = tensors_sha256(tensors)
     try:
         if run.state_file.exists():
@@ -341,7 +345,7 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
             metrics = update(stage, batch, step, run.steps)
             loss = metrics["loss"].item()
             if not math.isfinite(loss):
-                kept = f"; {run.folder} keeps the last good state" if run.state_files else ""
+                kept = f"; {run.folder} keeps the last good state" if state_files(run.folder) else ""
                 raise RunError(f"the loss is not finite at step {done}{kept}; try a lower --base-lr in another --out")
             run.after_step(done, loss)
             last = done == run.steps
@@ -368,7 +372,7 @@ def record(stage: Stage, run: Run, log: MetricsLog, done: int, observed: Mapping
     """
     last = done == run.steps
     validating = last or (done % run.validate_every == 0 and not stopping)
-    if validating and not run.state_files:
+    if validating and not state_files(run.folder):
         save_state(stage, run, done)  # before the checkpoint, which without a state no run could replace
     if validating or done % run.log_every == 0:
         validation = conclude(stage, run, done) if validating else {}
