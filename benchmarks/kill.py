@@ -24,7 +24,7 @@ VAR = [sys.executable, "-m", "varcli"]
 SMALL = "--sides 1,2,4 --multipliers 1,1,1 --base-width 32 --codebook-size 64 --codebook-width 8"
 PACE = "--epochs 8 --batch-size 4 --lpips 0 --gan 0 --workers 1 --save-every 2"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-CHANGING = ("metrics.jsonl", "state.safetensors")
+CHANGING = ("metrics.jsonl", "state.safetensors", "state-previous.safetensors")
 """Files that tell speeds and times too."""
 
 

@@ -10,12 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from support import reference
+from varcli.acceleration.devices import peak_bytes
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking import samplers, timing
 from varcli.benchmarking.flops import decoder_operations, transformer_operations
 from varcli.benchmarking.results import BenchPlan, panels, percentile, run_benchmark, sampler_timings
 from varcli.benchmarking.samplers import BenchSampler, naive_sampler, raster_scan, varcli
-from varcli.benchmarking.timing import Contest, Lap, Round, Stopwatch, matmul_rate, peak_bytes, run_once, take_turns
+from varcli.benchmarking.timing import Contest, Lap, Round, Stopwatch, matmul_rate, run_once, take_turns
 from varcli.charts import png
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.errors import RunError

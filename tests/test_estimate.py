@@ -20,8 +20,10 @@ def stage():
 
 
 def test_expected_losses_are_the_published_ones():
-    # Figures of the released d16, and of the scaling laws for deeper models.
-    assert [round(expected_losses(depth)[0], 2) for depth in (16, 20, 24, 30)] == [6.06, 5.93, 5.83, 5.73]
+    mean, last = expected_losses(16)
+    assert mean == pytest.approx(6.05, abs=0.005)  # where the released d16's log ends
+    assert 5.31 <= last <= 5.35
+    assert [round(expected_losses(depth)[0], 2) for depth in (20, 24, 30)] == [5.92, 5.82, 5.72]
 
 
 def test_plan_counts_steps_parameters_and_operations(stage):

@@ -15,7 +15,7 @@ from support.images import write_folder
 from varcli.cli import run
 from varcli.config import GRID_256, TrainingConfig, TransformerConfig
 from varcli.pipelines import train as pipeline
-from varcli.training.estimate import expected_losses
+from varcli.training.estimate import expected_losses, expected_losses_at
 
 SHAPE = ["--sides", "1,2,4", "--base-width", "32", "--multipliers", "1,1", "--encoder-blocks", "1"]
 SMALL = [*SHAPE, "--codebook-size", "32", "--codebook-width", "8", "--perceptual", "none"]
@@ -214,7 +214,7 @@ def test_a_recipe_for_far_more_images_is_told(epochs, batch, images, told):
 def test_a_loss_is_expected_only_where_the_scaling_laws_speak():
     def expected(**changes):
         shape = {"depth": 16, "width": 1024, "sides": GRID_256, "codebook_size": 4096, "codebook_width": 32}
-        return pipeline._expected_losses(TransformerConfig(**shape | changes))
+        return expected_losses_at(TransformerConfig(**shape | changes))
 
     assert expected() == expected_losses(16)
     assert expected(depth=2) is None  # above chance

@@ -26,7 +26,7 @@ from varcli.training import optim
 from varcli.training import tokenizer as tokenizer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
-from varcli.training.loop import Run, check_run, only_run, train, update
+from varcli.training.loop import Run, check_run, only_run, state_files, train, update
 from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
@@ -112,21 +112,24 @@ def test_killed_and_resumed_ends_bit_identical(kind, tmp_path, images, monkeypat
     assert [line["step"] for line in lines] == [3, 6]
 
 
-def test_ctrl_c_saves_first(tmp_path, images):
-    import os
-    import signal
-
-    stage = tokenizer_stage(images)
+@pytest.mark.parametrize(
+    ("number", "ended"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["ctrl-c", "sigterm"]
+)
+def test_a_signal_saves_first(tmp_path, images, number, ended):
+    stage, notes = tokenizer_stage(images), []
+    stage.validate = pytest.fail  # a scheduler does not wait for it
     prepare = stage.prepare
 
-    def interrupted(batch, number, steps):
-        if number == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return prepare(batch, number, steps)
+    def interrupted(batch, step, steps):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return prepare(batch, step, steps)
 
     stage.prepare = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        train(stage, run(tmp_path))
+    with pytest.raises(ended) as caught:
+        train(stage, run(tmp_path, validate_every=2, note=notes.append))
+    assert ended is KeyboardInterrupt or caught.value.code == 143
+    assert notes == ["stopped after step 2 of 6, with the state saved; the same command goes on"]
     assert load_tensors(tmp_path / "state.safetensors")[1]["step"] == "2"
 
 
@@ -150,7 +153,8 @@ def test_a_tokens_loss_weighs_one_over_its_side_where_asked(tmp_path, images):
 def test_a_checkpoint_without_its_state_is_not_replaced(kind, tmp_path, images):
     stage = tokenizer_stage(images) if kind == "tokenizer" else transformer_stage(tmp_path / "cache", images)
     train(stage, run(tmp_path))
-    (tmp_path / "state.safetensors").unlink()
+    for file in state_files(tmp_path):
+        file.unlink()
     kept = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
     with pytest.raises(UsageError, match=r"has a (tokenizer|model)\.safetensors and no state .*; use another --out"):
         train(stage, run(tmp_path))
@@ -214,6 +218,7 @@ def begun(tmp_path_factory, images):
 def rewritten(path, change):
     tensors, metadata = load_tensors(path)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    del metadata["sha256"]  # as in states of earlier versions
     change(tensors, metadata)
     save_tensors(path, tensors, metadata)
 
@@ -233,10 +238,35 @@ DAMAGE = {
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_states_are_one_line(tmp_path, images, begun, change):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "state-previous.safetensors").unlink()
     rewritten(tmp_path / "state.safetensors", change)
     with pytest.raises(CheckpointError, match=r"the state .*state\.safetensors is damaged: ") as caught:
         train(tokenizer_stage(images), run(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "a tensor less", "away"])
+def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path, images, damage):
+    train(tokenizer_stage(images, gan=0.0), run(tmp_path / "whole", 9))
+    with pytest.raises(Killed):
+        train(kill_at(tokenizer_stage(images, gan=0.0), 7), run(tmp_path / "run", 9))
+    state = tmp_path / "run" / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    if damage == "truncated":
+        state.write_bytes(content[:-1])
+    elif damage == "a bit":
+        content[-1000] ^= 1
+        state.write_bytes(content)
+    elif damage == "a tensor less":
+        rewritten(state, DAMAGE[damage])
+    else:
+        state.unlink()  # as a kill leaves it, while a new one is written
+    notes = []
+    train(tokenizer_stage(images, gan=0.0), run(tmp_path / "run", 9, note=notes.append))
+    told = [] if damage == "away" else [f"{state} is damaged; going on from the state before it, of step 3"]
+    assert notes == told
+    for name in ("state.safetensors", "state-previous.safetensors", "tokenizer.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize("line", [b"", b"5", b"{}", b'{"step": "x"}', b"\xff", b"[" * 100_000, b'{"step": 2'])

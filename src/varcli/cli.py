@@ -1,7 +1,7 @@
 """The app, the list of its commands, and the one place where an error becomes a line and an exit code.
 
 Exit codes: 0 success, 1 a bug (with its traceback), 2 to 5 as `varcli.errors` says, 130 Ctrl-C, 141 the
-reader of our output closed the pipe.
+reader of our output closed the pipe, 143 SIGTERM during training, after its state was saved.
 """
 
 import sys

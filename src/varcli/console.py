@@ -125,16 +125,20 @@ def discard_results() -> None:
 def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Yield what to call after one of `total` steps, or with how many were made: it moves a bar on stderr.
 
+    A second argument is the text behind the bar.
     There is no bar where stderr is no terminal, where `quiet` is asked for, or where the total is unknown.
     """
     if quiet or total is None or not sys.stderr.isatty():
-        yield lambda count=1: None
+        yield lambda count=1, text="": None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
     # rich would send redirected results to stderr too: right on a terminal, wrong in a pipe.
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count=1: bar.advance(task, count)
+        task = bar.add_task(label, total=total, text="")
+        yield lambda count=1, text="": bar.update(task, advance=count, text=text)

@@ -107,6 +107,18 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most memory the process has used so far: on CUDA the GPU's, else its own; None where not told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
     if device.type == "cuda":

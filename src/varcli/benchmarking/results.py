@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from varcli.acceleration.devices import peak_bytes
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, naive_sampler, raster_scan, varcli
-from varcli.benchmarking.timing import hardware, peak_bytes, take_turns, warm_up, warm_ups
+from varcli.benchmarking.timing import hardware, take_turns, warm_up, warm_ups
 from varcli.charts import Bars, digits
 from varcli.config import SampleConfig
 

@@ -4,7 +4,6 @@ Shapes: N rows, I features of each.
 """
 
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -172,18 +171,6 @@ def _fastest(device: torch.device, product: Callable[[], Tensor]) -> float:
         synchronize(device)
         taken.append(time.perf_counter() - begin)
     return min(taken)
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """Return the most memory the process has used so far: on CUDA the GPU's, else its own; None where not told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def hardware(device: torch.device) -> str:

@@ -1,6 +1,8 @@
 """`var train`: the two stages of training."""
 
 import json
+import re
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +19,7 @@ from varcli.config import (
     TransformerTrainingConfig,
 )
 from varcli.distributed import launch, launched, process_group
+from varcli.report.formatting import duration
 
 if TYPE_CHECKING:
     from varcli.training.estimate import TrainingEstimate
@@ -54,7 +57,13 @@ class RunOptions:
         ),
     ] = 1000
     save_every: Annotated[
-        int, Option("--save-every", metavar="N", min=1, help="Save resumable state every N steps.")
+        int,
+        Option(
+            "--save-every",
+            metavar="N",
+            min=1,
+            help="Save resumable state every N steps; the last two are kept, each four times the size of the weights.",
+        ),
     ] = 500
     device: options.Device = "auto"
     dtype: Annotated[
@@ -70,6 +79,10 @@ class RunOptions:
         ),
     ] = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write figures for TensorBoard.")] = False
+    wandb: Annotated[
+        str | None,
+        Option("--wandb", metavar="PROJECT", help="Also send figures to this project of Weights & Biases."),
+    ] = None
     compiled: Annotated[
         bool, Option("--compile", help="Compile the networks with torch.compile first: minutes, then faster steps.")
     ] = False
@@ -130,9 +143,11 @@ def tokenizer(
             workers=run.workers,
             compiled=run.compiled,
             tensorboard=run.tensorboard,
+            wandb=run.wandb,
             group=group,
             report=_report(run.quiet),
             note=console.notes(silent),
+            quiet=silent,
         )
         if group.is_main:
             _finish(figures, out / "tokenizer.safetensors", run)
@@ -211,6 +226,7 @@ def transformer(
             workers=run.workers,
             compiled=run.compiled,
             tensorboard=run.tensorboard,
+            wandb=run.wandb,
             group=group,
             report=_report(run.quiet),
             note=console.notes(silent),
@@ -220,15 +236,46 @@ def transformer(
             _finish(figures, out / "model.safetensors", run)
 
 
+@train_app.command("status")
+def status(
+    folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run, finished or under way.")],
+    as_json: options.Json = False,
+) -> None:
+    """Compare a run with what is normal, and say what is off."""
+    from varcli.pipelines.watch import run_status
+
+    found = run_status(folder)
+    if as_json:
+        console.result(json.dumps(asdict(found)))
+        return
+    seen = found.figures["images_seen"]
+    epochs = f" ({seen / found.images:.1f} epochs)" if found.images else ""
+    console.result(f"{found.stage}, step {found.step} of {found.steps}, {seen:.0f} images seen{epochs}")
+    rows = [("off" if check.off else "ok", check.name, check.found, check.normal) for check in found.checks]
+    console.table(("", "check", "found", "normal"), rows)
+    for check in found.checks:
+        if check.off:
+            console.result(f"{check.name}: {check.advice}")
+    if not any(name.startswith("validation_") for name in found.figures):
+        console.note("labels and the amount of data are checked on held-out images: --holdout N, at each validation")
+
+
 def _report(quiet: bool) -> Any:
-    """What prints figures as they come, one line on stderr."""
+    """What prints figures as they come, one line on stderr; beside a progress bar only those of validations."""
 
     def report(step: int, steps: int, figures: "Metrics") -> None:
-        if not quiet:
-            shown = [f"{name} {value:.4g}" for name, value in figures.items() if name not in ("step", "images_seen")]
-            console.note(f"step {step}/{steps}: " + ", ".join(shown))
+        validated = any(name.startswith("validation_") for name in figures)
+        if quiet or (sys.stderr.isatty() and not validated):
+            return
+        shown = [f"{name} {value:.4g}" for name, value in figures.items() if not _IN_THE_LOG_ONLY.search(name)]
+        left = f", {duration(figures['seconds_left'])} left" if "seconds_left" in figures else ""
+        console.note(f"step {step}/{steps}: " + ", ".join(shown) + left)
 
     return report
+
+
+_IN_THE_LOG_ONLY = re.compile(r"^step$|^images_seen$|^seconds_left$|^update_ratio$|^memory|_\d+$")
+"""Figures that a line on stderr has no room for: those of single scales among them."""
 
 
 def _finish(figures: "Metrics", checkpoint: Path, run: RunOptions) -> None:
@@ -244,7 +291,6 @@ def _show_estimate(found: "TrainingEstimate", recipe: TrainingConfig, as_json: b
     if as_json:
         console.result(json.dumps(asdict(found) | {"recipe": asdict(recipe)}))
         return
-    duration = f"{found.seconds / 3600:.1f} hours" if found.seconds >= 3600 else f"{found.seconds / 60:.1f} minutes"
     settings = ", ".join(
         f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
         for name, value in asdict(recipe).items()
@@ -257,7 +303,7 @@ def _show_estimate(found: "TrainingEstimate", recipe: TrainingConfig, as_json: b
     console.result(f"operations       {found.flops:.3g} FLOP")
     state, activations = found.state_bytes / 2**30, found.activation_bytes / 2**30
     console.result(f"memory           {state:.2f} GiB state, {activations:.2f} GiB activations")
-    console.result(f"speed            {found.images_per_second:.1f} images/s here, {duration} in all")
+    console.result(f"speed            {found.images_per_second:.1f} images/s here, {duration(found.seconds)} in all")
     if found.expected_loss is not None:
         console.result(
             f"expected loss    {found.expected_loss:.2f} mean, {found.expected_loss_last:.2f} last scale "

@@ -7,6 +7,7 @@ Shapes: B images of P × P pixels.
 """
 
 import os
+import random
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -188,6 +189,30 @@ class ImageSet:
                 facts, last = f"{label}\t{image.member}\t{image.bytes}", b""
             digest.update(facts.encode(errors="surrogatepass") + last + b"\n")
         return digest.hexdigest()
+
+    def copies(self, most: int = 1000) -> float:
+        """The part of the images that equal an earlier one byte for byte.
+
+        Only files of equal size can, so only those are read: `most` at most, drawn by whole groups of one size, from
+        which the rest is estimated. An image that was encoded anew is not found.
+        """
+        of_size: dict[int, list[int]] = {}
+        for i, image in enumerate(self._images):
+            of_size.setdefault(image.bytes, []).append(i)
+        groups = [group for group in of_size.values() if len(group) > 1]
+        candidates = sum(map(len, groups))
+        random.Random(0).shuffle(groups)
+        read = copied = 0
+        for group in groups:
+            if read and read + len(group) > most:
+                break
+            digests = []
+            for i in group[:most]:
+                with suppress(UnreadableImage), reading_image(self.name(i)):
+                    digests.append(sha256(self._images[i].source.read(self._images[i].member)).digest())
+            read += len(group[:most])
+            copied += len(digests) - len(set(digests))
+        return copied / read * candidates / len(self) if read else 0.0
 
     # --- parts -----------------------------------------------------------------------------------------
 

@@ -52,7 +52,10 @@ _DESCRIPTIONS = (
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
 """First bytes of image files, by which those without an ending are known."""
 
-_RUN_FILES = {"metrics.jsonl", "state.safetensors", "model.safetensors", "tokenizer.safetensors"}
+_RUN_FILES = {
+    *("metrics.jsonl", "state.safetensors", "state-previous.safetensors"),
+    *("model.safetensors", "tokenizer.safetensors"),
+}
 """Any of these makes a folder one of `var train`, whose previews are no training images."""
 
 

@@ -1,12 +1,10 @@
 """`varcli.train_tokenizer` and `varcli.train_transformer`: from images to a checkpoint, resumable."""
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,11 +35,12 @@ from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.provenance import png_bytes
 from varcli.models.tokenizer import Tokenizer
+from varcli.pipelines.watch import check_packages, watched
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
-from varcli.training import optim
+from varcli.training import optim, status
 from varcli.training.data import ENCODE_BATCH, CacheSettings, TokenCache, open_cache
 from varcli.training.discriminator import SMALLEST_PATCH
-from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
+from varcli.training.estimate import TrainingEstimate, estimate, expected_losses_at
 from varcli.training.finetune import adapt, merged, warm_start
 from varcli.training.loop import Run, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
@@ -76,9 +75,11 @@ def train_tokenizer(
     workers: int | None = None,
     compiled: bool = False,
     tensorboard: bool = False,
+    wandb: str | None = None,
     group: ProcessGroup | None = None,
     report: Report = lambda step, steps, figures: None,
     note: Callable[[str], None] = lambda line: None,
+    quiet: bool = True,
 ) -> Metrics:
     """Train a tokenizer (paper, section 3.2); a stopped run goes on when called again.
 
@@ -97,9 +98,11 @@ def train_tokenizer(
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
         tensorboard: also write figures for TensorBoard.
+        wandb: project of Weights & Biases that gets the figures too; None is none.
         group: the ranks that share each batch; None is this process alone.
         report: called with figures as they come.
         note: takes remarks for the user.
+        quiet: show no progress bar.
 
     Returns:
         The last figures.
@@ -108,6 +111,7 @@ def train_tokenizer(
         VarError: images or weights cannot be used, the folder holds another run or a checkpoint that would be
             replaced, or the loss is not finite.
     """
+    check_packages(tensorboard, wandb)
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
     group = group or ProcessGroup()
@@ -136,16 +140,17 @@ def train_tokenizer(
         batch=training.batch,
         identity=identity,
         images=_counts(images),
+        copies=_copies(images, note) if group.is_main else 0.0,
         validate_every=validate_every,
         save_every=save_every,
         preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
-        report=_reporter(Path(out), steps, report, tensorboard),
         note=note,
     )
-    check_run(run)
+    start = check_run(run)
     make_folder(run.folder)
     _tell(account, training, len(images), note)
-    return train(stage, run)
+    with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
+        return train(stage, run)
 
 
 def estimate_tokenizer(
@@ -228,6 +233,7 @@ def train_transformer(
     workers: int | None = None,
     compiled: bool = False,
     tensorboard: bool = False,
+    wandb: str | None = None,
     group: ProcessGroup | None = None,
     report: Report = lambda step, steps, figures: None,
     note: Callable[[str], None] = lambda line: None,
@@ -255,10 +261,11 @@ def train_transformer(
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
         tensorboard: also write figures for TensorBoard.
+        wandb: project of Weights & Biases that gets the figures too; None is none.
         group: the ranks that share each batch; None is this process alone.
         report: called with figures as they come.
         note: takes remarks for the user.
-        quiet: show no progress bar while tokens are computed.
+        quiet: show no progress bars.
 
     Returns:
         The last figures.
@@ -266,6 +273,7 @@ def train_transformer(
     Raises:
         VarError: images or the tokenizer cannot be used, the folder holds another run, or the loss is not finite.
     """
+    check_packages(tensorboard, wandb)
     training = training or default_recipe(depth, init)
     group = group or ProcessGroup()
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
@@ -289,13 +297,13 @@ def train_transformer(
         batch=training.batch,
         identity=identity,
         images=_counts(images),
+        copies=_copies(images, note) if group.is_main else 0.0,
         validate_every=validate_every,
         save_every=save_every,
         preview=lambda folder, step: _preview_samples(stage, folder, step),
-        report=_reporter(Path(out), steps, report, tensorboard),
         note=note,
     )
-    check_run(run)
+    start = check_run(run)
     make_folder(run.folder)
     _tell(account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
@@ -305,7 +313,8 @@ def train_transformer(
     cache = Path(token_cache or out)
     stage.held = _tokens(stage, held, 1, cache, ahead, note, quiet)
     stage.tokens = _tokens(stage, images, training.crops, cache, ahead, note, quiet)
-    return train(stage, run)
+    with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
+        return train(stage, run)
 
 
 def estimate_transformer(
@@ -330,7 +339,7 @@ def estimate_transformer(
         data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", alone, note
     )
     _tell(account, training, len(images), note)
-    return estimate(stage, training, len(images), _expected_losses(stage.config))
+    return estimate(stage, training, len(images), expected_losses_at(stage.config))
 
 
 def default_recipe(depth: int | None = None, init: str | Path | None = None) -> TransformerTrainingConfig:
@@ -361,15 +370,6 @@ def _model_to_tune(
     if depth is not None or width is not None or shared_adaln:
         raise UsageError(f"--init {init} has its own depth, width and modulation: leave those options out")
     return load_model(resolve_checkpoint(str(init)))
-
-
-def _expected_losses(config: TransformerConfig) -> tuple[float, float] | None:
-    """The scaling laws' losses; None of grids and codebooks they say nothing of, and where chance does as well."""
-    published = TokenizerConfig()
-    expected = expected_losses(config.depth)
-    if (config.sides, config.codebook_size) != (published.sides, published.codebook_size):
-        return None
-    return None if max(expected) > math.log(config.codebook_size) else expected
 
 
 def _transformer_stage(
@@ -451,6 +451,14 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
     )
 
 
+def _copies(images: ImageSet, note: Callable[[str], None]) -> float:
+    """The part of the images that are copies of others, told where it is more than a few."""
+    copies = images.copies()
+    if copies > status.MOST_COPIES:
+        note(f"data: {copies:.0%} of the training images are copies of others, byte for byte; leave them out")
+    return copies
+
+
 def _counts(images: ImageSet) -> dict[str, int]:
     """Number of images per class, by the class's folder."""
     return dict(zip((entry.wnid for entry in images.classes.entries), images.class_counts(), strict=True))
@@ -501,33 +509,6 @@ def _tokens(
     if stage.group.is_main:
         stage.group.barrier()
     return cache
-
-
-def _reporter(folder: Path, steps: int, report: Report, tensorboard: bool) -> Callable[[int, Metrics], None]:
-    """What takes figures as they come, to the caller and to TensorBoard.
-
-    Raises:
-        UsageError: TensorBoard is asked for and not installed.
-    """
-    writer_class: Any = None
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError("--tensorboard needs another package: pip install 'varcli[tensorboard]'") from None
-        writer_class = SummaryWriter
-    writers: list[Any] = []
-
-    def log(step: int, figures: Metrics) -> None:
-        if writer_class is not None:
-            if not writers:  # only now is the folder known to be this run's; what a killed run wrote later goes
-                writers.append(writer_class(str(folder / "tensorboard"), purge_step=step))
-            for name, value in figures.items():
-                writers[0].add_scalar(name.replace("validation_", "validation/"), value, step)
-            writers[0].flush()
-        report(step, steps, figures)
-
-    return log
 
 
 def _preview_reconstructions(stage: TokenizerStage, folder: Path, step: int) -> None:

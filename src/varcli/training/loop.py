@@ -3,6 +3,7 @@
 A run lives in a folder:
 
     state.safetensors    everything needed to go on (removed by nobody; only replaced atomically)
+    state-previous.safetensors   the state before that one, in case it is damaged
     metrics.jsonl        one line of figures every so often
     *.safetensors        the checkpoint others use, written by the stage
     samples/             images to look at
@@ -12,18 +13,18 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from varcli.acceleration.devices import out_of_memory
-from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors
+from varcli.acceleration.devices import out_of_memory, peak_bytes
+from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors, tensors_sha256
 from varcli.config import TrainingConfig
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, RunError, UsageError
@@ -43,6 +44,7 @@ class Stage(Protocol):
 
     device: torch.device
     group: ProcessGroup
+    optimizer: torch.optim.AdamW
 
     @property
     def training(self) -> TrainingConfig:
@@ -65,6 +67,9 @@ class Stage(Protocol):
 
     def clear_gradients(self) -> None:
         """Forget the gradients."""
+
+    def observe(self, step: int) -> dict[str, Tensor]:
+        """Return figures of the state after a step that is logged, the same on all ranks; vectors hold one a scale."""
 
     def validate(self) -> Metrics:
         """Return figures of the averaged weights on held-out images."""
@@ -90,6 +95,8 @@ class Run:
     """All that shapes the result; a run continues only where it is the same."""
     images: Mapping[str, int] = field(default_factory=dict)
     """Number of training images of each class, to say what has changed where the identity has."""
+    copies: float = 0.0
+    """Part of the training images that are copies of others, for `var train status`."""
     log_every: int = 50
     validate_every: int = 1000
     save_every: int = 500
@@ -97,13 +104,28 @@ class Run:
     """Draws images of the averaged weights into a folder."""
     report: Callable[[int, Metrics], None] = field(default=lambda step, figures: None)
     """Shows figures as they come."""
+    after_step: Callable[[int, float], None] = field(default=lambda step, loss: None)
+    """Told of each step that is done, and its loss."""
     note: Callable[[str], None] = field(default=lambda line: None)
     """Takes remarks for the user."""
 
     @property
     def state_file(self) -> Path:
         """The file a killed run continues from."""
-        return self.folder / "state.safetensors"
+        return self.folder / STATE
+
+    @property
+    def previous_state_file(self) -> Path:
+        """The state before it."""
+        return self.folder / PREVIOUS_STATE
+
+
+STATE, PREVIOUS_STATE = "state.safetensors", "state-previous.safetensors"
+
+
+def state_files(folder: Path) -> list[Path]:
+    """The states that a run's folder has, the newest first. A kill while one is written leaves only the one before."""
+    return [file for file in (folder / STATE, folder / PREVIOUS_STATE) if file.exists()]
 
 
 def update(stage: Stage, batch: Any, step: int, steps: int) -> dict[str, Tensor]:
@@ -138,7 +160,7 @@ class StopSignal:
     """Remembers Ctrl-C and SIGTERM while a step runs, so that the run can save before it ends."""
 
     def __enter__(self) -> "StopSignal":
-        self.received = False
+        self.received = 0  # the signal's number
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -151,9 +173,11 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:  # whoever asks twice does not want to wait
             raise KeyboardInterrupt
-        self.received = True
+        self.received = number
 
 
+TERMINATED = 128 + signal.SIGTERM
+"""The exit code of a run that SIGTERM ended, as a shell reports it."""
 CHECKPOINTS = ("model.safetensors", "tokenizer.safetensors")
 """What a run leaves for others, and what no other run may replace."""
 
@@ -165,9 +189,9 @@ def check_run(run: Run) -> int:
 
     Raises:
         UsageError: the folder holds a run with other settings or images, or a checkpoint without the run's state.
-        CheckpointError: the run's state is damaged.
+        CheckpointError: the run's states are damaged.
     """
-    if not run.state_file.exists():
+    if not state_files(run.folder):
         finished = [name for name in CHECKPOINTS if (run.folder / name).exists()]
         if finished:
             raise UsageError(
@@ -175,7 +199,33 @@ def check_run(run: Run) -> int:
                 "so training would replace it; use another --out"
             )
         return 0
-    _, metadata = load_header(run.state_file)
+    return from_newest_state(run, lambda file: check_state(file, run))
+
+
+State = TypeVar("State")
+
+
+def from_newest_state(run: Run, read: Callable[[Path], State]) -> State:
+    """Return what `read` makes of the newest state or, where that is damaged, of the one before it.
+
+    Raises:
+        CheckpointError: there is none that is whole.
+    """
+    *newer, oldest = state_files(run.folder)
+    for file in newer:
+        with suppress(CheckpointError):
+            return read(file)
+    return read(oldest)
+
+
+def check_state(file: Path, run: Run) -> int:
+    """Check that a state is of this very run; returns its step. No tensors are read.
+
+    Raises:
+        UsageError: it is of a run with other settings or images.
+        CheckpointError: it is damaged.
+    """
+    _, metadata = load_header(file)
     try:
         begun, step = BEFORE | json.loads(metadata["identity"]), int(metadata["step"])
         begun.setdefault("perceptual_weight", begun.get("lpips"))
@@ -184,7 +234,7 @@ def check_run(run: Run) -> int:
         given = json.loads(json.dumps(run.identity))
         different = sorted(key for key in given if begun.get(key) != given[key])
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(run, "it does not say which run's it is") from error
+        raise _damaged(file, "it does not say which run's it is") from error
     longer = different == ["epochs"] and given["epochs"] > begun["epochs"]
     if "pictures" in different and images:
         raise UsageError(f"the run in {run.folder} was begun with {_other_images(images, run.images)}; use {_AGAIN}")
@@ -211,30 +261,56 @@ def resume(stage: Stage, run: Run) -> int:
     Raises:
         VarError: as `check_run`, or the state is another network's.
     """
-    step = check_run(run)
-    if run.state_file.exists():
-        tensors, metadata = load_tensors(run.state_file)
-        before, now = json.loads(metadata["identity"]).get("epochs"), run.identity.get("epochs")
-        if before != now:
-            run.note(f"going on from step {step} of {before:g} epochs, by the learning rates of {now:g} epochs")
-        try:
-            stage.load_tensors(tensors)
-        except (KeyError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and out_of_memory(error):
-                raise
-            raise _damaged(run, "its tensors are not those of this model") from error
+    if not state_files(run.folder):
+        return check_run(run)
+    newest = state_files(run.folder)[0]
+    file, step, identity = from_newest_state(run, lambda file: load_state(stage, run, file))
+    before, now = identity.get("epochs"), run.identity.get("epochs")
+    if before != now:
+        run.note(f"going on from step {step} of {before:g} epochs, by the learning rates of {now:g} epochs")
+    if file != newest:
+        run.note(f"{newest} is damaged; going on from the state before it, of step {step}")
+        stage.group.barrier()  # all ranks have read it
+        if stage.group.is_main:
+            file.replace(newest)  # so that the next save keeps the good one, not the damaged one
     return step
 
 
-def _damaged(run: Run, what: str) -> CheckpointError:
-    return CheckpointError(f"the state {run.state_file} is damaged: {what}; use another --out")
+def load_state(stage: Stage, run: Run, file: Path) -> tuple[Path, int, dict[str, Any]]:
+    """Load a state into the stage; returns its file, step and identity.
+
+    Raises:
+        VarError: as `resume`.
+    """
+    step = check_state(file, run)
+    tensors, metadata = load_tensors(file)
+    if tensors_sha256(tensors) != metadata.get("sha256", tensors_sha256(tensors)):
+        raise _damaged(file, "its tensors are not those that were written")
+    try:
+        stage.load_tensors(tensors)
+    except (KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        raise _damaged(file, "its tensors are not those of this model") from error
+    return file, step, json.loads(metadata["identity"])
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"the state {file} is damaged: {what}; use another --out")
 
 
 def save_state(stage: Stage, run: Run, step: int) -> None:
-    """Write the state to continue from, atomically."""
+    """Write the state to continue from, and keep the one before it: one of them is whole whenever the run is killed."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in stage.tensors().items()}
     metadata = {"step": str(step), "identity": json.dumps(run.identity, sort_keys=True)}
-    metadata["images"] = json.dumps(run.images, sort_keys=True)
-    save_tensors(run.state_file, stage.tensors(), metadata)
+    metadata["images"], metadata["copies"] = json.dumps(run.images, sort_keys=True), str(run.copies)
+    metadata["sha256"] = tensors_sha256(tensors)
+    try:
+        if run.state_file.exists():
+            run.state_file.replace(run.previous_state_file)
+    except OSError as error:
+        raise cannot_write(run.previous_state_file, error) from error
+    save_tensors(run.state_file, tensors, metadata)
 
 
 def train(stage: Stage, run: Run) -> Metrics:
@@ -247,7 +323,9 @@ def train(stage: Stage, run: Run) -> Metrics:
         RunError: the loss is not finite, memory does not suffice, or another run is under way in the folder;
             the last good checkpoint stays.
         UsageError: the folder holds a run with other settings, or a checkpoint that would be replaced.
-        CheckpointError: the state of the folder's run is damaged.
+        CheckpointError: the states of the folder's run are damaged.
+        KeyboardInterrupt: Ctrl-C.
+        SystemExit: SIGTERM, with the code 143.
     """
     make_folder(run.folder)
     with only_run(run.folder) if stage.group.is_main else nullcontext(), memory_explained(run.batch):
@@ -265,29 +343,40 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
         for step, batch in zip(remaining, stage.batches(remaining), strict=True):
             done = step + 1
             metrics = update(stage, batch, step, run.steps)
-            if not math.isfinite(metrics["loss"].item()):
-                kept = f"; {run.folder} keeps the last good state" if run.state_file.exists() else ""
+            loss = metrics["loss"].item()
+            if not math.isfinite(loss):
+                kept = f"; {run.folder} keeps the last good state" if state_files(run.folder) else ""
                 raise RunError(f"the loss is not finite at step {done}{kept}; try a lower --base-lr in another --out")
+            run.after_step(done, loss)
             last = done == run.steps
             # A signal may reach one rank alone, or one a step earlier than another.
-            stopping = bool(sum_over_ranks(torch.tensor(int(stop.received)), group)) and not last
+            received = torch.tensor([stop.received > 0, stop.received == signal.SIGTERM], dtype=torch.int64)
+            stopping, terminated = map(bool, sum_over_ranks(received, group))
+            stopping &= not last
+            logging = last or done % run.log_every == 0 or done % run.validate_every == 0
+            observed = stage.observe(done) if logging else {}
             if log:
                 log.add(metrics)
-                record(stage, run, log, done, stopping)
+                record(stage, run, log, done, observed, stopping)
             if stopping:
                 group.barrier()  # the state is to be saved before any rank ends
-                raise KeyboardInterrupt
+                run.note(f"stopped after step {done} of {run.steps}, with the state saved; the same command goes on")
+                raise SystemExit(TERMINATED) if terminated else KeyboardInterrupt
     return group.broadcast(log.last if log else {})
 
 
-def record(stage: Stage, run: Run, log: MetricsLog, done: int, stopping: bool) -> None:
-    """Write what is due after a step: state, checkpoint, preview, figures."""
+def record(stage: Stage, run: Run, log: MetricsLog, done: int, observed: Mapping[str, Tensor], stopping: bool) -> None:
+    """Write what is due after a step: state, checkpoint, preview, figures.
+
+    Whoever stops a run gets its state at once: a scheduler does not wait for a validation.
+    """
     last = done == run.steps
-    validating = last or done % run.validate_every == 0
-    if validating and not run.state_file.exists():
+    validating = last or (done % run.validate_every == 0 and not stopping)
+    if validating and not state_files(run.folder):
         save_state(stage, run, done)  # before the checkpoint, which without a state no run could replace
     if validating or done % run.log_every == 0:
-        log.write(done, conclude(stage, run, done) if validating else {})
+        validation = conclude(stage, run, done) if validating else {}
+        log.write(done, validation, observed, run.steps - done, peak_bytes(stage.device))
         run.report(done, log.last)
     if last or done % run.save_every == 0 or stopping:
         save_state(stage, run, done)

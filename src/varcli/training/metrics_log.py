@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -9,6 +10,17 @@ from torch import Tensor
 from varcli.files import cannot_write, write_atomically
 
 Metrics = dict[str, float]
+
+
+def by_scale(figures: Mapping[str, Tensor]) -> Metrics:
+    """Return figures as numbers; of a vector, which has one for each scale, name_1 and so on."""
+    found: Metrics = {}
+    for name, value in figures.items():
+        if value.ndim:
+            found |= {f"{name}_{scale}": number for scale, number in enumerate(value.tolist(), 1)}
+        else:
+            found[name] = value.item()
+    return found
 
 
 class MetricsLog:
@@ -44,12 +56,31 @@ class MetricsLog:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
-    def write(self, step: int, validation: Metrics) -> None:
-        """Write a line for all steps since the last one, and keep it as `last`."""
+    def write(
+        self,
+        step: int,
+        validation: Metrics,
+        observed: Mapping[str, Tensor] | None = None,
+        remaining: int = 0,
+        memory: int | None = None,
+    ) -> None:
+        """Write a line for all steps since the last one, and keep it as `last`.
+
+        Args:
+            step: the last one.
+            validation: figures on held-out images.
+            observed: figures of the state after the step.
+            remaining: steps that are left.
+            memory: the most bytes that were in use so far.
+        """
         figures: Metrics = {"step": step, "images_seen": step * self.batch}
         if self.count:
-            figures |= {name: float(total) / self.count for name, total in self.sums.items()}
-            figures["images_per_second"] = self.count * self.batch / (time.perf_counter() - self.since)
+            figures |= by_scale({name: total / self.count for name, total in self.sums.items()})
+            seconds = (time.perf_counter() - self.since) / self.count
+            figures |= {"images_per_second": self.batch / seconds, "seconds_left": remaining * seconds}
+        figures |= by_scale(observed or {})
+        if memory is not None:
+            figures["memory_gib"] = memory / 2**30
         figures |= {f"validation_{name}": value for name, value in validation.items()}
         try:
             with self.path.open("a") as file:

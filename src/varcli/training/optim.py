@@ -191,6 +191,33 @@ def set_rates(optimizer: torch.optim.AdamW, lr: float, weight_decay: float) -> N
         group["lr"], group["weight_decay"] = lr, decay
 
 
+def update_ratio(optimizer: torch.optim.AdamW) -> Tensor:
+    """Return ‖Δw‖ / ‖w‖ of the last step over all trained weights, 0-dimensional: about 1e-3 in a healthy run.
+
+    Δw is worked out anew from the optimizer's moments, so that no copy of the weights is needed.
+    """
+    changes: list[Tensor] = []
+    weights: list[Tensor] = []
+    for group in optimizer.param_groups:
+        beta_1, beta_2 = group["betas"]
+        for parameter in group["params"]:
+            if state := optimizer.state.get(parameter):
+                first = state["exp_avg"] / (1 - beta_1 ** state["step"])
+                second = state["exp_avg_sq"] / (1 - beta_2 ** state["step"])
+                decay = group["weight_decay"] * parameter.detach()
+                changes.append((first / (second.sqrt() + group["eps"]) + decay).norm() * group["lr"])
+                weights.append(parameter.detach().norm())
+    return torch.stack(changes).norm() / torch.stack(weights).norm()
+
+
+def observed(optimizer: torch.optim.AdamW) -> Tensors:
+    """Return the learning rate, and the size of the last update as a part of the weights."""
+    return {
+        "learning_rate": torch.tensor(float(optimizer.param_groups[0]["lr"])),
+        "update_ratio": update_ratio(optimizer),
+    }
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:
     """Return the optimizer's moments by the name of the parameter they belong to."""
     return {
@@ -206,6 +233,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     Raises:
         ValueError: some of a parameter are missing, or of another shape.
     """
+    optimizer.state.clear()
     for name, parameter in model.named_parameters():
         for key, value in tensors.items():
             if key.rpartition(".")[0] == name:

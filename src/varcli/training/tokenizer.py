@@ -37,6 +37,24 @@ REVIVE_UNTIL = 0.9
 DEAD = 0.01
 """A row is dead when it is hit less than this part of what even use would give."""
 
+COLLAPSED = 0.005
+"""A scale has collapsed when its perplexity is below this part of what it could be; the worst of tiny64's has 0.02."""
+
+
+def collapsed(perplexity: float, codebook_size: int, tokens: int) -> bool:
+    """Whether a scale makes do with hardly any codebook rows.
+
+    Args:
+        perplexity: exp of the entropy of how often each row is used, as many rows as are in even use.
+        codebook_size: rows in all.
+        tokens: what was counted; fewer tokens than rows cannot use all.
+    """
+    return perplexity < max(FEWEST_ROWS, COLLAPSED * min(codebook_size, tokens))
+
+
+FEWEST_ROWS = 1.5
+"""Rows in use, below which any scale has collapsed."""
+
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -94,7 +112,7 @@ class TokenizerStage:
             group: the ranks that share each batch; None is this process alone.
             warm: the model's weights, its codebook among them, come from a checkpoint.
             workers: processes that read images ahead.
-            warn: told of images that cannot be read.
+            warn: told of images that cannot be read, and of scales that collapse.
         """
         self.config, self.training, self.bf16 = model.config, training, bf16
         self.device = model.quant_conv.weight.device
@@ -102,6 +120,9 @@ class TokenizerStage:
         self.perceptual: Perceptual | None = None
         self.warm = warm
         self.unreadable = Unreadable(len(images), warn)
+        self.warn = warn
+        self.collapsed: set[int] = set()
+        """Numbers of the scales, from 1, that were said to have collapsed."""
         self.adversarial = False
         self.scales: int | None = None
         self.quantized: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -233,6 +254,27 @@ class TokenizerStage:
         )
         counts_SV = sum_over_ranks(counts_SV, self.group).to(hits_SV.dtype)
         hits_SV[: len(counts_SV)].lerp_(counts_SV, 1 - HIT_DECAY)
+
+    @torch.no_grad()
+    def observe(self, step: int) -> dict[str, Tensor]:
+        """Return learning rate, size of the update, and each scale's use of the codebook over the last steps (S,).
+
+        A scale that collapses is told, once.
+        """
+        hits_SV = self.model.quantize.ema_vocab_hit_SV
+        share_SV = hits_SV / hits_SV.sum(1, keepdim=True).clamp(min=1e-12)
+        perplexity_S = torch.special.entr(share_SV).sum(1).exp()
+        usage_S = (share_SV > DEAD / hits_SV.shape[1]).float().mean(1)
+        steps = min(step, round(1 / (1 - HIT_DECAY)))  # whose tokens are in the record
+        for scale, (side, perplexity) in enumerate(zip(self.config.sides, perplexity_S.tolist(), strict=True), 1):
+            tokens = steps * self.training.batch * side * side
+            if collapsed(perplexity, self.config.codebook_size, tokens) and scale not in self.collapsed:
+                self.collapsed.add(scale)
+                self.warn(
+                    f"scale {scale} has collapsed: perplexity {perplexity:.1f} of {self.config.codebook_size} codebook "
+                    "rows; try a lower --base-lr, a higher --scale-drop, or a smaller --codebook-size"
+                )
+        return optim.observed(self.optimizer) | {"codebook_usage": usage_S, "codebook_perplexity": perplexity_S}
 
     @torch.no_grad()
     def revive_codes(self) -> None:

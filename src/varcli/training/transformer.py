@@ -4,6 +4,7 @@ Shapes: B images, L tokens of all scales, l of one, C codebook channels, V codeb
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,13 +23,17 @@ from varcli.training.contrastive import contrastive_loss, other_labels
 from varcli.training.data import TokenCache, draws
 from varcli.training.finetune import merged
 from varcli.training.loop import autocast
-from varcli.training.metrics_log import Metrics
+from varcli.training.metrics_log import Metrics, by_scale
 from varcli.training.optim import initialize_transformer
 from varcli.training.parallel import Rows, data_parallel, share_rows, without_averaging
 
 BETAS = (0.9, 0.95)
 WITHOUT_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
 VALIDATION_BATCH = 64
+GAIN_BATCHES = 16
+"""Validation batches, spread over the held-out images, that are computed without labels too."""
+FREQUENCY_IMAGES = 4096
+"""Images, spread over the data, whose tokens are counted."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -51,6 +56,22 @@ def token_weights(sides: Sequence[int], rule: str) -> Tensor:
     """
     weight_L = torch.cat([torch.full((side * side,), 1 / side if rule == "side" else 1.0) for side in sides])
     return weight_L / weight_L.mean()
+
+
+def frequency_loss(tokens: TokenCache, held: TokenCache, config: TransformerConfig) -> float:
+    """Return the cross-entropy, in nats a token, of held-out tokens under how often each scale's occur in training.
+
+    A model that has learned anything of what a token follows from is below it.
+    """
+    some_BL, held_BL = (
+        cache.batch([(i, 0) for i in range(0, len(cache), math.ceil(len(cache) / FREQUENCY_IMAGES))])[0]
+        for cache in (tokens, held)
+    )
+    total = 0.0
+    for part in spans(config.sides):
+        count_V = 1 + torch.bincount(some_BL[:, part].flatten(), minlength=config.codebook_size)
+        total -= float((count_V / count_V.sum()).log()[held_BL[:, part]].sum())
+    return total / held_BL.numel()
 
 
 class TransformerStage:
@@ -173,28 +194,47 @@ class TransformerStage:
         return loss_N.view(tokens_BL.shape), (logits_BLV.argmax(-1) == tokens_BL).float()
 
     def figures(self, loss_BL: Tensor, hit_BL: Tensor) -> dict[str, Tensor]:
-        """Return cross-entropy and accuracy, over all tokens alike and over the last scale's."""
-        last = spans(self.config.sides)[-1]
+        """Return cross-entropy and accuracy: over all tokens alike, over the last scale's, and of each scale (S,)."""
+        parts = spans(self.config.sides)
+        loss_S = torch.stack([loss_BL[:, part].mean() for part in parts])
+        accuracy_S = torch.stack([hit_BL[:, part].mean() for part in parts])
         return {
             "loss": loss_BL.mean(),
-            "loss_last": loss_BL[:, last].mean(),
+            "loss_last": loss_S[-1],
             "accuracy": hit_BL.mean(),
-            "accuracy_last": hit_BL[:, last].mean(),
+            "accuracy_last": accuracy_S[-1],
+            "loss_scale": loss_S,
+            "accuracy_scale": accuracy_S,
         }
+
+    def observe(self, step: int) -> dict[str, Tensor]:
+        """Return learning rate and size of the update."""
+        return optim.observed(self.optimizer)
 
     @torch.no_grad()
     def validate(self) -> Metrics:
-        """Return the averaged weights' figures on held-out images, no label dropped."""
-        if self.held is None:
+        """Return the averaged weights' figures on held-out images, no label dropped.
+
+        Among them are what the labels are worth, `label_gain`: the loss without them minus the loss with them, in nats
+        a token; and what the frequencies of the tokens alone would reach, `frequency_loss`.
+        """
+        if self.held is None or self.tokens is None:
             return {}
-        sums: dict[str, float] = {}
-        for first in range(0, len(self.held), VALIDATION_BATCH):
-            numbers = range(first, min(first + VALIDATION_BATCH, len(self.held)))
-            tokens, labels = self.held.batch([(i, 0) for i in numbers])
-            figures = self.figures(*self.predict(self.average.model, tokens.to(self.device), labels.to(self.device)))
-            for name, value in figures.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(numbers)
-        return {name: total / len(self.held) for name, total in sums.items()}
+        sums: dict[str, Tensor] = {}
+        gain_B: list[Tensor] = []
+        batches = torch.arange(len(self.held)).split(VALIDATION_BATCH)
+        for number, images in enumerate(batches):
+            drawn = self.held.batch([(i, 0) for i in images.tolist()])
+            tokens_BL, label_B = (part.to(self.device) for part in drawn)
+            loss_BL, hit_BL = self.predict(self.average.model, tokens_BL, label_B)
+            for name, value in self.figures(loss_BL, hit_BL).items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.cpu() * len(images)
+            if number % math.ceil(len(batches) / GAIN_BATCHES) == 0:
+                no_class_B = torch.full_like(label_B, self.config.class_count)
+                gain_B.append((self.predict(self.average.model, tokens_BL, no_class_B)[0] - loss_BL).mean(1))
+        figures = by_scale({name: total / len(self.held) for name, total in sums.items()})
+        figures["label_gain"] = float(torch.cat(gain_B).mean())
+        return figures | {"frequency_loss": frequency_loss(self.tokens, self.held, self.config)}
 
     def tensors(self) -> optim.Tensors:
         """Return the whole state."""
