@@ -79,7 +79,16 @@ def test_what_is_drawn_for_a_part_is_the_whole_batchs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [("--nproc", 2), ("--nproc", 2, "--grad-accum", 2), ("--grad-accum", 4)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--nproc", 2),
+        ("--nproc", 2, "--grad-accum", 2),
+        ("--grad-accum", 4),
+        ("--nproc", 2, "--shard"),
+        ("--nproc", 2, "--shard", "--grad-accum", 2, "--checkpoint-activations"),
+    ],
+)
 def test_ranks_and_parts_of_a_transformers_batch_change_nothing_but_rounding(more, data, tmp_path):
     train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
     tokenizer = ("--tokenizer", tmp_path / "tokenizer" / "tokenizer.safetensors", "--epochs", 2)
@@ -110,6 +119,25 @@ def compare(one, several):
     distance = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in names)
     size = sum(float(ours[name].double().square().sum()) for name in names)
     assert (distance / size) ** 0.5 < 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_sharded_or_not(data, tmp_path):
+    train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
+    tokenizer = (
+        "--tokenizer",
+        tmp_path / "tokenizer" / "tokenizer.safetensors",
+        "--shared-adaln",
+        "--adapter",
+        "lora:4",
+    )
+    shard = ("--nproc", 2, "--shard")
+    for epochs, more in ((1, shard), (2, ()), (3, shard)):
+        one = train("transformer", data, tmp_path / "one", *tokenizer, "--epochs", epochs)
+        several = train("transformer", data, tmp_path / "several", *tokenizer, "--epochs", epochs, *more)
+        assert several["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert several["step"] == 9
+    compare(tmp_path / "one", tmp_path / "several")
 
 
 @pytest.mark.slow

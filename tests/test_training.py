@@ -26,11 +26,12 @@ from varcli.training import optim
 from varcli.training import tokenizer as tokenizer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
+from varcli.training.estimate import estimate
 from varcli.training.loop import Run, check_run, only_run, train, update
 from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
-from varcli.training.transformer import TransformerStage, build_transformer
+from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs
 
 CPU = torch.device("cpu")
 TOKENIZER = TokenizerConfig(
@@ -61,10 +62,10 @@ def tokens(folder, images, **changes):
     return tokenizer, open_cache(folder, tokenizer, images, settings, CPU)
 
 
-def transformer_stage(folder, images, **changes):
+def transformer_stage(folder, images, model=TRANSFORMER, **changes):
     tokenizer, cache = tokens(folder, images)
     training = dataclasses.replace(TRANSFORMER_TRAINING, **changes)
-    model = build_transformer(TRANSFORMER, training)
+    model = build_transformer(model, training)
     return TransformerStage(model, training, tokenizer, images.classes, bf16=False, tokens=cache, held=cache)
 
 
@@ -134,6 +135,23 @@ def test_other_settings_are_refused(tmp_path, images):
     train(tokenizer_stage(images), run(tmp_path, steps=3))
     with pytest.raises(UsageError, match=r"a 1 \(now 2\)"):
         train(tokenizer_stage(images), run(tmp_path, identity={"a": 2}))
+
+
+def test_activations_computed_again_change_no_bit_and_take_less_memory(tmp_path, images):
+    deep = dataclasses.replace(TRANSFORMER, depth=24)  # stochastic depth drops a tenth in its last block
+    stages = []
+    for again in (False, True):
+        stage = transformer_stage(tmp_path, images, model=deep)
+        if again:
+            keep_block_inputs(stage.model)
+        for step, batch in enumerate(stage.batches(range(3))):
+            update(stage, batch, step, 3)
+        stages.append(stage)
+    plain, again = (stage.model.state_dict() for stage in stages)
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    plain, again = (estimate(stage, stage.training, 20).activation_bytes for stage in stages)
+    assert again < plain / 3
 
 
 def test_a_tokens_loss_weighs_one_over_its_side_where_asked(tmp_path, images):

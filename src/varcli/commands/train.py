@@ -179,6 +179,14 @@ def transformer(
         Literal["fp32", "bf16", "fp16"],
         Option("--save-dtype", help="Precision of the weights in the checkpoint file."),
     ] = "fp32",
+    checkpoint_activations: Annotated[
+        bool,
+        Option("--checkpoint-activations", help="Compute blocks again in the backward pass: less memory, more time."),
+    ] = False,
+    shard: Annotated[
+        bool,
+        Option("--shard", help="Share weights and optimizer state among the processes, for models too large for one."),
+    ] = False,
     run: RunOptions,
 ) -> None:
     """Train a transformer on the token maps of a tokenizer."""
@@ -187,7 +195,8 @@ def transformer(
     training = replace(pipeline.default_recipe(depth, init), **recipe)
 
     shared: dict[str, Any] = {"depth": depth, "width": width, "shared_adaln": shared_adaln, "training": training}
-    shared |= {"init": init, "holdout": run.holdout, "dtype": run.dtype}
+    shared |= {"init": init, "checkpoint_activations": checkpoint_activations}
+    shared |= {"holdout": run.holdout, "dtype": run.dtype}
     if run.dry_run:
         plan = pipeline.estimate_transformer(
             data, tokenizer, **shared, device=run.device, note=console.notes(run.quiet)
@@ -205,6 +214,7 @@ def transformer(
             **shared,
             token_cache=token_cache,
             save_dtype=save_dtype,
+            shard=shard,
             validate_every=run.validate_every,
             save_every=run.save_every,
             device=group.device(run.device),

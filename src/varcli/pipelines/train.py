@@ -48,7 +48,7 @@ from varcli.training.metrics_log import Metrics
 from varcli.training.parallel import check_batch
 from varcli.training.perceptual import perceptual_distance
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
-from varcli.training.transformer import TransformerStage, build_transformer
+from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs
 
 PREVIEW_IMAGES = 8
 """Images in a tokenizer's preview."""
@@ -227,6 +227,8 @@ def train_transformer(
     save_dtype: str = "fp32",
     workers: int | None = None,
     compiled: bool = False,
+    checkpoint_activations: bool = False,
+    shard: bool = False,
     tensorboard: bool = False,
     group: ProcessGroup | None = None,
     report: Report = lambda step, steps, figures: None,
@@ -254,6 +256,8 @@ def train_transformer(
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
+        checkpoint_activations: keep each block's input alone for the backward pass, to save memory for time.
+        shard: have the ranks share weights, gradients and optimizer state, for models that do not fit on one.
         tensorboard: also write figures for TensorBoard.
         group: the ranks that share each batch; None is this process alone.
         report: called with figures as they come.
@@ -270,7 +274,20 @@ def train_transformer(
     group = group or ProcessGroup()
     begun = _model_to_tune(init, depth, width, shared_adaln)
     stage, images, held, account = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, save_dtype, group, note
+        data,
+        tokenizer,
+        depth,
+        width,
+        shared_adaln,
+        training,
+        begun,
+        holdout,
+        device,
+        dtype,
+        save_dtype,
+        shard,
+        group,
+        note,
     )
     sha256 = tokenizer_sha256(stage.tokenizer)
     identity = optim.identity(
@@ -299,6 +316,8 @@ def train_transformer(
     make_folder(run.folder)
     _tell(account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
+    if checkpoint_activations:
+        keep_block_inputs(stage.model)
     if compiled:
         for block in stage.model.blocks:
             block.compile()
@@ -317,6 +336,7 @@ def estimate_transformer(
     shared_adaln: bool = False,
     training: TransformerTrainingConfig | None = None,
     init: str | Path | None = None,
+    checkpoint_activations: bool = False,
     holdout: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -327,8 +347,10 @@ def estimate_transformer(
     begun = _model_to_tune(init, depth, width, shared_adaln)
     alone = ProcessGroup()
     stage, images, _, account = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", alone, note
+        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", False, alone, note
     )
+    if checkpoint_activations:
+        keep_block_inputs(stage.model)
     _tell(account, training, len(images), note)
     return estimate(stage, training, len(images), _expected_losses(stage.config))
 
@@ -382,6 +404,7 @@ def _transformer_stage(
     device: str,
     dtype: str,
     save_dtype: str,
+    shard: bool,
     group: ProcessGroup,
     note: Callable[[str], None],
 ) -> tuple[TransformerStage, ImageSet, ImageSet, list[str]]:
@@ -412,11 +435,21 @@ def _transformer_stage(
         note(f"{kept} of {len(images.classes)} classes are known to the model; the others begin at the mean of all")
     adapt(model, training.adapter)
     optim.freeze(model, training.freeze)
-    model = model.to(where)
     check_batch(training.batch, training.accumulate, group)
+    if shard and group.world_size == 1:
+        raise UsageError("--shard needs several processes: --nproc 2 or more, or torchrun")
+    if not shard:  # a model to be sharded may not fit
+        model = model.to(where)
     bf16 = trains_in_bf16(where, on_cpu=True) if dtype == "auto" else dtype == "bf16"
     stage = TransformerStage(
-        model, training, trained, images.classes, bf16=bf16, group=group, save_dtype=DTYPES[save_dtype]
+        model,
+        training,
+        trained,
+        images.classes,
+        bf16=bf16,
+        group=group,
+        shard_on=where if shard else None,
+        save_dtype=DTYPES[save_dtype],
     )
     return stage, images, held, everything.account
 

@@ -32,7 +32,7 @@ from varcli.images.dataset import in_words
 from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
-from varcli.training.parallel import Rows, mean_over_ranks, rows_of_part, sum_over_ranks
+from varcli.training.parallel import Rows, gather_on_main, mean_over_ranks, rows_of_part, sum_over_ranks
 
 BEFORE = {"perceptual": "lpips", "flip": False, "freeze": "", "adapter": "", "scale_weight": "mean", "init": None}
 """What runs had that were begun before these settings existed."""
@@ -43,6 +43,7 @@ class Stage(Protocol):
 
     device: torch.device
     group: ProcessGroup
+    average: optim.MovingAverage[Any]
 
     @property
     def training(self) -> TrainingConfig:
@@ -231,10 +232,12 @@ def _damaged(run: Run, what: str) -> CheckpointError:
 
 
 def save_state(stage: Stage, run: Run, step: int) -> None:
-    """Write the state to continue from, atomically."""
+    """Write the state to continue from, atomically. To be called by all ranks, which may have shards of it."""
     metadata = {"step": str(step), "identity": json.dumps(run.identity, sort_keys=True)}
     metadata["images"] = json.dumps(run.images, sort_keys=True)
-    save_tensors(run.state_file, stage.tensors(), metadata)
+    tensors = gather_on_main(stage.tensors(), stage.group)
+    if stage.group.is_main:
+        save_tensors(run.state_file, tensors, metadata)
 
 
 def train(stage: Stage, run: Run) -> Metrics:
@@ -259,7 +262,7 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
     group = stage.group
     log = MetricsLog(run.folder, start, run.batch) if group.is_main else None
     remaining = range(start, run.steps)
-    if not remaining and log:
+    if not remaining:
         conclude(stage, run, start)
     with StopSignal() as stop:
         for step, batch in zip(remaining, stage.batches(remaining), strict=True):
@@ -273,22 +276,24 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
             stopping = bool(sum_over_ranks(torch.tensor(int(stop.received)), group)) and not last
             if log:
                 log.add(metrics)
-                record(stage, run, log, done, stopping)
+            record(stage, run, log, done, stopping)
             if stopping:
                 group.barrier()  # the state is to be saved before any rank ends
                 raise KeyboardInterrupt
     return group.broadcast(log.last if log else {})
 
 
-def record(stage: Stage, run: Run, log: MetricsLog, done: int, stopping: bool) -> None:
-    """Write what is due after a step: state, checkpoint, preview, figures."""
+def record(stage: Stage, run: Run, log: MetricsLog | None, done: int, stopping: bool) -> None:
+    """Write what is due after a step: state, checkpoint, preview, figures. To be called by all ranks."""
     last = done == run.steps
     validating = last or done % run.validate_every == 0
-    if validating and not run.state_file.exists():
+    if validating and not stage.group.broadcast(run.state_file.exists()):
         save_state(stage, run, done)  # before the checkpoint, which without a state no run could replace
     if validating or done % run.log_every == 0:
-        log.write(done, conclude(stage, run, done) if validating else {})
-        run.report(done, log.last)
+        figures = conclude(stage, run, done) if validating else {}
+        if log:
+            log.write(done, figures)
+            run.report(done, log.last)
     if last or done % run.save_every == 0 or stopping:
         save_state(stage, run, done)
 
@@ -342,13 +347,16 @@ def make_folder(folder: Path) -> None:
 
 
 def conclude(stage: Stage, run: Run, step: int) -> Metrics:
-    """Validate, write the checkpoint and draw images; return the figures."""
-    figures = stage.validate()
-    stage.save(run.folder, figures | {"steps": run.steps}, step)
-    images = run.folder / "samples"
-    make_folder(images)
-    run.preview(images, step)
-    return figures
+    """Validate, write the checkpoint and draw images, on the main rank; return the figures. To be called by all."""
+    with stage.average.whole():
+        if not stage.group.is_main:
+            return {}
+        figures = stage.validate()
+        stage.save(run.folder, figures | {"steps": run.steps}, step)
+        images = run.folder / "samples"
+        make_folder(images)
+        run.preview(images, step)
+        return figures
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
