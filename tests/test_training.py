@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -343,6 +345,47 @@ def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, images):
     tensors, metadata = load_tensors(tmp_path / "state.safetensors")
     assert metadata["step"] == "3"
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_a_full_disk_keeps_the_last_state(tmp_path, images, monkeypatch):
+    stage = tokenizer_stage(images)
+    prepare = stage.prepare
+
+    def filling(batch, number, steps):
+        if number == 3:
+            monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return prepare(batch, number, steps)
+
+    stage.prepare = filling
+    with pytest.raises(RunError, match=r"tokenizer\.safetensors cannot be written: No space left on device"):
+        train(stage, run(tmp_path, log_every=100))
+    monkeypatch.undo()
+    assert load_tensors(tmp_path / "state.safetensors")[1]["step"] == "3"
+    assert not list(tmp_path.glob(".varcli*"))
+    assert train(tokenizer_stage(images), run(tmp_path))["step"] == 6
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 2048)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tar_that_vanishes_or_is_cut_off_ends_the_run(damage, workers, tmp_path):
+    folder = write_folder(tmp_path / "data", {"blue": 10, "red": 10})
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(folder, ".")
+    images = open_images([tmp_path / "train.tar"], require_labels=True, read_headers=False)
+    models = build_tokenizer(TOKENIZER, 0)
+    stage = TokenizerStage(*models, TOKENIZER_TRAINING, images, images.subset([]), bf16=False, workers=workers)
+    prepare = stage.prepare
+
+    def damaging(batch, number, steps):
+        if number == 3:
+            damage(tmp_path / "train.tar")
+        return prepare(batch, number, steps)
+
+    stage.prepare = damaging
+    line = r"^none of the 20 images of the data can be read; the first is train\.tar/[^\n]*$"
+    with pytest.raises(InputError, match=line):
+        train(stage, run(tmp_path / "run", steps=50))
+    assert (tmp_path / "run" / "state.safetensors").exists()
 
 
 def test_non_finite_gradient_changes_no_weight(images):

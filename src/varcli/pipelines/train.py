@@ -43,7 +43,7 @@ from varcli.training.data import ENCODE_BATCH, CacheSettings, TokenCache, open_c
 from varcli.training.discriminator import SMALLEST_PATCH
 from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
 from varcli.training.finetune import adapt, merged, warm_start
-from varcli.training.loop import Run, check_run, make_folder, train
+from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.parallel import check_batch
 from varcli.training.perceptual import perceptual_distance
@@ -143,6 +143,7 @@ def train_tokenizer(
         note=note,
     )
     check_run(run)
+    check_ranks(run, group)
     make_folder(run.folder)
     _tell(account, training, len(images), note)
     return train(stage, run)
@@ -313,6 +314,7 @@ def train_transformer(
         note=note,
     )
     check_run(run)
+    check_ranks(run, group)
     make_folder(run.folder)
     _tell(account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)

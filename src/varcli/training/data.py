@@ -141,7 +141,8 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
     """Yield given batches in order, read ahead by `workers` processes.
 
     Raises:
-        RunError: one of them was ended, or cannot hand its images over.
+        InputError: no image can be read.
+        RunError: one of the processes was ended, or cannot hand its images over.
     """
     reading = DataLoader(
         crops,
@@ -152,6 +153,9 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
     )
     try:
         yield from reading
+    except InputError as error:  # a process that reads ahead sends it with its traceback
+        line = str(error).strip().splitlines()[-1]
+        raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if not any(words in reason for words in _ENDED):

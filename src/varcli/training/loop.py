@@ -26,7 +26,7 @@ from varcli.acceleration.devices import out_of_memory
 from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors
 from varcli.config import TrainingConfig
 from varcli.distributed import ProcessGroup
-from varcli.errors import CheckpointError, RunError, UsageError
+from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.files import cannot_lock, cannot_write
 from varcli.images.dataset import in_words
 from varcli.training import optim
@@ -198,11 +198,30 @@ def check_run(run: Run) -> int:
 _AGAIN = "the same again, or another --out"
 
 
-def _other_images(before: Mapping[str, int], now: Mapping[str, int]) -> str:
-    """Say how the images of a run differ from those that are there now, from their numbers per class."""
+def check_ranks(run: Run, group: ProcessGroup) -> None:
+    """Check that all ranks were given the same; to be called by all, before anything is written.
+
+    Raises:
+        InputError: one reads other images.
+        UsageError: one has other settings, another tokenizer file or another kind of device.
+    """
+    for rank, (identity, images) in enumerate(group.gather((run.identity, dict(run.images)))):
+        different = sorted(key for key in identity if identity[key] != run.identity.get(key))
+        if "pictures" in different:
+            what = _other_images(run.images, images, f"process {rank}")
+            raise InputError(f"process 0 reads {what}; all must read the same data")
+        if different:
+            key = different[0]
+            what = f"{key} {run.identity.get(key)!r} (process {rank} {identity[key]!r})"
+            raise UsageError(f"process 0 has {what}; all must have the same")
+    group.barrier()
+
+
+def _other_images(before: Mapping[str, int], now: Mapping[str, int], where: str = "now") -> str:
+    """Say how images differ from those that are there now, or elsewhere, from their numbers per class."""
     changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
-    counts = [f"{name} {before.get(name, 0)} (now {now.get(name, 0)})" for name in sorted(changed)]
-    what = f"{sum(before.values())} images (now {sum(now.values())})"
+    counts = [f"{name} {before.get(name, 0)} ({where} {now.get(name, 0)})" for name in sorted(changed)]
+    what = f"{sum(before.values())} images ({where} {sum(now.values())})"
     return f"{what}: {in_words(counts)}" if counts else f"{what}, of which some had other names or sizes"
 
 
