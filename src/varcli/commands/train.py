@@ -41,9 +41,7 @@ RunFolder = Annotated[
 class RunOptions:
     """The options of both stages that do not change the result."""
 
-    holdout: Annotated[
-        int, Option("--holdout", metavar="N", min=0, help="Keep the last N images of each class for validation.")
-    ] = 0
+    holdout: options.Holdout = 0
     validate_every: Annotated[
         int,
         Option(
@@ -60,15 +58,7 @@ class RunOptions:
     dtype: Annotated[
         Literal["auto", "fp32", "bf16"], Option("--dtype", help="Precision; auto uses bf16 where it is faster.")
     ] = "auto"
-    workers: Annotated[
-        int | None,
-        Option(
-            "--workers",
-            min=0,
-            help="Processes that read images ahead.",
-            show_default="one less than cores, 8 at most",
-        ),
-    ] = None
+    workers: options.Workers = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write figures for TensorBoard.")] = False
     compiled: Annotated[
         bool, Option("--compile", help="Compile the networks with torch.compile first: minutes, then faster steps.")

@@ -39,7 +39,15 @@ from varcli.images.provenance import png_bytes
 from varcli.models.tokenizer import Tokenizer
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim
-from varcli.training.data import ENCODE_BATCH, CacheSettings, TokenCache, open_cache
+from varcli.training.data import (
+    ENCODE_BATCH,
+    CacheSettings,
+    TokenCache,
+    cache_facts,
+    cache_place,
+    list_caches,
+    open_cache,
+)
 from varcli.training.discriminator import SMALLEST_PATCH
 from varcli.training.estimate import TrainingEstimate, estimate, expected_losses
 from varcli.training.finetune import adapt, merged, warm_start
@@ -324,9 +332,53 @@ def train_transformer(
         for block in stage.model.blocks:
             block.compile()
     cache = Path(token_cache or out)
-    stage.held = _tokens(stage, held, 1, cache, ahead, note, quiet)
-    stage.tokens = _tokens(stage, images, training.crops, cache, ahead, note, quiet)
+    stage.held, stage.tokens = _token_caches(
+        images, held, stage.tokenizer, training, cache, stage.device, ahead, group, note, quiet
+    )
     return train(stage, run)
+
+
+def encode_data(
+    data: Sequence[str | Path],
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    training: TransformerTrainingConfig | None = None,
+    holdout: int = 0,
+    device: str = "auto",
+    workers: int | None = None,
+    note: Callable[[str], None] = lambda line: None,
+    quiet: bool = True,
+) -> None:
+    """Write the token maps that transformers are trained on to a folder, for `train_transformer`'s `token_cache`.
+
+    What is there already is not computed again, and a stopped pass goes on.
+
+    Args:
+        data: images with labels: folders of class folders, zips, tar shards or .npz files.
+        tokenizer: name or file of a tokenizer or model.
+        out: the folder, which may hold the tokens of other data and settings too.
+        training: the recipe, of which crops, flip, enlarge and seed shape the tokens.
+        holdout: the last images of each class, kept for validation.
+        device: auto, cpu, cuda or mps; tokens of one kind of device are not used on another.
+        workers: processes that read images ahead; None is one less than cores, 8 at most.
+        note: takes remarks for the user.
+        quiet: show no progress bar.
+
+    Raises:
+        VarError: images or the tokenizer cannot be used, or the folder cannot be written.
+    """
+    where = pick_device(device)
+    optim.make_deterministic(where)
+    everything = _images(data)
+    images, held = everything.split(holdout)
+    model = load_tokenizer(resolve_checkpoint(str(tokenizer))).to(where).eval()
+    for line in everything.account:
+        note(f"data: {line}")
+    make_folder(Path(out))
+    training = training or TransformerTrainingConfig()
+    ahead = _worker_count(workers, ENCODE_BATCH * 3 * model.config.pixels**2, note)
+    _token_caches(images, held, model, training, Path(out), where, ahead, ProcessGroup(), note, quiet)
 
 
 def estimate_transformer(
@@ -510,30 +562,38 @@ _BATCHES_PER_WORKER = 3
 """Two that a worker reads ahead, and one on its way."""
 
 
-def _tokens(
-    stage: TransformerStage,
+def _token_caches(
     images: ImageSet,
-    crops: int,
+    held: ImageSet,
+    tokenizer: Tokenizer,
+    training: TransformerTrainingConfig,
     folder: Path,
+    device: torch.device,
     workers: int,
+    group: ProcessGroup,
     note: Callable[[str], None],
     quiet: bool,
-) -> TokenCache | None:
-    """Token maps of images, from the run's folder or computed now; None of no images."""
-    if not len(images):
-        return None
-    training = stage.training
-    flip = training.flip and crops > 1
-    settings = CacheSettings(enlarge=training.enlarge, crops=crops, seed=training.seed, flip=flip)
-    if not stage.group.is_main:
-        stage.group.barrier()  # the main rank has computed what was lacking
-    with progress("token maps", crops * len(images), quiet) as advance:
-        cache = open_cache(
-            folder, stage.tokenizer, images, settings, stage.device, workers=workers, warn=note, progress=advance
-        )
-    if stage.group.is_main:
-        stage.group.barrier()
-    return cache
+) -> tuple[TokenCache | None, TokenCache]:
+    """Token maps of held-out and training images, from a folder or computed now; None of no held-out images."""
+    flip, seed, enlarge = training.flip and training.crops > 1, training.seed, training.enlarge
+    crops = CacheSettings(enlarge=enlarge, crops=training.crops, seed=seed, flip=flip)
+    wanted = [(held, CacheSettings(enlarge=enlarge, crops=1, seed=seed))] if len(held) else []
+    wanted.append((images, crops))
+    there = list_caches(folder)
+    if there and not cache_place(folder, tokenizer, images, crops, device).exists():
+        needed = cache_facts(tokenizer, images, crops, device)
+        note(f"{folder} has no token maps of {needed}, which are computed now; it holds those of {'; '.join(there)}")
+    if not group.is_main:
+        group.barrier()  # the main rank has computed what was lacking
+    found = []
+    for each, settings in wanted:
+        with progress("token maps", settings.crops * len(each), quiet) as advance:
+            found.append(
+                open_cache(folder, tokenizer, each, settings, device, workers=workers, warn=note, progress=advance)
+            )
+    if group.is_main:
+        group.barrier()
+    return (found[0] if len(held) else None), found[-1]
 
 
 def _reporter(folder: Path, steps: int, report: Report, tensorboard: bool) -> Callable[[int, Metrics], None]:
