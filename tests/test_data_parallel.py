@@ -3,9 +3,11 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -79,7 +81,16 @@ def test_what_is_drawn_for_a_part_is_the_whole_batchs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [("--nproc", 2), ("--nproc", 2, "--grad-accum", 2), ("--grad-accum", 4)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--nproc", 2),
+        ("--nproc", 2, "--grad-accum", 2),
+        ("--grad-accum", 4),
+        ("--nproc", 2, "--shard"),
+        ("--nproc", 2, "--shard", "--grad-accum", 2, "--checkpoint-activations"),
+    ],
+)
 def test_ranks_and_parts_of_a_transformers_batch_change_nothing_but_rounding(more, data, tmp_path):
     train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
     tokenizer = ("--tokenizer", tmp_path / "tokenizer" / "tokenizer.safetensors", "--epochs", 2)
@@ -100,6 +111,48 @@ def test_ranks_change_nothing_but_rounding_of_a_tokenizer(data, tmp_path):
     compare(tmp_path / "one", tmp_path / "several")
 
 
+AT_RANK_1 = """import os
+if os.environ.get("RANK") == "1":
+    pass
+"""
+NAN = """
+from varcli.training.tokenizer import TokenizerStage
+prepare = TokenizerStage.prepare
+def poisoned(self, *arguments):
+    self.model.decoder.conv_out.bias.data.fill_(float("nan"))
+    return prepare(self, *arguments)
+TokenizerStage.prepare = poisoned
+"""
+ELSEWHERE = "os.chdir('elsewhere')"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("done_by_rank_1", "more", "code", "line"),
+    [
+        ("", ("--batch-size", 1), 2, "--batch-size must be a multiple of 2 processes times --grad-accum 1 (got 1)"),
+        (NAN, (), 5, "the loss is not finite at step 1; try a lower --base-lr in another --out"),
+        (
+            ELSEWHERE,
+            (),
+            3,
+            "process 0 reads 24 images (process 1 23): n01443537 12 (process 1 11); all must read the same data",
+        ),
+    ],
+)
+def test_what_goes_wrong_at_one_rank_ends_all_in_one_line(done_by_rank_1, more, code, line, data, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(AT_RANK_1 + textwrap.indent(done_by_rank_1, "    "))
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(data, tmp_path / "elsewhere" / "data")
+    (tmp_path / "elsewhere" / "data" / "n01443537" / "n01443537_3.png").unlink()
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    words = command("tokenizer", "data", tmp_path / "run", "--epochs", 1, "--nproc", 2, "--quiet", *more)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"var: error: {line}\n")
+    assert not list(tmp_path.glob("run/*.safetensors"))
+
+
 def compare(one, several):
     """The averaged weights agree to rounding, of which Adam's division makes more where gradients are small."""
     ours, theirs = (load_tensors(folder / "state.safetensors")[0] for folder in (one, several))
@@ -110,6 +163,25 @@ def compare(one, several):
     distance = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in names)
     size = sum(float(ours[name].double().square().sum()) for name in names)
     assert (distance / size) ** 0.5 < 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_sharded_or_not(data, tmp_path):
+    train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
+    tokenizer = (
+        "--tokenizer",
+        tmp_path / "tokenizer" / "tokenizer.safetensors",
+        "--shared-adaln",
+        "--adapter",
+        "lora:4",
+    )
+    shard = ("--nproc", 2, "--shard")
+    for epochs, more in ((1, shard), (2, ()), (3, shard)):
+        one = train("transformer", data, tmp_path / "one", *tokenizer, "--epochs", epochs)
+        several = train("transformer", data, tmp_path / "several", *tokenizer, "--epochs", epochs, *more)
+        assert several["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert several["step"] == 9
+    compare(tmp_path / "one", tmp_path / "several")
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,11 +28,12 @@ from varcli.training import optim
 from varcli.training import tokenizer as tokenizer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
+from varcli.training.estimate import estimate
 from varcli.training.loop import Run, check_run, only_run, state_files, train, update
 from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
-from varcli.training.transformer import TransformerStage, build_transformer
+from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs
 
 CPU = torch.device("cpu")
 TOKENIZER = TokenizerConfig(
@@ -61,10 +64,10 @@ def tokens(folder, images, **changes):
     return tokenizer, open_cache(folder, tokenizer, images, settings, CPU)
 
 
-def transformer_stage(folder, images, **changes):
+def transformer_stage(folder, images, model=TRANSFORMER, **changes):
     tokenizer, cache = tokens(folder, images)
     training = dataclasses.replace(TRANSFORMER_TRAINING, **changes)
-    model = build_transformer(TRANSFORMER, training)
+    model = build_transformer(model, training)
     return TransformerStage(model, training, tokenizer, images.classes, bf16=False, tokens=cache, held=cache)
 
 
@@ -137,6 +140,23 @@ def test_other_settings_are_refused(tmp_path, images):
     train(tokenizer_stage(images), run(tmp_path, steps=3))
     with pytest.raises(UsageError, match=r"a 1 \(now 2\)"):
         train(tokenizer_stage(images), run(tmp_path, identity={"a": 2}))
+
+
+def test_activations_computed_again_change_no_bit_and_take_less_memory(tmp_path, images):
+    deep = dataclasses.replace(TRANSFORMER, depth=24)  # stochastic depth drops a tenth in its last block
+    stages = []
+    for again in (False, True):
+        stage = transformer_stage(tmp_path, images, model=deep)
+        if again:
+            keep_block_inputs(stage.model)
+        for step, batch in enumerate(stage.batches(range(3))):
+            update(stage, batch, step, 3)
+        stages.append(stage)
+    plain, again = (stage.model.state_dict() for stage in stages)
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    plain, again = (estimate(stage, stage.training, 20).activation_bytes for stage in stages)
+    assert again < plain / 3
 
 
 def test_a_tokens_loss_weighs_one_over_its_side_where_asked(tmp_path, images):
@@ -355,6 +375,47 @@ def test_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path, images):
     tensors, metadata = load_tensors(tmp_path / "state.safetensors")
     assert metadata["step"] == "3"
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_a_full_disk_keeps_the_last_state(tmp_path, images, monkeypatch):
+    stage = tokenizer_stage(images)
+    prepare = stage.prepare
+
+    def filling(batch, number, steps):
+        if number == 3:
+            monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return prepare(batch, number, steps)
+
+    stage.prepare = filling
+    with pytest.raises(RunError, match=r"tokenizer\.safetensors cannot be written: No space left on device"):
+        train(stage, run(tmp_path, log_every=100))
+    monkeypatch.undo()
+    assert load_tensors(tmp_path / "state.safetensors")[1]["step"] == "3"
+    assert not list(tmp_path.glob(".varcli*"))
+    assert train(tokenizer_stage(images), run(tmp_path))["step"] == 6
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 2048)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tar_that_vanishes_or_is_cut_off_ends_the_run(damage, workers, tmp_path):
+    folder = write_folder(tmp_path / "data", {"blue": 10, "red": 10})
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(folder, ".")
+    images = open_images([tmp_path / "train.tar"], require_labels=True, read_headers=False)
+    models = build_tokenizer(TOKENIZER, 0)
+    stage = TokenizerStage(*models, TOKENIZER_TRAINING, images, images.subset([]), bf16=False, workers=workers)
+    prepare = stage.prepare
+
+    def damaging(batch, number, steps):
+        if number == 3:
+            damage(tmp_path / "train.tar")
+        return prepare(batch, number, steps)
+
+    stage.prepare = damaging
+    line = r"^none of the 20 images of the data can be read; the first is train\.tar/[^\n]*$"
+    with pytest.raises(InputError, match=line):
+        train(stage, run(tmp_path / "run", steps=50))
+    assert (tmp_path / "run" / "state.safetensors").exists()
 
 
 def test_non_finite_gradient_changes_no_weight(images):

@@ -26,7 +26,8 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
 
     A parameter annotated with a dataclass, whose fields are annotated as options, gets an instance of it. One
     annotated `Annotated[dict[str, Any], Config]` gets a dict of the options that were typed, so that the others
-    keep the value of a preset or recipe; the fields of `Config` are declared with `varcli.config.option`.
+    keep the value of a preset or recipe; the fields of `Config` are declared with `varcli.config.option`. With names
+    of fields after `Config`, these alone become options.
     """
     parameters, build = _expanded(command, inspect.signature(command).parameters.values())
 
@@ -55,8 +56,11 @@ def _expanded(owner: Any, declared: Iterable[inspect.Parameter]) -> tuple[list[i
             inner, build = _expanded(hint, inspect.signature(hint).parameters.values())
             builders[name] = functools.partial(_instance, hint, build)
         elif (config := _config_of(hint)) is not None:
-            kinds = get_type_hints(config)
-            inner = [_parameter(field, kinds[field.name]) for field in fields(config) if "help" in field.metadata]
+            kinds, chosen = get_type_hints(config), get_args(hint)[2:]
+            declared_in = [field for field in fields(config) if "help" in field.metadata]
+            inner = [
+                _parameter(field, kinds[field.name]) for field in declared_in if not chosen or field.name in chosen
+            ]
             names = [option.name for option in inner]
             builders[name] = functools.partial(_typed_only, names)
         else:
@@ -192,6 +196,13 @@ Processes = Annotated[
 ]
 Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run left.")]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
+Holdout = Annotated[
+    int, Option("--holdout", metavar="N", min=0, help="Keep the last N images of each class for validation.")
+]
+Workers = Annotated[
+    int | None,
+    Option("--workers", min=0, help="Processes that read images ahead.", show_default="one less than cores, 8 at most"),
+]
 Json = Annotated[bool, Option("--json", help="Print results as JSON, one object per line.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only: no progress bar, notes or paths.")]
 ImageFile = Annotated[Path, Argument(metavar="FILE", help="A PNG that var wrote, or - for standard input.")]

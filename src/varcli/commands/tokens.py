@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
 from varcli.commands import options
-from varcli.console import note, progress, result, table
+from varcli.config import TransformerTrainingConfig
+from varcli.console import note, notes, progress, result, table
 from varcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -123,22 +124,72 @@ tokens_app = typer.Typer(
 
 
 @tokens_app.command()
+@options.expand
 def encode(
     *,
-    images: Images,
-    out: Annotated[
-        str, Option("--out", "-o", metavar="FILE", help="The .safetensors file to write, or - for standard output.")
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMG|DATA...",
+            help="Images of any size and kind, - is standard input; or data to train on: folders of class folders, "
+            "zips, tar shards or .npz files.",
+        ),
     ],
-    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
+    out: Annotated[
+        str,
+        Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="The .safetensors file to write, or - for standard output; for data a folder.",
+        ),
+    ],
+    checkpoint: Annotated[
+        str,
+        Option(
+            "--checkpoint",
+            "-m",
+            "--tokenizer",
+            metavar="NAME|FILE",
+            envvar="VAR_CHECKPOINT",
+            help="The model or tokenizer: a name of `var checkpoints list`, or a file.",
+        ),
+    ] = options.DEFAULT_CHECKPOINT,
+    recipe: Annotated[dict[str, Any], TransformerTrainingConfig, "crops", "flip", "enlarge", "seed"],
+    holdout: options.Holdout = 0,
+    workers: options.Workers = None,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Write the token maps of images: tokens.0, tokens.1 …, int32 of images × side × side, coarse to fine.
 
-    The largest square in the middle of an image is used, in the tokenizer's size.
+    The largest square in the middle of an image is used, in the tokenizer's size. Of data to train on, token maps of
+    several crops go into a folder, for `var train transformer --tokens`.
     """
     from varcli.files import check_writable, kind_there
 
+    if any(Path(image).is_dir() or Path(image).suffix.lower() in (".zip", ".tar", ".npz") for image in images):
+        if out == "-" or Path(out).suffix.lower() == ".safetensors" or kind_there(Path(out)) == "file":
+            raise UsageError(f"--out must be a folder, for token maps of data to train on (got {out})")
+        from varcli.pipelines.train import encode_data
+
+        training = TransformerTrainingConfig(**recipe)
+        encode_data(
+            images,
+            checkpoint,
+            out,
+            training=training,
+            holdout=holdout,
+            device=device,
+            workers=workers,
+            note=notes(quiet),
+            quiet=quiet,
+        )
+        if not quiet:
+            result(out)
+        return
+    if recipe or holdout:
+        raise UsageError("--crops, --flip, --resize-ratio, --seed and --holdout are for data to train on, not images")
     if out != "-" and Path(out).suffix.lower() != ".safetensors" and kind_there(Path(out)) != "device":
         raise UsageError(f"--out must be a name ending in .safetensors, or - for standard output (got {out})")
     if any(Path(out).resolve() == Path(image).resolve() for image in images if out != "-"):

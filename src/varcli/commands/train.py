@@ -44,9 +44,7 @@ RunFolder = Annotated[
 class RunOptions:
     """The options of both stages that do not change the result."""
 
-    holdout: Annotated[
-        int, Option("--holdout", metavar="N", min=0, help="Keep the last N images of each class for validation.")
-    ] = 0
+    holdout: options.Holdout = 0
     validate_every: Annotated[
         int,
         Option(
@@ -69,15 +67,7 @@ class RunOptions:
     dtype: Annotated[
         Literal["auto", "fp32", "bf16"], Option("--dtype", help="Precision; auto uses bf16 where it is faster.")
     ] = "auto"
-    workers: Annotated[
-        int | None,
-        Option(
-            "--workers",
-            min=0,
-            help="Processes that read images ahead.",
-            show_default="one less than cores, 8 at most",
-        ),
-    ] = None
+    workers: options.Workers = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write figures for TensorBoard.")] = False
     wandb: Annotated[
         str | None,
@@ -194,6 +184,14 @@ def transformer(
         Literal["fp32", "bf16", "fp16"],
         Option("--save-dtype", help="Precision of the weights in the checkpoint file."),
     ] = "fp32",
+    checkpoint_activations: Annotated[
+        bool,
+        Option("--checkpoint-activations", help="Compute blocks again in the backward pass: less memory, more time."),
+    ] = False,
+    shard: Annotated[
+        bool,
+        Option("--shard", help="Share weights and optimizer state among the processes, for models too large for one."),
+    ] = False,
     run: RunOptions,
 ) -> None:
     """Train a transformer on the token maps of a tokenizer."""
@@ -202,7 +200,8 @@ def transformer(
     training = replace(pipeline.default_recipe(depth, init), **recipe)
 
     shared: dict[str, Any] = {"depth": depth, "width": width, "shared_adaln": shared_adaln, "training": training}
-    shared |= {"init": init, "holdout": run.holdout, "dtype": run.dtype}
+    shared |= {"init": init, "checkpoint_activations": checkpoint_activations}
+    shared |= {"holdout": run.holdout, "dtype": run.dtype}
     if run.dry_run:
         plan = pipeline.estimate_transformer(
             data, tokenizer, **shared, device=run.device, note=console.notes(run.quiet)
@@ -220,6 +219,7 @@ def transformer(
             **shared,
             token_cache=token_cache,
             save_dtype=save_dtype,
+            shard=shard,
             validate_every=run.validate_every,
             save_every=run.save_every,
             device=group.device(run.device),

@@ -38,16 +38,24 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.pipelines.watch import check_packages, watched
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim, status
-from varcli.training.data import ENCODE_BATCH, CacheSettings, TokenCache, open_cache
+from varcli.training.data import (
+    ENCODE_BATCH,
+    CacheSettings,
+    TokenCache,
+    cache_facts,
+    cache_place,
+    list_caches,
+    open_cache,
+)
 from varcli.training.discriminator import SMALLEST_PATCH
 from varcli.training.estimate import TrainingEstimate, estimate, expected_losses_at
 from varcli.training.finetune import adapt, merged, warm_start
-from varcli.training.loop import Run, check_run, make_folder, train
+from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.parallel import check_batch
 from varcli.training.perceptual import perceptual_distance
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
-from varcli.training.transformer import TransformerStage, build_transformer
+from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs
 
 PREVIEW_IMAGES = 8
 """Images in a tokenizer's preview."""
@@ -147,6 +155,7 @@ def train_tokenizer(
         note=note,
     )
     start = check_run(run)
+    check_ranks(run, group)
     make_folder(run.folder)
     _tell(account, training, len(images), note)
     with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
@@ -232,6 +241,8 @@ def train_transformer(
     save_dtype: str = "fp32",
     workers: int | None = None,
     compiled: bool = False,
+    checkpoint_activations: bool = False,
+    shard: bool = False,
     tensorboard: bool = False,
     wandb: str | None = None,
     group: ProcessGroup | None = None,
@@ -260,6 +271,8 @@ def train_transformer(
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
+        checkpoint_activations: keep each block's input alone for the backward pass, to save memory for time.
+        shard: have the ranks share weights, gradients and optimizer state, for models that do not fit on one.
         tensorboard: also write figures for TensorBoard.
         wandb: project of Weights & Biases that gets the figures too; None is none.
         group: the ranks that share each batch; None is this process alone.
@@ -278,7 +291,20 @@ def train_transformer(
     group = group or ProcessGroup()
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
     stage, images, held, account = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, save_dtype, group, note
+        data,
+        tokenizer,
+        depth,
+        width,
+        shared_adaln,
+        training,
+        begun,
+        holdout,
+        device,
+        dtype,
+        save_dtype,
+        shard,
+        group,
+        note,
     )
     sha256 = tokenizer_sha256(stage.tokenizer)
     identity = optim.identity(
@@ -304,17 +330,64 @@ def train_transformer(
         note=note,
     )
     start = check_run(run)
+    check_ranks(run, group)
     make_folder(run.folder)
     _tell(account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
+    if checkpoint_activations:
+        keep_block_inputs(stage.model)
     if compiled:
         for block in stage.model.blocks:
             block.compile()
     cache = Path(token_cache or out)
-    stage.held = _tokens(stage, held, 1, cache, ahead, note, quiet)
-    stage.tokens = _tokens(stage, images, training.crops, cache, ahead, note, quiet)
+    stage.held, stage.tokens = _token_caches(
+        images, held, stage.tokenizer, training, cache, stage.device, ahead, group, note, quiet
+    )
     with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
+
+
+def encode_data(
+    data: Sequence[str | Path],
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    training: TransformerTrainingConfig | None = None,
+    holdout: int = 0,
+    device: str = "auto",
+    workers: int | None = None,
+    note: Callable[[str], None] = lambda line: None,
+    quiet: bool = True,
+) -> None:
+    """Write the token maps that transformers are trained on to a folder, for `train_transformer`'s `token_cache`.
+
+    What is there already is not computed again, and a stopped pass goes on.
+
+    Args:
+        data: images with labels: folders of class folders, zips, tar shards or .npz files.
+        tokenizer: name or file of a tokenizer or model.
+        out: the folder, which may hold the tokens of other data and settings too.
+        training: the recipe, of which crops, flip, enlarge and seed shape the tokens.
+        holdout: the last images of each class, kept for validation.
+        device: auto, cpu, cuda or mps; tokens of one kind of device are not used on another.
+        workers: processes that read images ahead; None is one less than cores, 8 at most.
+        note: takes remarks for the user.
+        quiet: show no progress bar.
+
+    Raises:
+        VarError: images or the tokenizer cannot be used, or the folder cannot be written.
+    """
+    where = pick_device(device)
+    optim.make_deterministic(where)
+    everything = _images(data)
+    images, held = everything.split(holdout)
+    model = load_tokenizer(resolve_checkpoint(str(tokenizer))).to(where).eval()
+    for line in everything.account:
+        note(f"data: {line}")
+    make_folder(Path(out))
+    training = training or TransformerTrainingConfig()
+    ahead = _worker_count(workers, ENCODE_BATCH * 3 * model.config.pixels**2, note)
+    _token_caches(images, held, model, training, Path(out), where, ahead, ProcessGroup(), note, quiet)
 
 
 def estimate_transformer(
@@ -326,6 +399,7 @@ def estimate_transformer(
     shared_adaln: bool = False,
     training: TransformerTrainingConfig | None = None,
     init: str | Path | None = None,
+    checkpoint_activations: bool = False,
     holdout: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -336,8 +410,10 @@ def estimate_transformer(
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
     alone = ProcessGroup()
     stage, images, _, account = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", alone, note
+        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", False, alone, note
     )
+    if checkpoint_activations:
+        keep_block_inputs(stage.model)
     _tell(account, training, len(images), note)
     return estimate(stage, training, len(images), expected_losses_at(stage.config))
 
@@ -384,6 +460,7 @@ def _transformer_stage(
     device: str,
     dtype: str,
     save_dtype: str,
+    shard: bool,
     group: ProcessGroup,
     note: Callable[[str], None],
 ) -> tuple[TransformerStage, ImageSet, ImageSet, list[str]]:
@@ -414,11 +491,21 @@ def _transformer_stage(
         note(f"{kept} of {len(images.classes)} classes are known to the model; the others begin at the mean of all")
     adapt(model, training.adapter)
     optim.freeze(model, training.freeze)
-    model = model.to(where)
     check_batch(training.batch, training.accumulate, group)
+    if shard and group.world_size == 1:
+        raise UsageError("--shard needs several processes: --nproc 2 or more, or torchrun")
+    if not shard:  # a model to be sharded may not fit
+        model = model.to(where)
     bf16 = trains_in_bf16(where, on_cpu=True) if dtype == "auto" else dtype == "bf16"
     stage = TransformerStage(
-        model, training, trained, images.classes, bf16=bf16, group=group, save_dtype=DTYPES[save_dtype]
+        model,
+        training,
+        trained,
+        images.classes,
+        bf16=bf16,
+        group=group,
+        shard_on=where if shard else None,
+        save_dtype=DTYPES[save_dtype],
     )
     return stage, images, held, everything.account
 
@@ -485,30 +572,38 @@ _BATCHES_PER_WORKER = 3
 """Two that a worker reads ahead, and one on its way."""
 
 
-def _tokens(
-    stage: TransformerStage,
+def _token_caches(
     images: ImageSet,
-    crops: int,
+    held: ImageSet,
+    tokenizer: Tokenizer,
+    training: TransformerTrainingConfig,
     folder: Path,
+    device: torch.device,
     workers: int,
+    group: ProcessGroup,
     note: Callable[[str], None],
     quiet: bool,
-) -> TokenCache | None:
-    """Token maps of images, from the run's folder or computed now; None of no images."""
-    if not len(images):
-        return None
-    training = stage.training
-    flip = training.flip and crops > 1
-    settings = CacheSettings(enlarge=training.enlarge, crops=crops, seed=training.seed, flip=flip)
-    if not stage.group.is_main:
-        stage.group.barrier()  # the main rank has computed what was lacking
-    with progress("token maps", crops * len(images), quiet) as advance:
-        cache = open_cache(
-            folder, stage.tokenizer, images, settings, stage.device, workers=workers, warn=note, progress=advance
-        )
-    if stage.group.is_main:
-        stage.group.barrier()
-    return cache
+) -> tuple[TokenCache | None, TokenCache]:
+    """Token maps of held-out and training images, from a folder or computed now; None of no held-out images."""
+    flip, seed, enlarge = training.flip and training.crops > 1, training.seed, training.enlarge
+    crops = CacheSettings(enlarge=enlarge, crops=training.crops, seed=seed, flip=flip)
+    wanted = [(held, CacheSettings(enlarge=enlarge, crops=1, seed=seed))] if len(held) else []
+    wanted.append((images, crops))
+    there = list_caches(folder)
+    if there and not cache_place(folder, tokenizer, images, crops, device).exists():
+        needed = cache_facts(tokenizer, images, crops, device)
+        note(f"{folder} has no token maps of {needed}, which are computed now; it holds those of {'; '.join(there)}")
+    if not group.is_main:
+        group.barrier()  # the main rank has computed what was lacking
+    found = []
+    for each, settings in wanted:
+        with progress("token maps", settings.crops * len(each), quiet) as advance:
+            found.append(
+                open_cache(folder, tokenizer, each, settings, device, workers=workers, warn=note, progress=advance)
+            )
+    if group.is_main:
+        group.barrier()
+    return (found[0] if len(held) else None), found[-1]
 
 
 def _preview_reconstructions(stage: TokenizerStage, folder: Path, step: int) -> None:

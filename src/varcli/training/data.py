@@ -1,7 +1,7 @@
 """Token maps of a whole data set, computed once and kept on disk for the transformer's training.
 
-A cache is a folder of `tokens.npy` (crops · N, L) and `progress.json`; a killed pass goes on where it
-stopped. Its name holds the hash of everything that shapes the tokens.
+A cache is a folder of `tokens.npy` (crops · N, L) and `progress.json`, which also says what it holds; a killed pass
+goes on where it stopped. Its name holds the hash of everything that shapes the tokens.
 """
 
 import dataclasses
@@ -141,7 +141,8 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
     """Yield given batches in order, read ahead by `workers` processes.
 
     Raises:
-        RunError: one of them was ended, or cannot hand its images over.
+        InputError: no image can be read.
+        RunError: one of the processes was ended, or cannot hand its images over.
     """
     reading = DataLoader(
         crops,
@@ -152,6 +153,9 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
     )
     try:
         yield from reading
+    except InputError as error:  # a process that reads ahead sends it with its traceback
+        line = str(error).strip().splitlines()[-1]
+        raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if not any(words in reason for words in _ENDED):
@@ -226,8 +230,9 @@ def open_cache(
         RunError: the cache cannot be written.
     """
     total = settings.crops * len(images)
-    place = folder / f"tokens-{_key(tokenizer, images, settings, device)}"
-    done, unreadable = _begin_cache(place, tokenizer, total)
+    place = cache_place(folder, tokenizer, images, settings, device)
+    facts = cache_facts(tokenizer, images, settings, device)
+    done, unreadable = _begin_cache(place, tokenizer, total, facts)
     tokens = open_memmap(place / "tokens.npy", mode="r+")
     skipped = Unreadable(len(images), warn)
     skipped.add((images.name(i), "as an earlier call found") for i in sorted(unreadable))
@@ -243,18 +248,39 @@ def open_cache(
         progress(len(chunk))
         if done == total or done // ENCODE_BATCH % FLUSH_EVERY == 0:
             tokens.flush()
-            _write_description(place, done, unreadable)
+            _write_description(place, done, unreadable, facts)
     return TokenCache(tokens, unreadable, images.labels, settings.crops)
 
 
-def _key(tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device) -> str:
-    """What tells this cache from others."""
+def cache_place(
+    folder: Path, tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device
+) -> Path:
+    """Return where under `folder` these tokens are, or would be."""
     given = {name: value for name, value in dataclasses.asdict(settings).items() if name != "flip" or value}
     shaping = [tokenizer_sha256(tokenizer), images.fingerprint(), given, device.type]
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"tokens-{key}"
 
 
-def _begin_cache(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, set[int]]:
+def cache_facts(tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device) -> str:
+    """Say what these tokens are: of how many images, by which options, tokenizer and kind of device."""
+    flip = ", --flip" if settings.flip else ""
+    return (
+        f"{len(images)} images, --crops {settings.crops}{flip}, --resize-ratio {settings.enlarge:g}, "
+        f"--seed {settings.seed}, tokenizer {tokenizer_sha256(tokenizer)[:8]}, {device.type}"
+    )
+
+
+def list_caches(folder: Path) -> list[str]:
+    """Return the `cache_facts` of each cache under a folder."""
+    found = []
+    for progress in sorted(folder.glob("tokens-*/progress.json")):
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # a damaged one
+            found.append(str(json.loads(progress.read_bytes()).get("facts", "tokens of an earlier version")))
+    return found
+
+
+def _begin_cache(place: Path, tokenizer: Tokenizer, total: int, facts: str) -> tuple[int, set[int]]:
     """How many crops are done and which images cannot be read; make the files of a new cache."""
     progress, shape = place / "progress.json", (total, sequence_length(tokenizer.config.sides))
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # none yet, or a damaged one
@@ -269,7 +295,7 @@ def _begin_cache(place: Path, tokenizer: Tokenizer, total: int) -> tuple[int, se
         _reserve(place / "tokens.npy")
     except OSError as error:
         raise cannot_write(place, error) from error
-    _write_description(place, 0, set())
+    _write_description(place, 0, set(), facts)
     return 0, set()
 
 
@@ -293,8 +319,8 @@ def _reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def _write_description(place: Path, done: int, unreadable: set[int]) -> None:
-    note = json.dumps({"done": done, "unreadable": sorted(unreadable)})
+def _write_description(place: Path, done: int, unreadable: set[int], facts: str) -> None:
+    note = json.dumps({"done": done, "unreadable": sorted(unreadable), "facts": facts})
     write_atomically(place / "progress.json", note.encode())
 
 

@@ -27,13 +27,13 @@ from varcli.acceleration.devices import out_of_memory, peak_bytes
 from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors, tensors_sha256
 from varcli.config import TrainingConfig
 from varcli.distributed import ProcessGroup
-from varcli.errors import CheckpointError, RunError, UsageError
+from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.files import cannot_lock, cannot_write
 from varcli.images.dataset import in_words
 from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
-from varcli.training.parallel import Rows, mean_over_ranks, rows_of_part, sum_over_ranks
+from varcli.training.parallel import Rows, gather_on_main, mean_over_ranks, rows_of_part, sum_over_ranks
 
 BEFORE = {"perceptual": "lpips", "flip": False, "freeze": "", "adapter": "", "scale_weight": "mean", "init": None}
 """What runs had that were begun before these settings existed."""
@@ -44,6 +44,7 @@ class Stage(Protocol):
 
     device: torch.device
     group: ProcessGroup
+    average: optim.MovingAverage[Any]
     optimizer: torch.optim.AdamW
 
     @property
@@ -247,11 +248,30 @@ def check_state(file: Path, run: Run) -> int:
 _AGAIN = "the same again, or another --out"
 
 
-def _other_images(before: Mapping[str, int], now: Mapping[str, int]) -> str:
-    """Say how the images of a run differ from those that are there now, from their numbers per class."""
+def check_ranks(run: Run, group: ProcessGroup) -> None:
+    """Check that all ranks were given the same; to be called by all, before anything is written.
+
+    Raises:
+        InputError: one reads other images.
+        UsageError: one has other settings, another tokenizer file or another kind of device.
+    """
+    for rank, (identity, images) in enumerate(group.gather((run.identity, dict(run.images)))):
+        different = sorted(key for key in identity if identity[key] != run.identity.get(key))
+        if "pictures" in different:
+            what = _other_images(run.images, images, f"process {rank}")
+            raise InputError(f"process 0 reads {what}; all must read the same data")
+        if different:
+            key = different[0]
+            what = f"{key} {run.identity.get(key)!r} (process {rank} {identity[key]!r})"
+            raise UsageError(f"process 0 has {what}; all must have the same")
+    group.barrier()
+
+
+def _other_images(before: Mapping[str, int], now: Mapping[str, int], where: str = "now") -> str:
+    """Say how images differ from those that are there now, or elsewhere, from their numbers per class."""
     changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
-    counts = [f"{name} {before.get(name, 0)} (now {now.get(name, 0)})" for name in sorted(changed)]
-    what = f"{sum(before.values())} images (now {sum(now.values())})"
+    counts = [f"{name} {before.get(name, 0)} ({where} {now.get(name, 0)})" for name in sorted(changed)]
+    what = f"{sum(before.values())} images ({where} {sum(now.values())})"
     return f"{what}: {in_words(counts)}" if counts else f"{what}, of which some had other names or sizes"
 
 
@@ -300,8 +320,13 @@ def _damaged(file: Path, what: str) -> CheckpointError:
 
 
 def save_state(stage: Stage, run: Run, step: int) -> None:
-    """Write the state to continue from, and keep the one before it: one of them is whole whenever the run is killed."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in stage.tensors().items()}
+    """Write the state to continue from, and keep the one before it: one of them is whole whenever the run is killed.
+
+    To be called by all ranks, which may have shards of it.
+    """
+    tensors = gather_on_main(stage.tensors(), stage.group)
+    if not stage.group.is_main:
+        return
     metadata = {"step": str(step), "identity": json.dumps(run.identity, sort_keys=True)}
     metadata["images"], metadata["copies"] = json.dumps(run.images, sort_keys=True), str(run.copies)
     metadata["sha256"] = tensors_sha256(tensors)
@@ -337,7 +362,7 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
     group = stage.group
     log = MetricsLog(run.folder, start, run.batch) if group.is_main else None
     remaining = range(start, run.steps)
-    if not remaining and log:
+    if not remaining:
         conclude(stage, run, start)
     with StopSignal() as stop:
         for step, batch in zip(remaining, stage.batches(remaining), strict=True):
@@ -357,7 +382,7 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
             observed = stage.observe(done) if logging else {}
             if log:
                 log.add(metrics)
-                record(stage, run, log, done, observed, stopping)
+            record(stage, run, log, done, observed, stopping)
             if stopping:
                 group.barrier()  # the state is to be saved before any rank ends
                 run.note(f"stopped after step {done} of {run.steps}, with the state saved; the same command goes on")
@@ -365,19 +390,22 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
     return group.broadcast(log.last if log else {})
 
 
-def record(stage: Stage, run: Run, log: MetricsLog, done: int, observed: Mapping[str, Tensor], stopping: bool) -> None:
-    """Write what is due after a step: state, checkpoint, preview, figures.
+def record(
+    stage: Stage, run: Run, log: MetricsLog | None, done: int, observed: Mapping[str, Tensor], stopping: bool
+) -> None:
+    """Write what is due after a step: state, checkpoint, preview, figures. To be called by all ranks.
 
     Whoever stops a run gets its state at once: a scheduler does not wait for a validation.
     """
     last = done == run.steps
     validating = last or (done % run.validate_every == 0 and not stopping)
-    if validating and not state_files(run.folder):
+    if validating and not stage.group.broadcast(bool(state_files(run.folder))):
         save_state(stage, run, done)  # before the checkpoint, which without a state no run could replace
     if validating or done % run.log_every == 0:
         validation = conclude(stage, run, done) if validating else {}
-        log.write(done, validation, observed, run.steps - done, peak_bytes(stage.device))
-        run.report(done, log.last)
+        if log:
+            log.write(done, validation, observed, run.steps - done, peak_bytes(stage.device))
+            run.report(done, log.last)
     if last or done % run.save_every == 0 or stopping:
         save_state(stage, run, done)
 
@@ -431,13 +459,16 @@ def make_folder(folder: Path) -> None:
 
 
 def conclude(stage: Stage, run: Run, step: int) -> Metrics:
-    """Validate, write the checkpoint and draw images; return the figures."""
-    figures = stage.validate()
-    stage.save(run.folder, figures | {"steps": run.steps}, step)
-    images = run.folder / "samples"
-    make_folder(images)
-    run.preview(images, step)
-    return figures
+    """Validate, write the checkpoint and draw images, on the main rank; return the figures. To be called by all."""
+    with stage.average.whole():
+        if not stage.group.is_main:
+            return {}
+        figures = stage.validate()
+        stage.save(run.folder, figures | {"steps": run.steps}, step)
+        images = run.folder / "samples"
+        make_folder(images)
+        run.preview(images, step)
+        return figures
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:

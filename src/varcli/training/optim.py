@@ -7,15 +7,18 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from varcli.errors import UsageError
 from varcli.models.transformer import Block, Transformer
+from varcli.training.parallel import gather, shard_like
 
 WARM_UP = 0.02
 """Part of the steps in which the learning rate rises from WARM_UP_FROM to 1."""
@@ -149,6 +152,28 @@ class MovingAverage(Generic[Model]):
         for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(parameter, 1 - decay)
 
+    def shard_like(self, model: nn.Module) -> None:
+        """Leave each rank the parts of the average that it has of `model`, which was sharded after it was copied."""
+        named = zip(self.model.named_parameters(), model.parameters(), strict=True)
+        _replace_parameters(self.model, {name: shard_like(own, parameter) for (name, own), parameter in named})
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Put shards together meanwhile, so that the model can be used. To be called by all ranks."""
+        shards = {name: weight for name, weight in self.model.named_parameters() if isinstance(weight, DTensor)}
+        _replace_parameters(self.model, {name: gather(weight) for name, weight in shards.items()})
+        try:
+            yield
+        finally:
+            _replace_parameters(self.model, shards)
+
+
+def _replace_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put other tensors in the place of weights, by name."""
+    for name, tensor in tensors.items():
+        module, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(module), own_name, nn.Parameter(tensor, requires_grad=False))
+
 
 def freeze(model: nn.Module, patterns: str) -> None:
     """Leave weights as they are whose names match one of the patterns, such as "encoder.*" (comma-separated).
@@ -241,7 +266,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
                 # Its kernel also wants the count of steps on the parameter's device.
                 of_weight = value.shape == parameter.shape
                 like = torch.empty_like(parameter if of_weight else value, device=parameter.device)
-                optimizer.state[parameter][key.rpartition(".")[2]] = like.copy_(value)
+                moment = like.copy_(shard_like(value, parameter) if of_weight else value)
+                optimizer.state[parameter][key.rpartition(".")[2]] = moment
         shapes = {key: value.shape for key, value in optimizer.state.get(parameter, {}).items()}
         if shapes and shapes != {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
             raise ValueError(f"the moments of {name} are not whole")

@@ -1,22 +1,29 @@
 """Data parallelism: each rank computes the gradients of its rows of every batch, and torch's DDP averages them.
 
+A transformer that does not fit is sharded besides (FSDP2): each rank has a part of each weight, and of its gradient,
+moments and moving average; a block's weights are gathered while it is computed.
+
 What a step draws at random it draws for all rows of the batch, and each part takes its own rows. So the number of
 ranks, like the number of parts a batch is computed in, changes nothing but rounding.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
-from varcli.models.transformer import StochasticDepth
+from varcli.models.transformer import Block, StochasticDepth, Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,69 @@ def data_parallel(module: nn.Module, group: ProcessGroup, device: torch.device, 
 def without_averaging(network: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Keep gradients on their rank until the last part of a batch, when DDP averages what all parts added up to."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
+
+
+# --- shards ------------------------------------------------------------------------------------------
+
+
+def shard(model: Transformer, group: ProcessGroup, device: torch.device, *, bf16: bool) -> None:
+    """Leave of each weight a part on each rank; the model is to be called as before.
+
+    Args:
+        model: a plain transformer; its weights become DTensors.
+        group: the ranks.
+        device: where the shards go.
+        bf16: gather weights in bf16. Gradients are summed in float32 all the same.
+    """
+    mesh = init_device_mesh(device.type, (group.world_size,))
+    # What enters a block stays as it is: the residual stream of bf16 autocast is float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing of ours changes it in place
+    for block in cast("Iterable[Block]", model.blocks):
+        # The modulations of all blocks are computed before the first block.
+        if not model.config.shared_adaln:
+            fully_shard(block.ada_lin, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+        if model.config.shared_adaln:
+            register_fsdp_forward_method(block, "modulate")
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, as a weight has it; the tensor itself if the weight is whole."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Return a tensor whole. To be called by all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_on_main(tensors: Mapping[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+    """Return tensors whole and in main memory on the main rank, none on the others. To be called by all ranks."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = gather(tensor)
+        if group.is_main:
+            found[name] = whole.cpu()  # all of them may be more than a GPU holds
+    return found
+
+
+def load_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load a state dict of whole tensors into a model, sharded or not.
+
+    Raises:
+        RuntimeError: it is not that of the model.
+    """
+    own = model.state_dict()
+    model.load_state_dict({name: shard_like(tensor, own.get(name, tensor)) for name, tensor in tensors.items()})
+
+
+# --- what ranks exchange -----------------------------------------------------------------------------
 
 
 def mean_over_ranks(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:

@@ -6,11 +6,13 @@ Shapes: B images, L tokens of all scales, l of one, C codebook channels, V codeb
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from varcli.checkpoints.store import save_model
 from varcli.classes import ClassTable
@@ -25,7 +27,15 @@ from varcli.training.finetune import merged
 from varcli.training.loop import autocast
 from varcli.training.metrics_log import Metrics, by_scale
 from varcli.training.optim import initialize_transformer
-from varcli.training.parallel import Rows, data_parallel, share_rows, without_averaging
+from varcli.training.parallel import (
+    Rows,
+    data_parallel,
+    gather,
+    load_whole,
+    shard,
+    share_rows,
+    without_averaging,
+)
 
 BETAS = (0.9, 0.95)
 WITHOUT_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
@@ -44,6 +54,18 @@ def build_transformer(config: TransformerConfig, training: TransformerTrainingCo
     model = Transformer(config)
     initialize_transformer(model, training.gamma_init)
     return model
+
+
+def keep_block_inputs(model: Transformer) -> None:
+    """Keep of each block only its input for the backward pass, which computes the rest again.
+
+    The last block is left out: its backward pass comes at once, so nothing would be saved.
+
+    Source: Chen et al. 2016, arXiv 1604.06174.
+    """
+    for block in list(model.blocks)[:-1]:
+        # It draws the same random numbers again.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def token_weights(sides: Sequence[int], rule: str) -> Tensor:
@@ -86,11 +108,12 @@ class TransformerStage:
         *,
         bf16: bool,
         group: ProcessGroup | None = None,
+        shard_on: torch.device | None = None,
         save_dtype: torch.dtype = torch.float32,
         tokens: TokenCache | None = None,
         held: TokenCache | None = None,
     ) -> None:
-        """Take a model on its device, warm-started and parallelized if at all.
+        """Take a model on its device, warm-started if at all.
 
         Args:
             model: the transformer to train.
@@ -99,12 +122,13 @@ class TransformerStage:
             classes: the model's class table.
             bf16: run the network in bf16 autocast.
             group: the ranks that share each batch; None is this process alone.
+            shard_on: shard the model over the ranks, on this device; None keeps it whole on each.
             save_dtype: precision of the weights in the checkpoint.
             tokens: token maps of the training images; None only estimates.
             held: token maps of images held out for validation.
         """
         self.model, self.config, self.training, self.bf16 = model, model.config, training, bf16
-        self.device = model.head.weight.device
+        self.device = shard_on or model.head.weight.device
         self.classes, self.tokens, self.held, self.save_dtype = classes, tokens, held, save_dtype
         self.weight_L = token_weights(self.config.sides, training.scale_weight).to(self.device)
         self.tokenizer = tokenizer.to(self.device).eval().requires_grad_(False)
@@ -112,8 +136,14 @@ class TransformerStage:
         self.reference = copy.deepcopy(model).eval().requires_grad_(False) if training.cca > 0 else None
         """The model before fine-tuning, where it is contrasted with."""
         self.average = optim.MovingAverage(self.model, training.ema)
+        self.network: nn.Module = self.model
+        if shard_on is not None:
+            shard(self.model, self.group, shard_on, bf16=bf16)
+            self.average.shard_like(self.model)
+            self.average.model.to(shard_on)  # its buffers
+        else:
+            self.network = data_parallel(self.model, self.group, self.device)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
-        self.network = data_parallel(self.model, self.group, self.device)
 
     def batches(self, steps: range) -> Iterator[Batch]:
         """Yield tokens (B, L) and labels (B,) of this rank's rows of each step."""
@@ -166,7 +196,7 @@ class TransformerStage:
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients before they are clipped."""
         largest = self.training.clip_grad or torch.inf
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        return gather(torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest))
 
     def apply_gradients(self, step: int, steps: int) -> None:
         """Let the optimizer and the moving average step."""
@@ -244,8 +274,8 @@ class TransformerStage:
 
     def load_tensors(self, tensors: optim.Tensors) -> None:
         """Set the state that `tensors` returned."""
-        self.model.load_state_dict(optim.without_prefix("model", tensors))
-        self.average.model.load_state_dict(optim.without_prefix("average", tensors))
+        load_whole(self.model, optim.without_prefix("model", tensors))
+        load_whole(self.average.model, optim.without_prefix("average", tensors))
         moments = optim.without_prefix("optimizer", tensors)
         optim.load_optimizer_tensors(self.optimizer, self.model, moments)
 
