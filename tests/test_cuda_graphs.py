@@ -127,20 +127,28 @@ def never(error):
     raise error
 
 
-@pytest.mark.parametrize("config", [SampleConfig(), SampleConfig(cfg=0, top_k=20, top_p=0)], ids=["guided", "free"])
+RECORDED = [
+    SampleConfig(),
+    SampleConfig(cfg=0, top_k=20, top_p=0),
+    SampleConfig(vpg=0.7, ssg=0.3, refiner="itself", refine_from=4),
+]
+
+
+@pytest.mark.parametrize("config", RECORDED, ids=["guided", "free", "refined"])
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 def test_recorded_steps_draw_the_twins_tokens_batch_after_batch(small, config, kind, monkeypatch):
     """Nothing of a batch stays for the next: not its classes, not its numbers, not its cache."""
     monkeypatch.setattr(scale_model, "for_gpu", lambda transformer: kind == "fused")
-    runner = GraphRunner(taped, never)
+    runner, refiner = GraphRunner(taped, never), small[1] if config.refiner else None
     for turn, rows in enumerate(([0, 4, 2], [1, 1, 5], [3, 0, 2], [5, 4, 1])):
         seeds = [7 * turn, 1, 2]
-        results = [r.tokens.clone() for r in generate(*small, rows, seeds, config, runner=runner)]
+        results = [r.tokens.clone() for r in generate(*small, rows, seeds, config, refiner=refiner, runner=runner)]
         for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-            tokens, _ = naive.sample(*small, row, seed, config)
+            tokens, _ = naive.sample(*small, row, seed, config, refiner=refiner)
             for scale, expected in enumerate(tokens):
                 assert torch.equal(results[scale][i], expected), f"batch {turn} image {i} scale {scale}"
-    assert set(runner.recordings) == {"class"} | {
+    refining = {"refiner class", "refiner prefix"} if config.refiner else set()
+    assert set(runner.recordings) == {"class"} | refining | {
         f"{phase} {k}" for k in range(5) for phase in ("transformer", "drawing")
     }
 
