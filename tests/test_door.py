@@ -27,8 +27,8 @@ API = {
     "Model.inpaint": "self image mask label box alpha fit_mask seed best_of feather composite released_rule preset "
     "settings",
     "Model.outpaint": "self image pad to label seed best_of feather composite released_rule preset settings",
-    "Model.edit": "self image label mask box alpha fit_mask seed best_of feather composite released_rule preset "
-    "settings",
+    "Model.edit": "self image label mask box alpha fit_mask seed best_of feather composite released_rule strength "
+    "from_label preset settings",
     "Model.score": "self image label",
     "Model.classify": "self image candidates encodings",
     "Model.reconstruct": "self image",

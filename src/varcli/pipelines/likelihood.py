@@ -19,9 +19,8 @@ from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.decode import UnreadableImage, square_crop
 from varcli.images.provenance import png_bytes
-from varcli.pipelines.edit import ImageInput, read_input
+from varcli.pipelines.edit import ImageInput, crop, read_input
 from varcli.pipelines.model import ClassName, Model
-from varcli.pipelines.tokens import crop
 from varcli.sampling.likelihood import CANDIDATES, encodings, log_probabilities, rank_classes
 from varcli.sampling.reconstruction import encode
 from varcli.sampling.sampler import Pixels
