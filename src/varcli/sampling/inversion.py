@@ -19,7 +19,7 @@ from varcli.sampling.sampler import Keep, Noise, ScaleResult, generate
 from varcli.sampling.token_sampling import generators, uniforms
 
 _NO_ROW = -1
-"""Stands for the class in the seed of the noise, which so is independent of the numbers that draw any image."""
+"""Seeds the noise in place of a class, so that its numbers are not those that draw a sample of this seed."""
 
 
 def repaint(
