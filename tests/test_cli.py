@@ -33,7 +33,7 @@ OPTIONS = {
     "--quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",
     "outpaint": EDITING + "--pad --to",
-    "edit": EDITING + "--mask --alpha --box --fit-mask",
+    "edit": EDITING + "--mask --alpha --box --fit-mask --strength --from-class",
     "score": "--class -c --heatmap --checkpoint -m --device --dtype --json --quiet -q",
     "classify": "--reference -r --num-images -n --top --candidates --encodings --skip-bad --checkpoint -m --device "
     "--dtype --json --quiet -q",

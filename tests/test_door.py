@@ -29,7 +29,7 @@ API = {
     "preset settings",
     "Model.outpaint": "self image pad to label seed best_of decide_at feather composite released_rule preset settings",
     "Model.edit": "self image label mask box alpha fit_mask seed best_of decide_at feather composite released_rule "
-    "preset settings",
+    "strength from_label preset settings",
     "Model.score": "self image label",
     "Model.classify": "self image candidates encodings",
     "Model.reconstruct": "self image",

@@ -473,7 +473,20 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
         (["outpaint", "in.png", "--pad", "0,0,0,0"], 2, "--pad must be 0 or more on each side"),
         (["outpaint", "in.png", "--to", "50x90"], 2, "--to must be larger than the image's 60x40 (got 50x90)"),
         (["edit", "in.png", "--mask", "mask.png"], 2, "Missing option '--class' / '-c'."),
-        (["edit", "in.png", "-c", "1"], 2, "exactly one of a mask file, --alpha and --box"),
+        (["edit", "in.png", "-c", "1"], 2, "must say where to fill, or --strength edit the whole image"),
+        (
+            ["edit", "in.png", "-c", "1", "--strength", "1.5"],
+            2,
+            "--strength must be between 0 (the reconstruction) and 1",
+        ),
+        (
+            ["edit", "in.png", "-c", "1", "--strength", "1", "--mask", "mask.png", "--best-of", "2"],
+            2,
+            "--strength edits the whole image and cannot be used with --mask, --best-of",
+        ),
+        (["edit", "in.png", "-c", "1", "--strength", "1", "--smooth"], 2, "--smooth mixes codebook vectors"),
+        (["edit", "in.png", "-c", "1", "--box", "0,0,5,5", "--from-class", "1"], 2, "--from-class needs --strength"),
+        (["edit", "in.png", "-c", "1", "--strength", "1", "--from-class", "2"], 3, "does not know 2"),
     ],
     ids=lambda mistake: " ".join(mistake[0]),
 )
@@ -497,3 +510,21 @@ def test_mistakes(model, tmp_path, monkeypatch, capsys, mistake):
     assert out == "" and err.startswith("var: error: ") and err.count("\n") == 1
     assert message in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_whole_image_goes_from_its_reconstruction_to_a_sample(var, model):
+    door, exact = varcli.load(model, device="cpu", dtype="fp32"), ("--dtype", "fp32")
+    var("edit", "in.png", "-c", 207, "--strength", 0, *exact, "-o", "same.png")
+    assert np.array_equal(pixels("same.png"), door.reconstruct("in.png").array)
+    var("edit", "in.png", "-c", 207, "--strength", 1, "--seed", 4, *exact, "-o", "new.png")
+    assert np.array_equal(pixels("new.png"), door.sample(207, seed=4)[0].array)
+    asked = ("edit", "in.png", "-c", 207, "--strength", 0.6, "--from-class", 963, "-n", 2, *exact)
+    printed = var(*asked, "-o", "whole", "--grid", "grid.png", "--json").splitlines()
+    first, second = (pixels(json.loads(line)["path"]) for line in printed)
+    assert first.shape == (16, 16, 3) and not np.array_equal(first, second)
+    assert np.array_equal(first, door.edit("in.png", 207, strength=0.6, from_label=963).array)
+    provenance = read_provenance(Path(json.loads(printed[1])["path"]))
+    words = [*provenance.command, "-o", "again.png", "--growth", "growing.png", "-q"]
+    assert cli.run(words) == 0
+    assert np.array_equal(pixels("again.png"), second)
+    assert Path("grid.png").exists() and Path("growing.png").exists()

@@ -67,7 +67,7 @@ def test_heatmap(var, model):
         assert sheet.mode == "RGB" and min(sheet.size) > 192
     found = model.score("207.png", 207)
     tokens = found.nats_L[-16:].reshape(4, 4)
-    corners = found.map[[0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = found.nats_map[[0, 0, -1, -1], [0, -1, 0, -1]]
     two = found.nats_L[1:5]
     expected = (tokens[[0, 0, -1, -1], [0, -1, 0, -1]] + two) / 2
     assert corners == pytest.approx(expected, rel=1e-5)

@@ -135,13 +135,64 @@ def edit(
     alpha: Alpha = False,
     box: Box = None,
     fit_mask: FitMask = False,
+    strength: Annotated[
+        float | None,
+        Option(
+            "--strength",
+            metavar="0…1",
+            help="Instead of a region, edit the whole image: 0 is the reconstruction, 1 a new sample.",
+        ),
+    ] = None,
+    from_class: Annotated[
+        str | None,
+        Option("--from-class", metavar="CLASS", help="With --strength: what the image shows.", show_default="none"),
+    ] = None,
     shared: EditOptions,
 ) -> None:
-    """Repaint a region of an image with an object of another class. Pixels away from it stay bit-identical."""
-    _check(shared, image, mask)
-    from varcli.pipelines.edit import fill_task
+    """Repaint a region of an image with an object of another class, or, with --strength, the whole image.
 
-    _run(fill_task("edit", image, mask, alpha=alpha, box=box, fit_mask=fit_mask), class_name, shared)
+    Pixels away from a region stay bit-identical. A whole image is edited as its largest square, in the model's size.
+    """
+    _check(shared, image, mask)
+    from varcli.pipelines.edit import check_strength, edit_whole_to, fill_task, read_input
+
+    of_region = {
+        "--mask": mask is not None,
+        "--alpha": alpha,
+        "--box": box is not None,
+        "--fit-mask": fit_mask,
+        "--best-of": shared.best_of > 1,
+        "--feather": shared.feather is not None,
+        "--no-composite": not shared.composite,
+        "--released-rule": shared.released_rule,
+    }
+    check_strength(strength, from_class, of_region)
+    if strength is None:
+        _run(fill_task("edit", image, mask, alpha=alpha, box=box, fit_mask=fit_mask), class_name, shared)
+        return
+    from varcli.pipelines.model import load
+
+    source = read_input(image)
+    model = load(shared.checkpoint, device=shared.device, dtype=shared.dtype, progress=not shared.quiet)
+    results = edit_whole_to(
+        model,
+        source,
+        shared.out,
+        class_name,
+        model.settings(options.DEFAULT_PRESET, **shared.settings),
+        strength,
+        from_class,
+        count=shared.count,
+        seed=shared.seed,
+        grid=shared.grid,
+        growth=shared.growth,
+        quiet=shared.quiet,
+    )
+    for edited, path in results:
+        if shared.as_json:
+            result(json.dumps({"path": path and str(path)} | edited.provenance.to_dict(), sort_keys=True))
+        elif path and not shared.quiet:
+            result(str(path))
 
 
 def _check(shared: EditOptions, *inputs: str | None) -> None:

@@ -89,7 +89,7 @@ def classify(
     paths: Annotated[
         list[str] | None,
         Argument(
-            metavar="[IMG]...", help="Images, folders, zips, .npz or .tar; - alone is an image on standard input."
+            metavar="IMG", help="Images, folders, zips, .npz or .tar; - alone is an image on standard input."
         ),
     ] = None,
     reference: Annotated[

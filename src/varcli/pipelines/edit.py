@@ -1,6 +1,6 @@
 """Editing: an image and what to fill of it in, the edited image out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -15,6 +15,7 @@ from varcli.console import progress
 from varcli.errors import UsageError
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet, save_growth
+from varcli.images.decode import square_crop
 from varcli.images.editable import SourceImage, read_source_image, source_image
 from varcli.images.image import Image
 from varcli.images.masks import (
@@ -37,6 +38,9 @@ from varcli.pipelines.model import ClassName, Model
 from varcli.pipelines.rejection import check_decision
 from varcli.pipelines.requests import SampleRequest, request
 from varcli.sampling.editing import EditConfig, Edited, Editor, best
+from varcli.sampling.inversion import repaint
+from varcli.sampling.reconstruction import encode
+from varcli.sampling.sampler import Pixels, decode
 
 ImageInput = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Image | SourceImage
 """An image as users have it: a file, "-" for standard input, or one in memory, (height, width[, channels]) uint8."""
@@ -83,6 +87,11 @@ def _levels(array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     return levels[:, :, 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels
 
 
+def crop(model: Model, source: SourceImage) -> Pixels:
+    """The largest square in the middle of an image, in the tokenizer's size."""
+    return square_crop(PIL.Image.fromarray(source.pixels()), model.tokenizer_config.pixels)
+
+
 def word(image: ImageInput) -> str:
     """An image as the command line names it; "-" if it is in memory."""
     if isinstance(image, SourceImage):
@@ -119,7 +128,8 @@ def fill_task(
         InputError: an image cannot be used, or the mask marks nothing or everything.
     """
     if (box is not None) + (mask is not None or alpha) != 1:
-        raise UsageError("exactly one of a mask file, --alpha and --box must say where to fill")
+        whole = ", or --strength edit the whole image" if command == "edit" else ""
+        raise UsageError(f"exactly one of a mask file, --alpha and --box must say where to fill{whole}")
     if fit_mask and mask is None:
         raise UsageError("--fit-mask needs a mask file: nothing else can have another size")
     if isinstance(image, str) and image == mask == "-":
@@ -354,3 +364,111 @@ def _save_growth(path: Path, result: EditResult, scales: int) -> None:
     if len(frames) > scales and path.suffix.lower() == ".png":
         frames = frames[scales - 1 :: scales]
     save_growth(path, frames, [f"step {i + 1}" for i in range(len(frames))], result.image.provenance)
+
+
+# --- editing the whole image -----------------------------------------------------------------------
+
+
+def check_strength(strength: float | None, from_label: ClassName, of_region: Mapping[str, bool]) -> None:
+    """Check that options of a region and of the whole image, which has a strength, are not mixed.
+
+    Args:
+        strength: None where a region is edited.
+        from_label: class of what the image shows.
+        of_region: options that only a region has, and whether they were given.
+
+    Raises:
+        UsageError: they are, or the strength is not between 0 and 1.
+    """
+    if strength is None:
+        if from_label is not None:
+            raise UsageError("--from-class needs --strength: where a region is edited, what is in it does not matter")
+        return
+    if given := [name for name, is_given in of_region.items() if is_given]:
+        raise UsageError(f"--strength edits the whole image and cannot be used with {', '.join(given)}")
+    if not 0 <= strength <= 1:
+        raise UsageError(f"--strength must be between 0 (the reconstruction) and 1 (a new sample) (got {strength:g})")
+
+
+def edit_whole(
+    model: Model,
+    image: ImageInput,
+    label: ClassName,
+    seeds: Sequence[int],
+    config: SampleConfig,
+    strength: float,
+    from_label: ClassName = None,
+    *,
+    growing: bool = False,
+) -> Iterator[tuple[Image, list[Pixels]]]:
+    """Yield, once per seed, an image as another class would have it, and how it grew.
+
+    Args:
+        model: what edits.
+        image: of any size; the largest square in its middle is edited, in the model's size.
+        label: index or name of the class to paint, or None.
+        seeds: of the noise.
+        config: settings of sampling.
+        strength: between 0, the reconstruction, and 1, the sample of this class and seed.
+        from_label: class of what the image shows, or None.
+        growing: also give the image after each scale; otherwise after the last alone.
+
+    Raises:
+        UsageError: a label means several classes, or the settings mix codebook vectors instead of drawing tokens.
+        InputError: the image cannot be read, or the model does not know a class.
+    """
+    if config.smooth:
+        raise UsageError("--smooth mixes codebook vectors, so there is no noise that drew them: leave it out")
+    source = read_input(image)
+    entry, from_entry, common = model.one_class(label), model.one_class(from_label), model.provenance(config)
+    tokenizer, transformer = model.prepared.tokenizer, model.prepared.transformer
+    tokens, last = encode(tokenizer, crop(model, source)[None]), len(tokenizer.config.sides) - 1
+    for seed in seeds:
+        wanted, shown = (request(one, seed, model.classes, common) for one in (entry, from_entry))
+        results = repaint(tokenizer, transformer, tokens, wanted.label, shown.label, seed, strength, config)
+        frames = [decode(tokenizer, result.f_hat)[0] for result in results if growing or result.scale == last]
+        from_id = shown.provenance.class_id
+        words = ["edit", word(image), "--strength", f"{strength:g}"]
+        words += [] if from_id is None else ["--from-class", str(from_id)]
+        provenance = EditProvenance.of(
+            wanted.provenance,
+            command=(*words, *setting_options(wanted.provenance)),
+            source=stem(image),
+            inputs=(source.sha256,),
+        )
+        yield Image(frames[-1], provenance), frames
+
+
+def edit_whole_to(
+    model: Model,
+    image: ImageInput,
+    out: str | None,
+    label: ClassName,
+    config: SampleConfig,
+    strength: float,
+    from_label: ClassName = None,
+    *,
+    count: int = 1,
+    seed: int = 0,
+    grid: Path | None = None,
+    growth: Path | None = None,
+    quiet: bool = True,
+) -> Iterator[tuple[Image, Path | None]]:
+    """Edit a whole image and write the results; arguments as for `edit_whole` and `edit_to`."""
+    source = read_input(image)
+    model.load_weights()
+    sides = model.tokenizer_config.sides
+    shown, labels = [crop(model, source)], [stem(image)]
+    with open_sink(out, several=count > 1, archives=False) as sink, progress("images", count, quiet) as advance:
+        seeds, growing = range(seed, seed + count), growth is not None
+        results = edit_whole(model, source, label, seeds, config, strength, from_label, growing=growing)
+        for edited, frames in results:
+            path = sink.add(edited.array, edited.provenance)
+            if growth:
+                save_growth(growth, frames, [f"{side} × {side}" for side in sides], edited.provenance)
+            shown.append(edited.array)
+            labels.append(f"{edited.class_name}, seed {edited.seed}")
+            advance()
+            yield edited, path
+    if grid:
+        write_atomically(grid, png_bytes(contact_sheet(shown, labels)))

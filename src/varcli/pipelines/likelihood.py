@@ -19,9 +19,8 @@ from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.decode import UnreadableImage, square_crop
 from varcli.images.provenance import png_bytes
-from varcli.pipelines.edit import ImageInput, read_input
+from varcli.pipelines.edit import ImageInput, crop, read_input
 from varcli.pipelines.model import ClassName, Model
-from varcli.pipelines.tokens import crop
 from varcli.sampling.likelihood import CANDIDATES, encodings, log_probabilities, rank_classes
 from varcli.sampling.reconstruction import encode
 from varcli.sampling.sampler import Pixels
@@ -61,8 +60,8 @@ class Score:
         return [float(self.nats_L[span].sum()) for span in spans(self.sides)]
 
     @property
-    def map(self) -> NDArray[np.float32]:
-        """Nats per token in each place of the image, (P, P): the mean of the scales of at least half the last side."""
+    def nats_map(self) -> NDArray[np.float32]:
+        """Nats per token in each place of the image: the mean of the scales of at least half the last side."""
         size = (len(self.pixels), len(self.pixels))
         layers = [
             PIL.Image.fromarray(self.nats_L[span].reshape(side, side)).resize(size, PIL.Image.Resampling.BILINEAR)
@@ -101,8 +100,8 @@ def save_heatmaps(path: Path, scores: Sequence[Score], names: Sequence[str]) -> 
     """
     shown, labels = [], []
     for each, name in zip(scores, names, strict=True):
-        low, high = float(each.map.min()), float(each.map.max())
-        shown += [each.pixels, tinted(each.pixels, (each.map - low) / max(high - low, 1e-6))]
+        low, high = float(each.nats_map.min()), float(each.nats_map.max())
+        shown += [each.pixels, tinted(each.pixels, (each.nats_map - low) / max(high - low, 1e-6))]
         labels += [name, f"{low:.1f} to {high:.1f} nats per token"]
     write_atomically(path, png_bytes(contact_sheet(shown, labels, columns=2 if len(scores) < 3 else 4)))
 

@@ -378,12 +378,54 @@ class Model:
         feather: int | None = None,
         composite: bool = True,
         released_rule: bool = False,
+        strength: float | None = None,
+        from_label: ClassName = None,
         preset: str = "looks",
         **settings: Any,
     ) -> Image:
-        """Repaint a region of an image with an object of another class; arguments as for `inpaint`."""
-        from varcli.pipelines.edit import fill_task
+        """Repaint a region of an image with an object of another class, or, given a strength, the whole image.
 
+        Args:
+            image: as for `inpaint`, like what is not here.
+            label: class to paint.
+            mask: where; none of mask, box and alpha for the whole image.
+            box: instead of a mask.
+            alpha: instead, where it is transparent.
+            fit_mask: resize a mask of another size.
+            seed: of the first candidate.
+            best_of: candidates, for a region.
+            feather: for a region.
+            composite: for a region.
+            released_rule: for a region.
+            strength: of an edit of the whole image: 0 is the reconstruction, 1 the sample of this class and seed.
+            from_label: with a strength, the class of what the image shows, if it is one.
+            preset: "looks" or "metrics".
+            settings: fields of `SampleConfig`.
+
+        Returns:
+            The image in its own size, channels and bits; a whole one as its largest square in the model's size.
+
+        Raises:
+            InputError: an image cannot be read, a class is unknown, or the mask marks nothing or everything.
+            UsageError: not exactly one of mask, box, alpha and strength is given.
+        """
+        from varcli.pipelines.edit import check_strength, edit_whole, fill_task
+
+        of_region = {
+            "a mask": mask is not None,
+            "box": box is not None,
+            "alpha": alpha,
+            "fit_mask": fit_mask,
+            "best_of": best_of > 1,
+            "feather": feather is not None,
+            "composite": not composite,
+            "released_rule": released_rule,
+        }
+        check_strength(strength, from_label, of_region)
+        if strength is not None:
+            config = self.settings(preset, **settings)
+            edited, _ = next(edit_whole(self, image, label, [seed], config, strength, from_label))
+            return edited
         task = fill_task("edit", image, mask, alpha=alpha, box=box, fit_mask=fit_mask)
         rule = _rule(feather, composite, released_rule)
         return self._edited(task, label, seed, best_of, decide_at, rule, preset, settings)

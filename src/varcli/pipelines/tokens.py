@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
 from torch import Tensor
 
 from varcli import __version__
@@ -13,11 +12,9 @@ from varcli.checkpoints.token_files import load_tokens, save_tokens
 from varcli.config import SampleConfig
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet, save_growth
-from varcli.images.decode import square_crop
-from varcli.images.editable import SourceImage
 from varcli.images.image import Image
 from varcli.images.provenance import EditProvenance, png_bytes
-from varcli.pipelines.edit import ImageInput, read_input, stem, word
+from varcli.pipelines.edit import ImageInput, crop, read_input, stem, word
 from varcli.pipelines.model import Model
 from varcli.sampling import reconstruction
 from varcli.sampling.sampler import Pixels
@@ -37,11 +34,6 @@ class Reconstruction:
     """In dB; infinite if nothing changed."""
     bits_per_pixel: float
     """Size of its tokens."""
-
-
-def crop(model: Model, source: SourceImage) -> Pixels:
-    """The largest square in the middle of an image, in the tokenizer's size."""
-    return square_crop(PIL.Image.fromarray(source.pixels()), model.tokenizer_config.pixels)
 
 
 def reconstruct(model: Model, image: ImageInput, number: int = 0, *, growth: Path | None = None) -> Reconstruction:

@@ -47,6 +47,16 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """Gumbel noise that draws tokens, instead of the seed's numbers and without filters; see `sampling/inversion`."""
+
+    values: list[Tensor]
+    """(B, l, V) float64 of each scale, on the CPU."""
+    masks: list[Tensor]
+    """True where a token is drawn with it, (B, l)."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleResult:
     """What is known after one scale."""
 
@@ -56,6 +66,8 @@ class ScaleResult:
     """Its token map, (B, l) int64; in a smooth run the tokens of greatest weight."""
     f_hat: Tensor
     """The feature map so far, (B, C, H, W)."""
+    logits: Tensor
+    """The guided logits, (B, l, V)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +77,7 @@ class Drawing:
     quantizer: Quantizer
     config: SampleConfig
     keep: Keep | None
+    noise: Noise | None
     sources: list[torch.Generator]
     """Each image's own."""
     u_BL: Tensor | None
@@ -74,6 +87,10 @@ class Drawing:
         """Return a scale's tokens (B, l), f_hat with them, and, if there is a next scale, its input (B, l, C)."""
         found = candidates(logits_BlV, self.config.top_k, self.config.top_p, self.config.temperature)
         idx_Bl, h_BCss = self._mixed(found, scale) if self.u_BL is None else self._drawn(found, scale, self.u_BL)
+        if self.noise is not None:
+            noisy_BlV = (logits_BlV / self.config.temperature).cpu().double() + self.noise.values[scale]
+            idx_Bl = torch.where(self.noise.masks[scale], noisy_BlV.argmax(-1).to(idx_Bl.device), idx_Bl)
+            h_BCss = self.quantizer.embed(idx_Bl)
         if self.keep is not None:
             idx_Bl, h_BCss = self._kept(idx_Bl, h_BCss, self.keep, scale)
         f_hat_BCHW = self.quantizer.accumulate(f_hat_BCHW, h_BCss, scale)
@@ -111,6 +128,7 @@ def generate(
     *,
     refiner: Transformer | None = None,
     keep: Keep | None = None,
+    noise: Noise | None = None,
     mark: Callable[[str], None] = lambda phase: None,
     runner: Runner = EAGER,
 ) -> Iterator[ScaleResult]:
@@ -124,6 +142,7 @@ def generate(
         config: guidance, filters and how to sample tokens.
         refiner: draws the scales from `config.refine_from` on, made ready as the transformer was.
         keep: tokens of a given image that stay, for editing.
+        noise: draws tokens in its masks; not in a smooth run, which draws none.
         mark: called with "transformer" and "drawing" after these phases of each scale, for a stopwatch.
         runner: how to run the steps. Recorded ones leave their results where the next batch's will be.
 
@@ -135,7 +154,7 @@ def generate(
     u_BL = None if numbers_BL is None else runner.admit("numbers", numbers_BL, device)
     kind = ApproximateScaleModel if config.approximations else ScaleModel
     model = runner.run("class", lambda: kind(transformer, row_B, config))
-    drawing = Drawing(tokenizer.quantize, config, keep, sources, u_BL)
+    drawing = Drawing(tokenizer.quantize, config, keep, noise, sources, u_BL)
     f_hat_BCHW = None
     inputs: list[Tensor | None] = [None]
     for scale in range(len(transformer.config.sides)):
@@ -148,7 +167,7 @@ def generate(
         mark("drawing")
         idx_Bl, f_hat_BCHW, input_BlC = drawn
         inputs.append(input_BlC)
-        yield ScaleResult(scale, idx_Bl, f_hat_BCHW)
+        yield ScaleResult(scale, idx_Bl, f_hat_BCHW, logits_BlV)
 
 
 @torch.inference_mode()
