@@ -257,7 +257,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def observe(self, step: int) -> dict[str, Tensor]:
-        """Return learning rate, size of the update, and each scale's use of the codebook over the last steps (S,).
+        """Return the learning rate, and each scale's use of the codebook over the last steps (S,).
 
         A scale that collapses is told, once.
         """
@@ -274,7 +274,11 @@ class TokenizerStage:
                     f"scale {scale} has collapsed: perplexity {perplexity:.1f} of {self.config.codebook_size} codebook "
                     "rows; try a lower --base-lr, a higher --scale-drop, or a smaller --codebook-size"
                 )
-        return optim.observed(self.optimizer) | {"codebook_usage": usage_S, "codebook_perplexity": perplexity_S}
+        return {
+            "learning_rate": optim.learning_rate(self.optimizer),
+            "codebook_usage": usage_S,
+            "codebook_perplexity": perplexity_S,
+        }
 
     @torch.no_grad()
     def revive_codes(self) -> None:
