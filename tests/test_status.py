@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.evaluations import write_run
 from support.images import write_folder
 from test_training import TOKENIZER, tokenizer_stage, train
 from varcli.classes import ClassEntry, ClassTable
@@ -158,6 +159,12 @@ def test_status_of_a_run(images, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["stage"], found["step"], found["images"]) == ("tokenizer", 4, 16)
     assert {check["name"] for check in found["checks"] if check["off"]} == {"copies"}
+
+
+def test_a_state_that_says_nothing_is_one_line(tmp_path, capsys):
+    write_run(tmp_path)
+    assert run(["train", "status", str(tmp_path)]) == 3
+    assert "state.safetensors does not say how it is trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

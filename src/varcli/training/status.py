@@ -13,7 +13,7 @@ from typing import Any
 from varcli.config import TransformerConfig, from_json, sequence_length
 from varcli.training.estimate import IMAGENET, expected_losses_at
 from varcli.training.optim import WARM_UP
-from varcli.training.tokenizer import HIT_DECAY, collapsed
+from varcli.training.tokenizer import RECORDED, collapsed
 
 MOST_COPIES = 0.01
 """Part of the images that may be copies of others."""
@@ -101,8 +101,9 @@ def _learning_rate(settings: Mapping[str, Any]) -> Check:
 
 
 def _collapse(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
-    """The scale that makes least of the codebook, of what it could."""
-    steps = min(lines[-1]["step"], 1 / (1 - HIT_DECAY))
+    """Whether each scale makes use of the codebook."""
+    if lines[-1]["step"] < RECORDED:
+        return
     rows = settings.get("codebook_size", 0)
     collapsed_scales, perplexities = [], []
     for scale, side in enumerate(settings.get("sides", ()), 1):
@@ -110,7 +111,7 @@ def _collapse(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
         if perplexity is None:
             return
         perplexities.append(f"{perplexity:.3g}")
-        if collapsed(perplexity, rows, round(steps * settings["batch"]) * side * side):
+        if collapsed(perplexity, rows, RECORDED * settings["batch"] * side * side):
             collapsed_scales.append(str(scale))
     which = f"; scale {', '.join(collapsed_scales)} has collapsed" if collapsed_scales else ""
     yield Check(
