@@ -40,6 +40,13 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "images" in sys.stderr.getvalue() and "3/3" in sys.stderr.getvalue()
 
 
+def test_text_behind_the_bar(monkeypatch):
+    open_terminal(monkeypatch)
+    with console.progress("training", 3) as advance:
+        advance(2, "loss 5.210, [33] images/s")
+    assert "2/3" in sys.stderr.getvalue() and "loss 5.210, [33] images/s" in sys.stderr.getvalue()
+
+
 @pytest.mark.parametrize("arguments", [(3, True), (None, False)])
 def test_no_bar_when_quiet_or_endless(monkeypatch, arguments):
     open_terminal(monkeypatch)

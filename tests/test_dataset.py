@@ -949,3 +949,11 @@ def test_truncated_tar(samples, tmp_path):
     (tmp_path / "x.tar").write_bytes(content[:700])
     with pytest.raises(InputError, match=r"x\.tar"):
         open_images([tmp_path / "x.tar"])
+
+
+def test_copies_are_counted_and_estimated_from_a_few(tmp_path):
+    fill(tmp_path, [f"a/{i}.ppm" for i in range(30)], lambda seed: ppm(seed % 20))
+    fill(tmp_path, [f"b/{i}.ppm" for i in range(10)], lambda seed: ppm(100 + seed) + bytes(seed))
+    found = open_images([tmp_path], require_labels=True, read_headers=False)
+    assert found.copies() == 10 / 40
+    assert found.copies(most=25) == pytest.approx(5 / 25 * 31 / 40)

@@ -1,5 +1,6 @@
 """`var train`: both commands end to end on a small made-up data set."""
 
+import io
 import json
 import os
 import shutil
@@ -178,6 +179,63 @@ def test_tensorboard_gets_the_figures(data, tmp_path):
     assert run(command) == 0
     written = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"loss", "validation/psnr"} <= set(written.Tags()["scalars"])
+
+
+class Tracked:
+    """Stands in for the package wandb: keeps what it is given."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        self.begun, self.logged = [], []
+
+    def init(self, **settings):
+        if settings["project"] == "locked":
+            raise self.Error("nobody is logged in")
+        self.begun.append(settings)
+        return self
+
+    def log(self, figures, step):
+        self.logged.append((step, figures))
+
+
+def test_wandb_gets_the_figures_and_the_same_run_again(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", tracked := Tracked())
+    command = ["train", "tokenizer", str(data), "--out", str(tmp_path / "run"), *SMALL, *PACE, "--wandb", "cats", "-q"]
+    assert run(command) == 0
+    assert run([*command, "--epochs", "2"]) == 0
+    first, again = tracked.begun
+    assert first["project"] == "cats" and first["config"]["codebook_size"] == 32
+    assert (first["id"], first["resume"]) == (again["id"], "allow")
+    assert [step for step, _ in tracked.logged] == [5, 9]
+    assert {"loss", "learning_rate", "validation/psnr", "codebook_perplexity_3"} <= tracked.logged[0][1].keys()
+    command[command.index("cats")], command[command.index("--out") + 1] = "locked", str(tmp_path / "other")
+    assert run(command) == 2
+    assert "--wandb locked cannot begin: nobody is logged in; run `wandb login`" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(command) == 2
+    assert "--wandb needs another package: pip install 'varcli[wandb]'" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_a_bar_and_lines_of_validations_only(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    terminal.isatty = lambda: True
+    command = ["train", "tokenizer", str(data), "--out", str(tmp_path), *SMALL, *PACE]
+    assert run(command) == 0
+    shown = terminal.getvalue()
+    assert "5/5" in shown and "loss" in shown and "images/s" in shown
+    assert shown.count("step 5/5: ") == 1
+
+
+def test_copies_in_the_data_are_told(data, tmp_path, capsys):
+    copied = shutil.copytree(data, tmp_path / "data")
+    for i in range(6):
+        shutil.copy(copied / "n01443537" / "n01443537_0.png", copied / "n02123045" / f"a{i}.png")
+    command = ["train", "tokenizer", str(copied), "--out", str(tmp_path / "run"), *SMALL, *PACE]
+    assert run(command) == 0
+    assert "of the training images are copies of others, byte for byte; leave them out" in capsys.readouterr().err
 
 
 def test_training_says_what_it_found_before_it_begins(data, tokenizer, tmp_path, capsys):

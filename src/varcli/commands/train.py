@@ -274,7 +274,7 @@ def _report(quiet: bool) -> Any:
     return report
 
 
-_IN_THE_LOG_ONLY = re.compile(r"^step$|^images_seen$|^seconds_left$|^update_ratio$|^memory|_\d+$")
+_IN_THE_LOG_ONLY = re.compile(r"^step$|^images_seen$|^seconds_left$|^memory|_\d+$")
 """Figures that a line on stderr has no room for: those of single scales among them."""
 
 

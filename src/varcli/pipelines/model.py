@@ -394,6 +394,7 @@ class Model:
             fit_mask: resize a mask of another size.
             seed: of the first candidate.
             best_of: candidates, for a region.
+            decide_at: for a region.
             feather: for a region.
             composite: for a region.
             released_rule: for a region.

@@ -142,9 +142,12 @@ def run_status(folder: str | Path) -> RunStatus:
     if not states:
         raise InputError(f"training run {folder} has no state yet: the first is saved after --save-every steps")
     _, metadata = load_header(states[0])
-    images = sum(json.loads(metadata.get("images", "{}")).values())
     last = dict(run.lines[-1])
-    steps = math.ceil(run.settings["epochs"] * images / run.settings["batch"]) or int(last["step"])
-    copies = float(metadata["copies"]) if "copies" in metadata else None
-    checks = check_lines(run.lines, run.settings, steps, copies)
+    try:
+        settings = json.loads(metadata["identity"])
+        images = sum(json.loads(metadata.get("images", "{}")).values())
+        steps = math.ceil(settings["epochs"] * images / settings["batch"]) or int(last["step"])
+        checks = check_lines(run.lines, settings, steps, float(metadata["copies"]) if "copies" in metadata else None)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"training run {folder}: {states[0].name} does not say how it is trained") from error
     return RunStatus(stage=run.stage, step=int(last["step"]), steps=steps, images=images, figures=last, checks=checks)

@@ -132,10 +132,13 @@ TITLES = {
     "accuracy": "Token accuracy",
     "accuracy_last": "Token accuracy, last scale",
     "psnr": "PSNR, dB",
+    "loss_scale": "Loss per scale",
+    "accuracy_scale": "Token accuracy per scale",
     "codebook_usage": "Codebook usage per scale",
+    "codebook_perplexity": "Codebook perplexity per scale",
 }
 """Titles of a metrics log's figures; others go by their names."""
-NOT_DRAWN = ("step", "images_seen", "images_per_second")
+NOT_DRAWN = ("step", "images_seen", "images_per_second", "seconds_left", "memory_gib")
 """Figures of a metrics log that no chart shows."""
 
 
@@ -146,6 +149,8 @@ def training_charts(runs: Sequence[TrainingRun]) -> list[Lines]:
     charts = []
     for family in [*(name for name in TITLES if name in families), *(name for name in families if name not in TITLES)]:
         members = [name for name in names if _family(name) == family]
+        if any(_SCALE.search(name) for name in members):  # a curve per scale is enough
+            members = [name for name in members if name.startswith(VALIDATION)] or members
         curves = [curve for number in range(len(runs)) for curve in _training_curves(runs, number, members)]
         if curves:
             title = TITLES.get(family, family.replace("_", " ").capitalize())
@@ -158,15 +163,19 @@ def training_charts(runs: Sequence[TrainingRun]) -> list[Lines]:
 
 def _family(figure: str) -> str:
     """What training, validation and all scales of a figure have in common, as in validation_codebook_usage_3."""
-    return re.sub(r"_\d+$", "", figure.removeprefix(VALIDATION))
+    return _SCALE.sub("", figure.removeprefix(VALIDATION))
+
+
+_SCALE = re.compile(r"_(\d+)$")
+"""Ends the names of figures of single scales."""
 
 
 def _training_curves(runs: Sequence[TrainingRun], number: int, members: Sequence[str]) -> Iterator[Curve]:
     """Yield the curves of one run: training and validation, or one per scale."""
     for order, member in enumerate(members, 1):
         points = runs[number].points(member)
-        held_out, scale = member.startswith(VALIDATION), re.search(r"\d+$", member)
-        which = f"scale {scale[0]}" if scale else "validation" if held_out else "training"
+        held_out, scale = member.startswith(VALIDATION), _SCALE.search(member)
+        which = f"scale {scale[1]}" if scale else "validation" if held_out else "training"
         label = f"{runs[number].name}, {which}" if len(runs) > 1 else which
         if points:
             opacity = 0.35 + 0.65 * order / len(members) if scale else 1

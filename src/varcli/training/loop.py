@@ -305,7 +305,7 @@ def load_state(stage: Stage, run: Run, file: Path) -> tuple[Path, int, dict[str,
     """
     step = check_state(file, run)
     tensors, metadata = load_tensors(file)
-    if tensors_sha256(tensors) != metadata.get("sha256", tensors_sha256(tensors)):
+    if "sha256" in metadata and metadata["sha256"] != tensors_sha256(tensors):  # earlier versions wrote none
         raise _damaged(file, "its tensors are not those that were written")
     try:
         stage.load_tensors(tensors)

@@ -216,31 +216,9 @@ def set_rates(optimizer: torch.optim.AdamW, lr: float, weight_decay: float) -> N
         group["lr"], group["weight_decay"] = lr, decay
 
 
-def update_ratio(optimizer: torch.optim.AdamW) -> Tensor:
-    """Return ‖Δw‖ / ‖w‖ of the last step over all trained weights, 0-dimensional: about 1e-3 in a healthy run.
-
-    Δw is worked out anew from the optimizer's moments, so that no copy of the weights is needed.
-    """
-    changes: list[Tensor] = []
-    weights: list[Tensor] = []
-    for group in optimizer.param_groups:
-        beta_1, beta_2 = group["betas"]
-        for parameter in group["params"]:
-            if state := optimizer.state.get(parameter):
-                first = state["exp_avg"] / (1 - beta_1 ** state["step"])
-                second = state["exp_avg_sq"] / (1 - beta_2 ** state["step"])
-                decay = group["weight_decay"] * parameter.detach()
-                changes.append((first / (second.sqrt() + group["eps"]) + decay).norm() * group["lr"])
-                weights.append(parameter.detach().norm())
-    return torch.stack(changes).norm() / torch.stack(weights).norm()
-
-
-def observed(optimizer: torch.optim.AdamW) -> Tensors:
-    """Return the learning rate, and the size of the last update as a part of the weights."""
-    return {
-        "learning_rate": torch.tensor(float(optimizer.param_groups[0]["lr"])),
-        "update_ratio": update_ratio(optimizer),
-    }
+def learning_rate(optimizer: torch.optim.AdamW) -> Tensor:
+    """Return the learning rate of the last step, 0-dimensional."""
+    return torch.tensor(float(optimizer.param_groups[0]["lr"]))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:

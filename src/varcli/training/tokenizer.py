@@ -30,6 +30,8 @@ from varcli.training.parallel import Rows, data_parallel, rows_of_all, sum_over_
 BETAS = (0.5, 0.9)
 HIT_DECAY = 0.99
 """Decay per step of the record of codebook hits."""
+RECORDED = round(1 / (1 - HIT_DECAY))
+"""Steps that the record holds, about."""
 REVIVE_EVERY = 100
 """Steps between searches for dead codebook rows."""
 REVIVE_UNTIL = 0.9
@@ -257,7 +259,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def observe(self, step: int) -> dict[str, Tensor]:
-        """Return learning rate, size of the update, and each scale's use of the codebook over the last steps (S,).
+        """Return the learning rate, and each scale's use of the codebook over the last steps (S,).
 
         A scale that collapses is told, once.
         """
@@ -265,16 +267,20 @@ class TokenizerStage:
         share_SV = hits_SV / hits_SV.sum(1, keepdim=True).clamp(min=1e-12)
         perplexity_S = torch.special.entr(share_SV).sum(1).exp()
         usage_S = (share_SV > DEAD / hits_SV.shape[1]).float().mean(1)
-        steps = min(step, round(1 / (1 - HIT_DECAY)))  # whose tokens are in the record
         for scale, (side, perplexity) in enumerate(zip(self.config.sides, perplexity_S.tolist(), strict=True), 1):
-            tokens = steps * self.training.batch * side * side
-            if collapsed(perplexity, self.config.codebook_size, tokens) and scale not in self.collapsed:
+            tokens = RECORDED * self.training.batch * side * side
+            bad = step >= RECORDED and collapsed(perplexity, self.config.codebook_size, tokens)
+            if bad and scale not in self.collapsed:
                 self.collapsed.add(scale)
                 self.warn(
                     f"scale {scale} has collapsed: perplexity {perplexity:.1f} of {self.config.codebook_size} codebook "
                     "rows; try a lower --base-lr, a higher --scale-drop, or a smaller --codebook-size"
                 )
-        return optim.observed(self.optimizer) | {"codebook_usage": usage_S, "codebook_perplexity": perplexity_S}
+        return {
+            "learning_rate": optim.learning_rate(self.optimizer),
+            "codebook_usage": usage_S,
+            "codebook_perplexity": perplexity_S,
+        }
 
     @torch.no_grad()
     def revive_codes(self) -> None:

@@ -41,7 +41,7 @@ BETAS = (0.9, 0.95)
 WITHOUT_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
 VALIDATION_BATCH = 64
 GAIN_BATCHES = 16
-"""Validation batches, spread over the held-out images, that are computed without labels too."""
+"""Validation batches, spread over the held-out images, that are computed with wrong labels too."""
 FREQUENCY_IMAGES = 4096
 """Images, spread over the data, whose tokens are counted."""
 
@@ -238,15 +238,15 @@ class TransformerStage:
         }
 
     def observe(self, step: int) -> dict[str, Tensor]:
-        """Return learning rate and size of the update."""
-        return optim.observed(self.optimizer)
+        """Return the learning rate."""
+        return {"learning_rate": optim.learning_rate(self.optimizer)}
 
     @torch.no_grad()
     def validate(self) -> Metrics:
         """Return the averaged weights' figures on held-out images, no label dropped.
 
-        Among them are what the labels are worth, `label_gain`: the loss without them minus the loss with them, in nats
-        a token; and what the frequencies of the tokens alone would reach, `frequency_loss`.
+        Among them are what the labels are worth, `label_gain`: the loss with another class's label minus the loss with
+        the right one, in nats a token; and what the frequencies of the tokens alone would reach, `frequency_loss`.
         """
         if self.held is None or self.tokens is None:
             return {}
@@ -260,8 +260,8 @@ class TransformerStage:
             for name, value in self.figures(loss_BL, hit_BL).items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.cpu() * len(images)
             if number % math.ceil(len(batches) / GAIN_BATCHES) == 0:
-                no_class_B = torch.full_like(label_B, self.config.class_count)
-                gain_B.append((self.predict(self.average.model, tokens_BL, no_class_B)[0] - loss_BL).mean(1))
+                wrong_B = (label_B + 1) % self.config.class_count
+                gain_B.append((self.predict(self.average.model, tokens_BL, wrong_B)[0] - loss_BL).mean(1))
         figures = by_scale({name: total / len(self.held) for name, total in sums.items()})
         figures["label_gain"] = float(torch.cat(gain_B).mean())
         return figures | {"frequency_loss": frequency_loss(self.tokens, self.held, self.config)}
