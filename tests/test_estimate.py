@@ -37,7 +37,8 @@ def test_plan_counts_steps_parameters_and_operations(stage):
     linear = 2 * 21 * (64 * 64 * 12 * 2 + 64 * 32)  # blocks and head, two operations a weight and token
     assert counter.get_total_flops() > linear
     assert plan.state_bytes == 20 * plan.parameters
-    assert plan.activation_bytes > 2 * 21 * 64 * 4
+    values = 4 * 2 * 21 * 64  # of a batch, in two blocks
+    assert 10 * values * 4 < plan.activation_bytes < 40 * values * 4
     assert plan.seconds == pytest.approx(40 / plan.images_per_second)
     assert all(parameter.grad is None for parameter in stage.model.parameters())
 

@@ -16,6 +16,7 @@ from support.images import write_folder
 from varcli.cli import run
 from varcli.config import GRID_256, TrainingConfig, TransformerConfig
 from varcli.pipelines import train as pipeline
+from varcli.training import data as module
 from varcli.training.estimate import expected_losses, expected_losses_at
 
 SHAPE = ["--sides", "1,2,4", "--base-width", "32", "--multipliers", "1,1", "--encoder-blocks", "1"]
@@ -67,6 +68,28 @@ def test_from_images_to_images(data, tokenizer, tmp_path, capsys):
     assert run(sample) == 0
     with Image.open(image) as made:
         assert made.size == (8, 8)
+
+
+def test_runs_take_the_tokens_that_were_encoded_before(data, tokenizer, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache"
+    how = ["--holdout", "2", "--device", "cpu", "--workers", "0", "--crops", "2", "--flip"]
+    assert run(["tokens", "encode", str(data), "--out", str(cache), "--tokenizer", str(tokenizer), *how]) == 0
+    assert capsys.readouterr().out == f"{cache}\n"
+    encode = module._encode
+
+    def lacking(*arguments):
+        raise AssertionError("tokens are computed again")
+
+    monkeypatch.setattr(module, "_encode", lacking)
+    command = transformer_command(data, tokenizer, tmp_path / "one", "--tokens", str(cache))
+    assert run([*command, "--crops", "2", "--flip"]) == 0
+    assert "token maps of" not in capsys.readouterr().err
+    monkeypatch.setattr(module, "_encode", encode)
+    assert run([*transformer_command(data, tokenizer, tmp_path / "two", "--tokens", str(cache)), "--crops", "4"]) == 0
+    told = capsys.readouterr().err
+    facts = "--resize-ratio 1.125, --seed 0, tokenizer "
+    assert f"var: {cache} has no token maps of 18 images, --crops 4, {facts}" in told
+    assert f"var: {cache} has token maps of 18 images, --crops 2, --flip, {facts}" in told
 
 
 def test_finished_run_is_left_as_it_is(data, tokenizer, tmp_path, capsys):

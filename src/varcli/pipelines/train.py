@@ -591,8 +591,9 @@ def _token_caches(
     wanted.append((images, crops))
     there = list_caches(folder)
     if there and not cache_place(folder, tokenizer, images, crops, device).exists():
-        needed = cache_facts(tokenizer, images, crops, device)
-        note(f"{folder} has no token maps of {needed}, which are computed now; it holds those of {'; '.join(there)}")
+        note(f"{folder} has no token maps of {cache_facts(tokenizer, images, crops, device)}; they are computed now")
+        for facts in there:
+            note(f"{folder} has token maps of {facts}")
     if not group.is_main:
         group.barrier()  # the main rank has computed what was lacking
     found = []

@@ -1,13 +1,12 @@
 """What a training run will take, worked out before it begins.
 
-Operations and activation memory are counted by running one image through the network, not guessed;
+Operations and activation memory are counted by running an image or two through the network, not guessed;
 the rate is measured on a few forward and backward passes. The optimizer, and for a tokenizer its
 adversary and the perceptual distance, come on top.
 """
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,7 +121,8 @@ def estimate(
     steps, part = training.steps(images), training.batch // training.accumulate
     parameters = sum(parameter.numel() for parameter in stage.model.parameters())
     with FlopCounterMode(display=False) as counter:
-        saved = _saved_bytes(stage.trial_loss)
+        one = _saved_bytes(stage, 1)
+    two = _saved_bytes(stage, 2)  # weights in bf16, masks and the like are kept once for all images
     rate = _rate(stage, part)
     return TrainingEstimate(
         parameters=parameters,
@@ -131,7 +131,7 @@ def estimate(
         images_seen=steps * training.batch,
         flops=BACKWARD * counter.get_total_flops() * steps * training.batch,
         state_bytes=STATE_BYTES * parameters,
-        activation_bytes=saved * part,
+        activation_bytes=one + (two - one) * (part - 1),
         images_per_second=rate,
         seconds=steps * training.batch / rate,
         expected_loss=expected[0] if expected else None,
@@ -139,18 +139,19 @@ def estimate(
     )
 
 
-def _saved_bytes(loss: Callable[[int], Tensor]) -> int:
-    """Return the bytes autograd keeps for one image."""
+def _saved_bytes(stage: Estimable, count: int) -> int:
+    """Return the bytes autograd keeps for some images, weights and views of them left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in stage.model.parameters()}
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
+        if storage.data_ptr() not in weights:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(1)
+        stage.trial_loss(count)
     return sum(seen.values())
 
 
