@@ -204,25 +204,6 @@ def test_a_run_whose_rank_is_killed_says_how_to_go_on_and_does_with_another_numb
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_ranks_again_when_one_is_lost(data, tmp_path):
-    out = tmp_path / "run"
-    words = command("tokenizer", data, out, "--epochs", 6, "--save-every", 2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    agent = subprocess.Popen(
-        [*torchrun, *words[1:]], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    while not (out / "state.safetensors").exists():
-        time.sleep(0.02)
-        assert agent.poll() is None
-    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(agent.pid)], text=True)
-    os.kill(int(children.split()[-1]), signal.SIGKILL)
-    figures, _ = agent.communicate(timeout=300)
-    assert agent.returncode == 0
-    assert json.loads(figures)["step"] == 18
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--nproc", 2)], ids=["one process", "two"])
 def test_sigterm_saves_and_ends_with_143(data, tmp_path, more):
     words = command("tokenizer", data, tmp_path / "run", "--epochs", 50, "--save-every", 5, *more)
