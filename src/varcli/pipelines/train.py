@@ -18,6 +18,7 @@ from varcli.checkpoints.store import (
     read_metadata,
     tokenizer_sha256,
 )
+from varcli.classes import ClassTable
 from varcli.config import (
     PRESETS,
     TokenizerConfig,
@@ -35,6 +36,7 @@ from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.provenance import png_bytes
 from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import Transformer
 from varcli.pipelines.watch import check_packages, watched
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim, status
@@ -47,7 +49,7 @@ from varcli.training.data import (
     list_caches,
     open_cache,
 )
-from varcli.training.discriminator import SMALLEST_PATCH
+from varcli.training.discriminator import SMALLEST_PATCH, PatchDiscriminator
 from varcli.training.estimate import TrainingEstimate, estimate, expected_losses_at
 from varcli.training.finetune import adapt, merged, warm_start
 from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
@@ -123,8 +125,22 @@ def train_tokenizer(
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
     group = group or ProcessGroup()
-    stage, images, account = _tokenizer_stage(
-        data, config, training, begun, holdout, device, dtype, workers, group, note
+    where, bf16 = _place(device, dtype, on_cpu=False)
+    everything = _images(data)
+    images, held = everything.split(holdout)
+    check_batch(training.batch, training.accumulate, group)
+    model, adversary = _plain_tokenizer(config, training, begun)
+    stage = TokenizerStage(
+        model.to(where),
+        adversary.to(where),
+        training,
+        images,
+        held,
+        bf16=bf16,
+        group=group,
+        warm=begun is not None,
+        workers=_worker_count(workers, training.batch * 3 * model.config.pixels**2, note),
+        warn=note,
     )
     if training.perceptual != "none" and training.perceptual_weight > 0:
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
@@ -157,7 +173,7 @@ def train_tokenizer(
     start = check_run(run)
     check_ranks(run, group)
     make_folder(run.folder)
-    _tell(account, training, len(images), note)
+    _tell(everything.account, training, len(images), note)
     with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 
@@ -176,27 +192,24 @@ def estimate_tokenizer(
     """What training a tokenizer will take; arguments as for `train_tokenizer`."""
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
-    stage, images, account = _tokenizer_stage(
-        data, config, training, begun, holdout, device, dtype, 0, ProcessGroup(), note
-    )
-    _tell(account, training, len(images), note)
+    where, bf16 = _place(device, dtype, on_cpu=False)
+    everything = _images(data)
+    images, held = everything.split(holdout)
+    check_batch(training.batch, training.accumulate, ProcessGroup())
+    model, adversary = _plain_tokenizer(config, training, begun)
+    stage = TokenizerStage(model.to(where), adversary.to(where), training, images, held, bf16=bf16)
+    _tell(everything.account, training, len(images), note)
     return estimate(stage, training, len(images))
 
 
-def _tokenizer_stage(
-    data: Sequence[str | Path],
-    config: TokenizerConfig | None,
-    training: TokenizerTrainingConfig,
-    begun: Tokenizer | None,
-    holdout: int,
-    device: str,
-    dtype: str,
-    workers: int | None,
-    group: ProcessGroup,
-    note: Callable[[str], None],
-) -> tuple[TokenizerStage, ImageSet, list[str]]:
-    where = pick_device(device)
-    optim.make_deterministic(where)
+def _plain_tokenizer(
+    config: TokenizerConfig | None, training: TokenizerTrainingConfig, begun: Tokenizer | None
+) -> tuple[Tokenizer, PatchDiscriminator]:
+    """A tokenizer with its first weights, and its adversary.
+
+    Raises:
+        UsageError: the shape given is not that of the weights to begin with, or images are too small for the adversary.
+    """
     if begun is not None and config is not None and config != begun.config:
         raise UsageError("--init has another shape than the options say: leave them out, or train from scratch")
     config = config or (begun.config if begun else TokenizerConfig())
@@ -205,21 +218,11 @@ def _tokenizer_stage(
             f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels a side: the adversary judges patches "
             f"of that size (got {training.gan:g} and {config.pixels} pixels)"
         )
-    everything = _images(data)
-    images, held = everything.split(holdout)
     model, adversary = build_tokenizer(config, training.seed)
     if begun is not None:
         model.load_state_dict(begun.state_dict())
     optim.freeze(model, training.freeze)
-    model, adversary = model.to(where), adversary.to(where)
-    bf16 = trains_in_bf16(where, on_cpu=False) if dtype == "auto" else dtype == "bf16"
-    ahead = _worker_count(workers, training.batch * 3 * config.pixels**2, note)
-    warm = begun is not None
-    check_batch(training.batch, training.accumulate, group)
-    stage = TokenizerStage(
-        model, adversary, training, images, held, bf16=bf16, group=group, warm=warm, workers=ahead, warn=note
-    )
-    return stage, images, everything.account
+    return model, adversary
 
 
 def train_transformer(
@@ -290,21 +293,24 @@ def train_transformer(
     training = training or default_recipe(depth, init)
     group = group or ProcessGroup()
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
-    stage, images, held, account = _transformer_stage(
-        data,
-        tokenizer,
-        depth,
-        width,
-        shared_adaln,
+    if shard and group.world_size == 1:
+        raise UsageError("--shard needs several processes: --nproc 2 or more, or torchrun")
+    if shard and training.cca > 0:
+        raise UsageError("--shard cannot share the second model of --cca: leave one of them out")
+    where, bf16 = _place(device, dtype, on_cpu=True)
+    everything = _images(data)
+    images, held = everything.split(holdout)
+    check_batch(training.batch, training.accumulate, group)
+    frozen, model = _plain_transformer(tokenizer, begun, images.classes, training, depth, width, shared_adaln, note)
+    stage = TransformerStage(
+        model if shard else model.to(where),  # a model to be sharded may not fit
         training,
-        begun,
-        holdout,
-        device,
-        dtype,
-        save_dtype,
-        shard,
-        group,
-        note,
+        frozen.to(where),
+        images.classes,
+        bf16=bf16,
+        group=group,
+        shard_on=where if shard else None,
+        save_dtype=DTYPES[save_dtype],
     )
     sha256 = tokenizer_sha256(stage.tokenizer)
     identity = optim.identity(
@@ -332,7 +338,7 @@ def train_transformer(
     start = check_run(run)
     check_ranks(run, group)
     make_folder(run.folder)
-    _tell(account, training, len(images), note)
+    _tell(everything.account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
     if checkpoint_activations:
         keep_block_inputs(stage.model)
@@ -408,13 +414,15 @@ def estimate_transformer(
     """What training a transformer will take; arguments as for `train_transformer`."""
     training = training or default_recipe(depth, init)
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
-    alone = ProcessGroup()
-    stage, images, _, account = _transformer_stage(
-        data, tokenizer, depth, width, shared_adaln, training, begun, holdout, device, dtype, "fp32", False, alone, note
-    )
+    where, bf16 = _place(device, dtype, on_cpu=True)
+    everything = _images(data)
+    images, _ = everything.split(holdout)
+    check_batch(training.batch, training.accumulate, ProcessGroup())
+    frozen, model = _plain_transformer(tokenizer, begun, images.classes, training, depth, width, shared_adaln, note)
+    stage = TransformerStage(model.to(where), training, frozen.to(where), images.classes, bf16=bf16)
     if checkpoint_activations:
         keep_block_inputs(stage.model)
-    _tell(account, training, len(images), note)
+    _tell(everything.account, training, len(images), note)
     return estimate(stage, training, len(images), expected_losses_at(stage.config))
 
 
@@ -448,30 +456,27 @@ def _model_to_tune(
     return load_model(resolve_checkpoint(str(init)))
 
 
-def _transformer_stage(
-    data: Sequence[str | Path],
+def _plain_transformer(
     tokenizer: str | Path | None,
+    begun: Checkpoint | None,
+    classes: ClassTable,
+    training: TransformerTrainingConfig,
     depth: int | None,
     width: int | None,
     shared_adaln: bool,
-    training: TransformerTrainingConfig,
-    begun: Checkpoint | None,
-    holdout: int,
-    device: str,
-    dtype: str,
-    save_dtype: str,
-    shard: bool,
-    group: ProcessGroup,
     note: Callable[[str], None],
-) -> tuple[TransformerStage, ImageSet, ImageSet, list[str]]:
-    where = pick_device(device)
-    optim.make_deterministic(where)
-    everything = _images(data)
-    images, held = everything.split(holdout)
+) -> tuple[Tokenizer, Transformer]:
+    """The tokenizer whose tokens are learned, and a transformer with its first weights.
+
+    Raises:
+        UsageError: no tokenizer is given.
+        CheckpointError: its file cannot be used.
+        InputError: the weights to begin with do not fit it.
+    """
     if tokenizer is not None:
-        trained = load_tokenizer(resolve_checkpoint(str(tokenizer))).to(where)
+        trained = load_tokenizer(resolve_checkpoint(str(tokenizer)))
     elif begun is not None:
-        trained = begun.tokenizer.to(where)
+        trained = begun.tokenizer
     else:
         raise UsageError("--tokenizer is needed: the tokenizer whose tokens the transformer learns")
     depth = depth or 16
@@ -482,35 +487,26 @@ def _transformer_stage(
         sides=trained.config.sides,
         codebook_size=trained.config.codebook_size,
         codebook_width=trained.config.codebook_width,
-        class_count=len(images.classes),
+        class_count=len(classes),
         shared_adaln=shape.shared_adaln if shape else shared_adaln,
     )
     model = build_transformer(config, training)
     if begun is not None:
-        kept = warm_start(model, images.classes, begun.transformer, begun.classes)
-        note(f"{kept} of {len(images.classes)} classes are known to the model; the others begin at the mean of all")
+        kept = warm_start(model, classes, begun.transformer, begun.classes)
+        note(f"{kept} of {len(classes)} classes are known to the model; the others begin at the mean of all")
     adapt(model, training.adapter)
     optim.freeze(model, training.freeze)
-    check_batch(training.batch, training.accumulate, group)
-    if shard and group.world_size == 1:
-        raise UsageError("--shard needs several processes: --nproc 2 or more, or torchrun")
-    if not shard:  # a model to be sharded may not fit
-        model = model.to(where)
-    bf16 = trains_in_bf16(where, on_cpu=True) if dtype == "auto" else dtype == "bf16"
-    stage = TransformerStage(
-        model,
-        training,
-        trained,
-        images.classes,
-        bf16=bf16,
-        group=group,
-        shard_on=where if shard else None,
-        save_dtype=DTYPES[save_dtype],
-    )
-    return stage, images, held, everything.account
+    return trained, model
 
 
 # --- what both stages take -------------------------------------------------------------------------
+
+
+def _place(device: str, dtype: str, *, on_cpu: bool) -> tuple[torch.device, bool]:
+    """The device to train on, and whether in bf16; `on_cpu` says that "auto" may choose bf16 there too."""
+    where = pick_device(device)
+    optim.make_deterministic(where)
+    return where, trains_in_bf16(where, on_cpu=on_cpu) if dtype == "auto" else dtype == "bf16"
 
 
 def _images(data: Sequence[str | Path]) -> ImageSet:
