@@ -88,9 +88,7 @@ def classify(
     *,
     paths: Annotated[
         list[str] | None,
-        Argument(
-            metavar="IMG", help="Images, folders, zips, .npz or .tar; - alone is an image on standard input."
-        ),
+        Argument(metavar="IMG", help="Images, folders, zips, .npz or .tar; - alone is an image on standard input."),
     ] = None,
     reference: Annotated[
         str | None,
