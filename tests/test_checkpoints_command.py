@@ -1,7 +1,7 @@
 """`var checkpoints`, from the command line's words to lines and exit codes."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from varcli.checkpoints.registry import markdown_table, registry
 from varcli.checkpoints.safetensors_io import file_sha256, load_tensors
 from varcli.checkpoints.store import load_model, recorded_hashes, save_model, save_tokenizer
 from varcli.cli import run
+from varcli.config import SampleConfig
 from varcli.downloads import record
 from varcli.errors import CheckpointError
 from varcli.pipelines.model import Model
@@ -83,7 +84,7 @@ def test_list_json(var, tmp_path):
     assert list(facts) == list(registry())
     assert (d16["pixels"], d16["parameters"], d16["fid"], d16["inception_score"]) == (256, 310_283_520, 3.30, 274.4)
     assert (d16["licence"], d16["here"], d16["path"]) == ("MIT", False, str(tmp_path / "cache" / "var-d16.safetensors"))
-    assert d16["presets"]["metrics"] == {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "approximate": ""}
+    assert d16["presets"]["metrics"] == asdict(SampleConfig(cfg=1.5, top_k=900, top_p=0.96))
     assert d16["files"]["vae_ch160v4096z32.pth"]["bytes"] == 436_075_834
     assert "sha256" in d16["files"]["var_d16.pth"]
 
