@@ -285,6 +285,12 @@ def test_class_agreement_of_a_tokenizer_and_of_samples(measure, tmp_path):
     assert "psnr" in of_tokenizer["metrics"]
     of_samples, _ = measure("-n", COUNT, "--fid", "-r", "photographs", *network)
     assert of_samples["metrics"].keys() >= {"fd_efficientnet", "agreement", "agreement_top5"}
+    # Beside both stands the agreement of the photographs themselves.
+    of_themselves, _ = measure("photographs", *network)
+    for found in (of_tokenizer, of_samples):
+        for name in ("agreement", "agreement_top5"):
+            beside = found["metrics"][name.replace("agreement", "agreement_reference")]
+            assert beside == pytest.approx(of_themselves["metrics"][name])
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,10 @@ class Target(Gaussian, Protocol):
     def spatial(self) -> Gaussian | None:
         """Moments of its spatial features, for sFID."""
 
+    @property
+    def agreement(self) -> tuple[float, float] | None:
+        """Class agreement of its images, top-1 and top-5; None where it is not known."""
+
 
 def table(reference: Target | None) -> Tensor:
     """The features of a reference's images (P, N), which `metrics.check` made sure are there."""

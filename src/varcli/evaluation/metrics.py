@@ -87,7 +87,10 @@ def _precision_recall(statistics: "Statistics", reference: "Target | None") -> d
 
 def _agreement(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
     first, five = statistics.agreement()
-    return {"agreement": first, "agreement_top5": five}
+    figures = {"agreement": first, "agreement_top5": five}
+    if reference and reference.agreement:
+        figures["agreement_reference"], figures["agreement_reference_top5"] = reference.agreement
+    return figures
 
 
 SPLITS, SPLIT_SEED = 10, 2020
@@ -155,6 +158,8 @@ METRICS: dict[str, Metric] = {
             figures={
                 "agreement": Figure("class agreement, top-1", 4),
                 "agreement_top5": Figure("class agreement, top-5", 4),
+                "agreement_reference": Figure("class agreement of the reference, top-1", 4),
+                "agreement_reference_top5": Figure("class agreement of the reference, top-5", 4),
             },
             compute=_agreement,
             least=1,

@@ -130,6 +130,8 @@ class Reference:
     """Features of its images (P, N), for KID, precision and recall; None where they were not kept."""
     spatial: Moments | None = None
     """Of the spatial features, for sFID; None where it has none."""
+    agreement: tuple[float, float] | None = None
+    """Class agreement of its images, top-1 and top-5 among their classes; None where it was not measured."""
     path: Path | None = None
     """Its file, where images are in it too: ADM's batches have statistics of all and images of some."""
 
@@ -203,13 +205,14 @@ def read_reference(path: Path, name: str | None = None) -> Reference:
             pixels=int(found["pixels"]) if "pixels" in found else square_side(path),
             extractor=str(found["extractor"]) if "extractor" in found else None,
             pool=_numbers(path, "pool", found["pool"], (len(found["pool"]), pool)) if "pool" in found else None,
+            agreement=_shares(path, found["agreement"]) if "agreement" in found else None,
             path=path if "arr_0" in stored.files else None,
         )
 
 
 MOST_BYTES = 2 << 30
 """Of a reference's statistics and features together, unpacked."""
-_KEYS = ("mu", "sigma", "mu_s", "sigma_s", "n", "pixels", "extractor", "pool")
+_KEYS = ("mu", "sigma", "mu_s", "sigma_s", "n", "pixels", "extractor", "pool", "agreement")
 
 
 def save_reference(
@@ -220,6 +223,7 @@ def save_reference(
     extractor: str,
     pool: NDArray[np.float32] | None = None,
     spatial: Moments | None = None,
+    agreement: tuple[float, float] | None = None,
 ) -> None:
     """Write statistics as an .npz that other toolkits read too, whole or not at all.
 
@@ -230,18 +234,25 @@ def save_reference(
         extractor: sha256 of the network's weights.
         pool: the features themselves, for KID, precision and recall.
         spatial: moments of the spatial features, for sFID, under ADM's names.
+        agreement: class agreement of the images, top-1 and top-5.
 
     Raises:
         RunError: it cannot be written.
     """
     arrays = {"mu": moments.mean, "sigma": moments.covariance, "n": moments.count, "pixels": pixels}
     arrays |= {"extractor": extractor} | ({} if pool is None else {"pool": pool})
+    arrays |= {} if agreement is None else {"agreement": agreement}
     arrays |= {} if spatial is None else {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numbers and text become arrays
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def _shares(path: Path, found: NDArray[Any]) -> tuple[float, float]:
+    first, five = _numbers(path, "agreement", found, (2,))
+    return float(first), float(five)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -140,11 +141,13 @@ def evaluate(
             images = rebuilt
             if reference:
                 target = evaluator.reference(reference, needs=rows.needs(chosen), resize=resize)
-            elif any(rows.METRICS[name].reference for name in chosen):
+            elif "agreement" in chosen or any(rows.METRICS[name].reference for name in chosen):
                 target = evaluator.reference_of(rebuilt.images, "the same images", needs=rows.needs(chosen))
         else:
             entry = registry().get(model.name)
-            target = evaluator.usual_reference(reference, entry.reference if entry else None, chosen, resize)
+            usual = entry.reference if entry else None
+            name = reference or (usual if "agreement" in chosen else None)
+            target = evaluator.usual_reference(name, usual, chosen, resize)
             count = group.broadcast(num_images or _usual_count(model, target))
             images = _samples(model, count, seed, config, best_of, classifier, batch_size, save_images, group, note)
         scored = _imagenet_ids(images) if "agreement" in chosen else ()
@@ -313,7 +316,7 @@ class Evaluator:
             UsageError: there is none.
         """
         needing = [metric for metric in chosen if rows.METRICS[metric].reference]
-        if not needing:
+        if not needing and not (name and "agreement" in chosen):  # that is told of a reference too
             return None
         name = name or usual
         if name is None:
@@ -358,6 +361,8 @@ class Evaluator:
         decided = {"pictures": images.fingerprint(), "features": "table" in needs}
         if "spatial" in needs:
             decided["spatial"] = True
+        if self.extractor.shape.imagenet:
+            decided["agreement"] = True
         identity = fingerprint(version=__version__, extractor=self.extractor.sha256, **decided)
         path = cache_folder() / "references" / f"{identity[:16]}.npz"
         if self.group.broadcast(path.is_file()):
@@ -376,8 +381,14 @@ class Evaluator:
     def write_statistics(self, images: ImageSet, needs: frozenset[str], path: Path, label: str) -> None:
         """Measure images and write their statistics as a reference: moments, and what else is needed."""
         metrics = ("fid", *(name for need, name in (("table", "kid"), ("spatial", "sfid")) if need in needs))
-        plan = EvalPlan(count=len(images), metrics=metrics)
-        measured, state = self.measure(ExistingImages(images, []), plan, label)
+        source = ExistingImages(images, [])
+        scored: tuple[int, ...] = ()
+        if self.extractor.shape.imagenet:
+            with suppress(InputError):  # classes are not known, or are not ImageNet's
+                scored = _imagenet_ids(source)
+                metrics += ("agreement",)
+        plan = EvalPlan(count=len(images), metrics=metrics, scored=scored)
+        measured, state = self.measure(source, plan, label)
         if self.group.is_main:
             self.save_statistics(path, measured.statistics, images.side)
             if state:
@@ -393,6 +404,7 @@ class Evaluator:
             extractor=self.extractor.sha256,
             pool=found.pool.numpy() if found.plan.keeps_table else None,
             spatial=found.spatial_moments() if "spatial" in found.plan.needs else None,
+            agreement=found.agreement() if "labels" in found.plan.needs else None,
         )
 
 
