@@ -305,6 +305,14 @@ def test_metadata_that_cannot_be_used(model_file, tmp_path, metadata, line):
 
 
 @pytest.mark.parametrize(
+    "metadata", [{"classes": "5"}, {"transformer_config": "5"}, {"tokenizer_config": "["}, {"run": "[" * 100_000}]
+)
+def test_metadata_that_cannot_be_shown(model_file, tmp_path, metadata):
+    with pytest.raises(CheckpointError, match=r"class table must be a list|its metadata cannot be used"):
+        store.describe(rewritten(model_file, tmp_path, metadata=metadata))
+
+
+@pytest.mark.parametrize(
     ("part", "changes", "line"),
     [
         ("transformer", {"depth": 10**6}, "depth must be at most 512"),

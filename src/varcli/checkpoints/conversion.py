@@ -166,6 +166,8 @@ def read_pth(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except CheckpointError:
             raise
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"the checkpoint {path} must have a name in UTF-8: torch opens no other") from error
         except Exception as error:  # a damaged pickle can make its reader stumble over anything
             asked = re.search(r"GLOBAL (\S+)", str(error))
             name = asked.group(1) if asked else ""

@@ -27,7 +27,7 @@ from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_te
 from varcli.config import TrainingConfig
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, RunError, UsageError
-from varcli.files import cannot_lock, cannot_write
+from varcli.files import cannot_lock, cannot_write, parse_json
 from varcli.images.dataset import in_words
 from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
@@ -177,13 +177,13 @@ def check_run(run: Run) -> int:
         return 0
     _, metadata = load_header(run.state_file)
     try:
-        begun, step = BEFORE | json.loads(metadata["identity"]), int(metadata["step"])
+        begun, step = BEFORE | parse_json(metadata["identity"]), int(metadata["step"])
         begun.setdefault("perceptual_weight", begun.get("lpips"))
         begun.setdefault("clip_grad", 2.0 if "gamma_init" in begun else 0.0)
-        images = json.loads(metadata.get("images", "{}"))
+        images = parse_json(metadata.get("images", "{}"))
         given = json.loads(json.dumps(run.identity))
         different = sorted(key for key in given if begun.get(key) != given[key])
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(run, "it does not say which run's it is") from error
     longer = different == ["epochs"] and given["epochs"] > begun["epochs"]
     if "pictures" in different and images:
@@ -214,7 +214,7 @@ def resume(stage: Stage, run: Run) -> int:
     step = check_run(run)
     if run.state_file.exists():
         tensors, metadata = load_tensors(run.state_file)
-        before, now = json.loads(metadata["identity"]).get("epochs"), run.identity.get("epochs")
+        before, now = parse_json(metadata["identity"]).get("epochs"), run.identity.get("epochs")
         if before != now:
             run.note(f"going on from step {step} of {before:g} epochs, by the learning rates of {now:g} epochs")
         try:
