@@ -168,6 +168,14 @@ def test_foreign_file(tmp_path, name):
         store.load_model(tmp_path / name)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    for read in (load_tensors, load_header):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: it is no file"):
+            read(tmp_path / "x.safetensors")
+
+
 def test_safetensors_of_something_else(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="not written by varcli"):
