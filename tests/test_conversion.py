@@ -3,6 +3,8 @@
 import argparse
 import os
 import pickle
+import shutil
+import sys
 import zipfile
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -402,8 +404,15 @@ def test_a_bomb_and_an_endless_file_are_not_read(tmp_path):
             content.write(bytes(1_000_000))
     with pytest.raises(CheckpointError, match="the list of its contents has 101000000 bytes"):
         convert([tmp_path / "bomb.pth"], tmp_path / "o")
-    with pytest.raises(CheckpointError, match="/dev/zero is no file"):
+    with pytest.raises(CheckpointError, match="/dev/zero cannot be read: it is no file"):
         convert([Path("/dev/zero")], tmp_path / "o")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+def test_a_name_that_torch_cannot_open(released, tmp_path):
+    path = Path(shutil.copy(released[0], tmp_path / "vae\udce9.pth"))
+    with pytest.raises(CheckpointError, match="must have a name in UTF-8"):
+        convert([path], tmp_path / "out.safetensors")
 
 
 def test_foreign_tensor_in_a_released_file(mini, released, tmp_path):

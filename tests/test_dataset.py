@@ -485,6 +485,25 @@ def test_labels_of_dataset_json(tmp_path, pack):
         open_training([unlabelled])
 
 
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda path: path,
+        lambda path: zipped(path, path.with_suffix(".zip")),
+        lambda path: zipped(path, path.with_suffix(".zip"), "deep/er/"),
+        lambda path: tarred(
+            {f"./{file.relative_to(path).as_posix()}": file.read_bytes() for file in path.rglob("*.*")},
+            path.with_suffix(".tar"),
+        ),
+    ],
+)
+def test_a_dataset_json_may_be_in_a_folder_around_all_images(tmp_path, pack):
+    edm(tmp_path / "x" / "set", [6, 0, 6])
+    (tmp_path / "x" / "dataset.json").write_text("[]")  # another one of that name
+    images = open_training([pack(tmp_path / "x")])
+    assert [images.classes.entries[label].id for label in images.labels] == [0, 6, 6]
+
+
 @pytest.mark.parametrize("labels", [[[1, 0], [0, 1], [0, 1]], ["a", "b", "c"], [0.5, 1, 1]])
 def test_other_labels_in_dataset_json_are_refused(tmp_path, labels):
     with pytest.raises(InputError, match=r"has a dataset\.json that cannot be used: "):

@@ -558,6 +558,7 @@ def test_names_on_stdin_may_be_no_text(measure, tmp_path, monkeypatch):
         (["photographs", "-r", "photographs", "--kid"], 3, "--kid needs at least 1000 images"),
         (["odd", "--is"], 3, "--resize"),
         (["broken", "--is"], 3, "1 of 2 images cannot be read"),
+        (["nowhere", "--is", "--inception", "nowhere.pth"], 3, "cannot open nowhere"),
         (["--is", "--num-images", "5"], 3, "--is needs at least 10 images"),
         (["--is", "--inception", "nowhere.pth"], 4, "there is no weights file nowhere.pth"),
         (

@@ -15,7 +15,7 @@ from varcli.errors import InputError
 from varcli.images import decode
 from varcli.images.decode import decode_image, open_image
 from varcli.images.editable import source_image
-from varcli.images.png_chunks import LARGEST_TEXT, chunks, png_texts
+from varcli.images.png_chunks import LARGEST_TEXT, chunks, png_texts, text_chunks
 from varcli.images.provenance import png_bytes
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(np.uint8)
@@ -78,6 +78,27 @@ def test_xmp_goes_along(kind):
     out, _ = through(encoded(kind, **options))
     with Image.open(BytesIO(out)) as image:
         assert image.info["XML:com.adobe.xmp"].encode().strip(b"\0") == XMP
+
+
+def test_texts_of_a_png_go_along():
+    info = PngImagePlugin.PngInfo()
+    for keyword, text in (
+        ("Comment", "one"),
+        ("Comment", "two"),
+        ("Title", "old"),
+        ("varcli", "{}"),
+        ("large", "x" * 9),
+    ):
+        info.add_text(keyword, text)
+    info.add_itxt("prompt", "猫", zip=True)
+    info.add_text("Raw profile type exif", "turned")
+    info.add_text("large", "x" * (LARGEST_TEXT + 1), zip=True)
+    info.add_text("workflow", "x" * (LARGEST_TEXT + 1), zip=True)
+    out, notes = through(encoded(pnginfo=info))
+    found = [(keyword, chunk.name) for keyword, chunk in text_chunks(out)]
+    assert found == [("Comment", b"tEXt"), ("Comment", b"tEXt"), ("large", b"tEXt"), ("prompt", b"iTXt")]
+    assert png_texts(out) == {"Comment": "two", "large": "x" * 9, "prompt": "猫"}
+    assert notes == ("the text workflow, which is damaged or larger than 1 MB of it is left out",)
 
 
 @pytest.mark.parametrize(

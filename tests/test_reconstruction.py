@@ -107,6 +107,19 @@ def test_tokens_there_and_back(var, model):
     assert np.array_equal(pixels("coarse.png"), rebuilt(tokenizer, encode(tokenizer, NOISE[None, :16, :16])[:2]))
 
 
+@pytest.mark.parametrize("names", [None, "[" * 100_000, "5", '["a", 1]', '["a", "b", "c"]'])
+def test_images_without_names_have_numbers(var, names):
+    save_file(GOOD, "t.safetensors", names and {"names": names})
+    assert var("tokens", "decode", "t.safetensors", "-o", "out").out == f"{Path('out', '0-tokens-0.png')}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+def test_a_name_that_is_no_text(var):
+    Path("a.png").rename("a\udce9.png")
+    var("tokens", "encode", "a\udce9.png", "-o", "t.safetensors")
+    assert var("tokens", "decode", "t.safetensors", "-o", "out").out == f"{Path('out', 'a-tokens-0.png')}\n"
+
+
 def test_one_bad_image_does_not_spoil_the_others(var, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"bad")
     given = ("a.png", "bad.png", "b.png")

@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from safetensors.numpy import save
 
 from support.evaluations import evaluation, tokenizer, write_run
 from varcli.errors import InputError
@@ -417,6 +418,7 @@ def test_a_run_under_way(tmp_path):
             "line 1 must be figures as",
         ),
         ("state.safetensors", b"cut", "state.safetensors is damaged"),
+        ("state.safetensors", save({}, {"identity": "[" * 100_000}), "state.safetensors is damaged"),
     ],
 )
 def test_folders_that_are_no_run(tmp_path, file, content, message):

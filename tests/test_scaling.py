@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from support.images import write_folder
+from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.checkpoints.store import save_model
 from varcli.classes import ClassEntry, ClassTable
 from varcli.cli import run
@@ -167,6 +169,16 @@ def test_a_run_that_has_not_ended_is_refused(ladder, tmp_path, capsys):
     odd = write_run(tmp_path / "odd", 3, 200_000, step=5)
     assert run(["scaling", "fit", *map(str, ladder), str(odd), "--no-intervals"]) == 3
     assert "is at step 5 of 9: only an ended schedule counts" in capsys.readouterr().err
+
+
+def test_a_run_without_its_figures_is_refused(ladder, tmp_path, capsys):
+    for change in ({"loss": 5}, {"run": 5}):
+        odd = write_run(tmp_path / f"odd-{change}", 3, 200_000)
+        model = odd / "model.safetensors"
+        tensors, metadata = load_tensors(model)
+        save_tensors(model, tensors, metadata | {"run": json.dumps(change.get("run", change))})
+        assert run(["scaling", "fit", *map(str, ladder), str(odd), "--no-intervals"]) in (3, 4)
+        assert re.search(r"has no held-out figures|its metadata cannot be used", capsys.readouterr().err)
 
 
 def test_repeated_images_are_told_apart_from_new_ones(ladder, tmp_path, capsys):

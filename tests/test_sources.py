@@ -309,6 +309,14 @@ def test_images_of_ours_are_called_as_in_a_folder(tmp_path):
     assert NpzSource(path).sidecar("1-goldfish-0.png", "cls") is None
 
 
+def test_provenance_without_end_is_not_read(tmp_path):
+    path = save(tmp_path / "x.npz")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as stored:
+        stored.writestr("provenance.jsonl", bytes(1_000_000))
+    with pytest.raises(InputError, match=r"its provenance\.jsonl has 1000000 bytes for 5 images"):
+        NpzSource(path)
+
+
 def test_labels_in_arr_1(tmp_path):
     source = NpzSource(save(tmp_path / "x.npz", arr_1=np.array([3, 3, 9, -1, 0])))
     labels = {

@@ -168,6 +168,14 @@ def test_foreign_file(tmp_path, name):
         store.load_model(tmp_path / name)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    for read in (load_tensors, load_header):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: it is no file"):
+            read(tmp_path / "x.safetensors")
+
+
 def test_safetensors_of_something_else(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="not written by varcli"):
@@ -302,6 +310,14 @@ def test_metadata_that_cannot_be_used(model_file, tmp_path, metadata, line):
     with pytest.raises(CheckpointError, match=line) as caught:
         store.load_model(rewritten(model_file, tmp_path, metadata=metadata))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"classes": "5"}, {"transformer_config": "5"}, {"tokenizer_config": "["}, {"run": "[" * 100_000}]
+)
+def test_metadata_that_cannot_be_shown(model_file, tmp_path, metadata):
+    with pytest.raises(CheckpointError, match=r"class table must be a list|its metadata cannot be used"):
+        store.describe(rewritten(model_file, tmp_path, metadata=metadata))
 
 
 @pytest.mark.parametrize(

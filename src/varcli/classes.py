@@ -185,7 +185,7 @@ class ClassTable:
                     raise ValueError
             return ClassTable(tuple(ClassEntry(i, wnid, *_first_and_rest(names)) for i, wnid, names in rows))
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"class table: {text[:40]}; a list of [id, wnid, [names]]") from error
+            raise CheckpointError(f"the class table must be a list of [id, wnid, [names]] (got {text[:40]})") from error
 
 
 def _first_and_rest(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -166,6 +166,8 @@ def read_pth(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except CheckpointError:
             raise
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"the checkpoint {path} must have a name in UTF-8: torch opens no other") from error
         except Exception as error:  # a damaged pickle can make its reader stumble over anything
             asked = re.search(r"GLOBAL (\S+)", str(error))
             name = asked.group(1) if asked else ""
@@ -181,9 +183,7 @@ def read_pth(path: Path) -> Any:
 
 
 def _check_sizes(path: Path) -> None:
-    """Raise CheckpointError unless a file is one of bytes, whose pickle can be read at once."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"the checkpoint {path} is no file")
+    """Raise CheckpointError unless a file's pickle can be read at once."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             longest = max((i.file_size for i in archive.infolist() if i.filename.endswith(".pkl")), default=0)

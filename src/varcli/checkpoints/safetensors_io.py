@@ -186,8 +186,10 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint file is read into CheckpointError."""
+    """Turn what goes wrong while a checkpoint file is read into CheckpointError; pipes and devices are not opened."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise SafetensorError("it is no file")
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {reason(error)}") from error

@@ -121,12 +121,12 @@ def load_model(path: Path) -> Checkpoint:
     config = read_config(path, metadata, TransformerConfig, "transformer_config")
     with _parsing(path):
         classes = ClassTable.from_json(metadata["classes"])
-        sha256, run = metadata["sha256"], parse_json(metadata["run"])
+        sha256 = metadata["sha256"]
     tokenizer = _tokenizer(path, tensors, metadata)
     transformer = build(path, Transformer, config, _part(tensors, "transformer."))
     check_together(tokenizer.config, config)
     _check_classes(classes, config)
-    return Checkpoint(tokenizer, transformer, classes, sha256, run, path)
+    return Checkpoint(tokenizer, transformer, classes, sha256, run_facts(path, metadata), path)
 
 
 def check_together(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
@@ -257,6 +257,16 @@ def read_config(path: Path, metadata: Mapping[str, str], kind: type[Config], key
         return from_json(kind, metadata[key])
 
 
+def run_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Facts of the training run in a checkpoint's metadata.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    with _parsing(path):
+        return dict(parse_json(metadata["run"]))
+
+
 def _check_kind(path: Path, metadata: Mapping[str, str], kinds: tuple[str, ...]) -> None:
     if "identity" in metadata and "step" in metadata:
         there = "model.safetensors or tokenizer.safetensors"
@@ -297,15 +307,16 @@ def describe(path: Path) -> dict[str, Any]:
     """
     metadata, tensors = read_metadata(path)
     facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "kind": metadata["kind"]}
-    for part in ("tokenizer", "transformer"):
-        if f"{part}_config" in metadata:
-            sizes = [math.prod(shape) for name, (_, shape) in tensors.items() if name.startswith(f"{part}.")]
-            facts[part] = _parsed(path, metadata, f"{part}_config") | {"values": sum(sizes)}
-    if "classes" in metadata:
-        facts["classes"] = len(_parsed(path, metadata, "classes"))
+    with _parsing(path):
+        for part in ("tokenizer", "transformer"):
+            if f"{part}_config" in metadata:
+                sizes = [math.prod(shape) for name, (_, shape) in tensors.items() if name.startswith(f"{part}.")]
+                facts[part] = dict(parse_json(metadata[f"{part}_config"])) | {"values": sum(sizes)}
+        if "classes" in metadata:
+            facts["classes"] = len(ClassTable.from_json(metadata["classes"]))
     facts["stored_as"] = sorted({kind for kind, _ in tensors.values()})
     facts["sha256"], facts["tokenizer_sha256"] = metadata.get("sha256"), metadata.get("tokenizer_sha256")
-    facts["run"] = _parsed(path, metadata, "run")
+    facts["run"] = run_facts(path, metadata)
     return facts
 
 
@@ -361,10 +372,3 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"checkpoint: {path}; {wrong} values of {name} are not finite: train or convert again"
             )
-
-
-def _parsed(path: Path, metadata: dict[str, str], key: str) -> Any:
-    try:
-        return parse_json(metadata[key])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"checkpoint: {path}; its metadata has no readable {key}") from error

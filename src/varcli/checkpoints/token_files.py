@@ -17,6 +17,7 @@ from torch import Tensor
 from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.config import TokenizerConfig
 from varcli.errors import CheckpointError, InputError
+from varcli.files import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def save_tokens(
         "sides": ",".join(map(str, config.sides)),
         "codebook_size": str(config.codebook_size),
         "tokenizer_sha256": sha256,
-        "names": json.dumps(list(names), ensure_ascii=False),
+        "names": json.dumps([name.encode(errors="replace").decode() for name in names], ensure_ascii=False),
     }
     save_tensors(path, tensors, metadata)
 
@@ -94,7 +95,7 @@ def _checked(path: Path, tokens: Tensor, scale: int, config: TokenizerConfig) ->
 def _names(text: str | None, count: int) -> list[str]:
     """Return the names that a file gives its images; numbers where it gives none, or other than it has images."""
     try:
-        names = json.loads(text or "")
+        names = parse_json(text or "")
     except ValueError:
         names = None
     fit = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)

@@ -1,7 +1,7 @@
 """The class of an image, as its folder, its file name or the files beside it tell."""
 
-import json
 import operator
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from varcli.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import InputError
+from varcli.files import parse_json
 from varcli.images.provenance import file_words, provenance_from_json
 from varcli.images.sources import ARCHIVE_ERRORS, Source, path_parts
 
@@ -92,9 +93,9 @@ def source_labels(
     Raises:
         InputError: the source has a damaged dataset.json.
     """
-    listed = _listed_labels(source)
+    listed = _listed_labels(source, members)
     if listed is not None:
-        return [listed.get("/".join(path_parts(member))) for member in members]
+        return listed
     single = len({*folders}) == 1 and folders[0] not in _by_wnid()
     if required and not single:
         return list(folders)
@@ -105,16 +106,21 @@ def source_labels(
     return list(folders) if required and not any(labels) else labels
 
 
-def _listed_labels(source: Source) -> dict[str, Label] | None:
-    """The classes in a dataset.json of StyleGAN's or EDM's kind, by path; None where there is no such file.
+def _listed_labels(source: Source, members: Sequence[str]) -> list[Label] | None:
+    """The class of each image in a dataset.json of StyleGAN's or EDM's kind; None where there is no such file.
 
-    It holds ``{"labels": [["00000/img00000000.png", 6], …]}``, or null instead of the list where there are no labels.
+    It holds ``{"labels": [["00000/img00000000.png", 6], …]}``, or null instead of the list where there are no labels,
+    and is at the top, or in a folder that is around all images.
     """
+    paths = [path_parts(member) for member in members]
+    around = path_parts(os.path.commonpath(["/".join(parts[:-1]) for parts in paths]))
     try:
-        content = json.loads(source.dataset_json() or b"null")
-        if not isinstance(content, dict) or "labels" not in content:
-            return None  # another file of that name
-        return {str(name): numbered_class(int(operator.index(number))) for name, number in content["labels"] or ()}
+        for level in range(len(around) + 1):
+            content = parse_json(source.dataset_json(around[:level]) or b"null")
+            if isinstance(content, dict) and "labels" in content:  # else another file of that name
+                listed = {str(name): int(operator.index(number)) for name, number in content["labels"] or ()}
+                return [numbered_class(listed.get("/".join(parts[level:]), -1)) for parts in paths]
+        return None
     except (*ARCHIVE_ERRORS, OSError) as error:
         raise InputError(
             f"{source.name} has a dataset.json that cannot be used: {error}; expected a list of paths and whole numbers"

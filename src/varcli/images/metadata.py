@@ -1,7 +1,7 @@
 """What an image file says of itself besides its pixels, as far as it goes into the PNG that is made of it.
 
-It is a dictionary with any of `dpi`, `aspect` (the shape of a pixel), `icc_profile`, `exif`, `xmp` and the names of the
-PNG chunks in `COLOUR_CHUNKS`.
+It is a dictionary with any of `dpi`, `aspect` (the shape of a pixel), `icc_profile`, `exif`, `xmp`, `texts` (of a PNG:
+a list of keywords, each with its chunk) and the names of the PNG chunks in `COLOUR_CHUNKS`.
 """
 
 import struct
@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from varcli.images.png_chunks import LARGEST_TEXT, chunks
+from varcli.images.png_chunks import LARGEST_TEXT, chunks, readable_png, text_chunks
 
 COLOUR_CHUNKS = ("cICP", "mDCV", "cLLI", "gAMA", "cHRM", "sRGB")
 """PNG chunks that say which colours the levels stand for, besides a profile."""
@@ -26,6 +26,9 @@ _TIFF_DESCRIPTIONS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, _E
 
 _OTHER_SPACES = (b"CMYK", b"CMY ", b"Lab ", b"Luv ", b"XYZ ", b"YCbr", b"Yxy ", b"HSV ", b"HLS ")
 """Colour spaces of profiles that do not fit grey or RGB."""
+
+_OTHER_METADATA = ("XML:com.adobe.xmp", "Raw profile type ")
+"""Keywords of texts that hold XMP, or EXIF and profiles as ImageMagick writes them, in a PNG."""
 
 _PER_METRE = 0.0254
 """Inches to metres."""
@@ -53,6 +56,11 @@ def read_metadata(opened: Image.Image, upright: Image.Image, content: bytes) -> 
             left_out.append(f"{'colour profile' if name == 'icc_profile' else 'XMP'} of {len(value) / 2**20:.1f} MB")
         elif value and not (name == "icc_profile" and value[16:20] in _OTHER_SPACES):
             info[name] = value
+    texts = text_chunks(readable_png(content))
+    if described := [text for text in texts if not text[0].startswith(_OTHER_METADATA)]:
+        info["texts"] = described
+    for keyword in sorted({keyword for keyword, _ in text_chunks(content)} - {keyword for keyword, _ in texts}):
+        left_out.append(f"text {keyword}, which is damaged or larger than 1 MB")
     if "iCCP" in found and not profile:
         left_out.append("colour profile, which is damaged or larger than 1 MB")
     try:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+
 LARGEST_TEXT = 1 << 20
 """Bytes of a text or a colour profile, unpacked; Pillow refuses files in which one is larger."""
 
@@ -61,13 +63,15 @@ def readable_png(content: bytes) -> bytes:
 
 def png_texts(content: bytes) -> dict[str, str]:
     """Return the texts of a PNG file by keyword, those that can be read."""
-    found = {}
-    for chunk in chunks(readable_png(content)):
-        if chunk.name not in (b"tEXt", b"zTXt", b"iTXt"):
-            continue
-        keyword, text = _text(chunk)
-        found[keyword.decode("latin-1")] = text.decode("utf-8" if chunk.name == b"iTXt" else "latin-1", "replace")
-    return found
+    return {
+        keyword: _text(chunk)[1].decode("utf-8" if chunk.name == b"iTXt" else "latin-1", "replace")
+        for keyword, chunk in text_chunks(readable_png(content))
+    }
+
+
+def text_chunks(content: bytes) -> list[tuple[str, Chunk]]:
+    """Return the chunks of a PNG file that hold texts, each with its keyword."""
+    return [(_text(chunk)[0].decode("latin-1"), chunk) for chunk in chunks(content) if chunk.name in _TEXTS]
 
 
 def with_chunks(content: bytes, added: list[tuple[bytes, bytes]]) -> bytes:
@@ -106,4 +110,4 @@ def _text(chunk: Chunk) -> tuple[bytes, bytes]:
 
 
 def _unpacked_size(chunk: Chunk) -> int:
-    return len(_text(chunk)[1]) if chunk.name in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") else 0
+    return len(_text(chunk)[1]) if chunk.name in (*_TEXTS, b"iCCP") else 0

@@ -125,7 +125,7 @@ def provenance_from_json(text: str, name: str) -> Provenance:
         InputError: the text is no provenance.
     """
     try:
-        facts = dict(json.loads(text))
+        facts = dict(json.loads(text))  # names of files may hold half characters, which `parse_json` refuses
         if "draft" in facts:  # the name of `approximate` in early files
             facts["approximate"] = facts.pop("draft")
         facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
@@ -227,15 +227,13 @@ def setting_options(provenance: Provenance) -> list[str]:
 def png_bytes(pixels: "PixelsOrRaster", provenance: Provenance | None = None) -> bytes:
     """Return an image as a PNG file's content, with its provenance as text where it has one.
 
-    A raster also keeps its bits, and what its `info` says of it.
+    A raster also keeps its bits, and what its `info` says of it but for an earlier provenance.
     """
-    texts = []
+    texts = {"Title": "", "Software": "", KEYWORD: ""}
     if provenance is not None:
-        texts = [
-            text_chunk("Title", f"{provenance.class_name}, seed {provenance.seed}"),
-            text_chunk("Software", f"varcli {provenance.version}"),
-            text_chunk(KEYWORD, provenance.to_json()),
-        ]
+        texts["Title"] = f"{provenance.class_name}, seed {provenance.seed}"
+        texts["Software"] = f"varcli {provenance.version}"
+        texts[KEYWORD] = provenance.to_json()
     levels, info = (pixels.levels, pixels.info) if isinstance(pixels, Raster) else (pixels, {})
     if levels.itemsize > 1 and levels.shape[2] > 1:  # Pillow has no colours of 16 bits
         from varcli.images.png16 import deep_png_bytes
@@ -247,7 +245,9 @@ def png_bytes(pixels: "PixelsOrRaster", provenance: Provenance | None = None) ->
         image.save(file, "PNG", compress_level=_COMPRESSION)
         content = file.getvalue()
     colours, others = metadata_chunks(info)
-    return with_chunks(content, [*colours, *texts, *others])
+    own = [text_chunk(keyword, text) for keyword, text in texts.items() if text]
+    kept = [(chunk.name, chunk.data) for keyword, chunk in info.get("texts", ()) if keyword not in texts]
+    return with_chunks(content, [*colours, *own, *others, *kept])
 
 
 _COMPRESSION = 3

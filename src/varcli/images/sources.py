@@ -49,6 +49,9 @@ _DESCRIPTIONS = (
 )
 """Endings of files that lie beside images as a matter of course; they are not worth a word."""
 
+DATASET_JSON = "dataset.json"
+"""File in which StyleGAN's and EDM's data sets keep their labels."""
+
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
 """First bytes of image files, by which those without an ending are known."""
 
@@ -92,8 +95,15 @@ class Source(ABC):
         """Content of the file that describes an image, such as its "cls" or "json"; None if there is none."""
         return None
 
-    def dataset_json(self) -> bytes | None:
-        """Content of the ``dataset.json`` in which StyleGAN's and EDM's data sets keep their labels, if any."""
+    def dataset_json(self, folder: Sequence[str]) -> bytes | None:
+        """Content of the ``dataset.json`` in a folder inside, where StyleGAN and EDM keep labels, if there is one.
+
+        Args:
+            folder: the names of the folders down to it; none is the top.
+
+        Raises:
+            ValueError: it is longer than `MOST_BYTES`.
+        """
         return None
 
     def _leave_out(self, kind: str, member: str) -> None:
@@ -213,10 +223,10 @@ class FolderSource(Source):
         """Content of an image file, or its first `limit` bytes."""
         return _read_file(self.root / member, limit)
 
-    def dataset_json(self) -> bytes | None:
-        """Content of the ``dataset.json`` in the folder, if any."""
-        file = self.root / "dataset.json"
-        return file.read_bytes() if file.is_file() else None
+    def dataset_json(self, folder: Sequence[str]) -> bytes | None:
+        """Content of the ``dataset.json`` in a folder below the root, if any."""
+        file = self.root.joinpath(*folder, DATASET_JSON)
+        return _read_file(file, -1) if file.is_file() else None
 
 
 class FileListSource(Source):
@@ -273,9 +283,9 @@ class ZipSource(Source):
         with archive.open(self._infos[member]) as file:
             return file.read(limit)
 
-    def dataset_json(self) -> bytes | None:
-        """Content of the ``dataset.json`` at the top of the zip, if any."""
-        return self.read("dataset.json") if "dataset.json" in self._infos else None
+    def dataset_json(self, folder: Sequence[str]) -> bytes | None:
+        """Content of the ``dataset.json`` in a folder of the zip, if any."""
+        return next((self.read(name) for name in self._infos if path_parts(name) == [*folder, DATASET_JSON]), None)
 
     def _archive(self) -> zipfile.ZipFile:
         """The zip as opened by this very process: a forked one would share its parent's file position."""
@@ -345,9 +355,9 @@ class TarSource(Source):
         sibling = f"{folder}/{name.partition('.')[0]}.{suffix}".lstrip("/")
         return self.read(sibling) if sibling in self._spans else None
 
-    def dataset_json(self) -> bytes | None:
-        """Content of the ``dataset.json`` at the top of the tar, if any."""
-        return self.read("dataset.json") if "dataset.json" in self._spans else None
+    def dataset_json(self, folder: Sequence[str]) -> bytes | None:
+        """Content of the ``dataset.json`` in a folder of the tar, if any."""
+        return next((self.read(name) for name in self._spans if path_parts(name) == [*folder, DATASET_JSON]), None)
 
 
 class NpzSource(Source):
@@ -578,9 +588,20 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _provenances(stored: zipfile.ZipFile, path: Path, count: int) -> list[Provenance]:
-    """The provenance of each image; empty for a file that `var sample` did not write."""
+    """The provenance of each image; empty for a file that `var sample` did not write.
+
+    Raises:
+        ValueError: it is far too long for so many images.
+    """
+    held = stored.getinfo(PROVENANCE).file_size if PROVENANCE in stored.namelist() else 0
+    if held > min(count * _LONGEST_PROVENANCE, MOST_BYTES):
+        raise ValueError(f"its {PROVENANCE} has {held} bytes for {count} images")
     lines = stored.read(PROVENANCE).decode().splitlines() if PROVENANCE in stored.namelist() else []
     return [provenance_from_json(line, str(path)) for line in lines] if len(lines) == count else []
+
+
+_LONGEST_PROVENANCE = 1 << 16
+"""Bytes of an image's provenance in an .npz; it has some 600."""
 
 
 def _digests(pixels_NHW3: NDArray[np.uint8]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def evaluate(
     rows.check_features(chosen, shape)
     if save_stats and "fid" not in chosen:
         raise UsageError("--save-stats needs --fid: it writes the statistics that FID is computed from")
-    evaluator = Evaluator(_extractor(features, weights, where, quiet), group, note, quiet)
+    evaluator = Evaluator(features, weights, where, group, note, quiet)
     with tempfile.TemporaryDirectory() as folder:
         images: EvalSource
         target: Reference | None = None
@@ -207,7 +208,7 @@ def compute_statistics(
         VarError: images or weights cannot be used, or the file cannot be written.
     """
     group = group or ProcessGroup()
-    evaluator = Evaluator(_extractor(features, weights, pick_device(device), quiet), group, note, quiet)
+    evaluator = Evaluator(features, weights, pick_device(device), group, note, quiet)
     images = evaluator.images(paths, resize, skip_bad, lines)
     needs = frozenset({"table"}) if keep_features else frozenset()
     if evaluator.extractor.shape.spatial:
@@ -225,18 +226,6 @@ def _extractor_class(name: str) -> type[Any]:
     if name not in EXTRACTORS:
         raise UsageError(f"--features must be one of {', '.join(EXTRACTORS)} (got {name})")
     return EXTRACTORS[name]
-
-
-def _extractor(name: str, weights: Path | None, device: torch.device, quiet: bool) -> Extractor:
-    """A feature extractor by name, with its weights.
-
-    Raises:
-        UsageError: there is none of this name.
-        CheckpointError: its weights cannot be had, or are not its.
-    """
-    kind = _extractor_class(name)
-    extractor: Extractor = kind(find_weights(name, weights, not quiet) if kind.downloaded else weights, device)
-    return extractor
 
 
 def _imagenet_ids(images: EvalSource) -> tuple[int, ...]:
@@ -259,8 +248,30 @@ def _imagenet_ids(images: EvalSource) -> tuple[int, ...]:
 class Evaluator:
     """Measures images with one network, on any number of ranks, and reads or makes references."""
 
-    def __init__(self, extractor: Extractor, group: ProcessGroup, note: Callable[[str], None], quiet: bool) -> None:
-        self.extractor, self.group, self.note, self.quiet = extractor, group, note, quiet
+    def __init__(
+        self,
+        features: str,
+        weights: Path | None,
+        device: torch.device,
+        group: ProcessGroup,
+        note: Callable[[str], None],
+        quiet: bool,
+    ) -> None:
+        self.features, self.weights, self.device = features, weights, device
+        self.group, self.note, self.quiet = group, note, quiet
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The network; not loaded or downloaded before the images have been opened, for what is wrong with these.
+
+        Raises:
+            UsageError: there is none of this name.
+            CheckpointError: its weights cannot be had, or are not its.
+        """
+        kind = _extractor_class(self.features)
+        weights = find_weights(self.features, self.weights, not self.quiet) if kind.downloaded else self.weights
+        extractor: Extractor = kind(weights, self.device)
+        return extractor
 
     def measure(
         self, source: EvalSource, plan: EvalPlan, label: str, resumable: bool = True

@@ -1,6 +1,5 @@
 """`var scaling`: train a ladder of models, and fit scaling laws to finished runs (paper, section 4.2)."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from varcli import charts
-from varcli.checkpoints.store import read_config, read_metadata
+from varcli.checkpoints.store import read_config, read_metadata, run_facts
 from varcli.config import TransformerConfig, TransformerTrainingConfig, transformer_recipe
 from varcli.errors import InputError
 from varcli.files import write_atomically
@@ -209,12 +208,12 @@ def _trained(folder: Path, name: str) -> Trained:
         raise InputError(f"the run {folder} has no model.safetensors: a law is fitted to transformers")
     metadata, _ = read_metadata(path)
     config = read_config(path, metadata, TransformerConfig, "transformer_config")
-    facts = json.loads(metadata["run"])
+    facts = run_facts(path, metadata)
     if facts.get("steps", facts.get("step")) != facts.get("step"):
         raise InputError(
             f"the run {folder} is at step {facts['step']} of {facts['steps']}: only an ended schedule counts"
         )
-    if "loss_last" not in facts:
+    if not {"loss", "loss_last", "accuracy", "accuracy_last"} <= facts.keys():
         raise InputError(f"the run {folder} has no held-out figures: train with --holdout")
     figures = {
         "loss": facts["loss"],

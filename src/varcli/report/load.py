@@ -12,6 +12,7 @@ from typing import Any
 from varcli.config import SampleConfig
 from varcli.errors import InputError
 from varcli.evaluation.results import LARGEST, Result
+from varcli.files import parse_json
 from varcli.report import formatting
 
 MAX_BYTES = 1 << 28
@@ -227,9 +228,9 @@ def _log_lines(log: Path) -> Iterator[Mapping[str, float]]:
     written = log.read_bytes().splitlines()
     for number, line in enumerate(written, 1):
         try:
-            figures = json.loads(line)
+            figures = parse_json(line)
             valid = all(map(_is_number, figures.values())) and all(0 <= figures[key] < LARGEST for key in COUNTS)
-        except (ValueError, AttributeError, KeyError, RecursionError):
+        except (ValueError, AttributeError, KeyError):
             valid = False
         if valid:
             yield figures
@@ -253,6 +254,6 @@ def _run_settings(state: Path) -> Mapping[str, Any]:
         return {}
     try:
         with safe_open(state, "np") as file:
-            return dict(json.loads((file.metadata() or {}).get("identity", "{}")))
+            return dict(parse_json((file.metadata() or {}).get("identity", "{}")))
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise InputError(f"training run: {state} is damaged; remove it to report without the run's settings") from error

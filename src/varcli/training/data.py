@@ -28,7 +28,7 @@ from varcli.checkpoints.store import tokenizer_sha256
 from varcli.config import sequence_length
 from varcli.distributed import ProcessGroup, end_with_parent
 from varcli.errors import InputError, RunError
-from varcli.files import cannot_write, write_atomically
+from varcli.files import cannot_write, parse_json, write_atomically
 from varcli.images.dataset import ImageSet
 from varcli.images.decode import UnreadableImage, square_crop
 from varcli.models.tokenizer import Tokenizer
@@ -283,8 +283,8 @@ def list_caches(folder: Path) -> list[str]:
 def _begin_cache(place: Path, tokenizer: Tokenizer, total: int, facts: str) -> tuple[int, set[int]]:
     """How many crops are done and which images cannot be read; make the files of a new cache."""
     progress, shape = place / "progress.json", (total, sequence_length(tokenizer.config.sides))
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # none yet, or a damaged one
-        note = json.loads(progress.read_bytes())
+    with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or a damaged one
+        note = parse_json(progress.read_bytes())
         done, unreadable = operator.index(note["done"]), {operator.index(i) for i in note["unreadable"]}
         if 0 <= done <= total and _holds(place / "tokens.npy", shape):
             return done, unreadable

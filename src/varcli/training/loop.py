@@ -28,7 +28,7 @@ from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_te
 from varcli.config import TrainingConfig
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
-from varcli.files import cannot_lock, cannot_write
+from varcli.files import cannot_lock, cannot_write, parse_json
 from varcli.images.dataset import in_words
 from varcli.training import optim
 from varcli.training.metrics_log import Metrics, MetricsLog
@@ -229,13 +229,13 @@ def check_state(file: Path, run: Run) -> int:
     """
     _, metadata = load_header(file)
     try:
-        begun, step = BEFORE | json.loads(metadata["identity"]), int(metadata["step"])
+        begun, step = BEFORE | parse_json(metadata["identity"]), int(metadata["step"])
         begun.setdefault("perceptual_weight", begun.get("lpips"))
         begun.setdefault("clip_grad", 2.0 if "gamma_init" in begun else 0.0)
-        images = json.loads(metadata.get("images", "{}"))
+        images = parse_json(metadata.get("images", "{}"))
         given = json.loads(json.dumps(run.identity))
         different = sorted(key for key in given if begun.get(key) != given[key])
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(file, "it does not say which run's it is") from error
     longer = different == ["epochs"] and given["epochs"] > begun["epochs"]
     if "pictures" in different and images:
@@ -313,7 +313,7 @@ def load_state(stage: Stage, run: Run, file: Path) -> tuple[Path, int, dict[str,
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         raise _damaged(file, "its tensors are not those of this model") from error
-    return file, step, json.loads(metadata["identity"])
+    return file, step, parse_json(metadata["identity"])
 
 
 def _damaged(file: Path, what: str) -> CheckpointError:

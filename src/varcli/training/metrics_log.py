@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from varcli.files import cannot_write, write_atomically
+from varcli.files import cannot_write, parse_json, write_atomically
 
 Metrics = dict[str, float]
 
@@ -41,10 +41,10 @@ class MetricsLog:
         kept = []
         for line in self.path.read_bytes().splitlines():
             try:
-                figures = json.loads(line)
+                figures = parse_json(line)
                 if figures["step"] > start:
                     continue
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError):
                 continue
             self.last = figures
             kept.append(line + b"\n")
