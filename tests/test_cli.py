@@ -38,6 +38,7 @@ OPTIONS = {
     "report": "--out -o",
     "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "
     "--json --quiet -q --cfg --top-k --top-p --temperature --ssg --cfg-scales --smooth",
+    "demo": "--checkpoint -m --host --port --browser",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }
