@@ -13,6 +13,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from varcli.errors import InputError
+from varcli.files import write_atomically
 from varcli.images.decode import open_image, reading_image
 from varcli.images.editable import SourceImage, source_image
 from varcli.images.image import Image
@@ -25,7 +26,7 @@ LARGEST_FILE = 20 * 2**20
 """Bytes of an upload."""
 MOST_PIXELS = 16_000_000
 """Of an upload; telephones make photographs of 12 million."""
-CANVAS = 1024
+CANVAS = 768
 """Pixels of the canvas's longer side."""
 
 
@@ -80,14 +81,22 @@ def save_image(image: Image, folder: Path) -> Path:
     return _save(image.png(), image_filename(image.provenance), folder)
 
 
+def save_frame(image: Image, folder: Path) -> Path:
+    """Write an image that still grows; return its path. It has no provenance: no command ends with it."""
+    return _save(png_bytes(image.array), "frame.png", folder)
+
+
 def save_mask(mask: SourceImage, folder: Path) -> Path:
     """Write a mask under its name, and with the bytes whose hash is in the provenance of the edit; return its path."""
     return _save(png_bytes(mask.levels), mask.name, folder)
 
 
 def _save(content: bytes, name: str, folder: Path) -> Path:
-    """Write a file into a folder of its own, as images that differ in their settings alone have one name."""
+    """Write a file into a folder of its own, as images that differ in their settings alone have one name.
+
+    It is there whole at any time: a browser may be reading the same file.
+    """
     path = folder / sha256(content).hexdigest()[:16] / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    write_atomically(path, content)
     return path

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from varcli.config import SampleConfig
-from varcli.demo.files import LARGEST_FILE, canvas, painted_mask, read_photo, save_image, save_mask
+from varcli.demo.files import LARGEST_FILE, canvas, painted_mask, read_photo, save_frame, save_image, save_mask
 from varcli.errors import RunError, VarError
 from varcli.images.image import Image
 from varcli.images.provenance import reproduction_command
@@ -37,8 +37,12 @@ MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "p
 """Of all events that use the model."""
 LOOPBACK = ("127.0.0.1", "localhost")
 CSS = """
-.pixels img { width: 100%; object-fit: contain; image-rendering: pixelated; }
+.image-frame { width: 100%; }
+.image-frame img { object-fit: contain !important; }
+.pixels img { image-rendering: pixelated; }
+.grid-wrap { min-height: 0 !important; padding-top: 36px; }
 """
+"""Small images fill their places, samples with each pixel a block; the scales take no more height than they need."""
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
     "frame-ancestors 'none'"
@@ -125,10 +129,10 @@ def _sample_tab(model: Model, folder: Path) -> None:
     with gr.Row():
         with gr.Column(min_width=280):
             label, seed = _class_box(model), _seed_box()
-            settings = _setting_boxes(model)
             with gr.Row():
-                button = gr.Button("Sample", variant="primary")
-                following = gr.Button("Next seed")
+                button = gr.Button("Sample", variant="primary", min_width=120)
+                following = gr.Button("Next seed", min_width=120)
+            settings = _setting_boxes(model)
         with gr.Column(min_width=280):
             result = _result_boxes("Image")
             growth = gr.Gallery(
@@ -137,12 +141,11 @@ def _sample_tab(model: Model, folder: Path) -> None:
 
     def sample(label: str, seed: int | None, *values: Any) -> Iterator[tuple[Any, ...]]:
         with _errors_shown():
-            frames: list[tuple[Any, str]] = []
-            for image, side in zip(
-                model.grow(label, seed=seed or 0, **_settings(values)), model.tokenizer_config.sides, strict=True
-            ):
-                frames.append((image.pil, f"{side} × {side}"))
-                yield image.pil, "", gr.DownloadButton(interactive=False), frames
+            frames: list[tuple[Path, str]] = []
+            growing = model.grow(label, seed=seed or 0, **_settings(values))
+            for image, side in zip(growing, model.tokenizer_config.sides, strict=True):
+                frames.append((save_frame(image, folder), f"{side} × {side}"))
+                yield frames[-1][0], "", gr.DownloadButton(interactive=False), frames
             yield *_shown(image, folder), frames
 
     inputs, outputs = [label, seed, *settings], [*result, growth]
@@ -196,10 +199,10 @@ def _edit_tab(model: Model, folder: Path) -> None:
             with gr.Row(visible=False) as margins:
                 pads = [gr.Slider(0, 50, 25, step=1, label=f"{side}, %") for side in ("Left", "Top", "Right", "Bottom")]
             label, seed = _class_box(model, "none"), _seed_box()
-            settings = _setting_boxes(model)
             button = gr.Button("Edit", variant="primary")
+            settings = _setting_boxes(model)
         with gr.Column(min_width=280):
-            result = _result_boxes("Result")
+            result = _result_boxes("Result", style="photo")
             mask_file = gr.DownloadButton("Download the mask", interactive=False)
 
     def edit(
@@ -236,7 +239,9 @@ def _edit_tab(model: Model, folder: Path) -> None:
 def _class_box(model: Model, value: str | None = None) -> Any:
     """Classes by index and all names, so that what is typed is searched in all of them."""
     choices = [(f"{entry.id} {', '.join(entry.names)}", str(entry.id)) for entry in model.classes.entries]
-    return gr.Dropdown([("none", "none"), *choices], value=value or choices[0][1], label="Class", filterable=True)
+    return gr.Dropdown(
+        [("none", "none"), *choices], value=value or choices[0][1], label="Class", filterable=True, min_width=240
+    )
 
 
 def _seed_box() -> Any:
@@ -275,11 +280,13 @@ def _settings(values: Sequence[Any]) -> dict[str, Any]:
     return {name: kind(value) for (name, kind), value in zip(kinds, values, strict=True) if value is not None}
 
 
-def _result_boxes(name: str) -> list[Any]:
+def _result_boxes(name: str, style: str = "pixels") -> list[Any]:
     """An image, the command that reproduces it, and its download."""
     return [
-        gr.Image(label=name, format="png", interactive=False, buttons=["fullscreen"], elem_classes="pixels"),
-        gr.Code(label="The command that makes this image", language="shell", lines=1, wrap_lines=True),
+        gr.Image(
+            label=name, format="png", height=360, interactive=False, buttons=["fullscreen"], elem_classes="pixels"
+        ),
+        gr.Textbox(label="The command that makes this image", lines=2, interactive=False, buttons=["copy"]),
         gr.DownloadButton("Download", interactive=False),
     ]
 
