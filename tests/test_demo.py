@@ -138,40 +138,36 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err == "var: error: var demo needs another package: pip install 'varcli[demo]'\n"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is another signal there")
-def test_it_prints_its_address_and_ends_with_ctrl_c(model, tmp_path):
-    pytest.importorskip("gradio")
-    words = [sys.executable, "-m", "varcli", "demo", "--no-browser", "-m", str(model.path), "--port", str(free_port())]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        address = process.stdout.readline().strip()
-        assert address == f"http://127.0.0.1:{words[-1]}/", process.stderr.read()
-        assert get(address)[0] == 200
-        assert list(tmp_path.glob(".varcli-*"))
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (cli.INTERRUPTED, "", "var: interrupted\n")
-    assert not list(tmp_path.glob(".varcli-*")), "uploads are gone"
-
-
 # --- the server ------------------------------------------------------------------------------------
 
 
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return str(probe.getsockname()[1])
+
+
+def demo(model, port, folder):
+    """Start the command in another process, whose temporary files are in `folder`."""
+    pytest.importorskip("gradio")
+    words = [sys.executable, "-m", "varcli", "demo", "--no-browser", "-m", str(model.path), "--port", port]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
 def address(model, tmp_path_factory):
-    pytest.importorskip("gradio")
-    from varcli.demo.page import serve
-
-    page, address = serve(model, tmp_path_factory.mktemp("served"), "127.0.0.1", free_port())
-    yield address
-    page.close(verbose=False)
+    """Of a page that is served until the tests of this file end."""
+    folder, port = tmp_path_factory.mktemp("temporary"), free_port()
+    with demo(model, port, folder) as process:
+        address = process.stdout.readline().strip()
+        assert address == f"http://127.0.0.1:{port}/", process.communicate()
+        assert list(folder.glob(".varcli-*"))
+        yield address
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (cli.INTERRUPTED, "", "var: interrupted\n")
+        assert not list(folder.glob(".varcli-*")), "uploads are gone"
 
 
 def get(url, body=None, **headers):
@@ -185,6 +181,7 @@ def get(url, body=None, **headers):
             return error.code, error.headers, error.read()
 
 
+@pytest.mark.slow
 def test_no_file_of_the_machine_is_served(address, model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.txt").write_text("secret")
@@ -193,6 +190,7 @@ def test_no_file_of_the_machine_is_served(address, model, monkeypatch, tmp_path)
         assert status in (403, 404) and b"secret" not in content
 
 
+@pytest.mark.slow
 def test_a_large_upload_is_refused(address):
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
     for size, expected in ((1000, 200), (files.LARGEST_FILE + 1, 413)):
@@ -201,6 +199,7 @@ def test_a_large_upload_is_refused(address):
         assert get(f"{address}gradio_api/upload", body, **kind)[0] == expected
 
 
+@pytest.mark.slow
 def test_the_browser_is_told_to_ask_no_other_machine(address):
     _, headers, content = get(address)
     assert headers["Content-Security-Policy"].startswith("default-src 'self' ")
@@ -208,12 +207,15 @@ def test_the_browser_is_told_to_ask_no_other_machine(address):
     assert get(address, Host="a-name-that-leads-here.example")[0] == 400
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_one_error(address, model, tmp_path):
-    from varcli.demo.page import serve
-
-    port = int(address.rstrip("/").rpartition(":")[2])
-    with pytest.raises(RunError, match=f"cannot listen at --host 127.0.0.1 --port {port}: give "):
-        serve(model, tmp_path, "127.0.0.1", port)
+    port = address.rstrip("/").rpartition(":")[2]
+    with demo(model, port, tmp_path) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (RunError.exit_code, "")
+    assert (
+        err.startswith(f"var: error: cannot listen at --host 127.0.0.1 --port {port}: give ") and err.count("\n") == 1
+    )
 
 
 # --- the page --------------------------------------------------------------------------------------
@@ -265,7 +267,6 @@ def test_in_a_browser(address, browser, width, tmp_path, capsys, monkeypatch):
 
     page.get_by_role("tab", name="Edit").click()
     page.set_input_files("input[type=file]", save_photo(tmp_path / "photo.jpg", size=(200, 160)))
-    page.get_by_text("%").filter(has_text="%").first.wait_for()
     page.wait_for_function("[...document.querySelectorAll('button')].some(b => /^[0-9]+%$/.test(b.innerText.trim()))")
     canvas = page.locator("canvas").first
     canvas.scroll_into_view_if_needed()

@@ -283,9 +283,7 @@ def _settings(values: Sequence[Any]) -> dict[str, Any]:
 def _result_boxes(name: str, style: str = "pixels") -> list[Any]:
     """An image, the command that reproduces it, and its download."""
     return [
-        gr.Image(
-            label=name, format="png", height=360, interactive=False, buttons=["fullscreen"], elem_classes="pixels"
-        ),
+        gr.Image(label=name, format="png", height=360, interactive=False, buttons=["fullscreen"], elem_classes=style),
         gr.Textbox(label="The command that makes this image", lines=2, interactive=False, buttons=["copy"]),
         gr.DownloadButton("Download", interactive=False),
     ]
