@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -267,7 +268,8 @@ def test_in_a_browser(address, browser, width, tmp_path, capsys, monkeypatch):
 
     page.get_by_role("tab", name="Edit").click()
     page.set_input_files("input[type=file]", save_photo(tmp_path / "photo.jpg", size=(200, 160)))
-    page.wait_for_function("[...document.querySelectorAll('button')].some(b => /^[0-9]+%$/.test(b.innerText.trim()))")
+    page.get_by_text(re.compile(r"^\d+%$")).first.wait_for()  # how much the photograph is enlarged
+    page.wait_for_timeout(2000)  # until it is drawn
     canvas = page.locator("canvas").first
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
