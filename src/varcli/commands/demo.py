@@ -1,7 +1,7 @@
 """`var demo`: a local page on which to sample and edit."""
 
 from importlib.util import find_spec
-from threading import Event
+from time import sleep
 from typing import Annotated
 
 from typer import Option
@@ -24,7 +24,7 @@ def demo(
     port: Port = 7860,
     browser: Browser = True,
 ) -> None:
-    """Open a page in the browser on which to sample, compare settings and edit photographs. Ctrl-C ends it."""
+    """Open a page on which to sample, compare settings and edit photographs. Ctrl-C ends it."""
     if find_spec("gradio") is None:
         raise UsageError("var demo needs another package: pip install 'varcli[demo]'")
     from varcli.pipelines.model import load
@@ -39,6 +39,7 @@ def demo(
             note(f"the page has no password: whoever can reach {host} can use it")
         result(address)
         try:
-            Event().wait()
+            while True:  # unlike a wait for a lock, Ctrl-C ends a sleep on every system
+                sleep(3600)
         finally:
             page.close(verbose=False)

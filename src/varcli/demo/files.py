@@ -47,7 +47,7 @@ def read_photo(upload: str | None) -> SourceImage:
         width, height = opened.size
     if width * height > MOST_PIXELS:
         raise InputError(f"{path.name} has {width} × {height} pixels: give an image of {MOST_PIXELS:,} pixels at most")
-    return source_image(content, path.name)
+    return source_image(content, path.name.lstrip("-"))  # which would make it an option of the command
 
 
 def canvas(photo: SourceImage) -> PIL.Image.Image:
