@@ -33,8 +33,13 @@ SLIDERS: dict[str, tuple[float, float, float]] = {
 
 Any other field of `SampleConfig` becomes a box for its type.
 """
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private", "show_progress": "minimal"}
-"""Of all events that use the model."""
+USES_MODEL = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+    "api_visibility": "private",
+    "show_progress": "minimal",
+}
+"""Of all events that use the model: one runs at a time."""
 LOOPBACK = ("127.0.0.1", "localhost")
 CSS = """
 .image-frame { width: 100%; }
@@ -98,7 +103,7 @@ def serve(model: Model, folder: Path, host: str, port: int, *, browser: bool = F
             enable_monitoring=False,
             max_file_size=LARGEST_FILE,
             footer_links=[],
-            app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None},
+            app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None},  # FastAPI's own pages
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=CSS,
         )
@@ -149,9 +154,9 @@ def _sample_tab(model: Model, folder: Path) -> None:
             yield *_shown(image, folder), frames
 
     inputs, outputs = [label, seed, *settings], [*result, growth]
-    button.click(sample, inputs, outputs, **MODEL)
+    button.click(sample, inputs, outputs, **USES_MODEL)
     following.click(lambda seed: (seed or 0) + 1, seed, seed, api_visibility="private").then(
-        sample, inputs, outputs, **MODEL
+        sample, inputs, outputs, **USES_MODEL
     )
 
 
@@ -161,10 +166,10 @@ def _compare_tab(model: Model, folder: Path) -> None:
     settings, results = [], []
     button = gr.Button("Sample both", variant="primary")
     with gr.Row():
-        for name in ("A", "B"):
+        for name, preset in (("A", "looks"), ("B", "metrics")):
             with gr.Column(min_width=280):
                 results.append(_result_boxes(name))
-                settings.append(_setting_boxes(model))
+                settings.append(_setting_boxes(model, preset))
 
     def compare(label: str, seed: int | None, *values: Any) -> Iterator[tuple[Any, ...]]:
         half = len(values) // 2
@@ -174,7 +179,7 @@ def _compare_tab(model: Model, folder: Path) -> None:
             (second,) = model.stream([(label, seed or 0)], **_settings(values[half:]))
             yield *_shown(first, folder), *_shown(second, folder)
 
-    button.click(compare, [label, seed, *settings[0], *settings[1]], [*results[0], *results[1]], **MODEL)
+    button.click(compare, [label, seed, *settings[0], *settings[1]], [*results[0], *results[1]], **USES_MODEL)
 
 
 def _edit_tab(model: Model, folder: Path) -> None:
@@ -230,7 +235,7 @@ def _edit_tab(model: Model, folder: Path) -> None:
 
     upload.change(show_photo, upload, painting, api_visibility="private")
     mode.change(show_mode, mode, [painting, margins], api_visibility="private")
-    button.click(edit, [mode, upload, painting, label, seed, *pads, *settings], [*result, mask_file], **MODEL)
+    button.click(edit, [mode, upload, painting, label, seed, *pads, *settings], [*result, mask_file], **USES_MODEL)
 
 
 # --- parts of tabs ---------------------------------------------------------------------------------
@@ -252,9 +257,9 @@ FIELDS = sorted(fields(SampleConfig), key=lambda field: not field.metadata["show
 """Settings in the order of their boxes: those that have a value in every preset come first."""
 
 
-def _setting_boxes(model: Model) -> list[Any]:
+def _setting_boxes(model: Model, preset: str = "looks") -> list[Any]:
     """One box per setting, in the order of `FIELDS`; what presets leave alone is folded."""
-    config = model.settings()
+    config = model.settings(preset)
 
     def box(field: Any) -> Any:
         value = getattr(config, field.name)
