@@ -265,8 +265,8 @@ def _setting_boxes(model: Model, preset: str = "looks") -> list[Any]:
         value = getattr(config, field.name)
         told = {"label": field.name.replace("_", "-"), "info": field.metadata["help"]}
         if field.name == "top_k":
-            largest = model.tokenizer_config.codebook_size
-            return gr.Slider(0, largest, min(value, largest), step=1, **told)
+            most = model.tokenizer_config.codebook_size
+            return gr.Slider(0, most, min(value, most), step=1, **told)
         if field.name in SLIDERS:
             least, largest, step = SLIDERS[field.name]
             return gr.Slider(least, largest, value, step=step, **told)
