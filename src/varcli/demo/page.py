@@ -46,6 +46,7 @@ CSS = """
 .image-frame img { object-fit: contain !important; }
 .pixels img { image-rendering: pixelated; }
 .grid-wrap { min-height: 0 !important; padding-top: 36px; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)) !important; }
 """
 """Small images fill their places, samples with each pixel a block; the scales take no more height than they need."""
 POLICY = (
@@ -141,7 +142,7 @@ def _sample_tab(model: Model, folder: Path) -> None:
         with gr.Column(min_width=280):
             result = _result_boxes("Image")
             growth = gr.Gallery(
-                label="After each scale", columns=5, height="auto", format="png", buttons=[], elem_classes="pixels"
+                label="After each scale", height="auto", format="png", buttons=[], elem_classes="pixels"
             )
 
     def sample(label: str, seed: int | None, *values: Any) -> Iterator[tuple[Any, ...]]:
