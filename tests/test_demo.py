@@ -271,7 +271,9 @@ def test_in_a_browser(address, browser, width, tmp_path, capsys, monkeypatch):
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
 
-    page.get_by_label("Class").locator("visible=true").fill("retriever")
+    search = page.get_by_label("Class").locator("visible=true")
+    search.click()
+    search.fill("retriever")
     page.get_by_role("option", name="207 golden retriever").click()
     page.get_by_role("button", name="Sample", exact=True).click()
     wait_for_command(page, "var sample --class 207 --seed 0 ")
