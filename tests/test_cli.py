@@ -41,6 +41,7 @@ OPTIONS = {
     "report": "--out -o",
     "bench": "--checkpoint -m --random --vs --batch-size --rounds --device --dtype --quantize --approximate --out -o "
     "--json --quiet -q --cfg --top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from --smooth",
+    "demo": "--checkpoint -m --host --port --browser",
     "show": "--json",
     "classes": "--checkpoint -m --json",
 }
@@ -210,7 +211,7 @@ def test_sampling_imports_nothing_it_has_no_use_for(model, tmp_path):
         "import sys; from varcli import cli;"
         f"assert cli.run(['sample', '-c', '1', '-m', {model!r}, '-o', {str(tmp_path)!r}]) == 0;"
         "print([name for name in ('torchvision', 'torch_fidelity', 'huggingface_hub', 'scipy', 'torch._dynamo',"
-        " 'matplotlib') if name in sys.modules])"
+        " 'matplotlib', 'gradio') if name in sys.modules])"
     ).splitlines()[-1]
     assert heavy == "[]"
 

@@ -25,6 +25,7 @@ API = {
     "note quiet",
     "Model.sample": "self classes count seed preset batch_size settings",
     "Model.stream": "self requests preset batch_size settings",
+    "Model.grow": "self label seed preset settings",
     "Model.inpaint": "self image mask label box alpha fit_mask seed best_of decide_at feather composite released_rule "
     "preset settings",
     "Model.outpaint": "self image pad to label seed best_of decide_at feather composite released_rule preset settings",
@@ -89,6 +90,14 @@ def test_a_stream_is_lazy_and_the_same(model):
     stream = model.stream(requests())
     assert np.array_equal(next(stream).array, model.sample(207)[0].array)
     assert next(stream).label is None
+
+
+def test_an_image_grows_into_the_sampled_one(model):
+    *coarse, last = model.grow("goldfish", seed=5, cfg=2.0)
+    (whole,) = model.sample("goldfish", seed=5, cfg=2.0)
+    assert len(coarse) == len(small.SIDES) - 1
+    assert np.array_equal(last.array, whole.array) and last.provenance == whole.provenance
+    assert not np.array_equal(coarse[-1].array, last.array)
 
 
 def test_what_is_saved_holds_its_provenance(model, tmp_path):

@@ -306,6 +306,23 @@ class Model:
         wanted = (request(self.one_class(name), seed, self.classes, common) for name, seed in requests)
         return self._images(wanted, config, batch_size)
 
+    def grow(self, label: ClassName, *, seed: int = 0, preset: str = "looks", **settings: Any) -> Iterator[Image]:
+        """Sample one image and yield it as it looks after each scale, coarse to fine.
+
+        The last one is the image that `sample` returns; those before it carry its provenance.
+
+        Args:
+            label: class: index, name, or None.
+            seed: of the image.
+            preset: as for `sample`, like the rest.
+            settings: fields of `SampleConfig`.
+
+        Source: paper, figure 4.
+        """
+        config = self.settings(preset, **settings)
+        wanted = request(self.one_class(label), seed, self.classes, self.provenance(config))
+        return (Image(pixels, wanted.provenance) for pixels in self.sampler(config).growth(wanted))
+
     def _images(
         self, requests: Iterable[SampleRequest], config: SampleConfig, batch_size: int | None
     ) -> Iterator[Image]:
