@@ -2,9 +2,9 @@
 
     python benchmarks/loading.py [--count 128] [--rounds 3] [--json]
 
-The images are smooth noise, made on the fly: JPEGs of quality 90 (about as large as photographs are), and plain pixels
-in the .npz. All take turns in every round. Seconds are those of the processor, so that others on the machine do not
-count; `--workers N` of `var train` reads on N cores.
+The images are smooth noise, made on the fly: JPEGs of quality 90, whose files are smaller than those of photographs and
+decoded somewhat faster, and plain pixels in the .npz. All take turns in every round. Seconds are those of the
+processor, so that others on the machine do not count; `--workers N` of `var train` reads on N cores.
 """
 
 import argparse
