@@ -21,7 +21,7 @@ TRIED = ("README.md", "docs/sampling.md", "docs/editing.md", "docs/likelihood.md
 LINES = {name: [line for block in BASH_BLOCKS[name] for line in block.splitlines()] for name in BASH_BLOCKS}
 COMMANDS = re.compile(r"\bvar (?=[a-z])[^|>&#]*")
 """Each use of `var` in a line, up to whatever the shell does with it."""
-UNTRIED = re.compile(r"pip|var-d|\.pth|\bphotos\b|\bruns/|\bvar eval\b|\bvar report\b|scorer\.pt")
+UNTRIED = re.compile(r"pip|var-d|code-\d|\.pth|\bphotos\b|\bruns/|\bvar eval\b|\bvar report\b|scorer\.pt")
 """Lines that need a network, released or other weights or a data set; the others are run."""
 BASH = None if os.name == "nt" else shutil.which("bash")
 HERE = f'var() {{ {shlex.quote(sys.executable)} -m varcli "$@"; }}'
