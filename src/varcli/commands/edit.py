@@ -162,6 +162,7 @@ def edit(
         "--box": box is not None,
         "--fit-mask": fit_mask,
         "--best-of": shared.best_of > 1,
+        "--decide-at": shared.decide_at is not None,
         "--feather": shared.feather is not None,
         "--no-composite": not shared.composite,
         "--released-rule": shared.released_rule,
