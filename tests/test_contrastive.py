@@ -64,6 +64,13 @@ def test_it_needs_a_model_to_contrast_with(data, tmp_path, capsys):
     assert "--cca contrasts with a trained model: give it with --init" in capsys.readouterr().err
 
 
+def test_it_needs_two_classes(model, tmp_path, capsys):
+    one = write_folder(tmp_path / "one", {"n01443537": 10})
+    assert tune(model, one, tmp_path / "x", "--epochs", "1", "--cca", "1") == 2
+    assert "--cca contrasts classes: the images must be of two or more (got 1)" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_merging_extrapolates_every_weight(model, data, tmp_path, capsys):
     assert tune(model, data, tmp_path, "--epochs", "2") == 0
     tuned, out = tmp_path / "model.safetensors", tmp_path / "merged.safetensors"

@@ -469,7 +469,7 @@ def _plain_transformer(
     """The tokenizer whose tokens are learned, and a transformer with its first weights.
 
     Raises:
-        UsageError: no tokenizer is given.
+        UsageError: no tokenizer is given, or classes are to be contrasted and there is one alone.
         CheckpointError: its file cannot be used.
         InputError: the weights to begin with do not fit it.
     """
@@ -479,6 +479,8 @@ def _plain_transformer(
         trained = begun.tokenizer
     else:
         raise UsageError("--tokenizer is needed: the tokenizer whose tokens the transformer learns")
+    if training.cca > 0 and len(classes) < 2:
+        raise UsageError(f"--cca contrasts classes: the images must be of two or more (got {len(classes)})")
     depth = depth or 16
     shape = begun.transformer.config if begun else None
     config = TransformerConfig(
