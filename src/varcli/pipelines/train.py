@@ -423,7 +423,7 @@ def estimate_transformer(
     if checkpoint_activations:
         keep_block_inputs(stage.model)
     _tell(everything.account, training, len(images), note)
-    return estimate(stage, training, len(images), expected_losses_at(stage.config))
+    return estimate(stage, training, len(images), expected_losses_at(stage.config), frozen_copies=int(training.cca > 0))
 
 
 def default_recipe(depth: int | None = None, init: str | Path | None = None) -> TransformerTrainingConfig:
