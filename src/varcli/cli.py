@@ -29,10 +29,10 @@ COMMANDS = {
     "eval stats": ("eval", "eval_stats", "Compute reference statistics for FID."),
     "report": ("report", "report", "Put evaluations and training runs on one page."),
     "bench": ("bench", "bench", "Benchmark sampling on this machine."),
-    "demo": ("demo", "demo", "Open a page in the browser to sample and edit."),
+    "demo": ("demo", "demo", "Serve a web page for sampling and editing."),
     "show": ("show", "show", "Show an image's settings and the command that reproduces it."),
     "classes": ("classes", "classes", "Search class names, and which of them a checkpoint knows."),
-    "checkpoints": ("checkpoints", "checkpoints_app", "List, download, convert and verify models."),
+    "checkpoints": ("checkpoints", "checkpoints_app", "List, download, convert, merge and verify models."),
     "train": ("train", "train_app", "Train a tokenizer, then a transformer on its tokens."),
     "scaling": ("scaling", "scaling_app", "Train models of several sizes and fit scaling laws to them."),
 }

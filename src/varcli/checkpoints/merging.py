@@ -34,7 +34,7 @@ def merge(reference: Path, tuned: Path, weight: float, out: Path) -> None:
     }.items():
         if not same:
             raise CheckpointError(
-                f"{tuned} has not the {what} of {reference}: merge a model with one that was fine-tuned from it"
+                f"{tuned} has another {what} than {reference}: merge a model with one that was fine-tuned from it"
             )
     for ours, theirs in zip(first.transformer.parameters(), second.transformer.parameters(), strict=True):
         ours.copy_((1 + weight) * ours - weight * theirs)

@@ -254,8 +254,14 @@ def _seed_box() -> Any:
     return gr.Number(0, label="Seed", precision=0, minimum=0)
 
 
-FIELDS = sorted(fields(SampleConfig), key=lambda field: not field.metadata["shown"])
-"""Settings in the order of their boxes: those that have a value in every preset come first."""
+FIELDS = sorted(
+    (field for field in fields(SampleConfig) if field.name not in ("refiner", "refine_from")),
+    key=lambda field: not field.metadata["shown"],
+)
+"""Settings in the order of their boxes: those that have a value in every preset come first.
+
+The refiner is the preset's: whoever can reach the page must not name files to read, or checkpoints to download.
+"""
 
 
 def _setting_boxes(model: Model, preset: str = "looks") -> list[Any]:

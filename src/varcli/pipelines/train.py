@@ -496,6 +496,8 @@ def _plain_transformer(
     if begun is not None:
         kept = warm_start(model, classes, begun.transformer, begun.classes)
         note(f"{kept} of {len(classes)} classes are known to the model; the others begin at the mean of all")
+    elif training.adapter:
+        note(f"--adapter {training.adapter} without --init: all other weights keep their random values")
     adapt(model, training.adapter)
     optim.freeze(model, training.freeze)
     return trained, model
