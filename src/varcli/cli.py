@@ -23,7 +23,7 @@ COMMANDS = {
     "edit": ("edit", "edit", "Repaint a region with an object of another class."),
     "reconstruct": ("tokens", "reconstruct", "Encode and decode images with the tokenizer."),
     "tokens": ("tokens", "tokens_app", "Encode images to token files and decode them."),
-    "score": ("score", "score", "Print how likely images are given a class."),
+    "score": ("score", "score", "Print the negative log-likelihood of images given a class."),
     "classify": ("score", "classify", "Print which classes explain images best."),
     "eval": ("eval", "evaluate", "Measure images: FID, inception score, KID, precision and recall."),
     "eval stats": ("eval", "eval_stats", "Compute reference statistics for FID."),

@@ -193,7 +193,7 @@ def transformer(
         bool,
         Option(
             "--shard",
-            help="Shard weights, gradients and optimizer state over the processes (FSDP2), for models too large for one.",
+            help="Shard weights and optimizer state over the processes (FSDP2), for models too large for one.",
         ),
     ] = False,
     run: RunOptions,

@@ -315,7 +315,7 @@ def edit_to(
         decide_at: after which scale the best is chosen, as for `edit_images`.
         grid: also write a contact sheet, .png: what to fill, and the results.
         growth: also write the image growing, .png or .gif.
-        note: told what the user should know: what is left out of a file, what may be a mistake.
+        note: takes remarks for the user: what is left out of a file, what may be a mistake.
         quiet: show no progress bar.
 
     Raises:

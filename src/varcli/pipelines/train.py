@@ -539,7 +539,7 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
 
 
 def _copies(images: ImageSet, note: Callable[[str], None]) -> float:
-    """The part of the images that are copies of others, told where it is more than a few."""
+    """The part of the images that are copies of others; more than a few are reported."""
     copies = images.copies()
     if copies > status.MOST_COPIES:
         note(f"data: {copies:.0%} of the training images are copies of others, byte for byte; leave them out")
