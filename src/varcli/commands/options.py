@@ -228,7 +228,7 @@ DecideAt = Annotated[
         "--decide-at",
         metavar="SCALE",
         min=1,
-        help="Choose among the candidates of --best-of after this scale, and finish only those kept; the coarsest is 1.",
+        help="Choose among candidates of --best-of after this scale, and finish only those kept; the coarsest is 1.",
         show_default="after the last",
     ),
 ]
