@@ -270,16 +270,16 @@ def _setting_boxes(model: Model, preset: str = "looks") -> list[Any]:
 
     def box(field: Any) -> Any:
         value = getattr(config, field.name)
-        told = {"label": field.name.replace("_", "-"), "info": field.metadata["help"]}
+        shown = {"label": field.name.replace("_", "-"), "info": field.metadata["help"]}
         if field.name == "top_k":
             most = model.tokenizer_config.codebook_size
-            return gr.Slider(0, most, min(value, most), step=1, **told)
+            return gr.Slider(0, most, min(value, most), step=1, **shown)
         if field.name in SLIDERS:
             least, largest, step = SLIDERS[field.name]
-            return gr.Slider(least, largest, value, step=step, **told)
+            return gr.Slider(least, largest, value, step=step, **shown)
         if field.type is bool:
-            return gr.Checkbox(value, **told)
-        return gr.Textbox(value, **told) if field.type is str else gr.Number(value, **told)
+            return gr.Checkbox(value, **shown)
+        return gr.Textbox(value, **shown) if field.type is str else gr.Number(value, **shown)
 
     boxes = [box(field) for field in FIELDS if field.metadata["shown"]]
     with gr.Accordion("More settings", open=False):

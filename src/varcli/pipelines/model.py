@@ -241,7 +241,7 @@ class Model:
         )
 
     def one_class(self, name: ClassName, taken: Taken = lambda word, entry: None) -> ClassEntry | None:
-        """The one class that a name or index means; None is "no class". `taken` is told of a part of a name.
+        """The one class that a name or index means; None is "no class". `taken` is called for a part of a name.
 
         Raises:
             UsageError: it means several classes.

@@ -107,7 +107,7 @@ class Run:
     report: Callable[[int, Metrics], None] = field(default=lambda step, figures: None)
     """Shows figures as they come."""
     after_step: Callable[[int, float], None] = field(default=lambda step, loss: None)
-    """Told of each step that is done, and its loss."""
+    """Called after each step, with its number and loss."""
     note: Callable[[str], None] = field(default=lambda line: None)
     """Takes remarks for the user."""
 

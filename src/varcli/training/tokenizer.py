@@ -106,7 +106,7 @@ class TokenizerStage:
 
         Args:
             model: the tokenizer to train.
-            adversary: tells its reconstructions from images.
+            adversary: learns to tell its reconstructions from images.
             training: the recipe.
             images: training images.
             held: images held out for validation.
@@ -114,7 +114,7 @@ class TokenizerStage:
             group: the ranks that share each batch; None is this process alone.
             warm: the model's weights, its codebook among them, come from a checkpoint.
             workers: processes that read images ahead.
-            warn: told of images that cannot be read, and of scales that collapse.
+            warn: called with a line for each image that cannot be read, and each scale that collapses.
         """
         self.config, self.training, self.bf16 = model.config, training, bf16
         self.device = model.quant_conv.weight.device
