@@ -88,6 +88,20 @@ def test_models_that_do_not_belong_together_are_refused(model, data, tmp_path, c
     out = tmp_path / "merged.safetensors"
     assert run(["checkpoints", "merge", str(model), "tiny64", "-o", str(out)]) == 4
     assert "has another shape than" in capsys.readouterr().err
+    for weight in ("nan", "1e39"):
+        words = [
+            "checkpoints",
+            "merge",
+            str(model),
+            str(model),
+            "--weight",
+            weight,
+            "-o",
+            str(tmp_path / "x.safetensors"),
+        ]
+        assert run(words) == 2
+        assert "--weight must give finite weights" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
     assert run(["checkpoints", "merge", str(model), str(model), "-o", str(model)]) == 2
     assert "is a file that is read; give another name" in capsys.readouterr().err
     assert not out.exists()

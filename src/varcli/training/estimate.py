@@ -127,7 +127,7 @@ def estimate(
     with FlopCounterMode(display=False) as counter:
         loss, one = _loss_and_saved_bytes(stage, 1)
         loss.backward()
-    _, two = _loss_and_saved_bytes(stage, 2)  # weights in bf16, masks and the like are kept once for all images
+    two = _loss_and_saved_bytes(stage, 2)[1]  # weights in bf16, masks and the like are kept once for all images
     rate = _rate(stage, part)
     return TrainingEstimate(
         parameters=parameters,
