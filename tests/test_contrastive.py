@@ -64,6 +64,13 @@ def test_it_needs_a_model_to_contrast_with(data, tmp_path, capsys):
     assert "--cca contrasts with a trained model: give it with --init" in capsys.readouterr().err
 
 
+def test_it_needs_two_classes(model, tmp_path, capsys):
+    one = write_folder(tmp_path / "one", {"n01443537": 10})
+    assert tune(model, one, tmp_path / "x", "--epochs", "1", "--cca", "1") == 2
+    assert "--cca contrasts classes: the images must be of two or more (got 1)" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_merging_extrapolates_every_weight(model, data, tmp_path, capsys):
     assert tune(model, data, tmp_path, "--epochs", "2") == 0
     tuned, out = tmp_path / "model.safetensors", tmp_path / "merged.safetensors"
@@ -80,7 +87,21 @@ def test_merging_extrapolates_every_weight(model, data, tmp_path, capsys):
 def test_models_that_do_not_belong_together_are_refused(model, data, tmp_path, capsys):
     out = tmp_path / "merged.safetensors"
     assert run(["checkpoints", "merge", str(model), "tiny64", "-o", str(out)]) == 4
-    assert "has not the shape of" in capsys.readouterr().err
+    assert "has another shape than" in capsys.readouterr().err
+    for weight in ("nan", "1e39"):
+        words = [
+            "checkpoints",
+            "merge",
+            str(model),
+            str(model),
+            "--weight",
+            weight,
+            "-o",
+            str(tmp_path / "x.safetensors"),
+        ]
+        assert run(words) == 2
+        assert "--weight must give finite weights" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
     assert run(["checkpoints", "merge", str(model), str(model), "-o", str(model)]) == 2
     assert "is a file that is read; give another name" in capsys.readouterr().err
     assert not out.exists()

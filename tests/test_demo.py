@@ -179,6 +179,15 @@ def get(url, body=None, **headers):
             return error.code, error.headers, error.read()
 
 
+def test_no_box_names_a_file():
+    """Anyone who can reach the page fills them in."""
+    pytest.importorskip("gradio")
+    from varcli.demo.page import FIELDS
+
+    assert {"cfg", "vpg"} < {field.name for field in FIELDS}
+    assert not {"refiner", "refine_from"} & {field.name for field in FIELDS}
+
+
 @pytest.mark.slow
 def test_no_file_of_the_machine_is_served(address, model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -44,6 +44,14 @@ def test_shows_what_the_program_prints(page, command):
     assert shown.splitlines() == generated.filled(f"<!-- begin: {command} -->\n<!-- end -->")[12:-12].splitlines()
 
 
+def test_the_page_of_commands_has_all_of_them():
+    for name in cli.COMMANDS:
+        group = cli.Commands().get_command(None, name)
+        for words in [f"{name} {part}" for part in getattr(group, "commands", {})] or [name]:
+            assert f"<!-- begin: var {words} --help -->" in PAGES["docs/cli.md"]
+        assert "--install-completion" not in {flag for option in group.params for flag in option.opts}
+
+
 @pytest.mark.parametrize("line", sorted({line for lines in LINES.values() for line in lines if "var " in line}))
 def test_every_command_is_understood(line):
     """Down to the last option and the range of its value."""

@@ -484,6 +484,8 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
             2,
             "--strength edits the whole image and cannot be used with --mask, --best-of",
         ),
+        (["edit", "in.png", "-c", "1", "--strength", "1", "--decide-at", "2"], 2, "cannot be used with --decide-at"),
+        (["edit", "in.png", "-c", "1", "--strength", "1", "--from-class", "random"], 2, "(got random)"),
         (["edit", "in.png", "-c", "1", "--strength", "1", "--smooth"], 2, "--smooth mixes codebook vectors"),
         (["edit", "in.png", "-c", "1", "--box", "0,0,5,5", "--from-class", "1"], 2, "--from-class needs --strength"),
         (["edit", "in.png", "-c", "1", "--strength", "1", "--from-class", "2"], 3, "does not know 2"),

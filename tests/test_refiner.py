@@ -44,6 +44,9 @@ def test_the_refiner_draws_the_fine_scales(files):
     box = {"box": (10, 10, 30, 30), "label": 207}
     edited = large.inpaint(photo, refiner=files[1], refine_from=2, **box)
     assert not np.array_equal(edited.array, large.inpaint(photo, **box).array)
+    both = {"refiner": files[1], "refine_from": 3}
+    sample = large.sample(207, seed=3, **both)[0].array
+    assert np.array_equal(large.edit(photo, 207, strength=1.0, seed=3, **both).array, sample)
 
 
 def test_provenance_command_and_resume(files, var, tmp_path):

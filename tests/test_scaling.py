@@ -207,6 +207,8 @@ def test_a_ladder_is_trained_and_goes_on(tmp_path, capsys):
     ("words", "code", "message"),
     [
         (["fit", "nowhere"], 3, "training run nowhere has no metrics.jsonl"),
+        (["fit", "x", "--images", "9"], 2, "--images needs --depth"),
+        (["fit", "x", "--figure", "missing/laws.png"], 5, "missing"),
         (["fit", "x", "--figure", "laws.jpg"], 2, "--figure must be a name ending in .png or .svg (got laws.jpg)"),
         (["run", "x", "--tokenizer", "t", "-o", "o", "--depths", "a"], 2, "--depths must be whole numbers"),
         (["run", "x", "--tokenizer", "t", "-o", "o", "--passes", "a"], 2, "--passes must be numbers separated"),

@@ -161,6 +161,16 @@ def test_status_of_a_run(images, tmp_path, capsys):
     assert {check["name"] for check in found["checks"] if check["off"]} == {"copies"}
 
 
+def test_status_reads_the_state_before_a_damaged_one(images, tmp_path, capsys):
+    identity = dataclasses.asdict(TOKENIZER) | dataclasses.asdict(tokenizer_stage(images).training)
+    train(tokenizer_stage(images), Run(folder=tmp_path, steps=4, batch=4, save_every=2, identity=identity))
+    (tmp_path / "state.safetensors").write_bytes(b"damaged")
+    assert run(["train", "status", str(tmp_path)]) == 0
+    (tmp_path / "state-previous.safetensors").write_bytes(b"damaged")
+    assert run(["train", "status", str(tmp_path)]) == 3
+    assert "state-previous.safetensors is damaged" in capsys.readouterr().err
+
+
 def test_a_state_that_says_nothing_is_one_line(tmp_path, capsys):
     write_run(tmp_path)
     assert run(["train", "status", str(tmp_path)]) == 3

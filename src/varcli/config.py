@@ -234,18 +234,24 @@ class SampleConfig:
     top_p: float = option(
         0.96, "Sample from the most likely tokens that hold this probability; 0 is off.", shown=PRESET_S
     )
-    temperature: float = option(1.0, "Divide the logits by this: below 1 likely tokens are drawn more often.")
+    temperature: float = option(1.0, "Divide the logits by this; below 1 likely tokens are sampled more often.")
     ssg: float = option(
-        0.0, "Strength of scaled spatial guidance: stress what each scale adds to the one before; 0 is off."
+        0.0, "Strength of scaled spatial guidance, which amplifies what each scale adds to the one before; 0 is off."
     )
-    vpg: float = option(0.0, "Strength of visual prefix guidance: stress what rests on the scales before; 0 is off.")
-    cfg_scales: str = option("", "Guide only these scales, the coarsest being 1, such as 3-8.", metavar="FIRST-LAST")
+    vpg: float = option(
+        0.0, "Strength of visual prefix guidance, which amplifies what depends on the coarser scales; 0 is off."
+    )
+    cfg_scales: str = option(
+        "",
+        "Use classifier-free guidance at these scales only, such as 3-8; the coarsest is 1.",
+        metavar="FIRST-LAST",
+    )
     refiner: str = option(
-        "", "Draw the scales from --refine-from on with this model, usually a smaller one.", metavar="NAME|FILE"
+        "",
+        "Second model, usually a smaller one, that samples the scales from --refine-from on.",
+        metavar="NAME|FILE",
     )
-    refine_from: int = option(
-        0, "First scale that --refiner draws, the coarsest being 1.", metavar="SCALE", shown="off"
-    )
+    refine_from: int = option(0, "First scale that --refiner samples; the coarsest is 1.", metavar="SCALE", shown="off")
     smooth: bool = option(False, "Mix codebook vectors instead of sampling one: smoother images, not for metrics.")
     approximate: str = option(
         "", f"Approximations that save time: {', '.join(APPROXIMATIONS)} (comma-separated), or all.", metavar="NAMES"
@@ -273,12 +279,12 @@ class SampleConfig:
         _require(0 <= self.vpg <= 100, f"--vpg must be between 0 (off) and 100 (got {self.vpg:g})")
         _require(
             bool(self.refiner) == (self.refine_from != 0),
-            "--refiner and --refine-from need each other: which model draws the fine scales, and from which scale on "
+            "--refiner and --refine-from need each other: which model samples the fine scales, and from which scale on "
             f"(got {f'--refiner {self.refiner}' if self.refiner else f'--refine-from {self.refine_from}'} alone)",
         )
         _require(
             self.refine_from == 0 or self.refine_from >= 2,
-            f"--refine-from must be 2 or more: the other model draws the scales before (got {self.refine_from})",
+            f"--refine-from must be 2 or more: the main model samples the scales before it (got {self.refine_from})",
         )
         _require(
             not self.cfg_scales or (self.guided_scales.start >= 0 and len(self.guided_scales) > 0),
@@ -347,7 +353,7 @@ class TrainingConfig:
     flip: bool = option(False, "Mirror each image in every other epoch.", shown=RECIPE_S)
     freeze: str = option(
         "",
-        'Leave the weights of these names as they are, e.g. "encoder.*,quant*" (comma-separated).',
+        'Do not train the weights with these names, e.g. "encoder.*,quant*" (comma-separated).',
         metavar="PATTERNS",
         shown=RECIPE_S,
     )
@@ -398,12 +404,14 @@ class TokenizerTrainingConfig(TrainingConfig):
     )
     perceptual_weight: float = option(1.0, "λ_P, weight of the perceptual loss; 0 is off.", shown=RECIPE_S)
     commitment: float = option(
-        0.25, "β, how strongly the encoder is drawn to the codebook; the codebook is drawn with 1.", shown=RECIPE_S
+        0.25, "β, weight of the commitment loss; the codebook loss has weight 1.", shown=RECIPE_S
     )
     gan: float = option(0.4, "λ_G, weight of the adversarial loss; 0 is off.", shown=RECIPE_S)
     gan_start: float = option(0.22, "Start of the adversarial loss, as a fraction of training.", shown=RECIPE_S)
     scale_drop: float = option(
-        0.0, "Probability that a step leaves out the last scales, which keeps the coarse ones in use.", shown=RECIPE_S
+        0.0,
+        "Quantizer dropout: probability that a step leaves out the last scales, so that the coarse ones stay in use.",
+        shown=RECIPE_S,
     )
 
     def __post_init__(self) -> None:
@@ -427,18 +435,18 @@ class TransformerTrainingConfig(TrainingConfig):
     clip_grad: float = option(2.0, "Largest norm of the gradient; 0 is off.", shown=RECIPE_S)
     scale_weight: str = option(
         "mean",
-        'What a token\'s loss weighs: "mean" for every token alike, "side" for 1/side of its scale.',
+        'Weight of a token in the loss: "mean" is the same for all tokens, "side" is 1/side of its scale.',
         metavar="RULE",
         shown=RECIPE_S,
     )
     adapter: str = option(
         "",
-        "Train an adapter alone, with the class embedding, and merge it into the checkpoint: lora:RANK or modulation.",
+        "Train only an adapter and the class embedding: lora:RANK or modulation. It is merged into the checkpoint.",
         shown=RECIPE_S,
     )
     cca: float = option(
         0.0,
-        "λ of condition contrastive alignment, a fine-tuning after which samples need no guidance; 0 is off.",
+        "λ of condition contrastive alignment: fine-tune --init so that samples need no guidance; 0 is off.",
         shown=RECIPE_S,
     )
     cca_beta: float = option(0.02, "β of condition contrastive alignment.", shown=RECIPE_S)

@@ -97,7 +97,7 @@ def launch(count: int) -> int:
 
 
 _RENDEZVOUS, _KEY = "VARCLI_RENDEZVOUS", "VARCLI_KEY"
-"""The variables by which the launcher tells its ranks where they meet, and the key for what they send."""
+"""The variables in which the launcher gives its ranks their meeting place, and the key for what they send."""
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """The variable that says where a rank leaves its error; torchrun's name for it, as the file is in its format."""
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
@@ -154,7 +154,8 @@ def _exit_code(rank: int, count: int, code: int, error: Path) -> int:
     """Return the exit code of a rank that failed, or raise what it raised."""
     if code < 0:
         what = f"process {rank} of {count} was ended by {signal.Signals(-code).name}"
-        raise RunError(f"{what}; run the command again, with --resume to keep what is done")
+        how = ", with --resume to keep what is done" if _command_line[:1] == ["sample"] else " to go on"
+        raise RunError(f"{what}; run the command again{how}")
     kinds = {kind.exit_code: kind for kind in VarError.__subclasses__()}
     if code in kinds and error.exists():
         raise kinds[code](json.loads(error.read_text(encoding="utf-8"))["message"]["message"])
@@ -325,7 +326,7 @@ _PATIENCE = timedelta(days=1)
 
 @contextmanager
 def _others_expected() -> Iterator[None]:
-    """Wait for the launcher's end where another process is gone: its error is the one to be told.
+    """Wait for the launcher's end where another process is gone: its error is the one to be reported.
 
     Raises:
         RunError: no launcher ended this process.

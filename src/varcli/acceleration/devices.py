@@ -108,7 +108,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the most memory the process has used so far: on CUDA the GPU's, else its own; None where not told."""
+    """Return the most memory the process has used so far: on CUDA the GPU's, else its own; None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -157,6 +157,6 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def block_weight(transformer: Transformer) -> Tensor:
-    """Return a weight that tells on which device and in which precision the blocks compute."""
+    """Return a weight of the device and precision in which the blocks compute."""
     projection: Any = cast("Block", transformer.blocks[0]).attn.proj
     return projection.bias if isinstance(projection, Int8Linear) else projection.weight

@@ -20,7 +20,7 @@ def merge(reference: Path, tuned: Path, weight: float, out: Path) -> None:
         out: the .safetensors file to write.
 
     Raises:
-        UsageError: the output is one of the inputs.
+        UsageError: the output is one of the inputs, or the weights are not finite.
         CheckpointError: the models differ in shape, classes or tokenizer.
     """
     if any(out.exists() and path.samefile(out) for path in (reference, tuned)):
@@ -28,15 +28,17 @@ def merge(reference: Path, tuned: Path, weight: float, out: Path) -> None:
     check_writable(out)
     first, second = load_model(reference), load_model(tuned)
     for what, same in {
-        "shape": first.transformer.config == second.transformer.config,
-        "classes": first.classes == second.classes,
-        "tokenizer": tokenizer_sha256(first.tokenizer) == tokenizer_sha256(second.tokenizer),
+        "another shape": first.transformer.config == second.transformer.config,
+        "other classes": first.classes == second.classes,
+        "another tokenizer": tokenizer_sha256(first.tokenizer) == tokenizer_sha256(second.tokenizer),
     }.items():
         if not same:
             raise CheckpointError(
-                f"{tuned} has not the {what} of {reference}: merge a model with one that was fine-tuned from it"
+                f"{tuned} has {what} than {reference}: merge a model with one that was fine-tuned from it"
             )
     for ours, theirs in zip(first.transformer.parameters(), second.transformer.parameters(), strict=True):
         ours.copy_((1 + weight) * ours - weight * theirs)
+        if not ours.isfinite().all():
+            raise UsageError(f"--weight must give finite weights (got {weight:g})")
     facts = {"merged": f"(1 + w) {first.sha256[:12]} - w {second.sha256[:12]}", "w": weight}
     save_model(out, first.tokenizer, first.transformer, first.classes, facts)

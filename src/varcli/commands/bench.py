@@ -124,7 +124,7 @@ def _check_chart(out: Path | None) -> None:
         check_file("out", out, (".png",))
 
 
-# --- what is told ----------------------------------------------------------------------------------
+# --- what is printed ----------------------------------------------------------------------------------
 
 
 def _report(found: "Benchmark") -> None:

@@ -105,10 +105,15 @@ def merge(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A model that was fine-tuned from it.")],
     out: Converted,
     weight: Annotated[
-        float, typer.Option("--weight", "-w", help="w; more than 0 leads away from TUNED, -1 is TUNED itself.")
+        float,
+        typer.Option(
+            "--weight",
+            "-w",
+            help="w: above 0 extrapolates away from TUNED, between -1 and 0 interpolates, -1 is TUNED itself.",
+        ),
     ] = 1.0,
 ) -> None:
-    """Merge a model with one fine-tuned from it: (1 + w) θ_reference - w θ_tuned, as Neon does (arXiv 2510.03597)."""
+    """Extrapolate a model away from one fine-tuned from it: (1 + w) θ_reference - w θ_tuned, e.g. Neon (2510.03597)."""
     from varcli.checkpoints.merging import merge as merge_files
 
     merge_files(known.resolve_checkpoint(reference), known.resolve_checkpoint(tuned), weight, out)

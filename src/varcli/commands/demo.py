@@ -24,7 +24,7 @@ def demo(
     port: Port = 7860,
     browser: Browser = True,
 ) -> None:
-    """Open a page on which to sample, compare settings and edit photographs. Ctrl-C ends it."""
+    """Serve a local web page for sampling, comparing settings and editing photographs. Ctrl-C ends it."""
     if find_spec("gradio") is None:
         raise UsageError("var demo needs another package: pip install 'varcli[demo]'")
     from varcli.pipelines.model import load

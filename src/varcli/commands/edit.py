@@ -140,12 +140,14 @@ def edit(
         Option(
             "--strength",
             metavar="0…1",
-            help="Instead of a region, edit the whole image: 0 is the reconstruction, 1 a new sample.",
+            help="Edit the whole image, not a region, this strongly: 0 is its reconstruction, 1 is a new sample.",
         ),
     ] = None,
     from_class: Annotated[
         str | None,
-        Option("--from-class", metavar="CLASS", help="With --strength: what the image shows.", show_default="none"),
+        Option(
+            "--from-class", metavar="CLASS", help="With --strength: class that the image shows.", show_default="none"
+        ),
     ] = None,
     shared: EditOptions,
 ) -> None:
@@ -162,6 +164,7 @@ def edit(
         "--box": box is not None,
         "--fit-mask": fit_mask,
         "--best-of": shared.best_of > 1,
+        "--decide-at": shared.decide_at is not None,
         "--feather": shared.feather is not None,
         "--no-composite": not shared.composite,
         "--released-rule": shared.released_rule,

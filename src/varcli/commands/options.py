@@ -131,7 +131,9 @@ Checkpoint = Annotated[
 ]
 Preset = Annotated[
     Literal["metrics", "looks"],
-    Option("--preset", help="Published settings: for measuring, or for good looks. The options above override them."),
+    Option(
+        "--preset", help="Published settings: for metrics, or for images to look at. The options above override them."
+    ),
 ]
 Out = Annotated[
     str | None,
@@ -226,7 +228,7 @@ DecideAt = Annotated[
         "--decide-at",
         metavar="SCALE",
         min=1,
-        help="Choose the best of --best-of after this scale, the coarsest being 1, and go on with them alone.",
+        help="Choose among candidates of --best-of after this scale, and finish only those kept; the coarsest is 1.",
         show_default="after the last",
     ),
 ]

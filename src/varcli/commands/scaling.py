@@ -15,6 +15,7 @@ from varcli.errors import UsageError
 
 scaling_app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train models of several sizes, and fit scaling laws to them.",
 )
@@ -26,20 +27,23 @@ def run(
     *,
     data: Data,
     tokenizer: Annotated[str, Option("--tokenizer", metavar="NAME|FILE", help="A tokenizer or model.")],
-    out: Annotated[Path, Option("--out", "-o", metavar="DIR", help="Folder of the runs; they go on if stopped.")],
-    depths: Annotated[str, Option("--depths", metavar="2,3,…", help="Depths of the models.")] = "2,3,4,5,6",
+    out: Annotated[
+        Path,
+        Option("--out", "-o", metavar="DIR", help="Folder of the runs; the same command goes on with stopped ones."),
+    ],
+    depths: Annotated[str, Option("--depths", metavar="2,3,…", help="Depths of the models to train.")] = "2,3,4,5,6",
     passes: Annotated[
-        str, Option("--passes", metavar="1,2,…", help="Epochs of the runs: each model is trained for each of them.")
+        str, Option("--passes", metavar="1,2,…", help="Numbers of epochs; each depth is trained once for each of them.")
     ] = "1,2,4",
     recipe: Annotated[dict[str, Any], TransformerTrainingConfig],
     holdout: Annotated[
         int, Option("--holdout", metavar="N", min=1, help="Measure on the last N images of each class.")
     ] = 10,
     device: options.Device = "auto",
-    workers: Annotated[int | None, Option("--workers", min=0, help="Processes that read images ahead.")] = None,
+    workers: options.Workers = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a ladder of models, each to the end of its schedule. The same command goes on with a stopped one."""
+    """Train models of several depths for several numbers of epochs, each to the end of its schedule."""
     if "epochs" in recipe:
         raise UsageError("--passes says how many epochs the runs have: leave --epochs out")
     sizes = options.parse_numbers("--depths", depths)
@@ -84,7 +88,7 @@ def fit(
     ] = "all",
     figure: Annotated[Path | None, Option("--figure", metavar="FILE", help="Also draw the laws, .png or .svg.")] = None,
     depth: Annotated[
-        int | None, Option("--depth", min=1, help="Also predict a model of this depth, trained on as many images.")
+        int | None, Option("--depth", min=1, help="Also predict the figures of a model of this depth.")
     ] = None,
     images: Annotated[
         int | None,
@@ -94,9 +98,13 @@ def fit(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fit L(N, D) = E + A / N^α + B / D^β, and the paper's (β X)^α in parameters and in compute, beside the paper's."""
-    if figure and figure.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"--figure must be a name ending in .png or .svg (got {figure})")
+    """Fit L(N, D) = E + A / N^α + B / D^β, and the paper's (β X)^α in parameters and in compute, to finished runs."""
+    if figure:
+        from varcli.outputs.open import check_file
+
+        check_file("figure", figure, (".png", ".svg"))
+    if images and not depth:
+        raise UsageError("--images needs --depth: it is how many images the predicted model sees")
     from varcli.pipelines.scaling import draw, fit_scaling, predict
 
     laws = fit_scaling(runs, count, intervals)

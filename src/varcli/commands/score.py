@@ -21,11 +21,16 @@ def score(
     images: Images,
     class_name: Annotated[
         str,
-        Option("--class", "-c", metavar="CLASS", help="Index (207), name ('golden retriever') or none."),
+        Option(
+            "--class",
+            "-c",
+            metavar="CLASS",
+            help="Class that the images are scored under: index (207), name ('golden retriever') or none.",
+        ),
     ],
     heatmap: Annotated[
         Path | None,
-        Option("--heatmap", metavar="FILE", help="Also write a sheet that shows where images are unlikely, .png."),
+        Option("--heatmap", metavar="FILE", help="Also write each image beside a map of nats per token, .png."),
     ] = None,
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     device: options.Device = "auto",
@@ -33,9 +38,9 @@ def score(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Print how likely images are given a class: nats, bits per token and bits per pixel.
+    """Print the negative log-likelihood of images given a class: nats, bits per token and bits per pixel.
 
-    The largest square in the middle of an image is encoded in the model's size. The fewer nats, the likelier.
+    The centre square of an image is encoded at the model's size. Lower is likelier.
     """
     if heatmap:
         from varcli.outputs.open import check_file
@@ -92,22 +97,32 @@ def classify(
     ] = None,
     reference: Annotated[
         str | None,
-        Option("--reference", "-r", metavar="NAME", help="Instead: the images of a reference set, such as tiny64."),
+        Option("--reference", "-r", metavar="NAME", help="Classify the images of this reference set, such as tiny64."),
     ] = None,
     num_images: Annotated[
         int | None,
-        Option("--num-images", "-n", min=1, help="Take only so many, spread evenly.", show_default="all"),
+        Option(
+            "--num-images",
+            "-n",
+            metavar="N",
+            min=1,
+            help="Classify only N images, spread evenly over all.",
+            show_default="all",
+        ),
     ] = None,
     top: Annotated[
-        int, Option("--top", min=0, help="Print so many classes per image; 0 prints the accuracy only.")
+        int,
+        Option(
+            "--top", metavar="N", min=0, help="Print the N most likely classes per image; 0 prints the accuracy only."
+        ),
     ] = 5,
     candidates: Annotated[
         str,
         Option(
             "--candidates",
             metavar="N,…",
-            help="Score all classes on the coarse half of the scales, N on half of the others too, and so on; 0 scores "
-            "all classes on all scales.",
+            help="Classes that are kept after the coarse half of the scales, after half of the rest, and so on; 0 "
+            "keeps all.",
         ),
     ] = "10,3",
     encodings: Annotated[
@@ -126,9 +141,9 @@ def classify(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Print which classes explain an image best: those that give it the highest likelihood.
+    """Print the classes under which an image has the highest likelihood.
 
-    Where the images' own classes are known, from folders, file names or provenance, the accuracy follows.
+    If the labels of the images are known, from folders, file names or provenance, the accuracy is printed too.
     """
     if bool(paths) == (reference is not None):
         raise UsageError("exactly one of image paths and --reference must say what to classify")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 train_app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train a tokenizer, then a transformer on its tokens. A stopped run goes on with the same command.",
 )
@@ -92,7 +93,7 @@ def tokenizer(
     recipe: Annotated[dict[str, Any], TokenizerTrainingConfig],
     init: Annotated[
         str | None,
-        Option("--init", metavar="NAME|FILE", help="Begin with the weights of this tokenizer or model, and its shape."),
+        Option("--init", metavar="NAME|FILE", help="Start from the weights and the shape of this tokenizer or model."),
     ] = None,
     lpips_weights: Annotated[
         Path | None,
@@ -176,7 +177,7 @@ def transformer(
         Option(
             "--tokens",
             metavar="DIR",
-            help="Keep token maps here, for any number of runs; they are computed where they are lacking.",
+            help="Cache of token maps, which runs can share; missing ones are computed.",
             show_default="the run's folder",
         ),
     ] = None,
@@ -186,11 +187,14 @@ def transformer(
     ] = "fp32",
     checkpoint_activations: Annotated[
         bool,
-        Option("--checkpoint-activations", help="Compute blocks again in the backward pass: less memory, more time."),
+        Option("--checkpoint-activations", help="Recompute blocks in the backward pass: less memory, more time."),
     ] = False,
     shard: Annotated[
         bool,
-        Option("--shard", help="Share weights and optimizer state among the processes, for models too large for one."),
+        Option(
+            "--shard",
+            help="Shard weights and optimizer state over the processes (FSDP2), for models too large for one.",
+        ),
     ] = False,
     run: RunOptions,
 ) -> None:
@@ -241,7 +245,7 @@ def status(
     folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a run, finished or under way.")],
     as_json: options.Json = False,
 ) -> None:
-    """Compare a run with what is normal, and say what is off."""
+    """Compare the figures of a training run with what is normal, and print what is off."""
     from varcli.pipelines.watch import run_status
 
     found = run_status(folder)

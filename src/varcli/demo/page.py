@@ -254,8 +254,14 @@ def _seed_box() -> Any:
     return gr.Number(0, label="Seed", precision=0, minimum=0)
 
 
-FIELDS = sorted(fields(SampleConfig), key=lambda field: not field.metadata["shown"])
-"""Settings in the order of their boxes: those that have a value in every preset come first."""
+FIELDS = sorted(
+    (field for field in fields(SampleConfig) if field.name not in ("refiner", "refine_from")),
+    key=lambda field: not field.metadata["shown"],
+)
+"""Settings in the order of their boxes: those that have a value in every preset come first.
+
+The refiner is the preset's: whoever can reach the page must not name files to read, or checkpoints to download.
+"""
 
 
 def _setting_boxes(model: Model, preset: str = "looks") -> list[Any]:
@@ -264,16 +270,16 @@ def _setting_boxes(model: Model, preset: str = "looks") -> list[Any]:
 
     def box(field: Any) -> Any:
         value = getattr(config, field.name)
-        told = {"label": field.name.replace("_", "-"), "info": field.metadata["help"]}
+        shown = {"label": field.name.replace("_", "-"), "info": field.metadata["help"]}
         if field.name == "top_k":
             most = model.tokenizer_config.codebook_size
-            return gr.Slider(0, most, min(value, most), step=1, **told)
+            return gr.Slider(0, most, min(value, most), step=1, **shown)
         if field.name in SLIDERS:
             least, largest, step = SLIDERS[field.name]
-            return gr.Slider(least, largest, value, step=step, **told)
+            return gr.Slider(least, largest, value, step=step, **shown)
         if field.type is bool:
-            return gr.Checkbox(value, **told)
-        return gr.Textbox(value, **told) if field.type is str else gr.Number(value, **told)
+            return gr.Checkbox(value, **shown)
+        return gr.Textbox(value, **shown) if field.type is str else gr.Number(value, **shown)
 
     boxes = [box(field) for field in FIELDS if field.metadata["shown"]]
     with gr.Accordion("More settings", open=False):

@@ -104,7 +104,7 @@ class FeaturePass:
         Args:
             make: yields images.
             extractor: computes their features.
-            advance: told how many each round added.
+            advance: called with how many each round added.
             unit: how many images of neighbouring rank are best computed together, by one process.
 
         Raises:
@@ -119,7 +119,7 @@ class FeaturePass:
                 mine = ranks[self.group.rank * share : (self.group.rank + 1) * share]
                 self._add(ranks, self.group.sum(self._measure(ranks, mine, make, extractor)), advance)
         except BaseException:
-            with suppress(VarError):  # what ended the run is to be told
+            with suppress(VarError):  # what ended the run is to be reported
                 self.save()
             raise
         self.save()
@@ -210,4 +210,4 @@ class FeaturePass:
 
 
 KIND, FORMAT = "varcli-measurement", "1"
-"""What tells such files from others, and their version."""
+"""What marks such files, and their version."""

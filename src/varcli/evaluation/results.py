@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from varcli.evaluation.feature_pass import Batch
 
 KIND, FORMAT = "varcli-eval", 1
-"""What tells a result's JSON from other files, and its version."""
+"""What marks a result's JSON, and its version."""
 LARGEST = 1e15
 """No number of a result is as large; larger ones are a mistake."""
 SETTINGS = (*(option.name for option in fields(SampleConfig)), "seed", "device", "dtype")
@@ -47,7 +47,7 @@ FIGURES: dict[str, Figure] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """A named file that takes part: its name, and the sha256 that tells it from others of that name."""
+    """A named file that takes part: its name and sha256."""
 
     name: str
     sha256: str

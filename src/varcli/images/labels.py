@@ -1,4 +1,4 @@
-"""The class of an image, as its folder, its file name or the files beside it tell."""
+"""The class of an image, from its folder, its file name or the files beside it."""
 
 import operator
 import os
@@ -87,7 +87,7 @@ def source_labels(
     """Labels of a source's images, from its dataset.json, names as `var sample` writes them, folders or sidecar files.
 
     A single folder around all images is a class only if its name is a WordNet id, or if labels are `required` and
-    nothing else tells them. If they are required, several class folders are the only source of labels, and what is
+    found nowhere else. If they are required, several class folders are the only source of labels, and what is
     in none of them has none.
 
     Raises:
@@ -157,13 +157,13 @@ def class_table(labels: Sequence[Label]) -> tuple[ClassTable, list[int]]:
     the ids. Otherwise they are numbered in natural order, after the ids that are known.
     """
     folders = {label for label in labels if isinstance(label, str)}
-    told = _by_wnid() if folders <= _by_wnid().keys() else _by_number(folders)
-    known = [told.get(label, label) if isinstance(label, str) else label for label in labels]
+    with_ids = _by_wnid() if folders <= _by_wnid().keys() else _by_number(folders)
+    known = [with_ids.get(label, label) if isinstance(label, str) else label for label in labels]
     by_id = _by_id(label for label in known if isinstance(label, ClassEntry))
     first = max(by_id, default=-1) + 1
     by_folder = {
         name: ClassEntry(first + i, name, name.replace("_", " "))
-        for i, name in enumerate(sorted(folders - told.keys(), key=natural_key))
+        for i, name in enumerate(sorted(folders - with_ids.keys(), key=natural_key))
     }
     table = ClassTable((*by_id.values(), *by_folder.values()))
     entries = [by_folder[label] if isinstance(label, str) else label for label in known]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from varcli.classes import RANDOM
 from varcli.config import SampleConfig
 from varcli.console import progress
 from varcli.errors import UsageError
@@ -314,7 +315,7 @@ def edit_to(
         decide_at: after which scale the best is chosen, as for `edit_images`.
         grid: also write a contact sheet, .png: what to fill, and the results.
         growth: also write the image growing, .png or .gif.
-        note: told what the user should know: what is left out of a file, what may be a mistake.
+        note: takes remarks for the user: what is left out of a file, what may be a mistake.
         quiet: show no progress bar.
 
     Raises:
@@ -414,18 +415,22 @@ def edit_whole(
         growing: also give the image after each scale; otherwise after the last alone.
 
     Raises:
-        UsageError: a label means several classes, or the settings mix codebook vectors instead of drawing tokens.
+        UsageError: a label means several classes, `from_label` a random one, or the settings mix codebook vectors
+            instead of drawing tokens.
         InputError: the image cannot be read, or the model does not know a class.
     """
     if config.smooth:
         raise UsageError("--smooth mixes codebook vectors, so there is no noise that drew them: leave it out")
     source = read_input(image)
     entry, from_entry, common = model.one_class(label), model.one_class(from_label), model.provenance(config)
-    tokenizer, transformer = model.prepared.tokenizer, model.prepared.transformer
+    if from_entry == RANDOM:
+        raise UsageError("--from-class must be the class that the image shows, or none (got random)")
+    tokenizer, transformer, refiner = model.prepared.tokenizer, model.prepared.transformer, model.refiner(config)
+    fine = refiner.prepared.transformer if refiner else None
     tokens, last = encode(tokenizer, crop(model, source)[None]), len(tokenizer.config.sides) - 1
     for seed in seeds:
         wanted, shown = (request(one, seed, model.classes, common) for one in (entry, from_entry))
-        results = repaint(tokenizer, transformer, tokens, wanted.label, shown.label, seed, strength, config)
+        results = repaint(tokenizer, transformer, tokens, wanted.label, shown.label, seed, strength, config, fine)
         frames = [decode(tokenizer, result.f_hat)[0] for result in results if growing or result.scale == last]
         from_id = shown.provenance.class_id
         words = ["edit", word(image), "--strength", f"{strength:g}"]
@@ -456,7 +461,7 @@ def edit_whole_to(
 ) -> Iterator[tuple[Image, Path | None]]:
     """Edit a whole image and write the results; arguments as for `edit_whole` and `edit_to`."""
     source = read_input(image)
-    model.load_weights()
+    model.load_weights(config)
     sides = model.tokenizer_config.sides
     shown, labels = [crop(model, source)], [stem(image)]
     with open_sink(out, several=count > 1, archives=False) as sink, progress("images", count, quiet) as advance:

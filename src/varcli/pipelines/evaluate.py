@@ -168,9 +168,9 @@ def evaluate(
             report(result)
             if state:
                 state.unlink(missing_ok=True)
-    told = group.broadcast(result)
-    assert told is not None
-    return told
+    shared = group.broadcast(result)
+    assert shared is not None
+    return shared
 
 
 def compute_statistics(
@@ -327,7 +327,7 @@ class Evaluator:
             UsageError: there is none.
         """
         needing = [metric for metric in chosen if rows.METRICS[metric].reference]
-        if not needing and not (name and "agreement" in chosen):  # that is told of a reference too
+        if not needing and not (name and "agreement" in chosen):  # which is measured of a reference too
             return None
         name = name or usual
         if name is None:
@@ -420,7 +420,7 @@ class Evaluator:
 
 
 def _reference_sha256(name: str, path: Path, images: ImageSet) -> str:
-    """What tells a reference of images from others: the hash of its file, or of a folder's content."""
+    """What identifies a reference of images: the hash of its file, or of a folder's content."""
     known = references().get(name)
     if known and known.sha256:
         return known.sha256

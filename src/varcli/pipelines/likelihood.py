@@ -75,7 +75,7 @@ def score(model: Model, image: ImageInput, label: ClassName) -> Score:
     """Return how likely an image is given a class.
 
     Args:
-        model: whose transformer tells.
+        model: whose transformer gives the probabilities.
         image: an image of any size.
         label: index or name of the class, or None.
 

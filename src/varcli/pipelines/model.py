@@ -241,7 +241,7 @@ class Model:
         )
 
     def one_class(self, name: ClassName, taken: Taken = lambda word, entry: None) -> ClassEntry | None:
-        """The one class that a name or index means; None is "no class". `taken` is told of a part of a name.
+        """The one class that a name or index means; None is "no class". `taken` is called for a part of a name.
 
         Raises:
             UsageError: it means several classes.
@@ -403,7 +403,7 @@ class Model:
         """Repaint a region of an image with an object of another class, or, given a strength, the whole image.
 
         Args:
-            image: as for `inpaint`, like what is not here.
+            image: as for `inpaint`.
             label: class to paint.
             mask: where; none of mask, box and alpha for the whole image.
             box: instead of a mask.
@@ -435,6 +435,7 @@ class Model:
             "alpha": alpha,
             "fit_mask": fit_mask,
             "best_of": best_of > 1,
+            "decide_at": decide_at is not None,
             "feather": feather is not None,
             "composite": not composite,
             "released_rule": released_rule,

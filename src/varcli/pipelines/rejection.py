@@ -26,7 +26,7 @@ CLASSIFIER_BATCH = 32
 
 
 class Confidence(Protocol):
-    """What tells how surely an image shows its class."""
+    """What rates how surely an image shows its class."""
 
     name: str
     sha256: str
@@ -40,7 +40,7 @@ class SelfClassifier:
     """A model that judges its own samples, so that no other network is needed.
 
     By Bayes' rule log p(class | image) is log p(image | class) - log p(image), and a constant for each class. The
-    model tells both, the second as the likelihood given "no class".
+    model gives both, the second as the likelihood given "no class".
     """
 
     name = "self"

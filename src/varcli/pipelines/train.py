@@ -423,7 +423,7 @@ def estimate_transformer(
     if checkpoint_activations:
         keep_block_inputs(stage.model)
     _tell(everything.account, training, len(images), note)
-    return estimate(stage, training, len(images), expected_losses_at(stage.config))
+    return estimate(stage, training, len(images), expected_losses_at(stage.config), frozen_copies=int(training.cca > 0))
 
 
 def default_recipe(depth: int | None = None, init: str | Path | None = None) -> TransformerTrainingConfig:
@@ -469,7 +469,7 @@ def _plain_transformer(
     """The tokenizer whose tokens are learned, and a transformer with its first weights.
 
     Raises:
-        UsageError: no tokenizer is given.
+        UsageError: no tokenizer is given, or classes are to be contrasted and there is one alone.
         CheckpointError: its file cannot be used.
         InputError: the weights to begin with do not fit it.
     """
@@ -479,6 +479,8 @@ def _plain_transformer(
         trained = begun.tokenizer
     else:
         raise UsageError("--tokenizer is needed: the tokenizer whose tokens the transformer learns")
+    if training.cca > 0 and len(classes) < 2:
+        raise UsageError(f"--cca contrasts classes: the images must be of two or more (got {len(classes)})")
     depth = depth or 16
     shape = begun.transformer.config if begun else None
     config = TransformerConfig(
@@ -494,6 +496,8 @@ def _plain_transformer(
     if begun is not None:
         kept = warm_start(model, classes, begun.transformer, begun.classes)
         note(f"{kept} of {len(classes)} classes are known to the model; the others begin at the mean of all")
+    elif training.adapter:
+        note(f"--adapter {training.adapter} without --init: all other weights keep their random values")
     adapt(model, training.adapter)
     optim.freeze(model, training.freeze)
     return trained, model
@@ -535,7 +539,7 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
 
 
 def _copies(images: ImageSet, note: Callable[[str], None]) -> float:
-    """The part of the images that are copies of others, told where it is more than a few."""
+    """The part of the images that are copies of others; more than a few are reported."""
     copies = images.copies()
     if copies > status.MOST_COPIES:
         note(f"data: {copies:.0%} of the training images are copies of others, byte for byte; leave them out")

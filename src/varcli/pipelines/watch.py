@@ -15,7 +15,7 @@ from varcli.checkpoints.safetensors_io import load_header
 from varcli.console import progress
 from varcli.errors import InputError, UsageError
 from varcli.report.load import read_runs
-from varcli.training.loop import Run, state_files
+from varcli.training.loop import Run, from_newest_state, state_files
 from varcli.training.metrics_log import Metrics
 from varcli.training.status import Check, check_lines
 
@@ -135,13 +135,12 @@ def run_status(folder: str | Path) -> RunStatus:
 
     Raises:
         InputError: the folder holds no run, or one without figures or state.
-        CheckpointError: the run's state cannot be read.
+        CheckpointError: none of the run's states can be read.
     """
     (run,) = read_runs([Path(folder)])
-    states = state_files(Path(folder))
-    if not states:
+    if not state_files(Path(folder)):
         raise InputError(f"training run {folder} has no state yet: the first is saved after --save-every steps")
-    _, metadata = load_header(states[0])
+    state, (_, metadata) = from_newest_state(Path(folder), lambda file: (file, load_header(file)))
     last = dict(run.lines[-1])
     try:
         settings = json.loads(metadata["identity"])
@@ -149,5 +148,5 @@ def run_status(folder: str | Path) -> RunStatus:
         steps = math.ceil(settings["epochs"] * images / settings["batch"]) or int(last["step"])
         checks = check_lines(run.lines, settings, steps, float(metadata["copies"]) if "copies" in metadata else None)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"training run {folder}: {states[0].name} does not say how it is trained") from error
+        raise InputError(f"training run {folder}: {state.name} does not say how it is trained") from error
     return RunStatus(stage=run.stage, step=int(last["step"]), steps=steps, images=images, figures=last, checks=checks)

@@ -18,6 +18,8 @@ from varcli.report import formatting
 MAX_BYTES = 1 << 28
 """Larger files are no results."""
 METRICS_LOG = "metrics.jsonl"
+STATES = ("state.safetensors", "state-previous.safetensors")
+"""States of a training run, the newest first."""
 COUNTS = ("step", "images_seen")
 """In every line of a metrics log."""
 
@@ -220,7 +222,7 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
         raise InputError(f"training run {folder} cannot be read: {error.strerror}") from error
     if not lines:
         raise InputError(f"training run {folder} has no figures yet: the first are logged after 50 steps")
-    return TrainingRun(name, lines, _run_settings(folder / "state.safetensors"), sheet)
+    return TrainingRun(name, lines, _run_settings(folder), sheet)
 
 
 def _log_lines(log: Path) -> Iterator[Mapping[str, float]]:
@@ -246,14 +248,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > LARGEST_LOGGED
 
 
-def _run_settings(state: Path) -> Mapping[str, Any]:
-    """Read a run's settings from its state, nothing where there is no state."""
+def _run_settings(folder: Path) -> Mapping[str, Any]:
+    """Read a run's settings from the newest of its states that is not damaged, nothing where there is no state."""
     from safetensors import SafetensorError, safe_open
 
-    if not state.is_file():
-        return {}
-    try:
-        with safe_open(state, "np") as file:
-            return dict(parse_json((file.metadata() or {}).get("identity", "{}")))
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise InputError(f"training run: {state} is damaged; remove it to report without the run's settings") from error
+    states = [file for file in (folder / name for name in STATES) if file.is_file()]
+    for state in states:
+        try:
+            with safe_open(state, "np") as file:
+                return dict(parse_json((file.metadata() or {}).get("identity", "{}")))
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            damaged = error
+    if states:
+        raise InputError(
+            f"training run: {state} is damaged; remove it to report without the run's settings"
+        ) from damaged
+    return {}

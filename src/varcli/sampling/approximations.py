@@ -1,6 +1,6 @@
-"""Drafts: approximations that save time at the end, where most tokens are, each by its name in `config.DRAFTS`.
+"""Approximations that save time in the last scales, which have most tokens, by their names in `config.APPROXIMATIONS`.
 
-None of them is on unless asked for; `benchmarks/approximations.py` tells what each brings and what it costs.
+None of them is on unless asked for; `benchmarks/approximations.py` measures what each saves and what it costs.
 
 guidance: the last scales are drawn without guidance, so that they have half the rows.
     Source: Kynkäänniemi et al., arXiv 2404.07724 (guidance in an interval only, there of diffusion);

@@ -140,7 +140,7 @@ class BatchSampler:
             transformer: predicts the tokens.
             config: settings of all images.
             batch_size: images per batch where there are batches; None means as many as memory seems to hold.
-            note: told, in a line, what makes this run slower than it might be.
+            note: called with a line that says what makes this run slower than it might be.
             refiner: predicts the tokens from `config.refine_from` on.
         """
         self.tokenizer, self.transformer, self.config, self.note = tokenizer, transformer, config, note

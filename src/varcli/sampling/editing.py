@@ -177,7 +177,7 @@ class Editor:
             plan: the mask, and the squares that go through the model.
             row: row of the class table, `config.null_class` for none.
             seed: of the draws; each square has draws of its own.
-            scored: also tell the likelihood, which takes one more pass of the model.
+            scored: also compute the likelihood, which takes one more pass of the model.
             growing: also give the image after each scale.
             scales: stop after so many, and give the image as it looks then; None is all.
             advance: called with the number of squares in a batch when it is done.

@@ -31,6 +31,7 @@ def repaint(
     seed: int,
     strength: float,
     config: SampleConfig,
+    refiner: Transformer | None = None,
 ) -> Iterator[ScaleResult]:
     """Yield each scale of an image as another class would have it.
 
@@ -47,6 +48,7 @@ def repaint(
         seed: of the noise, the image's and the new.
         strength: between 0 and 1.
         config: settings of sampling. Where the image's noise is used no filter is, since its tokens may be unlikely.
+        refiner: as for `generate`.
 
     Source: VARIN (arXiv 2509.01984), with exact noise in place of its location-aware inversion; the coarse scales stay
         as in AREdit (arXiv 2503.23897).
@@ -55,8 +57,9 @@ def repaint(
     masks = [torch.full_like(idx_1l, scale < kept, dtype=torch.bool) for scale, idx_1l in enumerate(tokens)]
     sources = generators([seed], [_NO_ROW])
     inverted = [(uniforms(sources, idx_1l.shape[1]) >= strength).to(idx_1l.device) for idx_1l in tokens]
-    noise = Noise(invert(tokenizer, transformer, tokens, from_row, sources, config), inverted)
-    yield from generate(tokenizer, transformer, [row], [seed], config, keep=Keep(list(tokens), masks), noise=noise)
+    noise = Noise(invert(tokenizer, transformer, tokens, from_row, sources, config, refiner), inverted)
+    keep = Keep(list(tokens), masks)
+    yield from generate(tokenizer, transformer, [row], [seed], config, refiner=refiner, keep=keep, noise=noise)
 
 
 @torch.inference_mode()
@@ -67,10 +70,11 @@ def invert(
     row: int,
     sources: Sequence[torch.Generator],
     config: SampleConfig,
+    refiner: Transformer | None = None,
 ) -> list[Tensor]:
     """Return noise with which a class and these settings draw an image's tokens, (1, l, V) for each scale, as below."""
     everything = Keep(list(tokens), [torch.ones_like(idx_1l, dtype=torch.bool) for idx_1l in tokens])
-    results = generate(tokenizer, transformer, [row], [0], config, keep=everything)
+    results = generate(tokenizer, transformer, [row], [0], config, refiner=refiner, keep=everything)
     return [
         gumbels_given((result.logits / config.temperature).cpu(), result.tokens.cpu(), sources) for result in results
     ]

@@ -1,7 +1,7 @@
 """What a training run will take, worked out before it begins.
 
-Operations and activation memory are counted by running an image or two through the network, not guessed;
-the rate is measured on a few forward and backward passes. The optimizer, and for a tokenizer its
+Operations and activation memory are counted by running an image or two forward and backward through the network, not
+guessed; the rate is measured on a few such passes. The optimizer, and for a tokenizer its
 adversary and the perceptual distance, come on top.
 """
 
@@ -17,10 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from varcli.acceleration.devices import synchronize
 from varcli.config import TokenizerConfig, TrainingConfig, TransformerConfig, transformer_recipe
 
-BACKWARD = 3
-"""Forward and backward together, as a multiple of forward: two products of matrices for each one."""
-STATE_BYTES = 5 * 4
-"""Bytes a parameter takes in training: weight, gradient, two moments, moving average, all float32."""
+FLOAT32 = 4
+"""Bytes of a weight, its moving average, its gradient and its two moments each."""
 TIMED_PASSES = 3
 TIMED_IMAGES = 4
 """Images in a timed pass at most: a plan should take seconds, and fit where the run would not."""
@@ -108,7 +106,11 @@ class Estimable(Protocol):
 
 
 def estimate(
-    stage: Estimable, training: TrainingConfig, images: int, expected: tuple[float, float] | None = None
+    stage: Estimable,
+    training: TrainingConfig,
+    images: int,
+    expected: tuple[float, float] | None = None,
+    frozen_copies: int = 0,
 ) -> TrainingEstimate:
     """Return the plan of a run.
 
@@ -117,20 +119,23 @@ def estimate(
         training: how.
         images: training images.
         expected: mean and last-scale loss of the scaling laws, for transformers.
+        frozen_copies: further copies of the weights in memory that are not trained.
     """
     steps, part = training.steps(images), training.batch // training.accumulate
     parameters = sum(parameter.numel() for parameter in stage.model.parameters())
+    trained = sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
     with FlopCounterMode(display=False) as counter:
-        one = _saved_bytes(stage, 1)
-    two = _saved_bytes(stage, 2)  # weights in bf16, masks and the like are kept once for all images
+        loss, one = _loss_and_saved_bytes(stage, 1)
+        loss.backward()
+    two = _loss_and_saved_bytes(stage, 2)[1]  # weights in bf16, masks and the like are kept once for all images
     rate = _rate(stage, part)
     return TrainingEstimate(
         parameters=parameters,
         images=images,
         steps=steps,
         images_seen=steps * training.batch,
-        flops=BACKWARD * counter.get_total_flops() * steps * training.batch,
-        state_bytes=STATE_BYTES * parameters,
+        flops=counter.get_total_flops() * steps * training.batch,
+        state_bytes=FLOAT32 * ((2 + frozen_copies) * parameters + 3 * trained),
         activation_bytes=one + (two - one) * (part - 1),
         images_per_second=rate,
         seconds=steps * training.batch / rate,
@@ -139,8 +144,8 @@ def estimate(
     )
 
 
-def _saved_bytes(stage: Estimable, count: int) -> int:
-    """Return the bytes autograd keeps for some images, weights and views of them left out."""
+def _loss_and_saved_bytes(stage: Estimable, count: int) -> tuple[Tensor, int]:
+    """Return the loss of some images, and the bytes autograd keeps for them, weights and views of them left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in stage.model.parameters()}
     seen: dict[int, int] = {}
 
@@ -151,8 +156,8 @@ def _saved_bytes(stage: Estimable, count: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stage.trial_loss(count)
-    return sum(seen.values())
+        loss = stage.trial_loss(count)
+    return loss, sum(seen.values())
 
 
 def _rate(stage: Estimable, part: int) -> float:

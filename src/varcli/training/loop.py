@@ -107,7 +107,7 @@ class Run:
     report: Callable[[int, Metrics], None] = field(default=lambda step, figures: None)
     """Shows figures as they come."""
     after_step: Callable[[int, float], None] = field(default=lambda step, loss: None)
-    """Told of each step that is done, and its loss."""
+    """Called after each step, with its number and loss."""
     note: Callable[[str], None] = field(default=lambda line: None)
     """Takes remarks for the user."""
 
@@ -201,19 +201,19 @@ def check_run(run: Run) -> int:
                 "so training would replace it; use another --out"
             )
         return 0
-    return from_newest_state(run, lambda file: check_state(file, run))
+    return from_newest_state(run.folder, lambda file: check_state(file, run))
 
 
 State = TypeVar("State")
 
 
-def from_newest_state(run: Run, read: Callable[[Path], State]) -> State:
+def from_newest_state(folder: Path, read: Callable[[Path], State]) -> State:
     """Return what `read` makes of the newest state or, where that is damaged, of the one before it.
 
     Raises:
         CheckpointError: there is none that is whole.
     """
-    *newer, oldest = state_files(run.folder)
+    *newer, oldest = state_files(folder)
     for file in newer:
         with suppress(CheckpointError):
             return read(file)
@@ -285,7 +285,7 @@ def resume(stage: Stage, run: Run) -> int:
     if not state_files(run.folder):
         return check_run(run)
     newest = state_files(run.folder)[0]
-    file, step, identity = from_newest_state(run, lambda file: load_state(stage, run, file))
+    file, step, identity = from_newest_state(run.folder, lambda file: load_state(stage, run, file))
     before, now = identity.get("epochs"), run.identity.get("epochs")
     if before != now:
         run.note(f"going on from step {step} of {before:g} epochs, by the learning rates of {now:g} epochs")

@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, one line of figures every so often."""
+"""The figures of a run: metrics.jsonl, one line every so often."""
 
 import json
 import time

@@ -25,7 +25,7 @@ recipes of all depths share within a third; a tokenizer's as it is, between thos
 LOSS_TOLERANCE = 0.25
 """Nats a token by which a run on ImageNet may miss the loss of the scaling laws."""
 LABEL_GAIN = 0.05
-"""What the labels should be worth, as a part of what they can be: ln(classes) nats an image."""
+"""What a wrong label should cost at least, as a fraction of ln(classes) nats an image, the entropy of a label."""
 OVERFITTING = 0.01, 0.05
 """How far a held-out loss may be above its best, and above the loss in training, as parts of it."""
 PSNR_LOSS = 0.3
@@ -134,7 +134,7 @@ def _learned(lines: Lines) -> Iterator[Check]:
         found=f"held-out loss {min(losses):.3f} at best",
         normal=f"below {frequencies:.3f}, what the frequencies of the tokens reach",
         off=min(losses) >= frequencies,
-        advice="nothing has been learned of what tokens follow from: train longer, and see the learning rate",
+        advice="the model predicts no better than token frequencies: train longer, or change the learning rate",
     )
 
 
@@ -167,7 +167,7 @@ def _labels(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
         found=f"a wrong label costs {gain:.4f} nats a token",
         normal=f"at least {LABEL_GAIN * most:.4f}",
         off=gain < LABEL_GAIN * most,
-        advice="labels say nothing of the images: check that each image is in the folder of its class",
+        advice="the labels do not help to predict the images: check that each image is in the folder of its class",
     )
 
 

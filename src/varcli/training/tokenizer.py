@@ -44,7 +44,7 @@ COLLAPSED = 0.005
 
 
 def collapsed(perplexity: float, codebook_size: int, tokens: int) -> bool:
-    """Whether a scale makes do with hardly any codebook rows.
+    """Whether a scale uses hardly any codebook rows.
 
     Args:
         perplexity: exp of the entropy of how often each row is used, as many rows as are in even use.
@@ -106,7 +106,7 @@ class TokenizerStage:
 
         Args:
             model: the tokenizer to train.
-            adversary: tells its reconstructions from images.
+            adversary: learns to tell its reconstructions from images.
             training: the recipe.
             images: training images.
             held: images held out for validation.
@@ -114,7 +114,7 @@ class TokenizerStage:
             group: the ranks that share each batch; None is this process alone.
             warm: the model's weights, its codebook among them, come from a checkpoint.
             workers: processes that read images ahead.
-            warn: told of images that cannot be read, and of scales that collapse.
+            warn: called with a line for each image that cannot be read, and each scale that collapses.
         """
         self.config, self.training, self.bf16 = model.config, training, bf16
         self.device = model.quant_conv.weight.device
@@ -124,7 +124,7 @@ class TokenizerStage:
         self.unreadable = Unreadable(len(images), warn)
         self.warn = warn
         self.collapsed: set[int] = set()
-        """Numbers of the scales, from 1, that were said to have collapsed."""
+        """Numbers of the scales, from 1, that were reported as collapsed."""
         self.adversarial = False
         self.scales: int | None = None
         self.quantized: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -261,7 +261,7 @@ class TokenizerStage:
     def observe(self, step: int) -> dict[str, Tensor]:
         """Return the learning rate, and each scale's use of the codebook over the last steps (S,).
 
-        A scale that collapses is told, once.
+        A scale that collapses is reported, once.
         """
         hits_SV = self.model.quantize.ema_vocab_hit_SV
         share_SV = hits_SV / hits_SV.sum(1, keepdim=True).clamp(min=1e-12)

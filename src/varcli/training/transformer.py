@@ -211,7 +211,10 @@ class TransformerStage:
         """Return the loss of `count` random images, with its gradient."""
         tokens_BL = torch.randint(self.config.codebook_size, (count, self.config.length), device=self.device)
         label_B = torch.randint(self.config.class_count, (count,), device=self.device)
-        return self.predict(self.model.train(), tokens_BL, label_B)[0].mean()
+        self.model.train()
+        if self.reference is not None:
+            return self.contrast(self.reference, tokens_BL, label_B, Rows(0, count, count))[1]
+        return self.predict(self.model, tokens_BL, label_B)[0].mean()
 
     def predict(self, model: nn.Module, tokens_BL: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's cross-entropy, and 1 where it is the likeliest, (B, L) each. Source: section 3.1."""
