@@ -1,0 +1,177 @@
+"""How fast `var train` takes steps, against a plain loop in fp32: images a second of both stages, in turns.
+
+    python benchmarks/training.py [--batch-size 16] [--rounds 5] [--threads 2] [--json]
+    python benchmarks/training.py --processes   # instead: two gloo processes of one thread against one of two
+
+The models are of `tiny64`'s shape with random weights, the images random. The plain loop is forward pass, loss,
+backward pass and torch's AdamW, all in fp32; a step of `var train` clips, averages the weights and records figures too.
+The tokenizer's loss is without a perceptual network or adversary. Seconds are medians; compiling takes minutes before.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tables import print_rows
+
+from varcli.checkpoints.registry import resolve_checkpoint
+from varcli.checkpoints.store import Checkpoint, load_model
+from varcli.config import TokenizerTrainingConfig, TransformerTrainingConfig
+from varcli.images.dataset import open_images
+from varcli.models.tokenizer import quantization_loss
+from varcli.training.loop import Stage, update
+from varcli.training.tokenizer import TokenizerStage, build_tokenizer
+from varcli.training.transformer import TransformerStage, build_transformer
+
+Step = Callable[[], object]
+
+
+def plain_tokenizer(shape: Checkpoint, pixels_B3PP: torch.Tensor) -> Step:
+    """Return a step of a plain loop on images in [-1, 1]."""
+    model, _ = build_tokenizer(shape.tokenizer.config, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        f_BCHW = model.features(pixels_B3PP)
+        quantized = model.quantize.quantize(f_BCHW)
+        decoded = model.decode_features(f_BCHW + (quantized.f_hats[-1] - f_BCHW).detach())
+        (F.mse_loss(decoded, pixels_B3PP) + quantization_loss(quantized, f_BCHW, 0.25)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain_transformer(shape: Checkpoint, tokens_BL: torch.Tensor, label_B: torch.Tensor) -> Step:
+    """Return a step of a plain loop on tokens (B, L) and labels (B,)."""
+    model = build_transformer(shape.transformer.config, TransformerTrainingConfig()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    lengths = [side * side for side in model.config.sides]
+
+    def step() -> None:
+        with torch.no_grad():
+            input_BLC = shape.tokenizer.quantize.teacher_input(list(tokens_BL.split(lengths, dim=1)))
+        logits_BLV = model(label_B, input_BLC)
+        F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(stage: Stage, batch: object, compiled: bool) -> Step:
+    """Return a step of `var train`, compiled as its `--compile` does."""
+    networks = (stage.model.encoder, stage.model.decoder) if isinstance(stage, TokenizerStage) else stage.model.blocks
+    for network in networks if compiled else ():
+        network.compile()
+    numbers = count()
+    return lambda: update(stage, batch, next(numbers), 10**6)
+
+
+def measure(batch: int, rounds: int) -> list[dict[str, object]]:
+    """Return a row for each stage and way: images a second, and how many times faster than the plain loop."""
+    shape = load_model(resolve_checkpoint("tiny64"))
+    generator = torch.Generator().manual_seed(0)
+    side, config = shape.tokenizer.config.pixels, shape.transformer.config
+    pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(config.codebook_size, (batch, config.length), generator=generator)
+    labels = torch.randint(config.class_count, (batch,), generator=generator)
+    first = TokenizerTrainingConfig(batch=batch, perceptual="none", gan=0.0)
+    second = TransformerTrainingConfig(batch=batch)
+    with tempfile.TemporaryDirectory() as folder:
+        Image.new("RGB", (side, side)).save(Path(folder) / "image.png")
+        none = open_images([Path(folder)]).subset([])
+
+    def tokenizer(bf16: bool) -> Stage:
+        return TokenizerStage(*build_tokenizer(shape.tokenizer.config, 0), first, none, none, bf16=bf16)
+
+    def transformer(bf16: bool) -> Stage:
+        return TransformerStage(build_transformer(config, second), second, shape.tokenizer, shape.classes, bf16=bf16)
+
+    ways: dict[tuple[str, str], Step] = {
+        ("tokenizer", "plain loop, fp32"): plain_tokenizer(shape, pixels / 127.5 - 1),
+        ("transformer", "plain loop, fp32"): plain_transformer(shape, tokens, labels),
+    }
+    for bf16, compiled in ((False, False), (True, False), (True, True)):
+        name = "var train" + " --dtype bf16" * bf16 + " --compile" * compiled
+        ways["tokenizer", name] = ours(tokenizer(bf16), (pixels, [[] for _ in range(batch)]), compiled)
+        ways["transformer", name] = ours(transformer(bf16), (tokens, labels), compiled)
+    taken: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    for turn in range(rounds + 2):
+        for way, step in ways.items():
+            start = time.perf_counter()
+            step()
+            if turn > 1:  # the first compile, the second settle memory
+                taken[way].append(time.perf_counter() - start)
+    seconds = {way: statistics.median(times) for way, times in taken.items()}
+    return [
+        {
+            "stage": stage,
+            "loop": name,
+            "images/s": round(batch / taken_s, 1),
+            "times faster": round(seconds[stage, "plain loop, fp32"] / taken_s, 2),
+        }
+        for (stage, name), taken_s in sorted(seconds.items(), key=lambda item: (item[0][0], -item[1]))
+    ]
+
+
+def measure_processes(batch: int, rounds: int) -> list[dict[str, object]]:
+    """Return images a second of `var train transformer` in one process of two threads, and in two of one thread."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data" / "n02099601"
+        data.mkdir(parents=True)
+        noise = np.random.default_rng(0)
+        for number in range(64):
+            Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(data / f"{number}.png")
+        words = ["-m", "varcli", "train", "transformer", str(data.parent), "--tokenizer", "tiny64", "--depth", "6"]
+        words += ["--width", "256", "--crops", "1", "--tokens", str(Path(folder) / "tokens"), "--workers", "0", "-q"]
+        words += ["--batch-size", str(batch), "--epochs", str(100 * batch / 64)]
+        for turn in range(rounds):
+            for processes, found in rates.items():
+                out = Path(folder) / f"{turn}-{processes}"
+                command = [sys.executable, *words, "--out", str(out), "--nproc", str(processes)]
+                environment = os.environ | {"OMP_NUM_THREADS": str(2 // processes)}
+                subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+                lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                found.append(json.loads(lines[-1])["images_per_second"])
+    one = statistics.median(rates[1])
+    return [
+        {
+            "processes": n,
+            "threads each": 2 // n,
+            "images/s": round(statistics.median(found), 1),
+            "ratio": round(statistics.median(found) / one, 2),
+        }  # fmt: skip
+        for n, found in rates.items()
+    ]
+
+
+def main() -> None:
+    """Measure and print a Markdown table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way takes a step, or a run")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", action="store_true", help="two processes against one")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows = (measure_processes if given.processes else measure)(given.batch_size, given.rounds)
+    print_rows(rows, as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()
