@@ -147,15 +147,15 @@ def measure_processes(batch: int, rounds: int) -> list[dict[str, object]]:
                 subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
                 lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
                 found.append(json.loads(lines[-1])["images_per_second"])
-    one = statistics.median(rates[1])
+    medians = {processes: statistics.median(found) for processes, found in rates.items()}
     return [
         {
-            "processes": n,
-            "threads each": 2 // n,
-            "images/s": round(statistics.median(found), 1),
-            "ratio": round(statistics.median(found) / one, 2),
-        }  # fmt: skip
-        for n, found in rates.items()
+            "processes": processes,
+            "threads each": 2 // processes,
+            "images/s": round(median, 1),
+            "ratio": round(median / medians[1], 2),
+        }
+        for processes, median in medians.items()
     ]
 
 
