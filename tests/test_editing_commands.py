@@ -520,12 +520,13 @@ def test_a_whole_image_goes_from_its_reconstruction_to_a_sample(var, model):
     assert np.array_equal(pixels("same.png"), door.reconstruct("in.png").array)
     var("edit", "in.png", "-c", 207, "--strength", 1, "--seed", 4, *exact, "-o", "new.png")
     assert np.array_equal(pixels("new.png"), door.sample(207, seed=4)[0].array)
-    asked = ("edit", "in.png", "-c", 207, "--strength", 0.6, "--from-class", 963, "-n", 2, *exact)
+    asked = ("edit", "in.png", "-c", 207, "--strength", 2 / 3, "--from-class", 963, "-n", 2, *exact)
     printed = var(*asked, "-o", "whole", "--grid", "grid.png", "--json").splitlines()
     first, second = (pixels(json.loads(line)["path"]) for line in printed)
     assert first.shape == (16, 16, 3) and not np.array_equal(first, second)
-    assert np.array_equal(first, door.edit("in.png", 207, strength=0.6, from_label=963).array)
+    assert np.array_equal(first, door.edit("in.png", 207, strength=2 / 3, from_label=963).array)
     provenance = read_provenance(Path(json.loads(printed[1])["path"]))
+    assert str(2 / 3) in provenance.command
     words = [*provenance.command, "-o", "again.png", "--growth", "growing.png", "-q"]
     assert cli.run(words) == 0
     assert np.array_equal(pixels("again.png"), second)

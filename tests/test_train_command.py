@@ -144,7 +144,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--batch-size", "0"], 2, "--batch-size must be at least 1 (got 0)"),
         (["--epochs", "inf"], 2, "--epochs must be a finite number (got inf)"),
         (["--grad-accum", "3"], 2, "--grad-accum must divide the batch of 4 (got 3)"),
-        (["--perceptual", "lpips", "--lpips-weights", "nowhere"], 4, "vgg16-397923af.pth is missing; put https"),
+        (["--perceptual", "lpips", "--lpips-weights", "nowhere"], 4, "or train with another --perceptual"),
         (["--perceptual", "resnet50", "--lpips-weights", "nowhere"], 4, "resnet50-11ad3fa6.pth is missing; put https"),
         (["--perceptual", "vgg"], 2, "--perceptual must be one of lpips, resnet50, efficientnet-lite0, none (got vgg)"),
         (["--init", "tiny64"], 2, "--init has another shape than the options say"),

@@ -94,7 +94,7 @@ def read_weights(path: Path, url: str, sha256_start: str = "") -> dict[str, Tens
         CheckpointError: it is missing, damaged, or no file of weights.
     """
     if not path.is_file():
-        raise CheckpointError(f"weights: {path} is missing; put {url} there, or train with another --perceptual")
+        raise CheckpointError(f"weights: {path} is missing; put {url} there")
     if not file_sha256(path).startswith(sha256_start):
         raise CheckpointError(f"weights: {path} is damaged; download it again from {url}")
     try:

@@ -433,7 +433,7 @@ def edit_whole(
         results = repaint(tokenizer, transformer, tokens, wanted.label, shown.label, seed, strength, config, fine)
         frames = [decode(tokenizer, result.f_hat)[0] for result in results if growing or result.scale == last]
         from_id = shown.provenance.class_id
-        words = ["edit", word(image), "--strength", f"{strength:g}"]
+        words = ["edit", word(image), "--strength", str(strength)]
         words += [] if from_id is None else ["--from-class", str(from_id)]
         provenance = EditProvenance.of(
             wanted.provenance,

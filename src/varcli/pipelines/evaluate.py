@@ -527,7 +527,7 @@ def _lpips(folder: Path | None, device: torch.device, note: Callable[[str], None
     except CheckpointError as error:
         if folder:
             raise
-        note(f"without LPIPS, as {error}".replace(", or train with another --perceptual", ""))
+        note(f"without LPIPS, as {error}")
         return None
 
 

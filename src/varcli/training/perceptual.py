@@ -118,6 +118,9 @@ def perceptual_distance(name: str, folder: Path) -> nn.Module:
         CheckpointError: the weights are missing or damaged.
         UsageError: a package is not installed.
     """
-    if name == "lpips":
-        return LPIPS(folder)
-    return ClassifierDistance(ResNet50(folder) if name == "resnet50" else EfficientNetLite0())
+    if name == "efficientnet-lite0":
+        return ClassifierDistance(EfficientNetLite0())
+    try:
+        return LPIPS(folder) if name == "lpips" else ClassifierDistance(ResNet50(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or train with another --perceptual") from error
