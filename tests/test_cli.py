@@ -101,6 +101,8 @@ def test_version(capsys):
         (["sample", "-c", "1", "--preset", "best"], 2, "'best' is not one of 'metrics', 'looks'."),
         (["sample", "-c", "1", "--dtype", "int8"], 2, "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'."),
         (["sample", "-c", "1", "--top-k", "-3"], 2, "--top-k must be 0 (off) or more (got -3)"),
+        (["sample", "-c", "1", "--cfg-scales", "5-2"], 2, "--cfg-scales must be two numbers, such as 3-8"),
+        (["sample", "-c", "1", "--cfg-scales", "4-6"], 2, "must begin at a scale of the model, 1 to 3 (got 4-6)"),
         (["sample", "-c", "1", "--refiner", "tiny64"], 2, "--refiner and --refine-from need each other"),
         (["sample", "-c", "1", "--refine-from", "3"], 2, "on (got --refine-from 3 alone)"),
         (["sample", "-c", "1", "--refiner", "{model}", "--refine-from", "1"], 2, "--refine-from must be 2 or more"),

@@ -177,7 +177,7 @@ class Model:
 
         Raises:
             ConfigError: a value makes no sense.
-            UsageError: the refiner is to draw scales that there are not.
+            UsageError: the model has no scale that is to be guided, or that the refiner is to sample.
             CheckpointError: the refiner cannot be used with this model.
         """
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
@@ -187,6 +187,11 @@ class Model:
         if unknown:
             raise TypeError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
         config = replace(presets(self.name)[preset], **given)
+        scales = len(self.tokenizer_config.sides)
+        if config.guided_scales.start >= scales:
+            raise UsageError(
+                f"--cfg-scales must begin at a scale of the model, 1 to {scales} (got {config.cfg_scales})"
+            )
         self.refiner(config)
         return config
 
