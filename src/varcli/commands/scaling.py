@@ -35,7 +35,24 @@ def run(
     passes: Annotated[
         str, Option("--passes", metavar="1,2,…", help="Numbers of epochs; each depth is trained once for each of them.")
     ] = "1,2,4",
-    recipe: Annotated[dict[str, Any], TransformerTrainingConfig],
+    recipe: Annotated[
+        dict[str, Any],
+        TransformerTrainingConfig,
+        "batch",
+        "accumulate",
+        "base_lr",
+        "final_lr",
+        "weight_decay",
+        "final_weight_decay",
+        "ema",
+        "enlarge",
+        "flip",
+        "clip_grad",
+        "seed",
+        "scale_weight",
+        "gamma_init",
+        "crops",
+    ],
     holdout: Annotated[
         int, Option("--holdout", metavar="N", min=1, help="Measure on the last N images of each class.")
     ] = 10,
@@ -44,8 +61,6 @@ def run(
     quiet: options.Quiet = False,
 ) -> None:
     """Train models of several depths for several numbers of epochs, each to the end of its schedule."""
-    if "epochs" in recipe:
-        raise UsageError("--passes says how many epochs the runs have: leave --epochs out")
     sizes = options.parse_numbers("--depths", depths)
     try:
         epochs = [float(part) for part in passes.split(",")]
