@@ -4,9 +4,10 @@ Exit codes: 0 success, 1 a bug (with its traceback), 2 to 5 as `varcli.errors` s
 reader of our output closed the pipe, 143 SIGTERM during training, after its state was saved.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -196,4 +197,12 @@ def _failed(message: str, code: int) -> int:
 def main() -> None:
     """Run `var`."""
     console.prepare_streams()
-    sys.exit(run())
+    code = run()
+    if distributed.launched():
+        # Sharded weights keep torch's process groups alive, and destroying these at the interpreter's end aborted one
+        # run in five ("terminate called without an active exception", torch 2.14).
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
