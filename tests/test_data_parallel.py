@@ -204,13 +204,16 @@ def test_a_run_whose_rank_is_killed_says_how_to_go_on_and_does_with_another_numb
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_with_143(data, tmp_path):
-    words = command("tokenizer", data, tmp_path / "run", "--epochs", 50, "--save-every", 5)
-    running = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_and_ends_with_143(workers, data, tmp_path):
+    """Schedulers send it to all processes of a command, those that read images ahead among them."""
+    words = command("tokenizer", data, tmp_path / "run", "--epochs", 50, "--save-every", 5, "--workers", workers)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (tmp_path / "run" / "state.safetensors").exists():
         time.sleep(0.02)
         assert running.poll() is None
-    running.send_signal(signal.SIGTERM)
+    os.killpg(running.pid, signal.SIGTERM)
     _, error = running.communicate(timeout=120)
     assert running.returncode == 143
     stopped = re.search(r"stopped after step (\d+) of 150, with the state saved", error)

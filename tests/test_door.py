@@ -107,7 +107,7 @@ def test_what_is_saved_holds_its_provenance(model, tmp_path):
         image.save(tmp_path / "fish.jpg")
 
 
-def test_edits_keep_what_they_should(model):
+def test_edits_keep_what_they_should(model, tmp_path):
     photo = np.random.RandomState(0).randint(0, 256, (40, 60, 3)).astype(np.uint8)
     mask = np.zeros((40, 60), bool)
     mask[10:20, 10:20] = True
@@ -118,6 +118,12 @@ def test_edits_keep_what_they_should(model):
     assert np.array_equal(boxed.array, model.inpaint(photo, mask, feather=0).array)
     assert model.outpaint(boxed, pad=(4, 0, 2, 0)).array.shape == (40, 66, 3)
     assert model.inpaint(photo[:, :, 0], mask).array.shape == (40, 60, 1)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    assert np.array_equal(model.inpaint(str(tmp_path / "photo.png"), mask, feather=0).array, boxed.array)
+    with pytest.raises(
+        InputError, match=r"must be uint8, \(H, W\) or \(H, W, channels\) \(got float64 \(40, 60, 3\)\)"
+    ):
+        model.inpaint(photo / 255, mask)
 
 
 def test_tokens_there_and_back(model):

@@ -344,13 +344,13 @@ _GRACE = 30.0
 """Seconds in which a launcher should have noticed, which looks often; and those a rank has to end when asked to."""
 
 
-def end_with_parent() -> None:
-    """Keep this process from working on when the one that started it was killed."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Send this process a signal when the one that started it was killed."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -13,7 +13,7 @@ import PIL.Image
 from varcli.classes import RANDOM
 from varcli.config import SampleConfig
 from varcli.console import progress
-from varcli.errors import UsageError
+from varcli.errors import InputError, UsageError
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet, save_growth
 from varcli.images.decode import square_crop
@@ -70,7 +70,7 @@ def read_input(image: ImageInput, name: str = "image") -> SourceImage:
     """Read an image of a file, of standard input, or from memory.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or is an array of another kind.
     """
     if isinstance(image, SourceImage):
         return image
@@ -79,7 +79,11 @@ def read_input(image: ImageInput, name: str = "image") -> SourceImage:
     if isinstance(image, Image):
         return source_image(image.png(), name)
     content = BytesIO()
-    (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(_levels(image))).save(content, "PNG")
+    try:
+        (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(_levels(image))).save(content, "PNG")
+    except TypeError as error:
+        kind = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
+        raise InputError(f"an array of an image must be uint8, (H, W) or (H, W, channels) (got {kind})") from error
     return source_image(content.getvalue(), name)
 
 
@@ -133,7 +137,7 @@ def fill_task(
         raise UsageError(f"exactly one of a mask file, --alpha and --box must say where to fill{whole}")
     if fit_mask and mask is None:
         raise UsageError("--fit-mask needs a mask file: nothing else can have another size")
-    if isinstance(image, str) and image == mask == "-":
+    if isinstance(image, str) and isinstance(mask, str) and image == mask == "-":
         raise UsageError("standard input holds the image or the mask, not both (got - for each)")
     typed = box if isinstance(box, str) or box is None else ",".join(map(str, box))
     words: list[str] = [command, word(image)]

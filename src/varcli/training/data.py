@@ -164,10 +164,13 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
 
 
 def _follow_parent(worker: int) -> None:
-    """Let Ctrl-C reach the main process alone, which ends its workers itself when it has saved; end if it is killed."""
-    end_with_parent()
+    """Let Ctrl-C and SIGTERM stop the main process alone, which ends its workers itself when it has saved.
+
+    Terminals send the one to all processes of a command, schedulers the other. If the main process is killed, end.
+    """
+    end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_unit(pixels_u8: Tensor, device: torch.device) -> Tensor:
