@@ -237,7 +237,8 @@ class BatchSampler:
         padded = [*group, *[group[-1]] * (size - len(group))]
         rows, seeds = [request.label for request in padded], [request.seed for request in padded]
         runner, models = self._runner(size), (self.tokenizer, self.transformer)
-        *_, last = generate(*models, rows, seeds, self.config, refiner=self.refiner, mark=self.mark, runner=runner)
+        scales = generate(*models, rows, seeds, self.config, refiner=self.refiner, mark=self.mark, runner=runner)
+        last = deque(scales, maxlen=1).pop()  # a list of all would hold the logits of each
         pixels_BPP3 = runner.run("decoder", partial(decode_on_device, self.tokenizer, last.f_hat))
         return fetched(group, pixels_BPP3)
 
