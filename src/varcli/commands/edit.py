@@ -192,10 +192,7 @@ def edit(
         quiet=shared.quiet,
     )
     for edited, path in results:
-        if shared.as_json:
-            result(json.dumps({"path": path and str(path)} | edited.provenance.to_dict(), sort_keys=True))
-        elif path and not shared.quiet:
-            result(str(path))
+        _print(path, edited.provenance.to_dict(), shared)
 
 
 def _check(shared: EditOptions, *inputs: str | None) -> None:
@@ -233,11 +230,15 @@ def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
         quiet=shared.quiet,
     )
     for edited, path in results:
-        if shared.as_json:
-            facts = {"path": path and str(path)} | edited.image.provenance.to_dict() | _scores(edited)
-            result(json.dumps(facts, sort_keys=True))
-        elif path and not shared.quiet:
-            result(str(path))
+        _print(path, edited.image.provenance.to_dict() | _scores(edited), shared)
+
+
+def _print(path: Path | None, facts: dict[str, Any], shared: EditOptions) -> None:
+    """Print where a result is, or with --json all facts of it."""
+    if shared.as_json:
+        result(json.dumps({"path": path and str(path)} | facts, sort_keys=True))
+    elif path and not shared.quiet:
+        result(str(path))
 
 
 def _scores(edited: "EditResult") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -136,13 +136,13 @@ class Samples(EvalSource):
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the images, under the names that unfinished runs know."""
-        common = self.provenance.identity().to_dict()
+        known = self.provenance.identity()
+        common = known.to_dict()
         common["draft"] = common.pop("approximate")
-        # Runs that were begun before a setting existed did without it.
-        for setting in fields(SampleConfig):
-            if setting.name not in ("cfg", "top_k", "top_p", "smooth") and common.get(setting.name) == setting.default:
-                del common[setting.name]
-        common.pop("refiner_sha256")
+        # Runs that were begun before a setting existed did without it; the refiner's hash is among the settings.
+        for name in asdict(known.settings).keys() - known.settings.stated().keys() - {"smooth", "approximate"}:
+            del common[name]
+        del common["refiner_sha256"]
         drawn = {label: len(requests) for label, requests in self.candidates.items()}
         chosen = self.classifier and self.classifier.sha256
         place = self.save_images and str(Path(self.save_images).resolve())  # another one lacks what is done

@@ -45,7 +45,7 @@ from varcli.training.data import (
     CacheSettings,
     TokenCache,
     cache_facts,
-    cache_place,
+    cache_path,
     list_caches,
     open_cache,
 )
@@ -125,7 +125,7 @@ def train_tokenizer(
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
     group = group or ProcessGroup()
-    where, bf16 = _place(device, dtype, on_cpu=False)
+    where, bf16 = _device_and_bf16(device, dtype, on_cpu=False)
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, group)
@@ -192,7 +192,7 @@ def estimate_tokenizer(
     """What training a tokenizer will take; arguments as for `train_tokenizer`."""
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
-    where, bf16 = _place(device, dtype, on_cpu=False)
+    where, bf16 = _device_and_bf16(device, dtype, on_cpu=False)
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, ProcessGroup())
@@ -297,7 +297,7 @@ def train_transformer(
         raise UsageError("--shard needs several processes: --nproc 2 or more, or torchrun")
     if shard and training.cca > 0:
         raise UsageError("--shard cannot share the second model of --cca: leave one of them out")
-    where, bf16 = _place(device, dtype, on_cpu=True)
+    where, bf16 = _device_and_bf16(device, dtype, on_cpu=True)
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, group)
@@ -414,7 +414,7 @@ def estimate_transformer(
     """What training a transformer will take; arguments as for `train_transformer`."""
     training = training or default_recipe(depth, init)
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
-    where, bf16 = _place(device, dtype, on_cpu=True)
+    where, bf16 = _device_and_bf16(device, dtype, on_cpu=True)
     everything = _images(data)
     images, _ = everything.split(holdout)
     check_batch(training.batch, training.accumulate, ProcessGroup())
@@ -469,7 +469,7 @@ def _plain_transformer(
     """The tokenizer whose tokens are learned, and a transformer with its first weights.
 
     Raises:
-        UsageError: no tokenizer is given, or classes are to be contrasted and there is one alone.
+        UsageError: no tokenizer is given, or `training.cca` contrasts classes and there is only one.
         CheckpointError: its file cannot be used.
         InputError: the weights to begin with do not fit it.
     """
@@ -506,7 +506,7 @@ def _plain_transformer(
 # --- what both stages take -------------------------------------------------------------------------
 
 
-def _place(device: str, dtype: str, *, on_cpu: bool) -> tuple[torch.device, bool]:
+def _device_and_bf16(device: str, dtype: str, *, on_cpu: bool) -> tuple[torch.device, bool]:
     """The device to train on, and whether in bf16; `on_cpu` says that "auto" may choose bf16 there too."""
     where = pick_device(device)
     optim.make_deterministic(where)
@@ -590,7 +590,7 @@ def _token_caches(
     wanted = [(held, CacheSettings(enlarge=enlarge, crops=1, seed=seed))] if len(held) else []
     wanted.append((images, crops))
     there = list_caches(folder)
-    if there and not cache_place(folder, tokenizer, images, crops, device).exists():
+    if there and not cache_path(folder, tokenizer, images, crops, device).exists():
         note(f"{folder} has no token maps of {cache_facts(tokenizer, images, crops, device)}; they are computed now")
         for facts in there:
             note(f"{folder} has token maps of {facts}")

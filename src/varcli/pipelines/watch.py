@@ -1,7 +1,6 @@
 """What shows how a training run is doing: a progress bar, TensorBoard, Weights & Biases, and a check of its figures."""
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 from varcli.checkpoints.safetensors_io import load_header
 from varcli.console import progress
 from varcli.errors import InputError, UsageError
+from varcli.files import parse_json
 from varcli.report.load import read_runs
 from varcli.training.loop import Run, from_newest_state, state_files
 from varcli.training.metrics_log import Metrics
@@ -143,10 +143,10 @@ def run_status(folder: str | Path) -> RunStatus:
     state, (_, metadata) = from_newest_state(Path(folder), lambda file: (file, load_header(file)))
     last = dict(run.lines[-1])
     try:
-        settings = json.loads(metadata["identity"])
-        images = sum(json.loads(metadata.get("images", "{}")).values())
+        settings = parse_json(metadata["identity"])
+        images = sum(parse_json(metadata.get("images", "{}")).values())
         steps = math.ceil(settings["epochs"] * images / settings["batch"]) or int(last["step"])
         checks = check_lines(run.lines, settings, steps, float(metadata["copies"]) if "copies" in metadata else None)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"training run {folder}: {state.name} does not say how it is trained") from error
     return RunStatus(stage=run.stage, step=int(last["step"]), steps=steps, images=images, figures=last, checks=checks)

@@ -233,7 +233,7 @@ def open_cache(
         RunError: the cache cannot be written.
     """
     total = settings.crops * len(images)
-    place = cache_place(folder, tokenizer, images, settings, device)
+    place = cache_path(folder, tokenizer, images, settings, device)
     facts = cache_facts(tokenizer, images, settings, device)
     done, unreadable = _begin_cache(place, tokenizer, total, facts)
     tokens = open_memmap(place / "tokens.npy", mode="r+")
@@ -255,7 +255,7 @@ def open_cache(
     return TokenCache(tokens, unreadable, images.labels, settings.crops)
 
 
-def cache_place(
+def cache_path(
     folder: Path, tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device
 ) -> Path:
     """Return where under `folder` these tokens are, or would be."""
@@ -278,8 +278,8 @@ def list_caches(folder: Path) -> list[str]:
     """Return the `cache_facts` of each cache under a folder."""
     found = []
     for progress in sorted(folder.glob("tokens-*/progress.json")):
-        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # a damaged one
-            found.append(str(json.loads(progress.read_bytes()).get("facts", "tokens of an earlier version")))
+        with suppress(OSError, ValueError, AttributeError):  # a damaged one
+            found.append(str(parse_json(progress.read_bytes()).get("facts", "tokens of an earlier version")))
     return found
 
 
