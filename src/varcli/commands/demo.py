@@ -36,7 +36,7 @@ def demo(
 
         page, address = serve(model, folder, host, port, browser=browser)
         if host not in LOOPBACK:
-            note(f"the page has no password: whoever can reach {host} can use it")
+            note(f"the page has no password: anyone who can reach {host} can use it")
         result(address)
         try:
             while True:  # unlike a wait for a lock, Ctrl-C ends a sleep on every system

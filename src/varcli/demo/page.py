@@ -260,7 +260,7 @@ FIELDS = sorted(
 )
 """Settings in the order of their boxes: those that have a value in every preset come first.
 
-The refiner is the preset's: whoever can reach the page must not name files to read, or checkpoints to download.
+The refiner is the preset's: visitors of the page must not name files to read, or checkpoints to download.
 """
 
 

@@ -147,7 +147,7 @@ class RejectionSampler:
             decide_at: after which scale candidates are judged, the coarsest being 1; None after the last.
 
         Raises:
-            UsageError: candidates are to be judged early, and sampled in batches.
+            UsageError: candidates would be judged early, and are sampled in batches.
         """
         if decide_at is not None and sampler.batch_size > 1:
             raise UsageError(

@@ -396,7 +396,7 @@ def record(
 ) -> None:
     """Write what is due after a step: state, checkpoint, preview, figures. To be called by all ranks.
 
-    Whoever stops a run gets its state at once: a scheduler does not wait for a validation.
+    A run that is stopped saves its state at once: a scheduler does not wait for a validation.
     """
     last = done == run.steps
     validating = last or (done % run.validate_every == 0 and not stopping)
