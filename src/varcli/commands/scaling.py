@@ -56,8 +56,22 @@ def run(
     holdout: Annotated[
         int, Option("--holdout", metavar="N", min=1, help="Measure on the last N images of each class.")
     ] = 10,
+    token_cache: Annotated[
+        Path | None,
+        Option(
+            "--tokens",
+            metavar="DIR",
+            help="Cache of token maps, which runs can share; missing ones are computed.",
+            show_default="in --out",
+        ),
+    ] = None,
+    save_every: Annotated[
+        int, Option("--save-every", metavar="N", min=1, help="Save resumable state of a run every N steps.")
+    ] = 500,
     device: options.Device = "auto",
+    dtype: options.TrainingDtype = "auto",
     workers: options.Workers = None,
+    compiled: options.Compiled = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train models of several depths for several numbers of epochs, each to the end of its schedule."""
@@ -83,9 +97,13 @@ def run(
         depths=sizes,
         epochs=epochs,
         recipe=recipe,
+        token_cache=token_cache,
         holdout=holdout,
+        save_every=save_every,
         device=device,
+        dtype=dtype,
         workers=workers,
+        compiled=compiled,
         report=report,
         note=console.notes(quiet),
         quiet=quiet,

@@ -65,18 +65,14 @@ class RunOptions:
         ),
     ] = 500
     device: options.Device = "auto"
-    dtype: Annotated[
-        Literal["auto", "fp32", "bf16"], Option("--dtype", help="Precision; auto uses bf16 where it is faster.")
-    ] = "auto"
+    dtype: options.TrainingDtype = "auto"
     workers: options.Workers = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write figures for TensorBoard.")] = False
     wandb: Annotated[
         str | None,
         Option("--wandb", metavar="PROJECT", help="Also send figures to this project of Weights & Biases."),
     ] = None
-    compiled: Annotated[
-        bool, Option("--compile", help="Compile the networks with torch.compile first: minutes, then faster steps.")
-    ] = False
+    compiled: options.Compiled = False
     nproc: options.Processes = 1
     dry_run: Annotated[bool, Option("--dry-run", help="Print what the run will take, and stop.")] = False
     as_json: options.Json = False

@@ -39,9 +39,13 @@ def train_ladder(
     depths: Sequence[int],
     epochs: Sequence[float],
     recipe: dict[str, Any] | None = None,
+    token_cache: str | Path | None = None,
     holdout: int = 10,
+    save_every: int = 500,
     device: str = "auto",
+    dtype: str = "auto",
     workers: int | None = None,
+    compiled: bool = False,
     report: Callable[[Path], Report] = lambda folder: lambda step, steps, figures: None,
     note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
@@ -57,9 +61,13 @@ def train_ladder(
         depths: of the models, 64 × depth channels wide.
         epochs: passes over the images; each is a run of its own, since only an ended schedule counts.
         recipe: fields of `TransformerTrainingConfig` that differ from the published recipe.
+        token_cache: folder where token maps are kept for these and other runs; None is `out`/tokens.
         holdout: the last images of each class, on which the figures are measured.
+        save_every: steps that a killed run loses at most.
         device: auto, cpu, cuda or mps.
+        dtype: fp32, bf16, or auto: bf16 where it is faster.
         workers: processes that read images ahead.
+        compiled: compile each model with torch.compile first.
         report: given a run's folder, returns what takes its figures as they come.
         note: takes remarks for the user.
         quiet: show no progress bar.
@@ -83,10 +91,13 @@ def train_ladder(
                 folder,
                 depth=depth,
                 training=training,
-                token_cache=Path(out) / "tokens",
+                token_cache=token_cache or Path(out) / "tokens",
                 holdout=holdout,
+                save_every=save_every,
                 device=device,
+                dtype=dtype,
                 workers=workers,
+                compiled=compiled,
                 report=report(folder),
                 note=note,
                 quiet=quiet,
