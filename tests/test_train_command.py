@@ -10,9 +10,11 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 
 from support.images import write_folder
+from varcli.checkpoints.store import load_tokenizer
 from varcli.cli import run
 from varcli.config import GRID_256, TrainingConfig, TransformerConfig
 from varcli.pipelines import train as pipeline
@@ -47,6 +49,19 @@ def tokenizer(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("tokenizer")
     assert run(["train", "tokenizer", str(data), "--out", str(out), *SMALL, *PACE, "-q"]) == 0
     return out / "tokenizer.safetensors"
+
+
+def test_a_tokenizer_of_another_shape_begins_with_the_weights_that_fit(data, tokenizer, tmp_path, capsys):
+    command = ["train", "tokenizer", str(data), "--out", str(tmp_path), "--init", str(tokenizer), *PACE]
+    still = ["--perceptual", "none", "--base-lr", "1e-30", "--weight-decay", "0"]  # what is trained stays as it began
+    assert run([*command, "--sides", "1,2,8", "--multipliers", "1,2", *still]) == 0
+    assert "tensors are those of --init; the others have other shapes" in capsys.readouterr().err
+    before, after = (load_tokenizer(path) for path in (tokenizer, tmp_path / "tokenizer.safetensors"))
+    assert (after.config.codebook_size, after.config.sides) == (before.config.codebook_size, (1, 2, 8))
+    begun, ended = before.state_dict(), after.state_dict()
+    for name in ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.1.conv2.weight"):
+        torch.testing.assert_close(ended[name], begun[name])
+    assert not torch.allclose(ended["quantize.embedding.weight"], begun["quantize.embedding.weight"])
 
 
 def transformer_command(data, tokenizer, out, *more):
@@ -147,7 +162,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--perceptual", "lpips", "--lpips-weights", "nowhere"], 4, "or train with another --perceptual"),
         (["--perceptual", "resnet50", "--lpips-weights", "nowhere"], 4, "resnet50-11ad3fa6.pth is missing; put https"),
         (["--perceptual", "vgg"], 2, "--perceptual must be one of lpips, resnet50, efficientnet-lite0, none (got vgg)"),
-        (["--init", "tiny64"], 2, "--init has another shape than the options say"),
+        (["--init", "nobody"], 4, "there is no checkpoint nobody"),
         (["--freeze", "nothing.*"], 2, "--freeze nothing.* matches no weight; names are such as "),
         (["--freeze", "*"], 2, "--freeze * leaves no weight to train"),
         (["--device", "cuda:9"], 2, "no device cuda:9"),

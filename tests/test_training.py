@@ -169,6 +169,44 @@ def test_a_tokens_loss_weighs_one_over_its_side_where_asked(tmp_path, images):
     assert torch.equal(plain.weight_L, torch.ones(21))
 
 
+def test_a_shortened_step_does_not_look_at_the_last_scale(tmp_path, images):
+    last = slice(1 + 4, None)
+    weights = []
+    for change in (0, 1):
+        stage = transformer_stage(tmp_path, images, scale_drop=1.0)
+        (tokens_BL, label_B), *_ = stage.batches(range(1))
+        tokens_BL = tokens_BL.clone()
+        tokens_BL[:, last] = (tokens_BL[:, last] + change) % stage.config.codebook_size
+        figures = update(stage, (tokens_BL, label_B), 0, 3)
+        weights.append(stage.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert {"loss", "loss_scale_1", "loss_scale_2"} <= figures.keys()
+    assert not {"loss_last", "loss_scale_3"} & figures.keys()
+    # the coarse scales do not see the last one, so their losses are those of a whole step
+    stage = transformer_stage(tmp_path, images)
+    whole = update(stage, (tokens_BL, label_B), 0, 3)
+    assert whole["loss_scale_2"].item() == pytest.approx(figures["loss_scale_2"].item(), rel=1e-5)
+    assert {"loss_last", "loss_scale_3"} <= whole.keys()
+
+
+def test_shortened_steps_leave_the_last_scales_figures_to_the_others(tmp_path, images):
+    stage = transformer_stage(tmp_path / "cache", images, scale_drop=0.5)
+    lengths = []
+    prepare = stage.prepare
+
+    def noting(batch, step, steps):
+        parts = prepare(batch, step, steps)
+        lengths.append(parts[0][0].shape[1])
+        return parts
+
+    stage.prepare = noting
+    figures = train(stage, run(tmp_path, steps=12, log_every=12))
+    assert 0 < lengths.count(5) < 12
+    assert figures["loss_last"] == pytest.approx(figures["loss_scale_3"])
+    assert math.isfinite(figures["loss_last"])
+    assert figures["validation_loss_last"] > 0
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
 def test_a_checkpoint_without_its_state_is_not_replaced(kind, tmp_path, images):
     stage = tokenizer_stage(images) if kind == "tokenizer" else transformer_stage(tmp_path / "cache", images)

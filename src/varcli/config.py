@@ -439,6 +439,11 @@ class TransformerTrainingConfig(TrainingConfig):
         metavar="RULE",
         shown=RECIPE_S,
     )
+    scale_drop: float = option(
+        0.0,
+        "Probability that a step leaves out the last scale, for a fraction of its cost.",
+        shown=RECIPE_S,
+    )
     adapter: str = option(
         "",
         "Train only an adapter and the class embedding: lora:RANK or modulation. It is merged into the checkpoint.",
@@ -471,6 +476,7 @@ class TransformerTrainingConfig(TrainingConfig):
         _require(
             self.scale_weight in ("mean", "side"), f"--scale-weight must be mean or side (got {self.scale_weight})"
         )
+        _require(0 <= self.scale_drop <= 1, f"--scale-drop must be a probability (got {self.scale_drop:g})")
         _require(
             re.fullmatch(r"|modulation|lora:[1-9][0-9]{0,3}", self.adapter) is not None,
             f"--adapter must be lora:RANK, such as lora:16, or modulation (got {self.adapter})",

@@ -89,7 +89,12 @@ def tokenizer(
     recipe: Annotated[dict[str, Any], TokenizerTrainingConfig],
     init: Annotated[
         str | None,
-        Option("--init", metavar="NAME|FILE", help="Start from the weights and the shape of this tokenizer or model."),
+        Option(
+            "--init",
+            metavar="NAME|FILE",
+            help="Start from the weights and the shape of this tokenizer or model; "
+            "with options of another shape, from the weights that fit.",
+        ),
     ] = None,
     lpips_weights: Annotated[
         Path | None,
@@ -105,9 +110,10 @@ def tokenizer(
     """Train a tokenizer: images to token maps and back."""
     for name in {"sides", "multipliers"} & shape.keys():
         shape[name] = options.parse_numbers(f"--{name}", shape[name])
-    config = TokenizerConfig(**shape) if shape or init is None else None
     training = TokenizerTrainingConfig(**recipe)
     from varcli.pipelines import train as pipeline
+
+    config = TokenizerConfig(**shape) if init is None else pipeline.tokenizer_shape(init, **shape)
 
     shared: dict[str, Any] = {"config": config, "training": training, "init": init}
     shared |= {"holdout": run.holdout, "dtype": run.dtype}

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,7 +97,8 @@ def train_tokenizer(
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
         out: folder of the run; tokenizer.safetensors in it is the checkpoint.
-        config: shape of the tokenizer; None is that of `init`, or the released one.
+        config: shape of the tokenizer; None is that of `init`, or the released one. With another shape than `init`'s,
+            the weights of its encoder and decoder that have the same names and shapes are kept.
         training: the recipe; None is the default.
         init: name or file of a tokenizer or model whose weights training begins with; None is random weights.
         lpips_weights: folder of the weight files of LPIPS or ResNet-50; None is torch.hub's cache.
@@ -129,7 +131,7 @@ def train_tokenizer(
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, group)
-    model, adversary = _plain_tokenizer(config, training, begun)
+    model, adversary = _plain_tokenizer(config, training, begun, note)
     stage = TokenizerStage(
         model.to(where),
         adversary.to(where),
@@ -138,7 +140,7 @@ def train_tokenizer(
         held,
         bf16=bf16,
         group=group,
-        warm=begun is not None,
+        warm=begun is not None and begun.config == model.config,
         workers=_worker_count(workers, training.batch * 3 * model.config.pixels**2, note),
         warn=note,
     )
@@ -196,22 +198,36 @@ def estimate_tokenizer(
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, ProcessGroup())
-    model, adversary = _plain_tokenizer(config, training, begun)
+    model, adversary = _plain_tokenizer(config, training, begun, note)
     stage = TokenizerStage(model.to(where), adversary.to(where), training, images, held, bf16=bf16)
     _tell(everything.account, training, len(images), note)
     return estimate(stage, training, len(images))
 
 
+def tokenizer_shape(init: str | Path, **changes: Any) -> TokenizerConfig:
+    """Return the shape of the tokenizer or model `init`, with changes.
+
+    Raises:
+        UsageError: there is no such shape.
+        CheckpointError: there is no such tokenizer.
+    """
+    return replace(load_tokenizer(resolve_checkpoint(str(init))).config, **changes)
+
+
 def _plain_tokenizer(
-    config: TokenizerConfig | None, training: TokenizerTrainingConfig, begun: Tokenizer | None
+    config: TokenizerConfig | None,
+    training: TokenizerTrainingConfig,
+    begun: Tokenizer | None,
+    note: Callable[[str], None],
 ) -> tuple[Tokenizer, PatchDiscriminator]:
     """A tokenizer with its first weights, and its adversary.
 
+    Of weights of another shape to begin with, it takes those of the encoder and the decoder whose names and shapes are
+    the same. The quantizer then begins anew, since it gets other feature maps.
+
     Raises:
-        UsageError: the shape given is not that of the weights to begin with, or images are too small for the adversary.
+        UsageError: images are too small for the adversary.
     """
-    if begun is not None and config is not None and config != begun.config:
-        raise UsageError("--init has another shape than the options say: leave them out, or train from scratch")
     config = config or (begun.config if begun else TokenizerConfig())
     if training.gan > 0 and config.pixels < SMALLEST_PATCH:
         raise UsageError(
@@ -219,8 +235,14 @@ def _plain_tokenizer(
             f"of that size (got {training.gan:g} and {config.pixels} pixels)"
         )
     model, adversary = build_tokenizer(config, training.seed)
-    if begun is not None:
+    if begun is not None and config == begun.config:
         model.load_state_dict(begun.state_dict())
+    elif begun is not None:
+        own, given = model.state_dict(), begun.state_dict()
+        names = [name for name in own.keys() & given.keys() if name.startswith(("encoder.", "decoder."))]
+        kept = {name: given[name] for name in names if given[name].shape == own[name].shape}
+        model.load_state_dict(own | kept)
+        note(f"{len(kept)} of {len(own)} tensors are those of --init; the others have other shapes and begin anew")
     optim.freeze(model, training.freeze)
     return model, adversary
 

@@ -36,7 +36,7 @@ from varcli.training.optim import Tensors
 from varcli.training.parallel import Rows, gather_on_main, mean_over_ranks, rows_of_part, sum_over_ranks
 
 BEFORE = {"perceptual": "lpips", "flip": False, "freeze": "", "adapter": "", "scale_weight": "mean", "init": None}
-BEFORE |= {"commitment": 0.25, "cca": 0.0, "cca_beta": 0.02}
+BEFORE |= {"commitment": 0.25, "cca": 0.0, "cca_beta": 0.02, "scale_drop": 0.0}
 """What runs had that were begun before these settings existed."""
 
 

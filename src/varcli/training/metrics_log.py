@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self.batch = batch
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: Counter[str] = Counter()
+        self.steps = 0
         self.since = time.perf_counter()
         self.last: Metrics = {}
         if self.path.exists():
@@ -51,10 +53,11 @@ class MetricsLog:
         write_atomically(self.path, b"".join(kept))
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add the figures of one step."""
+        """Add the figures of one step. Some may be of some steps only."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.count += 1
+        self.counts.update(metrics.keys())
+        self.steps += 1
 
     def write(
         self,
@@ -74,9 +77,9 @@ class MetricsLog:
             memory: the most bytes that were in use so far.
         """
         figures: Metrics = {"step": step, "images_seen": step * self.batch}
-        if self.count:
-            figures |= by_scale({name: total / self.count for name, total in self.sums.items()})
-            seconds = (time.perf_counter() - self.since) / self.count
+        if self.steps:
+            figures |= by_scale({name: total / self.counts[name] for name, total in self.sums.items()})
+            seconds = (time.perf_counter() - self.since) / self.steps
             figures |= {"images_per_second": self.batch / seconds, "seconds_left": remaining * seconds}
         figures |= by_scale(observed or {})
         if memory is not None:
@@ -87,4 +90,5 @@ class MetricsLog:
                 file.write(json.dumps(figures) + "\n")
         except OSError as error:
             raise cannot_write(self.path, error, "the same command goes on once it can be") from error
-        self.sums, self.count, self.since, self.last = {}, 0, time.perf_counter(), figures
+        self.sums, self.steps, self.since, self.last = {}, 0, time.perf_counter(), figures
+        self.counts.clear()

@@ -5,6 +5,7 @@ Shapes: B images, L tokens of all scales, l of one, C codebook channels, V codeb
 
 import copy
 import math
+import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,11 @@ def token_weights(sides: Sequence[int], rule: str) -> Tensor:
     """
     weight_L = torch.cat([torch.full((side * side,), 1 / side if rule == "side" else 1.0) for side in sides])
     return weight_L / weight_L.mean()
+
+
+def spans_within(sides: Sequence[int], length: int) -> list[slice]:
+    """Return the spans of the first scales, whose tokens are `length` in all."""
+    return [part for part in spans(sides) if part.stop <= length]
 
 
 def frequency_loss(tokens: TokenCache, held: TokenCache, config: TransformerConfig) -> float:
@@ -159,6 +165,9 @@ class TransformerStage:
         optim.set_rates(self.optimizer, rate, decay)
         self.model.train()
         tokens_BL, label_B = batch
+        # The scales before the last one are trained more often than it: they cost little, and decide what is seen.
+        if random.Random(f"{training.seed} scales {step}").random() < training.scale_drop:
+            tokens_BL = tokens_BL[:, : spans(self.config.sides)[-1].start]
         return list(zip(tokens_BL.chunk(training.accumulate), label_B.chunk(training.accumulate), strict=True))
 
     def add_gradients(self, part: Batch, rows: Rows, last: bool) -> dict[str, Tensor]:
@@ -170,7 +179,7 @@ class TransformerStage:
                 label_B = self.model.drop_labels(label_B, rows.first, rows.total)
                 share_rows(self.model, rows)
                 loss_BL, hit_BL = self.predict(self.network, tokens_BL, label_B)
-                figures, loss = self.figures(loss_BL, hit_BL), (loss_BL * self.weight_L).mean()
+                figures, loss = self.figures(loss_BL, hit_BL), (loss_BL * self.weight_L[: tokens_BL.shape[1]]).mean()
             else:
                 figures, loss = self.contrast(self.reference, tokens_BL, label_B, rows)
             (loss / self.training.accumulate).backward()
@@ -186,8 +195,9 @@ class TransformerStage:
         loss_2BL, hit_2BL = self.predict(self.network, tokens_2BL, labels_2B)
         with torch.no_grad():
             before_2BL, _ = self.predict(reference, tokens_2BL, labels_2B)
+        weight_L = self.weight_L[: tokens_BL.shape[1]]
         (own_BL, other_BL), (own_before_BL, other_before_BL) = (
-            (loss[::2] * self.weight_L, loss[1::2] * self.weight_L) for loss in (loss_2BL, before_2BL)
+            (loss[::2] * weight_L, loss[1::2] * weight_L) for loss in (loss_2BL, before_2BL)
         )
         lam, beta = self.training.cca, self.training.cca_beta
         loss = contrastive_loss(own_BL, other_BL, own_before_BL, other_before_BL, lam, beta)
@@ -217,28 +227,29 @@ class TransformerStage:
         return self.predict(self.model, tokens_BL, label_B)[0].mean()
 
     def predict(self, model: nn.Module, tokens_BL: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's cross-entropy, and 1 where it is the likeliest, (B, L) each. Source: section 3.1."""
-        parts = spans(self.config.sides)
+        """Return each token's cross-entropy, and 1 where it is the likeliest, (B, L) each. Source: section 3.1.
+
+        The tokens may be those of the first scales only.
+        """
+        parts = spans_within(self.config.sides, tokens_BL.shape[1])
         with torch.no_grad():
-            teacher_BLC = self.tokenizer.quantize.teacher_input([tokens_BL[:, span] for span in parts])
+            teacher_BLC = self.tokenizer.quantize.teacher_input([tokens_BL[:, part] for part in parts])
         with autocast(self.device, self.bf16):
             logits_BLV = model(label_B, teacher_BLC)
         loss_N = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten(), reduction="none")
         return loss_N.view(tokens_BL.shape), (logits_BLV.argmax(-1) == tokens_BL).float()
 
     def figures(self, loss_BL: Tensor, hit_BL: Tensor) -> dict[str, Tensor]:
-        """Return cross-entropy and accuracy: over all tokens alike, over the last scale's, and of each scale (S,)."""
-        parts = spans(self.config.sides)
-        loss_S = torch.stack([loss_BL[:, part].mean() for part in parts])
-        accuracy_S = torch.stack([hit_BL[:, part].mean() for part in parts])
-        return {
-            "loss": loss_BL.mean(),
-            "loss_last": loss_S[-1],
-            "accuracy": hit_BL.mean(),
-            "accuracy_last": accuracy_S[-1],
-            "loss_scale": loss_S,
-            "accuracy_scale": accuracy_S,
-        }
+        """Return cross-entropy and accuracy: over all tokens alike, over the last scale's, and of each scale."""
+        found: dict[str, Tensor] = {}
+        for name, value_BL in (("loss", loss_BL), ("accuracy", hit_BL)):
+            found[name] = value_BL.mean()
+            parts = spans_within(self.config.sides, value_BL.shape[1])
+            scales = {f"{name}_scale_{k}": value_BL[:, part].mean() for k, part in enumerate(parts, 1)}
+            if len(scales) == len(self.config.sides):
+                found[f"{name}_last"] = scales[f"{name}_scale_{len(scales)}"]
+            found |= scales
+        return found
 
     def observe(self, step: int) -> dict[str, Tensor]:
         """Return the learning rate."""
