@@ -171,6 +171,8 @@ class StopSignal:
     ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.received and isinstance(error, RuntimeError):
+            signal.raise_signal(self.received)  # another rank is gone, so no step will end, and a launcher waits
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:  # whoever asks twice does not want to wait
