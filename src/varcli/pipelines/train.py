@@ -37,6 +37,7 @@ from varcli.images.dataset import ImageSet, open_images
 from varcli.images.provenance import png_bytes
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
+from varcli.pipelines.run_evaluation import RunEvaluation
 from varcli.pipelines.watch import check_packages, watched
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim, status
@@ -80,6 +81,10 @@ def train_tokenizer(
     holdout: int = 0,
     validate_every: int = 1000,
     save_every: int = 500,
+    eval_every: int = 0,
+    eval_images: int | None = None,
+    eval_features: str = "inception-v3-compat",
+    eval_weights: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     workers: int | None = None,
@@ -103,6 +108,10 @@ def train_tokenizer(
         holdout: the last images of each class kept for validation.
         validate_every: steps between validations, checkpoints and preview images.
         save_every: steps that a killed run loses at most.
+        eval_every: steps between measurements of rFID of the held-out images; 0 is never.
+        eval_images: images to measure; None is as many as are held out, 2000 at most.
+        eval_features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
+        eval_weights: file of the extractor's weights; None downloads them at the first use.
         device: auto, cpu, cuda or mps.
         dtype: fp32, bf16, or auto: bf16 where it is faster.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
@@ -167,11 +176,25 @@ def train_tokenizer(
         copies=_copies(images, note) if group.is_main else 0.0,
         validate_every=validate_every,
         save_every=save_every,
+        eval_every=eval_every,
         preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
         note=note,
     )
     start = check_run(run)
     check_ranks(run, group)
+    if eval_every:
+        evaluation = RunEvaluation(
+            held,
+            stage.config.pixels,
+            tokenizer=True,
+            count=eval_images,
+            features=eval_features,
+            weights=eval_weights,
+            device=stage.device,
+            group=group,
+            note=note,
+        )
+        run = replace(run, evaluate=lambda: evaluation(run.folder / "tokenizer.safetensors"))
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
     with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
@@ -239,6 +262,10 @@ def train_transformer(
     holdout: int = 0,
     validate_every: int = 1000,
     save_every: int = 500,
+    eval_every: int = 0,
+    eval_images: int | None = None,
+    eval_features: str = "inception-v3-compat",
+    eval_weights: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     save_dtype: str = "fp32",
@@ -269,6 +296,10 @@ def train_transformer(
         holdout: the last images of each class kept for validation.
         validate_every: steps between validations, checkpoints and preview images.
         save_every: steps that a killed run loses at most.
+        eval_every: steps between measurements of FID of samples against the held-out images; 0 is never.
+        eval_images: images to measure; None is as many as are held out, 2000 at most.
+        eval_features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
+        eval_weights: file of the extractor's weights; None downloads them at the first use.
         device: auto, cpu, cuda or mps.
         dtype: fp32, bf16, or auto: bf16 where it is faster.
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
@@ -332,11 +363,25 @@ def train_transformer(
         copies=_copies(images, note) if group.is_main else 0.0,
         validate_every=validate_every,
         save_every=save_every,
+        eval_every=eval_every,
         preview=lambda folder, step: _preview_samples(stage, folder, step),
         note=note,
     )
     start = check_run(run)
     check_ranks(run, group)
+    if eval_every:
+        evaluation = RunEvaluation(
+            held,
+            stage.tokenizer.config.pixels,
+            tokenizer=False,
+            count=eval_images,
+            features=eval_features,
+            weights=eval_weights,
+            device=stage.device,
+            group=group,
+            note=note,
+        )
+        run = replace(run, evaluate=lambda: evaluation(run.folder / "model.safetensors"))
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)

@@ -31,7 +31,7 @@ class MetricsLog:
         self.batch = batch
         self.sums: dict[str, Tensor] = {}
         self.count = 0
-        self.since = time.perf_counter()
+        self.since = self.until = time.perf_counter()
         self.last: Metrics = {}
         if self.path.exists():
             self._drop_after(start)
@@ -55,6 +55,7 @@ class MetricsLog:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
+        self.until = time.perf_counter()  # before a validation, which is no part of a step
 
     def write(
         self,
@@ -76,7 +77,7 @@ class MetricsLog:
         figures: Metrics = {"step": step, "images_seen": step * self.batch}
         if self.count:
             figures |= by_scale({name: total / self.count for name, total in self.sums.items()})
-            seconds = (time.perf_counter() - self.since) / self.count
+            seconds = (self.until - self.since) / self.count
             figures |= {"images_per_second": self.batch / seconds, "seconds_left": remaining * seconds}
         figures |= by_scale(observed or {})
         if memory is not None:
