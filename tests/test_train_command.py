@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from varcli.checkpoints.safetensors_io import load_tensors
 from varcli.cli import run
 from varcli.config import GRID_256, TrainingConfig, TransformerConfig
 from varcli.pipelines import train as pipeline
+from varcli.pipelines import watch
 from varcli.training import data as module
 from varcli.training.estimate import expected_losses, expected_losses_at
 
@@ -295,6 +297,24 @@ def test_wandb_gets_the_figures_and_the_same_run_again(data, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert run(command) == 2
     assert "--wandb needs another package: pip install 'varcli[wandb]'" in capsys.readouterr().err
+
+
+def test_what_shows_a_run_begins_where_it_goes_on_after_a_damaged_state(data, tmp_path, monkeypatch):
+    command = ["train", "tokenizer", str(data), "--out", str(tmp_path), *SMALL, *PACE, "--save-every", "2", "-q"]
+    assert run(command) == 0
+    newest = tmp_path / "state.safetensors"  # of step 5; the one before it is of step 4
+    newest.write_bytes(newest.read_bytes()[:-4] + b"gone")
+    moved, purged = [], []
+
+    @contextmanager
+    def bar(*arguments):
+        yield lambda count, text: moved.append(count)
+
+    monkeypatch.setattr(watch, "progress", bar)
+    monkeypatch.setattr(pipeline, "check_packages", lambda *arguments: None)
+    monkeypatch.setattr(watch, "_tensorboard", lambda folder, first: lambda step, figures: purged.append(first))
+    assert run([*command, "--tensorboard"]) == 0
+    assert (moved, purged) == ([5], [5])
 
 
 def test_a_terminal_shows_a_bar_and_lines_of_validations_only(data, tmp_path, monkeypatch):

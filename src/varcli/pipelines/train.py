@@ -180,7 +180,7 @@ def train_tokenizer(
         preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
         note=note,
     )
-    start = check_run(run)
+    check_run(run)
     check_ranks(run, group)
     if eval_every:
         evaluation = RunEvaluation(
@@ -197,7 +197,7 @@ def train_tokenizer(
         run = replace(run, evaluate=lambda: evaluation(run.folder / "tokenizer.safetensors"))
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
-    with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
+    with watched(run, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 
 
@@ -367,7 +367,7 @@ def train_transformer(
         preview=lambda folder, step: _preview_samples(stage, folder, step),
         note=note,
     )
-    start = check_run(run)
+    check_run(run)
     check_ranks(run, group)
     if eval_every:
         evaluation = RunEvaluation(
@@ -394,7 +394,7 @@ def train_transformer(
     stage.held, stage.tokens = _token_caches(
         images, held, stage.tokenizer, training, cache, stage.device, ahead, group, note, quiet
     )
-    with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
+    with watched(run, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 
 

@@ -407,9 +407,8 @@ def record(
     last = done == run.steps
     validating = last or (validation_due(run, done) and not stopping)
     evaluating = validating and run.eval_every > 0 and (last or done % run.eval_every == 0)
-    # Before a checkpoint, which without a state no run could replace, and before an evaluation, which takes long.
-    early = validating and (evaluating or not stage.group.broadcast(bool(state_files(run.folder))))
-    if early:
+    # Before an evaluation, which takes long, and before a checkpoint, which without a state no run could replace.
+    if evaluating or (validating and not stage.group.broadcast(bool(state_files(run.folder)))):
         save_state(stage, run, done)
     if validating or done % run.log_every == 0:
         validation = conclude(stage, run, done) if validating else {}
@@ -418,7 +417,7 @@ def record(
         if log:
             log.write(done, validation, observed, run.steps - done, peak_bytes(stage.device))
             run.report(done, log.last)
-    if not early and (last or done % run.save_every == 0 or stopping):
+    if not evaluating and (last or done % run.save_every == 0 or stopping):
         save_state(stage, run, done)
 
 
