@@ -204,6 +204,28 @@ def test_a_run_whose_rank_is_killed_says_how_to_go_on_and_does_with_another_numb
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_goes_on_with_a_run_whose_rank_is_killed(rank, data, tmp_path):
+    train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
+    more = ("--tokenizer", tmp_path / "tokenizer" / "tokenizer.safetensors", "--epochs", 8, "--save-every", 2)
+    whole = train("transformer", data, tmp_path / "whole", *more)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    words = launcher + command("transformer", data, tmp_path / "killed", *more)[1:]
+    running = subprocess.Popen(
+        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "killed" / "state.safetensors").exists():
+        time.sleep(0.02)
+        assert running.poll() is None
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(running.pid)], text=True)
+    os.kill(int(children.split()[rank]), signal.SIGKILL)
+    result, error = running.communicate(timeout=120)
+    assert running.returncode == 0, error
+    assert json.loads(result)["step"] == whole["step"]
+    compare(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_saves_and_ends_with_143(workers, data, tmp_path):
     """Schedulers send it to all processes of a command, those that read images ahead among them."""

@@ -31,10 +31,11 @@ with process_group() as group:
 """
 
 
-def launch(tmp_path, code, count=2, **changes):
+def launch(tmp_path, code, count=2, restarts=0, **changes):
     """Run a script as torchrun does."""
     (tmp_path / "script.py").write_text(code)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "script.py"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    words += [f"--max-restarts={restarts}", "script.py"]
     return subprocess.run(
         words, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"} | changes, capture_output=True, check=False
     )
@@ -42,6 +43,22 @@ def launch(tmp_path, code, count=2, **changes):
 
 def test_several_processes_agree(tmp_path):
     done = launch(tmp_path, TOGETHER)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+KILLED = """
+    import os, signal
+    starts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if group.rank == starts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if starts < 2:
+        group.barrier()
+"""
+
+
+def test_torchrun_starts_ranks_again(tmp_path):
+    """Also where addresses of the ended ones are still in its store, which it keeps."""
+    done = launch(tmp_path, TOGETHER + KILLED, restarts=2)
     assert done.returncode == 0, done.stderr.decode()
 
 

@@ -18,11 +18,11 @@ API = {
     "load": "checkpoint device dtype quantize progress",
     "evaluate": "source metrics reference tokenizer num_images seed config best_of classifier batch_size paths resize "
     "skip_bad lines features weights lpips_weights device save_stats save_images thumbnails group report note quiet",
-    "train_tokenizer": "data out config training init lpips_weights holdout validate_every save_every device dtype "
-    "workers compiled tensorboard wandb group report note quiet",
+    "train_tokenizer": "data out config training init lpips_weights holdout validate_every save_every eval_every "
+    "eval_images eval_features eval_weights device dtype workers compiled tensorboard wandb group report note quiet",
     "train_transformer": "data tokenizer out depth width shared_adaln training init token_cache holdout validate_every "
-    "save_every device dtype save_dtype workers compiled checkpoint_activations shard tensorboard wandb group report "
-    "note quiet",
+    "save_every eval_every eval_images eval_features eval_weights device dtype save_dtype workers compiled "
+    "checkpoint_activations shard tensorboard wandb group report note quiet",
     "Model.sample": "self classes count seed preset batch_size settings",
     "Model.stream": "self requests preset batch_size settings",
     "Model.grow": "self label seed preset settings",

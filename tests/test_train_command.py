@@ -8,16 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 from PIL import Image
 
+import varcli
 from support.images import write_folder
+from varcli.checkpoints.safetensors_io import load_tensors
 from varcli.checkpoints.store import load_tokenizer
 from varcli.cli import run
 from varcli.config import GRID_256, TrainingConfig, TransformerConfig
 from varcli.pipelines import train as pipeline
+from varcli.pipelines import watch
 from varcli.training import data as module
 from varcli.training.estimate import expected_losses, expected_losses_at
 
@@ -105,6 +109,59 @@ def test_runs_take_the_tokens_that_were_encoded_before(data, tokenizer, tmp_path
     facts = "--resize-ratio 1.125, --seed 0, tokenizer "
     assert f"var: {cache} has no token maps of 18 images, --crops 4, {facts}" in told
     assert f"var: {cache} has token maps of 18 images, --crops 2, --flip, {facts}" in told
+
+
+EVALUATE = ["--eval-every", "2", "--eval-features", "efficientnet-lite0"]
+
+
+@pytest.mark.slow
+def test_evaluations_are_those_of_var_eval_and_change_nothing(data, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run(transformer_command(data, tokenizer, tmp_path / "plain", "-q")) == 0
+    command = transformer_command(data, tokenizer, tmp_path / "run", *EVALUATE, "--eval-images", "9", "-q")
+    assert run(command) == 0
+    ours, plain = (load_tensors(tmp_path / name / "state.safetensors")[0] for name in ("run", "plain"))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_fd_efficientnet" in line] == [2, 4, 5]
+    held = tmp_path / "held"
+    for folder in data.iterdir():  # the last two of each class are held out
+        (held / folder.name).mkdir(parents=True)
+        for number in (6, 7):
+            shutil.copy(folder / f"{folder.name}_{number}.png", held / folder.name)
+    found = varcli.evaluate(
+        varcli.load(tmp_path / "run" / "model.safetensors", device="cpu"),
+        ["fid"],
+        reference=str(held),
+        num_images=9,
+        resize=8,
+        features="efficientnet-lite0",
+    )
+    assert lines[-1]["validation_fd_efficientnet"] == pytest.approx(found.metrics["fd_efficientnet"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_is_evaluated_by_its_reconstructions(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ["train", "tokenizer", str(data), "--out", str(tmp_path / "run"), *SMALL, *PACE, *EVALUATE]
+    assert run(command) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["validation_rfd_efficientnet"] > 0 for line in lines) and len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--holdout", "0"], "--eval-every measures against held-out images, 2 at least: give --holdout (got 0 held"),
+        (["--eval-images", "7"], "--eval-images must be at most the 6 images that are held out (got 7)"),
+        (["--eval-features", "vgg"], "--eval-features must be one of inception-v3-compat, dinov2, efficientnet-lite0 "),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused_before_training(more, line, data, tmp_path, capsys):
+    command = ["train", "tokenizer", str(data), "--out", str(tmp_path / "run"), *SMALL, *PACE, *EVALUATE]
+    assert run([*command, *more, "-q"]) == 2
+    assert capsys.readouterr().err.startswith(f"var: error: {line}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_finished_run_is_left_as_it_is(data, tokenizer, tmp_path, capsys):
@@ -254,6 +311,24 @@ def test_wandb_gets_the_figures_and_the_same_run_again(data, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert run(command) == 2
     assert "--wandb needs another package: pip install 'varcli[wandb]'" in capsys.readouterr().err
+
+
+def test_what_shows_a_run_begins_where_it_goes_on_after_a_damaged_state(data, tmp_path, monkeypatch):
+    command = ["train", "tokenizer", str(data), "--out", str(tmp_path), *SMALL, *PACE, "--save-every", "2", "-q"]
+    assert run(command) == 0
+    newest = tmp_path / "state.safetensors"  # of step 5; the one before it is of step 4
+    newest.write_bytes(newest.read_bytes()[:-4] + b"gone")
+    moved, purged = [], []
+
+    @contextmanager
+    def bar(*arguments):
+        yield lambda count, text: moved.append(count)
+
+    monkeypatch.setattr(watch, "progress", bar)
+    monkeypatch.setattr(pipeline, "check_packages", lambda *arguments: None)
+    monkeypatch.setattr(watch, "_tensorboard", lambda folder, first: lambda step, figures: purged.append(first))
+    assert run([*command, "--tensorboard"]) == 0
+    assert (moved, purged) == ([5], [5])
 
 
 def test_a_terminal_shows_a_bar_and_lines_of_validations_only(data, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
 from varcli.training import tokenizer as tokenizer_training
+from varcli.training import transformer as transformer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
 from varcli.training.estimate import estimate
@@ -33,7 +34,7 @@ from varcli.training.loop import Run, check_run, only_run, state_files, train, u
 from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
-from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs
+from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs, tokens_at_once
 
 CPU = torch.device("cpu")
 TOKENIZER = TokenizerConfig(
@@ -157,6 +158,34 @@ def test_activations_computed_again_change_no_bit_and_take_less_memory(tmp_path,
     assert all(torch.equal(plain[name], again[name]) for name in plain)
     plain, again = (estimate(stage, stage.training, 20).activation_bytes for stage in stages)
     assert again < plain / 3
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_logits_computed_part_by_part_change_rounding_only_and_take_less_memory(bf16, images):
+    config, training = dataclasses.replace(TRANSFORMER, codebook_size=4096), TRANSFORMER_TRAINING
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(dataclasses.replace(TOKENIZER, codebook_size=4096))
+    tokens_BL, label_B = torch.randint(4096, (4, 21)), torch.tensor([0, 1, 2, 0])
+    found = []
+    for at_once in (None, 10):  # of 84 tokens, so that the last part is smaller
+        stage = TransformerStage(build_transformer(config, training), training, tokenizer, images.classes, bf16=bf16)
+        stage.at_once = at_once
+        loss_BL, hit_BL = stage.predict(stage.model.eval(), tokens_BL, label_B)
+        loss_BL[:, 5:].square().mean().backward()
+        gradients = [weight.grad for weight in stage.model.parameters()]
+        found.append([loss_BL, hit_BL, *gradients, estimate(stage, training, 20).activation_bytes])
+    (*plain, kept), (*again, kept_again) = found
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.03 if bf16 else 1e-4, atol=1e-3 if bf16 else 1e-6)
+    assert kept_again < kept / 2
+
+
+def test_logits_that_would_fill_memory_are_computed_part_by_part(monkeypatch):
+    monkeypatch.setattr("varcli.training.transformer.memory_bytes", lambda device: 32 * 4 * 32 * 100)
+    assert tokens_at_once(4, TRANSFORMER, CPU) is None  # 84 of the 100 tokens that a 32nd of the memory holds
+    assert tokens_at_once(5, TRANSFORMER, CPU) == 100
+    monkeypatch.setattr("varcli.training.transformer.memory_bytes", lambda device: None)
+    assert tokens_at_once(10**9, TRANSFORMER, CPU) is None
 
 
 def test_a_tokens_loss_weighs_one_over_its_side_where_asked(tmp_path, images):
@@ -649,6 +678,17 @@ def test_average_follows_the_weights():
         model.weight.add_(1)
     average.update(model, step=100)
     assert float(average.model.weight) == pytest.approx(start + 0.5)
+
+
+def test_the_fused_optimizer_is_the_plain_one_to_rounding(tmp_path, images):
+    fused, plain = (transformer_stage(tmp_path, images) for _ in range(2))
+    groups = [{"params": group["params"]} for group in plain.optimizer.param_groups]
+    plain.optimizer = torch.optim.AdamW(groups, betas=transformer_training.BETAS, foreach=False, fused=False)
+    for stage in (fused, plain):
+        for step, batch in enumerate(stage.batches(range(5))):
+            update(stage, batch, step, 5)
+    for one, other in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_weight_decay_spares_what_the_recipe_spares(tmp_path, images):

@@ -32,6 +32,7 @@ from varcli.files import private_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import Store  # type: ignore[attr-defined]  # public all the same
 
 
 Item = TypeVar("Item")
@@ -217,9 +218,8 @@ class ProcessGroup:
         if self.world_size > 1:
             import torch.distributed as dist
 
-            with _others_expected():
-                for name in sorted(sums):
-                    dist.all_reduce(sums[name])
+            for name in sorted(sums):
+                dist.all_reduce(sums[name])
         return sums
 
     def gather(self, item: Item) -> list[Item]:
@@ -230,13 +230,12 @@ class ProcessGroup:
         import torch.distributed as dist
 
         mine = _packed(item)
-        with _others_expected():
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-            dist.all_gather(sizes, torch.tensor([len(mine)]))
-            longest = max(int(size) for size in sizes)
-            mine = torch.nn.functional.pad(mine, (0, longest - len(mine)))
-            shares = [torch.empty_like(mine) for _ in sizes] if self.is_main else None
-            dist.gather(mine, shares)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)]))
+        longest = max(int(size) for size in sizes)
+        mine = torch.nn.functional.pad(mine, (0, longest - len(mine)))
+        shares = [torch.empty_like(mine) for _ in sizes] if self.is_main else None
+        dist.gather(mine, shares)
         return [_unpacked(share[: int(size)]) for share, size in zip(shares or [], sizes, strict=False)]
 
     def broadcast(self, item: Item) -> Item:
@@ -247,12 +246,11 @@ class ProcessGroup:
         import torch.distributed as dist
 
         packed = _packed(item) if self.is_main else None
-        with _others_expected():
-            size = torch.tensor([0 if packed is None else len(packed)])
-            dist.broadcast(size, 0)
-            if packed is None:
-                packed = torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(packed, 0)
+        size = torch.tensor([0 if packed is None else len(packed)])
+        dist.broadcast(size, 0)
+        if packed is None:
+            packed = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(packed, 0)
         return item if self.is_main else _unpacked(packed)
 
     def barrier(self) -> None:
@@ -295,6 +293,9 @@ def process_group() -> Iterator[ProcessGroup]:
 
     Without a launcher it is alone, and torch.distributed is not touched. CPU tensors go through gloo,
     those on GPUs through NCCL.
+
+    Raises:
+        RunError: another process is gone, and no launcher ended this one.
     """
     if not launched():
         yield ProcessGroup()
@@ -308,36 +309,54 @@ def process_group() -> Iterator[ProcessGroup]:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(group.device("cuda"))
     end_with_parent()
-    place, store = os.environ.get(_RENDEZVOUS), None
-    if place:  # ours; torchrun says in other variables where its ranks meet
-        store = dist.FileStore(place, group.world_size)  # type: ignore[attr-defined]  # public all the same
-        store.set_timeout(_PATIENCE)
-    with _others_expected():
+    place = os.environ.get(_RENDEZVOUS)
+    store: Store | None = None
+    try:
+        if place:  # ours; torchrun says in other variables where its ranks meet
+            store = dist.FileStore(place, group.world_size)  # type: ignore[attr-defined]  # public all the same
+            store.set_timeout(_PATIENCE)
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = _store_of_this_start(group)
         dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=group.rank, world_size=group.world_size)
-    yield group
-    with _others_expected():
+        yield group
         group.barrier()  # whoever leaves earlier takes the connection along
         dist.destroy_process_group()
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "NCCL", "TCPStore", "onnect")):
+            raise
+        time.sleep(_GRACE)  # the launcher ends this process: the other's error is the one to be reported
+        raise RunError("another process ended early; see its error, and run the command again") from error
 
 
 _PATIENCE = timedelta(days=1)
 """How long one process waits for another: for good, the launcher notices sooner when one fails."""
 
 
-@contextmanager
-def _others_expected() -> Iterator[None]:
-    """Wait for the launcher's end where another process is gone: its error is the one to be reported.
+def _store_of_this_start(group: ProcessGroup) -> "Store":
+    """Return torchrun's store, under a prefix that the ranks of this start share.
 
-    Raises:
-        RunError: no launcher ended this process.
+    `torchrun --max-restarts` keeps its store, in which new ranks would read the addresses of ended ones and try to
+    connect to these (https://github.com/pytorch/pytorch/issues/135712). Its count of restarts is no prefix: machines
+    count their own. So the main rank hands out a random one, as answer to a random number of each other rank, and again
+    until it was taken: a number may be that of an ended rank, an answer never is.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(word in str(error) for word in ("gloo", "NCCL", "TCPStore", "onnect")):
-            raise
-        time.sleep(_GRACE)
-        raise RunError("another process ended early; see its error, and run the command again") from error
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public all the same
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=_PATIENCE)
+    if not group.is_main:
+        question = secrets.token_hex(16)
+        store.set(f"varcli/rank{group.rank}", question)
+        prefix = store.get(f"varcli/{question}").decode()
+        store.set(f"{prefix}/taken{group.rank}", "")
+        return PrefixStore(prefix, store)
+    prefix = f"varcli/{secrets.token_hex(16)}"
+    for rank in range(1, group.world_size):
+        while not store.check([f"{prefix}/taken{rank}"]):
+            question = store.get(f"varcli/rank{rank}").decode()
+            store.set(f"varcli/{question}", prefix)
+            time.sleep(0.05)
+    return PrefixStore(prefix, store)
 
 
 _GRACE = 30.0

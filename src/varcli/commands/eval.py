@@ -28,15 +28,6 @@ Features = Annotated[
     str,
     Option("--features", metavar="NAME", help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0."),
 ]
-DEFAULT_FEATURES = "inception-v3-compat"
-InceptionFile = Annotated[
-    Path | None,
-    Option("--inception", envvar="VAR_INCEPTION", metavar="FILE", help="Inception's weights, instead of a download."),
-]
-DinoFile = Annotated[
-    Path | None,
-    Option("--dinov2", envvar="VAR_DINOV2", metavar="FILE", help="DINOv2's weights, instead of a download."),
-]
 Metrics = Annotated[
     dict[str, Any],
     make_dataclass(
@@ -59,7 +50,7 @@ def evaluate(
         ),
     ] = None,
     metrics: Metrics,
-    features: Features = DEFAULT_FEATURES,
+    features: Features = options.DEFAULT_FEATURES,
     num_images: Annotated[
         int | None,
         Option(
@@ -91,8 +82,8 @@ def evaluate(
     classifier: options.Classifier = options.DEFAULT_CLASSIFIER,
     resize: Resize = None,
     skip_bad: options.SkipBad = False,
-    inception: InceptionFile = None,
-    dinov2: DinoFile = None,
+    inception: options.InceptionFile = None,
+    dinov2: options.DinoFile = None,
     lpips_weights: Annotated[
         Path | None,
         Option(
@@ -169,7 +160,7 @@ def evaluate(
             skip_bad=skip_bad,
             lines=_paths_on_stdin(),
             features=features,
-            weights={"dinov2": dinov2, DEFAULT_FEATURES: inception}.get(features),
+            weights={"dinov2": dinov2, options.DEFAULT_FEATURES: inception}.get(features),
             lpips_weights=lpips_weights,
             device=where,
             save_stats=save_stats,
@@ -186,14 +177,14 @@ def eval_stats(
     *,
     data: Annotated[list[str], Argument(metavar="PATH", help="Folders, zips, .npz, .tar, image files, or - .")],
     out: Annotated[Path, Option("--out", "-o", metavar="FILE", help="The .npz to write.")],
-    features: Features = DEFAULT_FEATURES,
+    features: Features = options.DEFAULT_FEATURES,
     keep_features: Annotated[
         bool, Option("--keep-features", help="Also keep each image's features, for KID, precision and recall.")
     ] = False,
     resize: Resize = None,
     skip_bad: options.SkipBad = False,
-    inception: InceptionFile = None,
-    dinov2: DinoFile = None,
+    inception: options.InceptionFile = None,
+    dinov2: options.DinoFile = None,
     device: options.Device = "auto",
     nproc: options.Processes = 1,
     quiet: options.Quiet = False,
@@ -217,7 +208,7 @@ def eval_stats(
             skip_bad=skip_bad,
             lines=_paths_on_stdin(),
             features=features,
-            weights={"dinov2": dinov2, DEFAULT_FEATURES: inception}.get(features),
+            weights={"dinov2": dinov2, options.DEFAULT_FEATURES: inception}.get(features),
             device=group.device(device),
             group=group,
             note=note,

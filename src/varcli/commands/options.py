@@ -204,6 +204,15 @@ Processes = Annotated[
 ]
 Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run left.")]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
+DEFAULT_FEATURES = "inception-v3-compat"
+InceptionFile = Annotated[
+    Path | None,
+    Option("--inception", envvar="VAR_INCEPTION", metavar="FILE", help="Inception's weights, instead of a download."),
+]
+DinoFile = Annotated[
+    Path | None,
+    Option("--dinov2", envvar="VAR_DINOV2", metavar="FILE", help="DINOv2's weights, instead of a download."),
+]
 Holdout = Annotated[
     int, Option("--holdout", metavar="N", min=0, help="Keep the last N images of each class for validation.")
 ]

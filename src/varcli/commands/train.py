@@ -64,6 +64,35 @@ class RunOptions:
             help="Save resumable state every N steps; the last two are kept, each four times the size of the weights.",
         ),
     ] = 500
+    eval_every: Annotated[
+        int,
+        Option(
+            "--eval-every",
+            metavar="N",
+            min=0,
+            help="Validate and measure FID against the held-out images (a tokenizer's rFID) every N steps; 0 is never.",
+        ),
+    ] = 0
+    eval_images: Annotated[
+        int | None,
+        Option(
+            "--eval-images",
+            metavar="N",
+            min=2,
+            help="Images that --eval-every samples or reconstructs.",
+            show_default="as many as are held out, 2000 at most",
+        ),
+    ] = None
+    eval_features: Annotated[
+        str,
+        Option(
+            "--eval-features",
+            metavar="NAME",
+            help="Feature extractor of --eval-every: inception-v3-compat, dinov2 or efficientnet-lite0.",
+        ),
+    ] = options.DEFAULT_FEATURES
+    inception: options.InceptionFile = None
+    dinov2: options.DinoFile = None
     device: options.Device = "auto"
     dtype: options.TrainingDtype = "auto"
     workers: options.Workers = None
@@ -132,6 +161,10 @@ def tokenizer(
             lpips_weights=lpips_weights,
             validate_every=run.validate_every,
             save_every=run.save_every,
+            eval_every=run.eval_every,
+            eval_images=run.eval_images,
+            eval_features=run.eval_features,
+            eval_weights={"dinov2": run.dinov2, options.DEFAULT_FEATURES: run.inception}.get(run.eval_features),
             device=group.device(run.device),
             workers=run.workers,
             compiled=run.compiled,
@@ -228,6 +261,10 @@ def transformer(
             shard=shard,
             validate_every=run.validate_every,
             save_every=run.save_every,
+            eval_every=run.eval_every,
+            eval_images=run.eval_images,
+            eval_features=run.eval_features,
+            eval_weights={"dinov2": run.dinov2, options.DEFAULT_FEATURES: run.inception}.get(run.eval_features),
             device=group.device(run.device),
             workers=run.workers,
             compiled=run.compiled,

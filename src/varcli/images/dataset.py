@@ -228,6 +228,18 @@ class ImageSet:
             skipped=self.skipped,
         )
 
+    def resized(self, side: int) -> "ImageSet":
+        """The set as `var eval --resize` opens it: headers read, images cropped and resized, bad ones skipped.
+
+        Raises:
+            InputError: none can be read.
+        """
+        files = [(image, None, str(i)) for i, image in enumerate(self._images)]
+        listed, skipped = _read_headers(files, skip_bad=True)
+        labels = [self.labels[int(i)] for _, _, i in listed]
+        images = [image for image, _, _ in listed]
+        return ImageSet(self.classes, images, labels, resize=side, skip_bad=True, skipped=skipped)
+
     def split(self, holdout: int) -> tuple["ImageSet", "ImageSet"]:
         """The images to train on, and the last `holdout` of each class to validate on.
 

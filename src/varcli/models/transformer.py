@@ -5,9 +5,9 @@ V codebook size.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -245,12 +245,16 @@ class Transformer(nn.Module):
         cache.advance(x_BlD.shape[1])
         return x_BlD
 
-    def forward(self, label_B: Tensor, input_BLC: Tensor) -> Tensor:
+    def forward(
+        self, label_B: Tensor, input_BLC: Tensor, read: Callable[[nn.Module, Tensor], Any] | None = None
+    ) -> Any:
         """Return logits (B, L, V) of all scales at once, from the true coarser tokens.
 
         Args:
             label_B: rows of the class table.
             input_BLC: `Quantizer.teacher_input` of all scales, or of the first few; (B, L - 1, C).
+            read: takes the head and its input (B, L, D), for logits too many to be there at once; what it returns is
+                returned instead of logits.
         """
         length = 1 + input_BLC.shape[1]
         bias_11LL = self.attn_bias_for_masking[:, :, :length, :length]
@@ -260,7 +264,8 @@ class Transformer(nn.Module):
         x_BLD = x_BLD + self.lvl_embed(self.lvl_1L[:, :length]) + self.pos_1LC[:, :length]
         for i, (block, ada_B16D) in enumerate(zip(self.blocks, self.modulations(class_BD), strict=True)):
             x_BLD = block(x_BLD, ada_B16D, i, bias_11LL, None)
-        return self.head(self.head_nm(x_BLD, class_BD))
+        x_BLD = self.head_nm(x_BLD, class_BD)
+        return self.head(x_BLD) if read is None else read(self.head, x_BLD)
 
 
 def block_causal_bias(level_L: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def evaluate(
             name = reference or (usual if "agreement" in chosen else None)
             target = evaluator.usual_reference(name, usual, chosen, resize)
             count = group.broadcast(num_images or _usual_count(model, target))
-            images = _samples(model, count, seed, config, best_of, classifier, batch_size, save_images, group, note)
+            images = samples(model, count, group, seed, config, best_of, classifier, batch_size, save_images, note)
         scored = _imagenet_ids(images) if "agreement" in chosen else ()
         plan = EvalPlan(count=len(images), metrics=chosen, classes=len(images.classes), scored=scored)
         if group.is_main:
@@ -406,6 +406,11 @@ class Evaluator:
                 state.unlink(missing_ok=True)
         self.group.barrier()
 
+    def figures(self, found: Statistics, reference: Reference | None) -> dict[str, float]:
+        """All figures of statistics by the names that they have with this network."""
+        figures = rows.figures(found, reference)
+        return {_renamed(name, self.extractor.figure): value for name, value in figures.items()}
+
     def save_statistics(self, path: Path, found: Statistics, side: int) -> None:
         """Write statistics of images of a size as a reference file."""
         save_reference(
@@ -451,18 +456,19 @@ def _paths(source: Any, folder: Path) -> list[str | Path]:
     return [folder / "images.npz"]
 
 
-def _samples(
+def samples(
     model: Model,
     count: int,
-    seed: int,
-    config: SampleConfig | None,
-    best_of: float,
-    classifier: str,
-    batch_size: int | None,
-    save_images: str | None,
     group: ProcessGroup,
-    note: Callable[[str], None],
+    seed: int = 0,
+    config: SampleConfig | None = None,
+    best_of: float = 1,
+    classifier: str = "resnet101",
+    batch_size: int | None = None,
+    save_images: str | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Samples:
+    """Images of a model's classes to measure, equally many of each; arguments as for `evaluate`."""
     config = config or model.settings("metrics")
     common = model.provenance(config, device=model.device.type if group.world_size > 1 else None)
     each, more = divmod(count, len(model.classes))
@@ -549,9 +555,7 @@ def _result(
     sampled = source if isinstance(source, Samples) else None
     entry = registry().get(model.name) if model else None
 
-    figures: dict[str, Any] = dict(rows.figures(found, reference))
-    if evaluator.extractor.figure != "fid":
-        figures = {_renamed(name, evaluator.extractor.figure): value for name, value in figures.items()}
+    figures: dict[str, Any] = evaluator.figures(found, reference)
     if isinstance(source, Reconstructed):
         figures = {name if name.startswith("agreement") else f"r{name}": value for name, value in figures.items()}
         figures |= source.reconstructions.figures()

@@ -38,6 +38,7 @@ from varcli.images.dataset import ImageSet, open_images
 from varcli.images.provenance import png_bytes
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
+from varcli.pipelines.run_evaluation import RunEvaluation
 from varcli.pipelines.watch import check_packages, watched
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim, status
@@ -81,6 +82,10 @@ def train_tokenizer(
     holdout: int = 0,
     validate_every: int = 1000,
     save_every: int = 500,
+    eval_every: int = 0,
+    eval_images: int | None = None,
+    eval_features: str = "inception-v3-compat",
+    eval_weights: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     workers: int | None = None,
@@ -105,6 +110,10 @@ def train_tokenizer(
         holdout: the last images of each class kept for validation.
         validate_every: steps between validations, checkpoints and preview images.
         save_every: steps that a killed run loses at most.
+        eval_every: steps between measurements of rFID of the held-out images; 0 is never.
+        eval_images: images to measure; None is as many as are held out, 2000 at most.
+        eval_features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
+        eval_weights: file of the extractor's weights; None downloads them at the first use.
         device: auto, cpu, cuda or mps.
         dtype: fp32, bf16, or auto: bf16 where it is faster.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
@@ -169,14 +178,28 @@ def train_tokenizer(
         copies=_copies(images, note) if group.is_main else 0.0,
         validate_every=validate_every,
         save_every=save_every,
+        eval_every=eval_every,
         preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
         note=note,
     )
-    start = check_run(run)
+    check_run(run)
     check_ranks(run, group)
+    if eval_every:
+        evaluation = RunEvaluation(
+            held,
+            stage.config.pixels,
+            tokenizer=True,
+            count=eval_images,
+            features=eval_features,
+            weights=eval_weights,
+            device=stage.device,
+            group=group,
+            note=note,
+        )
+        run = replace(run, evaluate=lambda: evaluation(run.folder / "tokenizer.safetensors"))
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
-    with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
+    with watched(run, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 
 
@@ -261,6 +284,10 @@ def train_transformer(
     holdout: int = 0,
     validate_every: int = 1000,
     save_every: int = 500,
+    eval_every: int = 0,
+    eval_images: int | None = None,
+    eval_features: str = "inception-v3-compat",
+    eval_weights: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     save_dtype: str = "fp32",
@@ -291,6 +318,10 @@ def train_transformer(
         holdout: the last images of each class kept for validation.
         validate_every: steps between validations, checkpoints and preview images.
         save_every: steps that a killed run loses at most.
+        eval_every: steps between measurements of FID of samples against the held-out images; 0 is never.
+        eval_images: images to measure; None is as many as are held out, 2000 at most.
+        eval_features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
+        eval_weights: file of the extractor's weights; None downloads them at the first use.
         device: auto, cpu, cuda or mps.
         dtype: fp32, bf16, or auto: bf16 where it is faster.
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
@@ -354,11 +385,25 @@ def train_transformer(
         copies=_copies(images, note) if group.is_main else 0.0,
         validate_every=validate_every,
         save_every=save_every,
+        eval_every=eval_every,
         preview=lambda folder, step: _preview_samples(stage, folder, step),
         note=note,
     )
-    start = check_run(run)
+    check_run(run)
     check_ranks(run, group)
+    if eval_every:
+        evaluation = RunEvaluation(
+            held,
+            stage.tokenizer.config.pixels,
+            tokenizer=False,
+            count=eval_images,
+            features=eval_features,
+            weights=eval_weights,
+            device=stage.device,
+            group=group,
+            note=note,
+        )
+        run = replace(run, evaluate=lambda: evaluation(run.folder / "model.safetensors"))
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
@@ -371,7 +416,7 @@ def train_transformer(
     stage.held, stage.tokens = _token_caches(
         images, held, stage.tokenizer, training, cache, stage.device, ahead, group, note, quiet
     )
-    with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
+    with watched(run, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 
 

@@ -39,33 +39,38 @@ def check_packages(tensorboard: bool, wandb: str | None) -> None:
 
 @contextmanager
 def watched(
-    run: Run, start: int, report: Callable[[int, int, Metrics], None], tensorboard: bool, wandb: str | None, quiet: bool
+    run: Run, report: Callable[[int, int, Metrics], None], tensorboard: bool, wandb: str | None, quiet: bool
 ) -> Iterator[Run]:
     """Yield the run with a progress bar, and with figures going to `report` and to the trackers asked for.
 
     Only the main rank reports, so the trackers begin with the first figures.
     """
     trackers: list[Tracker] = []
+    first = 0  # step that is taken; known only then, as the newest state may turn out to be damaged
 
     def log(step: int, figures: Metrics) -> None:
         if not trackers:
-            trackers.extend([_tensorboard(run.folder / "tensorboard", start)] if tensorboard else [])
+            trackers.extend([_tensorboard(run.folder / "tensorboard", first)] if tensorboard else [])
             trackers.extend([_wandb(wandb, run)] if wandb else [])
         named = {name.replace("validation_", "validation/"): value for name, value in figures.items()}
         for tracker in trackers:
             tracker(step, named)
         report(step, run.steps, figures)
 
-    with _bar(run, start, quiet) as after_step:
+    def after_step(step: int, loss: float) -> None:
+        nonlocal first
+        first = first or step
+        move(step, loss)
+
+    with _bar(run, quiet) as move:
         yield replace(run, report=log, after_step=after_step)
 
 
 @contextmanager
-def _bar(run: Run, start: int, quiet: bool) -> Iterator[Callable[[int, float], None]]:
+def _bar(run: Run, quiet: bool) -> Iterator[Callable[[int, float], None]]:
     """Yield what moves a bar with loss and images/s after each step, where stderr is a terminal."""
     with progress("training", run.steps, quiet) as advance:
-        advance(start)
-        shown, since, seconds = start, time.perf_counter(), 0.0
+        shown, since, seconds = 0, time.perf_counter(), 0.0
 
         def after_step(step: int, loss: float) -> None:
             nonlocal shown, since, seconds
@@ -77,11 +82,11 @@ def _bar(run: Run, start: int, quiet: bool) -> Iterator[Callable[[int, float], N
         yield after_step
 
 
-def _tensorboard(folder: Path, start: int) -> Tracker:
-    """Write for TensorBoard; what a killed run wrote later than `start` is gone."""
+def _tensorboard(folder: Path, first: int) -> Tracker:
+    """Write for TensorBoard; what a killed run wrote of the step `first` and later ones is gone."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(folder), purge_step=start + 1)
+    writer: Any = SummaryWriter(str(folder), purge_step=first)
 
     def track(step: int, figures: Metrics) -> None:
         for name, value in figures.items():

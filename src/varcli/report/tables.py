@@ -153,6 +153,8 @@ TRAINED = {
     "validation_accuracy_last": "… of the last scale",
     "squared_error": "Squared error",
     "validation_psnr": "PSNR, dB",
+    "validation_fid": "FID",
+    "validation_rfid": "rFID",
 }
 """Figures of a metrics log that stand in the table of runs, where a run has them, and their headings."""
 

@@ -102,6 +102,10 @@ class Run:
     log_every: int = 50
     validate_every: int = 1000
     save_every: int = 500
+    eval_every: int = 0
+    """0 measures nothing."""
+    evaluate: Callable[[], Metrics] = dict
+    """Measures the checkpoint that was written last; called by all ranks, the main one gets the figures."""
     preview: Callable[[Path, int], None] = field(default=lambda folder, step: None)
     """Draws images of the averaged weights into a folder."""
     report: Callable[[int, Metrics], None] = field(default=lambda step, figures: None)
@@ -171,6 +175,8 @@ class StopSignal:
     ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.received and isinstance(error, RuntimeError):
+            signal.raise_signal(self.received)  # another rank is gone, so no step will end, and a launcher waits
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:  # whoever asks twice does not want to wait
@@ -379,7 +385,7 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
             received = torch.tensor([stop.received > 0, stop.received == signal.SIGTERM], dtype=torch.int64)
             stopping, terminated = map(bool, sum_over_ranks(received, group))
             stopping &= not last
-            logging = last or done % run.log_every == 0 or done % run.validate_every == 0
+            logging = last or done % run.log_every == 0 or validation_due(run, done)
             observed = stage.observe(done) if logging else {}
             if log:
                 log.add(metrics)
@@ -399,16 +405,25 @@ def record(
     A run that is stopped saves its state at once: a scheduler does not wait for a validation.
     """
     last = done == run.steps
-    validating = last or (done % run.validate_every == 0 and not stopping)
-    if validating and not stage.group.broadcast(bool(state_files(run.folder))):
-        save_state(stage, run, done)  # before the checkpoint, which without a state no run could replace
+    validating = last or (validation_due(run, done) and not stopping)
+    evaluating = validating and run.eval_every > 0 and (last or done % run.eval_every == 0)
+    # Before an evaluation, which takes long, and before a checkpoint, which without a state no run could replace.
+    if evaluating or (validating and not stage.group.broadcast(bool(state_files(run.folder)))):
+        save_state(stage, run, done)
     if validating or done % run.log_every == 0:
         validation = conclude(stage, run, done) if validating else {}
+        if evaluating:
+            validation |= run.evaluate()
         if log:
             log.write(done, validation, observed, run.steps - done, peak_bytes(stage.device))
             run.report(done, log.last)
-    if last or done % run.save_every == 0 or stopping:
+    if not evaluating and (last or done % run.save_every == 0 or stopping):
         save_state(stage, run, done)
+
+
+def validation_due(run: Run, done: int) -> bool:
+    """Whether a validation, and with it a checkpoint, follows a step that is not the last; an evaluation needs both."""
+    return done % run.validate_every == 0 or (run.eval_every > 0 and done % run.eval_every == 0)
 
 
 @contextmanager

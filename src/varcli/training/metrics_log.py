@@ -33,7 +33,7 @@ class MetricsLog:
         self.sums: dict[str, Tensor] = {}
         self.counts: Counter[str] = Counter()
         self.steps = 0
-        self.since = time.perf_counter()
+        self.since = self.until = time.perf_counter()
         self.last: Metrics = {}
         if self.path.exists():
             self._drop_after(start)
@@ -58,6 +58,7 @@ class MetricsLog:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.counts.update(metrics.keys())
         self.steps += 1
+        self.until = time.perf_counter()  # before a validation, which is no part of a step
 
     def write(
         self,
@@ -79,7 +80,7 @@ class MetricsLog:
         figures: Metrics = {"step": step, "images_seen": step * self.batch}
         if self.steps:
             figures |= by_scale({name: total / self.counts[name] for name, total in self.sums.items()})
-            seconds = (time.perf_counter() - self.since) / self.steps
+            seconds = (self.until - self.since) / self.steps
             figures |= {"images_per_second": self.batch / seconds, "seconds_left": remaining * seconds}
         figures |= by_scale(observed or {})
         if memory is not None:

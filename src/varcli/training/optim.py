@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from varcli.errors import UsageError
 from varcli.models.transformer import Block, Transformer
@@ -149,8 +150,8 @@ class MovingAverage(Generic[Model]):
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards `model`, fast at first: a constant decay would remember the random beginning."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            average.lerp_(parameter, 1 - decay)
+        # One launch for all weights on a GPU, not one each.
+        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), 0)
 
     def shard_like(self, model: nn.Module) -> None:
         """Leave each rank the parts of the average that it has of `model`, which was sharded after it was copied."""

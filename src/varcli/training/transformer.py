@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from varcli.acceleration.devices import memory_bytes
 from varcli.checkpoints.store import save_model
 from varcli.classes import ClassTable
 from varcli.config import TransformerConfig, TransformerTrainingConfig, spans
@@ -86,6 +87,45 @@ def spans_within(sides: Sequence[int], length: int) -> list[slice]:
     return [part for part in spans(sides) if part.stop <= length]
 
 
+LOGITS_SHARE = 1 / 32
+"""Part of a device's memory that the logits of a batch may fill; training needs about three times their memory."""
+
+
+def tokens_at_once(rows: int, config: TransformerConfig, device: torch.device) -> int | None:
+    """Return of how many tokens logits should be there at once; None is of all tokens of `rows` images.
+
+    Decided by the memory's size, not by what is free of it: a resumed run is to round as the one before it.
+    """
+    most = (memory_bytes(device) or math.inf) * LOGITS_SHARE / (4 * config.codebook_size)
+    return None if rows * config.length <= most else max(int(most), 1)
+
+
+def token_losses(tokens_BL: Tensor, at_once: int | None, head: nn.Module, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's cross-entropy, and 1 where it is the likeliest, (B, L) each.
+
+    Args:
+        tokens_BL: the true tokens.
+        at_once: how many tokens' logits may be there at once: they are computed part by part, and again in the
+            backward pass, which keeps none of them. None computes and keeps all.
+        head: gives logits.
+        x_BLD: what it takes.
+    """
+
+    def losses(x_ND: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NV = head(x_ND)
+        loss_N = F.cross_entropy(logits_NV.float(), token_N, reduction="none")
+        return loss_N, (logits_NV.argmax(-1) == token_N).float()
+
+    x_ND, token_N = x_BLD.flatten(0, 1), tokens_BL.flatten()
+    if at_once is None:
+        loss_N, hit_N = losses(x_ND, token_N)
+    else:
+        parts = zip(x_ND.split(at_once), token_N.split(at_once), strict=True)
+        computed = [checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        loss_N, hit_N = (torch.cat(found) for found in zip(*computed, strict=True))
+    return loss_N.view(tokens_BL.shape), hit_N.view(tokens_BL.shape)
+
+
 def frequency_loss(tokens: TokenCache, held: TokenCache, config: TransformerConfig) -> float:
     """Return the cross-entropy, in nats a token, of held-out tokens under how often each scale's occur in training.
 
@@ -141,6 +181,8 @@ class TransformerStage:
         self.group = group or ProcessGroup()
         self.reference = copy.deepcopy(model).eval().requires_grad_(False) if training.cca > 0 else None
         """The model before fine-tuning, where it is contrasted with."""
+        rows = training.batch // training.accumulate // self.group.world_size * (2 if training.cca > 0 else 1)
+        self.at_once = tokens_at_once(rows, self.config, self.device)
         self.average = optim.MovingAverage(self.model, training.ema)
         self.network: nn.Module = self.model
         if shard_on is not None:
@@ -235,9 +277,8 @@ class TransformerStage:
         with torch.no_grad():
             teacher_BLC = self.tokenizer.quantize.teacher_input([tokens_BL[:, part] for part in parts])
         with autocast(self.device, self.bf16):
-            logits_BLV = model(label_B, teacher_BLC)
-        loss_N = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten(), reduction="none")
-        return loss_N.view(tokens_BL.shape), (logits_BLV.argmax(-1) == tokens_BL).float()
+            losses: tuple[Tensor, Tensor] = model(label_B, teacher_BLC, partial(token_losses, tokens_BL, self.at_once))
+        return losses
 
     def figures(self, loss_BL: Tensor, hit_BL: Tensor) -> dict[str, Tensor]:
         """Return cross-entropy and accuracy: over all tokens alike, over the last scale's, and of each scale."""
