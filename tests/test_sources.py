@@ -417,7 +417,7 @@ def test_an_array_that_is_replaced_while_it_is_opened_is_told(tmp_path, monkeypa
 
 def zipped(path):
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("1.png", path.read_bytes() + b"x")
+        archive.writestr("1.png", bytes(200))
     return path
 
 
@@ -427,7 +427,7 @@ def zipped(path):
         ("x.npz", save),
         ("x.npz", lambda path: save(path, compressed=True)),
         ("x.tar", lambda path: tar(path, {"1.png": b"12345678"}).path),
-        ("x.zip", lambda path: np.savez(path, a=np.zeros(9)) or zipped(path)),
+        ("x.zip", zipped),
     ],
 )
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, 100), lambda path: path.touch()])
@@ -440,7 +440,10 @@ def test_an_archive_that_changes_while_it_is_read_is_told(tmp_path, name, made, 
     worker = pickle.loads(pickle.dumps(source))
     change(path)
     for reader in [worker] if name == "x.zip" else [source, worker]:  # whoever has a zip open sees its damage
-        with pytest.raises(UnreadableImage, match="changed while it was being read|zip"), reading_image(member):
+        with (
+            pytest.raises(UnreadableImage, match=r"changed while it was being read|not a zip file"),
+            reading_image(member),
+        ):
             reader.read(member)
 
 
