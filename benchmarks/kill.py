@@ -71,7 +71,7 @@ def begin(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     with folder.with_suffix(".err").open("wb") as told:
         return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=told, process_group=0
+            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=told, start_new_session=True
         )
 
 

@@ -106,7 +106,10 @@ def _torchscript(path: Path) -> tuple[nn.Module, str]:
                 warnings.simplefilter("ignore", kind)
             network: nn.Module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the classifier {path} is not a TorchScript file of torch.jit.save") from error
+        raise CheckpointError(
+            f"the classifier {path} is not a TorchScript file of torch.jit.save; weights alone are given as "
+            "safetensors and with their model: resnet50:FILE.safetensors"
+        ) from error
     return network, file_sha256(path)
 
 
