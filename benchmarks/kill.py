@@ -101,7 +101,9 @@ def disturb(process: "subprocess.Popen[bytes]", folder: Path, moment: float, sou
         else:
             os.kill(source.choice(list(alive)) if aim == "one of its processes" else process.pid, number)
     process.wait()
-    wrong = [f"a traceback after {number.name} to {aim}"] * (b"Traceback" in folder.with_suffix(".err").read_bytes())
+    told = folder.with_suffix(".err").read_text(errors="replace")
+    wrong = [f"a traceback after {number.name} to {aim}"] * ("Traceback" in told)
+    sys.stderr.write(told if wrong else "")
     end = time.monotonic() + PATIENCE
     while (left := processes(folder)) and time.monotonic() < end:
         time.sleep(0.1)

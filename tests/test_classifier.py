@@ -1,5 +1,6 @@
 """Rejection sampling: whose confidence counts, and which images it keeps."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -182,15 +183,17 @@ def test_no_logits(tmp_path):
         Classifier(scripted(tmp_path / "same.pt", nn.Identity()), TABLE, CPU).confidence(reds(1), [0])
 
 
-def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def offline(*_, **__):
+        sys.stdout.write("Downloading")  # as torch does
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(CheckpointError, match=f"put https://.*resnet101-.*pth at {tmp_path}/checkpoints/resnet101-"):
         Classifier("resnet101", TABLE, CPU)
+    assert capsys.readouterr().out == "", "standard output may carry images"
 
 
 def test_weights_with_another_hash_are_not_used(tmp_path, monkeypatch):

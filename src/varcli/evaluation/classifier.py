@@ -6,8 +6,10 @@ figures (table 1, the rows marked "re"; the idea is VQ-VAE-2's, Razavi et al. 20
 Shapes: B images of P × P pixels, N classes the classifier knows.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ class Classifier:
             CheckpointError: its weights cannot be had, or the file cannot be used.
         """
         self.name, self.table, self.device = name, table, device
-        architecture, _, weights = name.partition(":")
+        architecture, separator, weights = name.partition(":")
         if Path(name).suffix == ".safetensors" and not weights:
             raise UsageError(f"--classifier must name the torchvision model too, such as resnet50:{name} (got {name})")
         if Path(name).is_file():
@@ -59,7 +61,7 @@ class Classifier:
         elif name == "efficientnet-lite0":
             network, self.sha256 = _efficientnet()
         else:
-            network, self.sha256 = _torchvision(architecture, Path(weights) if weights else None)
+            network, self.sha256 = _torchvision(architecture, Path(weights) if separator else None)
         self.network = network.to(device).eval()
 
     @torch.inference_mode()
@@ -151,7 +153,8 @@ def _downloaded(name: str, weights: Any) -> tuple[dict[str, Tensor], str]:
     """Return torchvision's own weights of a classifier, and the sha256 of their file."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        with redirect_stdout(sys.stderr):  # torch says there that it downloads
+            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
         raise CheckpointError(
             f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use {name}:FILE.safetensors"
