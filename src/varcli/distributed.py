@@ -217,9 +217,8 @@ class ProcessGroup:
         if self.world_size > 1:
             import torch.distributed as dist
 
-            with _others_expected():
-                for name in sorted(sums):
-                    dist.all_reduce(sums[name])
+            for name in sorted(sums):
+                dist.all_reduce(sums[name])
         return sums
 
     def gather(self, item: Item) -> list[Item]:
@@ -230,13 +229,12 @@ class ProcessGroup:
         import torch.distributed as dist
 
         mine = _packed(item)
-        with _others_expected():
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-            dist.all_gather(sizes, torch.tensor([len(mine)]))
-            longest = max(int(size) for size in sizes)
-            mine = torch.nn.functional.pad(mine, (0, longest - len(mine)))
-            shares = [torch.empty_like(mine) for _ in sizes] if self.is_main else None
-            dist.gather(mine, shares)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)]))
+        longest = max(int(size) for size in sizes)
+        mine = torch.nn.functional.pad(mine, (0, longest - len(mine)))
+        shares = [torch.empty_like(mine) for _ in sizes] if self.is_main else None
+        dist.gather(mine, shares)
         return [_unpacked(share[: int(size)]) for share, size in zip(shares or [], sizes, strict=False)]
 
     def broadcast(self, item: Item) -> Item:
@@ -247,12 +245,11 @@ class ProcessGroup:
         import torch.distributed as dist
 
         packed = _packed(item) if self.is_main else None
-        with _others_expected():
-            size = torch.tensor([0 if packed is None else len(packed)])
-            dist.broadcast(size, 0)
-            if packed is None:
-                packed = torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(packed, 0)
+        size = torch.tensor([0 if packed is None else len(packed)])
+        dist.broadcast(size, 0)
+        if packed is None:
+            packed = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(packed, 0)
         return item if self.is_main else _unpacked(packed)
 
     def barrier(self) -> None:
@@ -295,6 +292,9 @@ def process_group() -> Iterator[ProcessGroup]:
 
     Without a launcher it is alone, and torch.distributed is not touched. CPU tensors go through gloo,
     those on GPUs through NCCL.
+
+    Raises:
+        RunError: another process ended early, and no launcher ended this one.
     """
     if not launched():
         yield ProcessGroup()
@@ -312,10 +312,9 @@ def process_group() -> Iterator[ProcessGroup]:
     if place:  # ours; torchrun says in other variables where its ranks meet
         store = dist.FileStore(place, group.world_size)  # type: ignore[attr-defined]  # public all the same
         store.set_timeout(_PATIENCE)
-    with _others_expected():
+    with _others_expected():  # whatever is exchanged, the gradients of a training step among it
         dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=group.rank, world_size=group.world_size)
-    yield group
-    with _others_expected():
+        yield group
         group.barrier()  # whoever leaves earlier takes the connection along
         dist.destroy_process_group()
 
