@@ -1,9 +1,11 @@
 """Kill commands at random moments, go on with them, and hold what they leave to what an undisturbed run leaves.
 
-    python benchmarks/kill.py [--checkpoint NAME|FILE] [--rounds 3] [--images 12] [--seed 0] [--job NAME ...]
+    python benchmarks/kill.py [--checkpoint NAME|FILE] [--rounds 3] [--images 40] [--seed 0] [--job NAME ...]
 
-Each round kills a command one to three times, by SIGKILL, SIGTERM, SIGINT or SIGHUP, and then lets it end. The exit
-code is 1 if any result differs, a process outlives its command, or a temporary file stays.
+Each round kills a command one to three times, by SIGKILL, SIGTERM, SIGINT or SIGHUP, and then lets it end. The signal
+goes to the command, to one of its processes or to all of them. Moments are counted in seconds of computing, so that
+they fall alike on idle and on busy machines. The exit code is 1 if any result differs, a process outlives its
+command, a traceback is printed, or a temporary file stays.
 """
 
 import argparse
@@ -22,20 +24,26 @@ from tables import print_rows
 
 VAR = [sys.executable, "-m", "varcli"]
 SMALL = "--sides 1,2,4 --multipliers 1,1,1 --base-width 32 --codebook-size 64 --codebook-width 8"
-PACE = "--epochs 8 --batch-size 4 --lpips 0 --gan 0 --workers 1 --save-every 2"
+LOSSES = "--perceptual none --gan 0"
+PACE = "--epochs 8 --batch-size 4 --workers 1 --save-every 2 --quiet -o out"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CHANGING = ("metrics.jsonl", "state.safetensors", "state-previous.safetensors")
 """Files that tell speeds and times too."""
 
 
+PATIENCE = 60
+"""Seconds that processes have to end once their command has: on a busy machine each takes some."""
+
+
 def jobs(checkpoint: str, images: int, data: Path) -> dict[str, list[str]]:
     """Return the commands by name; each writes to `out` in the current folder, and goes on if it is run again."""
     sample = [*VAR, "sample", "-c", "random", "-n", str(images), "-m", checkpoint, "--quiet", "--resume"]
-    train = [*VAR, "train", "tokenizer", str(data), *SMALL.split(), *PACE.split(), "--quiet", "-o", "out"]
+    tokenizer = [*VAR, "train", "tokenizer", str(data), *SMALL.split(), *PACE.split(), *LOSSES.split()]
+    transformer = [*VAR, "train", "transformer", str(data), "--tokenizer", checkpoint, "--depth", "1", *PACE.split()]
     outs = {"folder": "out/", "npz": "out.npz", "tar": "out.tar"}
     found = {f"sample {kind}": [*sample, "-o", out] for kind, out in outs.items()}
-    found |= {f"sample {kind}, 2 processes": [*sample, "-o", out, "--nproc", "2"] for kind, out in outs.items()}
-    return found | {"train tokenizer": train}
+    found |= {"train tokenizer": tokenizer, "train transformer": transformer}
+    return found | {f"{name}, 2 processes": [*command, "--nproc", "2"] for name, command in found.items()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,72 +52,100 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def survivors(folder: Path) -> list[int]:
-    """Return the processes that still work in a folder, once they have had some seconds to end."""
-    for _ in range(50):
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended, or is another user's
-                found += [int(process.name)] * ((process / "cwd").readlink() == folder)
-        if not found:
-            break
-        time.sleep(0.1)
+def processes(folder: Path) -> dict[int, float]:
+    """Return the processes that work in a folder, and how many seconds each and its ended children have computed."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if (process / "cwd").readlink() == folder:
+                ticks = (process / "stat").read_text().rpartition(")")[2].split()[11:15]
+                found[int(process.name)] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     return found
 
 
 def begin(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
-    """Start a command in a folder, whose own temporary folder is beside it."""
+    """Start a command in a folder, beside which lie its own temporary folder and what it prints."""
     folder.mkdir(exist_ok=True)
     temporary = folder.with_suffix(".tmp")
     temporary.mkdir(exist_ok=True)
     environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with folder.with_suffix(".err").open("wb") as told:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=told, start_new_session=True
+        )
 
 
-def disturbed(command: list[str], folder: Path, seconds: float, source: random.Random) -> tuple[int, list[str]]:
-    """Run a command to its end, killed on the way; return how many signals ended it and what was wrong then."""
-    wrong, ended = [], 0
+def undisturbed(name: str, command: list[str], folder: Path) -> tuple[float, float]:
+    """Run a command; return how many seconds it computes before its first file, and in all."""
+    before, first = sum(os.times()[2:4]), 0.0
+    process = begin(command, folder)
+    while process.poll() is None:
+        if not first and any(path.is_file() for path in folder.rglob("*")):
+            first = sum(processes(folder).values())
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"{name}: {folder.with_suffix('.err').read_text()}")
+    return first, sum(os.times()[2:4]) - before
+
+
+def disturb(process: "subprocess.Popen[bytes]", folder: Path, moment: float, source: random.Random) -> list[str]:
+    """Send a signal once a command has computed for so many seconds; return what was wrong with how it ended."""
+    number, aim = source.choice(SIGNALS), source.choice(("the command", "one of its processes", "all of them"))
+    while sum((alive := processes(folder)).values()) < moment and process.poll() is None:
+        time.sleep(0.05)
+    if process.poll() is not None:
+        return []
+    with suppress(ProcessLookupError):  # it ends just now
+        if aim == "all of them":
+            os.killpg(process.pid, number)
+        else:
+            os.kill(source.choice(list(alive)) if aim == "one of its processes" else process.pid, number)
+    process.wait()
+    told = folder.with_suffix(".err").read_text(errors="replace")
+    wrong = [f"a traceback after {number.name} to {aim}"] * ("Traceback" in told)
+    sys.stderr.write(told if wrong else "")
+    end = time.monotonic() + PATIENCE
+    while (left := processes(folder)) and time.monotonic() < end:
+        time.sleep(0.1)
+    for survivor in left:
+        os.kill(survivor, signal.SIGKILL)
+    return wrong + [f"a process outlived {number.name} to {aim}"] * bool(left)
+
+
+def disturbed(
+    command: list[str], folder: Path, first: float, seconds: float, source: random.Random
+) -> tuple[int, list[str]]:
+    """Run a command to its end, killed on the way; return how often it was, and what was wrong then."""
+    wrong, killed = [], 0
     for _ in range(source.randint(1, 3)):
         process = begin(command, folder)
-        time.sleep(source.uniform(0, seconds))
-        if process.poll() is None:
-            number = source.choice(SIGNALS)
-            process.send_signal(number)
-            told = process.communicate()[1]
-            ended += process.returncode != 0
-            if b"Traceback" in told:
-                wrong.append(f"a traceback after {number.name}")
-            if survivors(folder):
-                wrong.append(f"a process outlived {number.name}")
+        wrong += disturb(process, folder, source.uniform(source.choice((0, first)), seconds), source)
+        killed += process.returncode != 0
+        if process.returncode == 0:
+            break
     process = begin(command, folder)
-    told = process.communicate()[1]
-    if process.returncode:
-        wrong.append(f"exit code {process.returncode}: {told.decode()[-300:]}")
+    if process.wait():
+        wrong.append(f"exit code {process.returncode}: {folder.with_suffix('.err').read_text()[-300:]}")
     if left := list(folder.with_suffix(".tmp").glob(".varcli-*")):
         wrong.append(f"temporary files stay: {left[0].name}")
-    return ended, wrong
+    return killed, wrong
 
 
 def measure(name: str, command: list[str], rounds: int, source: random.Random, place: Path) -> dict[str, object]:
     """Return one row of the table: how often a command was killed and how often the result was equal."""
-    start = time.perf_counter()
-    process = begin(command, place / "alone")
-    told = process.communicate()[1]
-    if process.returncode:
-        raise SystemExit(f"{name}: {told.decode()}")
-    seconds = time.perf_counter() - start
+    first, seconds = undisturbed(name, command, place / "alone")
     expected, equal, signals, wrong = contents(place / "alone"), 0, 0, []
     for number in range(rounds):
         folder = place / f"round{number}"
-        ended, said = disturbed(command, folder, seconds, source)
-        signals += ended
+        killed, said = disturbed(command, folder, first, seconds, source)
+        signals += killed
         wrong += said
         equal += contents(folder) == expected
-        sys.stderr.write(f"{name}: round {number + 1} of {rounds}\n")
+        sys.stderr.write(f"{name}: round {number + 1} of {rounds}, killed {killed} times\n")
         shutil.rmtree(folder)
     if equal < rounds:
         wrong.append("results differ")
-    return {"command": name, "rounds": rounds, "signals": signals, "equal": equal, "wrong": "; ".join(wrong) or "–"}
+    return {"command": name, "rounds": rounds, "killed": signals, "equal": equal, "wrong": "; ".join(wrong) or "–"}
 
 
 def main() -> None:
@@ -117,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="tiny64", help="name or file of what `var sample` uses")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each command")
-    parser.add_argument("--images", type=int, default=12, help="images of each run of `var sample`")
+    parser.add_argument("--images", type=int, default=40, help="images of each run of `var sample`")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     parser.add_argument("--job", action="append", help="only this row of the table; repeatable")
     given = parser.parse_args()

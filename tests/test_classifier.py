@@ -1,10 +1,12 @@
 """Rejection sampling: whose confidence counts, and which images it keeps."""
 
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from support.reference_images import reference_images
@@ -75,6 +77,62 @@ def test_no_such_model():
         Classifier("resnet9000", TABLE, CPU)
 
 
+@pytest.mark.parametrize("count", [3, 1000])
+def test_weights_of_ones_own_in_safetensors(tmp_path, count):
+    """Held to torchvision's own recipe: model, transforms, softmax; nothing in the file is run."""
+    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+
+    torch.manual_seed(0)
+    plain = squeezenet1_1(weights=None, num_classes=count).eval()
+    save_file(plain.state_dict(), tmp_path / "mine.safetensors")
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+    seen = SqueezeNet1_1_Weights.DEFAULT.transforms()(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    with torch.inference_mode():
+        wanted = plain(seen).softmax(1)[[0, 1], [1, 2] if count == 3 else [207, 951]].numpy()
+    notes = []
+    classifier = Classifier(f"squeezenet1_1:{tmp_path / 'mine.safetensors'}", TABLE, CPU, notes.append)
+    assert classifier.confidence(pixels, [1, 2]) == pytest.approx(wanted, rel=1e-3)
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "line"),
+    [
+        (
+            "{}/mine.safetensors",
+            UsageError,
+            r"must name the torchvision model too, such as resnet50:.*mine\.safetensors",
+        ),
+        ("resnet18:{}/mine.safetensors", CheckpointError, r"mine\.safetensors are not those of torchvision's resnet18"),
+        ("resnet18:{}/absent.safetensors", CheckpointError, r"absent\.safetensors cannot be read: No such file"),
+        ("resnet18:{}/text.pth", CheckpointError, r"text\.pth cannot be read: it is no safetensors file"),
+        ("resnet9000:{}/mine.safetensors", UsageError, r"resnet50:FILE\.safetensors, .* \(got resnet9000\)"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path, given, error, line):
+    save_file({"fc.bias": torch.zeros(3)}, tmp_path / "mine.safetensors")
+    (tmp_path / "text.pth").write_text("hello, world")
+    with pytest.raises(error, match=line):
+        Classifier(given.format(tmp_path), TABLE, CPU)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "regnet_x_400mf"])
+def test_models_that_ask_for_more(tmp_path, name):
+    """One has a normalization of its own, the other cannot be built without memory."""
+    from torchvision import models
+
+    weights = models.get_model_weights(name).DEFAULT
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that initial weights will be others
+        plain = models.get_model(name, weights=None).eval()
+    plain.transform_input = name == "googlenet"  # as torchvision sets it for its own weights
+    save_file(plain.state_dict(), tmp_path / "mine.safetensors")
+    found = Classifier(f"{name}:{tmp_path / 'mine.safetensors'}", TABLE, CPU).confidence(reds(51), [1])
+    with torch.inference_mode():
+        seen = weights.transforms()(torch.from_numpy(reds(51)).permute(0, 3, 1, 2))
+        assert found == pytest.approx(plain(seen).softmax(1)[0, 207].item(), rel=1e-4)
+
+
 def test_no_torchscript(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(CheckpointError, match="is not a TorchScript file"):
@@ -125,15 +183,17 @@ def test_no_logits(tmp_path):
         Classifier(scripted(tmp_path / "same.pt", nn.Identity()), TABLE, CPU).confidence(reds(1), [0])
 
 
-def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def offline(*_, **__):
+        sys.stdout.write("Downloading")  # as torch does
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(CheckpointError, match=f"put https://.*resnet101-.*pth at {tmp_path}/checkpoints/resnet101-"):
         Classifier("resnet101", TABLE, CPU)
+    assert capsys.readouterr().out == "", "standard output may carry images"
 
 
 def test_weights_with_another_hash_are_not_used(tmp_path, monkeypatch):

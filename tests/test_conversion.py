@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from support import reference
+from varcli.checkpoints import conversion
 from varcli.checkpoints.conversion import Part, convert, tokenizer_config, transformer_config
 from varcli.checkpoints.random_init import randomized
 from varcli.checkpoints.store import load_model, load_tokenizer, read_metadata
@@ -252,6 +253,27 @@ def test_a_tokenizer_alone_has_the_published_sides(tmp_path):
     convert([tmp_path / "vae.pth"], tmp_path / "t.safetensors", note=notes.append)
     assert load_tokenizer(tmp_path / "t.safetensors").config == config
     assert notes == ["the tokenizer has 10 scales, taken to be 1,2,3,4,5,6,8,10,13,16; --sides says otherwise"]
+
+
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 100), lambda path: path.touch(), Path.unlink])
+def test_a_file_that_changes_while_it_is_read_is_refused(mini, released, tmp_path, monkeypatch, change):
+    """It is mapped: a truncated file would end the process with SIGBUS, an overwritten one give another model."""
+    paths = [Path(shutil.copy(path, tmp_path)) for path in released]
+    os.utime(paths[1], (0, 0))  # files written within a tick of the clock look alike
+    find = conversion.states
+
+    def changed(path, *rest):
+        found = find(path, *rest)
+        if path == paths[1]:
+            change(path)
+        return found
+
+    monkeypatch.setattr(conversion, "states", changed)
+    with pytest.raises(
+        CheckpointError, match=r"var\.pth cannot be read: (it was changed while it was read|No such file)"
+    ):
+        convert(paths, tmp_path / "out.safetensors", mini.transformer.config.sides)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize(

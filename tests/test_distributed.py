@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from varcli import distributed
 from varcli.distributed import ProcessGroup, launched, process_group, report_error
@@ -169,6 +170,25 @@ def test_a_lost_process_is_no_riddle(monkeypatch):
         raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     with pytest.raises(RuntimeError, match="shapes"), distributed._others_expected():
         raise RuntimeError("shapes differ")
+
+
+def test_so_is_one_that_is_lost_in_the_middle_of_a_training_step(monkeypatch, tmp_path):
+    """There torch exchanges by itself, without a word of ours."""
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        distributed._RENDEZVOUS: tmp_path / "x",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    monkeypatch.setattr(distributed, "end_with_parent", lambda: None)
+    monkeypatch.setattr(distributed, "_GRACE", 0.0)
+    try:
+        with pytest.raises(RunError, match="another process ended early"), distributed.process_group():
+            raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads process states there")

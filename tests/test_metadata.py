@@ -98,7 +98,7 @@ def test_texts_of_a_png_go_along():
     found = [(keyword, chunk.name) for keyword, chunk in text_chunks(out)]
     assert found == [("Comment", b"tEXt"), ("Comment", b"tEXt"), ("large", b"tEXt"), ("prompt", b"iTXt")]
     assert png_texts(out) == {"Comment": "two", "large": "x" * 9, "prompt": "猫"}
-    assert notes == ("the text workflow, which is damaged or larger than 1 MB of it is left out",)
+    assert notes == ("the text workflow (damaged, or larger than 1 MB) of it is left out",)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def profile(space, size=200):
         ("TIFF", profile(b"RGB ", LARGEST_TEXT), True, ""),
         ("TIFF", profile(b"RGB ", 2 * LARGEST_TEXT), False, "the colour profile of 2.0 MB of it is left out"),
         ("WEBP", profile(b"RGB ", 2 * LARGEST_TEXT), False, "the colour profile of 2.0 MB of it is left out"),
-        ("PNG", profile(b"RGB ", 2 * LARGEST_TEXT), False, "the colour profile, which is damaged or larger than 1 MB"),
+        ("PNG", profile(b"RGB ", 2 * LARGEST_TEXT), False, "the colour profile (damaged, or larger than 1 MB)"),
     ],
 )
 def test_profiles_go_along_where_they_fit(kind, given, kept, note):

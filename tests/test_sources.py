@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import tarfile
 import zipfile
 import zlib
@@ -157,7 +158,7 @@ def test_compressed_tars_are_told_from_others(tmp_path, name):
     with tarfile.open(tmp_path / name, f"w:{how}") as archive:
         archive.addfile(tarfile.TarInfo("1.png"), BytesIO())
     with pytest.raises(
-        InputError, match=rf"{name} is compressed; expected a \.tar that is not, as `(gunzip|bunzip2|unxz)"
+        InputError, match=rf"{name} is compressed; expected a \.tar that is not: (gunzip|bunzip2|unxz) < "
     ):
         open_source(tmp_path / name)
 
@@ -271,9 +272,8 @@ def test_shuffled_arrays_have_the_same_names_for_the_same_images(tmp_path):
 
 
 def test_the_array_is_read_in_place(tmp_path):
-    source = NpzSource(save(tmp_path / "x.npz"))
-    assert isinstance(source._pixels_NHW3, np.memmap)
-    assert not source._pixels_NHW3.flags.writeable
+    assert NpzSource(save(tmp_path / "x.npz"))._unpacked_NHW3 is None
+    assert isinstance(NpzSource(save(tmp_path / "x.npz", compressed=True))._unpacked_NHW3, np.memmap)
     with zipfile.ZipFile(tmp_path / "y.npz", "w") as stored:  # a name and an extra field of other lengths before it
         stored.writestr("a_longer_name.npy", b"first")
         info = zipfile.ZipInfo("arr_0.npy")
@@ -402,15 +402,49 @@ def test_labels_of_other_shapes_are_not_read(tmp_path, shape):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 100), lambda path: save(path, PIXELS[::-1].copy())])
-def test_an_array_that_changes_while_it_is_read_is_told(tmp_path, compressed, change):
-    source = NpzSource(save(tmp_path / "x.npz", compressed=compressed))
-    (name, _), *_ = source.members()
-    os.utime(tmp_path / "x.npz", (0, 0))  # files written within a tick of the clock look alike
-    source._state = sources_module._file_state(tmp_path / "x.npz")
-    change(tmp_path / "x.npz")
-    with pytest.raises(UnreadableImage, match="changed while it was being read"), reading_image(name):
-        source.read(name)
+def test_an_array_that_is_replaced_while_it_is_opened_is_told(tmp_path, monkeypatch, compressed):
+    """Its header and its images come from one file."""
+    path, check = save(tmp_path / "x.npz", compressed=compressed), sources_module._check_bytes
+
+    def replacing(stored):
+        check(stored)
+        save(tmp_path / "y.npz", PIXELS[::-1].copy(), compressed).replace(path)
+
+    monkeypatch.setattr(sources_module, "_check_bytes", replacing)
+    with pytest.raises(InputError, match="changed while it was being read"):
+        NpzSource(path)
+
+
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("1.png", bytes(200))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("x.npz", save),
+        ("x.npz", lambda path: save(path, compressed=True)),
+        ("x.tar", lambda path: tar(path, {"1.png": b"12345678"}).path),
+        ("x.zip", zipped),
+    ],
+)
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 100), lambda path: path.touch()])
+def test_an_archive_that_changes_while_it_is_read_is_told(tmp_path, name, made, change):
+    """By the process that listed it, or by a worker: an image must be what it was when it was counted."""
+    path = made(tmp_path / name)
+    os.utime(path, (0, 0))  # files written within a tick of the clock look alike
+    source = open_source(path)
+    (member, _), *_ = source.members()
+    worker = pickle.loads(pickle.dumps(source))
+    change(path)
+    for reader in [worker] if name == "x.zip" else [source, worker]:  # whoever has a zip open sees its damage
+        with (
+            pytest.raises(UnreadableImage, match=r"changed while it was being read|not a zip file"),
+            reading_image(member),
+        ):
+            reader.read(member)
 
 
 def test_a_changed_bit_does_not_pass(tmp_path):

@@ -61,6 +61,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_state(file: Path | int) -> tuple[int, int, int]:
+    """Return what changes when a file, given by path or descriptor, is written to or replaced.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = os.stat(file)  # noqa: PTH116 - of a descriptor too
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return what JSON text says, whoever wrote it.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from varcli.checkpoints.registry import PICKLED, registry
@@ -31,7 +32,7 @@ from varcli.config import (
     sides_of_length,
 )
 from varcli.errors import CheckpointError, InputError, UsageError
-from varcli.files import check_writable
+from varcli.files import check_writable, file_state
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
@@ -140,8 +141,11 @@ def find_parts(paths: Sequence[Path], note: Callable[[str], None] = lambda line:
     """
     parts: dict[str, Part] = {}
     for path in paths:
+        with reading(path):
+            opened = file_state(path)
         content = read_pth(path)
-        for kind, state in states(path, content, note).items():
+        for kind, mapped in states(path, content, note).items():
+            state = _copied(path, opened, mapped)
             if kind in parts and tensors_sha256(parts[kind].state) != tensors_sha256(state):
                 raise CheckpointError(f"{kind}: another one in {path}; it has to be that of {parts[kind].path}")
             parts[kind] = Part(path, state, recorded_sides(content))
@@ -149,6 +153,22 @@ def find_parts(paths: Sequence[Path], note: Callable[[str], None] = lambda line:
         if kind not in parts and (kind == "tokenizer" or len(paths) > 1):
             raise CheckpointError(f"{kind}: none in {', '.join(map(str, paths))}; give its file too")
     return parts
+
+
+def _copied(path: Path, opened: tuple[int, int, int], mapped: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in memory of their own, so that whatever happens to their file later changes nothing.
+
+    Raises:
+        CheckpointError: the file was changed since it was opened.
+    """
+    own = {}
+    with reading(path):
+        for name, tensor in mapped.items():
+            if file_state(path) == opened:  # to read where a file was cut off would end the process
+                own[name] = tensor.clone()
+        if file_state(path) != opened:
+            raise SafetensorError("it was changed while it was read")
+    return own
 
 
 def read_pth(path: Path) -> Any:

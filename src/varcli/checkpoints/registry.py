@@ -160,7 +160,7 @@ def local_checkpoint(checkpoint: str) -> Path:
     path = entry.path if entry else Path(checkpoint).expanduser()
     if path.is_file():
         if path.suffix.lower() in PICKLED:
-            raise CheckpointError(f"{checkpoint} must be converted first: var checkpoints convert VAE VAR --out FILE")
+            raise CheckpointError(f"{checkpoint} must be converted first: var checkpoints convert VAE [VAR] --out FILE")
         return path
     if path.is_dir():
         models = [path / name for name in ("model.safetensors", "tokenizer.safetensors") if (path / name).is_file()]

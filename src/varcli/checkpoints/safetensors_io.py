@@ -66,7 +66,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: the file is missing, truncated, of another format, or was changed while it was read.
     """
     with reading(path), Path(path).open("rb") as file:
-        opened = os.fstat(file.fileno())
+        opened = files.file_state(file.fileno())
         header, metadata = _header(file)
         tensors = {}
         for name, entry in header.items():
@@ -76,8 +76,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             content = tensors[name].view(-1).view(torch.uint8).numpy()
             if file.readinto(content.data) != content.nbytes:
                 raise SafetensorError("it is truncated")
-        closed = os.fstat(file.fileno())
-        if (opened.st_size, opened.st_mtime_ns) != (closed.st_size, closed.st_mtime_ns):
+        if files.file_state(file.fileno()) != opened:
             raise SafetensorError("it was changed while it was read")
         return tensors, metadata
 

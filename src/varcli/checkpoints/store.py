@@ -238,7 +238,7 @@ def check_state(source: Path, module: nn.Module, given: Mapping[str, Tensor]) ->
         if name not in wanted:
             raise CheckpointError(f"checkpoint: {source}; tensor {name} belongs to no part of this model")
         if given[name].shape != wanted[name]:
-            shapes = f"{_words(tuple(given[name].shape))} instead of {_words(tuple(wanted[name]))}"
+            shapes = f"{_words(tuple(given[name].shape)) or 'one number'} instead of {_words(tuple(wanted[name]))}"
             raise CheckpointError(f"checkpoint: {source}; tensor {name} is {shapes}")
         tensor = given[name]
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:

@@ -252,8 +252,8 @@ Classifier = Annotated[
     Option(
         "--classifier",
         metavar="NAME|FILE",
-        help="Classifier: self (the checkpoint's own likelihoods), efficientnet-lite0, a torchvision model, or a "
-        "TorchScript file (a program you trust).",
+        help="Classifier: self (the checkpoint's own likelihoods), efficientnet-lite0, a torchvision model such as "
+        "resnet101, one with its weights (resnet50:FILE.safetensors), or a TorchScript file (a program you trust).",
     ),
 ]
 DEFAULT_CLASSIFIER: Final = "resnet101"

@@ -6,9 +6,12 @@ figures (table 1, the rows marked "re"; the idea is VQ-VAE-2's, Razavi et al. 20
 Shapes: B images of P × P pixels, N classes the classifier knows.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from varcli.acceleration.devices import out_of_memory
+from varcli.checkpoints.safetensors_io import file_sha256, load_tensors
 from varcli.classes import ClassTable, imagenet
 from varcli.errors import CheckpointError, UsageError
-from varcli.files import file_sha256
 from varcli.models.efficientnet import EfficientNetLite0
 
 
@@ -36,9 +39,10 @@ class Classifier:
 
         Args:
             name: efficientnet-lite0, whose weights are a package; one of torchvision's ImageNet models, whose
-                weights are downloaded at the first use; or a TorchScript file. The last takes images in [0, 1],
-                (B, 3, P, P), at their own size, and returns logits (B, N): either ImageNet's 1 000 classes or those
-                of `table`, in its order. It is a program, which can read and write files.
+                weights are downloaded at the first use; such a model and a safetensors file with its weights, as
+                in resnet50:FILE; or a TorchScript file. The last takes images in [0, 1], (B, 3, P, P), at their
+                own size. It is a program, which can read and write files. Networks of files return logits (B, N):
+                either ImageNet's 1 000 classes or those of `table`, in its order.
             table: classes of the checkpoint, to find the logit of a label.
             device: where to compute.
             note: takes remarks for the user.
@@ -48,13 +52,16 @@ class Classifier:
             CheckpointError: its weights cannot be had, or the file cannot be used.
         """
         self.name, self.table, self.device = name, table, device
+        architecture, separator, weights = name.partition(":")
+        if Path(name).suffix == ".safetensors" and not weights:
+            raise UsageError(f"--classifier must name the torchvision model too, such as resnet50:{name} (got {name})")
         if Path(name).is_file():
             note(f"the classifier {name} is a program, which can read and write files here: use one that you trust")
             network, self.sha256 = _torchscript(Path(name))
         elif name == "efficientnet-lite0":
             network, self.sha256 = _efficientnet()
         else:
-            network, self.sha256 = _torchvision(name)
+            network, self.sha256 = _torchvision(architecture, Path(weights) if separator else None)
         self.network = network.to(device).eval()
 
     @torch.inference_mode()
@@ -101,7 +108,10 @@ def _torchscript(path: Path) -> tuple[nn.Module, str]:
                 warnings.simplefilter("ignore", kind)
             network: nn.Module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the classifier {path} is not a TorchScript file of torch.jit.save") from error
+        raise CheckpointError(
+            f"the classifier {path} is not a TorchScript file of torch.jit.save; weights alone are given as "
+            "safetensors and with their model: resnet50:FILE.safetensors"
+        ) from error
     return network, file_sha256(path)
 
 
@@ -113,27 +123,43 @@ def _efficientnet() -> tuple[nn.Module, str]:
     return nn.Sequential(Normalize([0.5] * 3, [0.5] * 3), network), network.sha256
 
 
-def _torchvision(name: str) -> tuple[nn.Module, str]:
-    """Return one of torchvision's classifiers behind its own resizing and normalization, and its weights' sha256."""
+def _torchvision(name: str, path: Path | None) -> tuple[nn.Module, str]:
+    """Return one of torchvision's classifiers behind its own resizing and normalization, and its weights' sha256.
+
+    Its weights are those of a safetensors file, or torchvision's own.
+    """
     from torchvision import models
 
     if name not in models.list_models(module=models):
         raise UsageError(
-            "--classifier must be self, efficientnet-lite0, a torchvision model such as resnet101, or a file "
-            f"(got {name})"
+            "--classifier must be self, efficientnet-lite0, a torchvision model such as resnet101, one with its "
+            f"weights such as resnet50:FILE.safetensors, or a TorchScript file (got {name})"
         )
     weights = models.get_model_weights(name).DEFAULT
+    state, sha256 = (load_tensors(path)[0], file_sha256(path)) if path else _downloaded(name, weights)
+    inception = {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    network = models.get_model(name, weights=None, **inception)
+    last = list(network.state_dict())[-1]  # of the layer with a row for each class
+    if last in state and state[last].ndim and len(state[last]) != len(imagenet()):
+        network = models.get_model(name, weights=None, num_classes=len(state[last]), **inception)
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights {path} are not those of torchvision's {name}") from error
+    return nn.Sequential(weights.transforms(), network.float()), sha256
+
+
+def _downloaded(name: str, weights: Any) -> tuple[dict[str, Tensor], str]:
+    """Return torchvision's own weights of a classifier, and the sha256 of their file."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        with redirect_stdout(sys.stderr):  # torch says there that it downloads
+            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
         raise CheckpointError(
-            f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use a TorchScript file"
+            f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use {name}:FILE.safetensors"
         ) from error
     sha256 = file_sha256(file)
     if not sha256.startswith(file.stem.rpartition("-")[2]):
         raise CheckpointError(f"the classifier's weights {file} are damaged; delete the file to download it again")
-    with torch.device("meta"):
-        network = models.get_model(name, weights=None)
-    network.load_state_dict(state, assign=True)
-    return nn.Sequential(weights.transforms(), network), sha256
+    return state, sha256

@@ -60,13 +60,13 @@ def read_metadata(opened: Image.Image, upright: Image.Image, content: bytes) -> 
     if described := [text for text in texts if not text[0].startswith(_OTHER_METADATA)]:
         info["texts"] = described
     for keyword in sorted({keyword for keyword, _ in text_chunks(content)} - {keyword for keyword, _ in texts}):
-        left_out.append(f"text {keyword}, which is damaged or larger than 1 MB")
+        left_out.append(f"text {keyword} (damaged, or larger than 1 MB)")
     if "iCCP" in found and not profile:
-        left_out.append("colour profile, which is damaged or larger than 1 MB")
+        left_out.append("colour profile (damaged, or larger than 1 MB)")
     try:
         exif = _exif(opened)
     except Exception:  # what cameras write may be anything
-        left_out.append("EXIF data, which is damaged")
+        left_out.append("EXIF data (damaged)")
     else:
         info |= {"exif": exif} if exif else {}
     return info, tuple(left_out)

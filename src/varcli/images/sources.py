@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from varcli.errors import InputError
+from varcli.files import file_state
 from varcli.images.provenance import Provenance, image_filename, provenance_from_json
 
 IMAGE_SUFFIXES = (
@@ -136,6 +137,8 @@ class Source(ABC):
             return False
 
 
+_CHANGED = "the file was changed while it was being read"
+
 ARCHIVE_ERRORS = (
     *(zipfile.BadZipFile, RuntimeError, ValueError, KeyError, EOFError, zlib.error, lzma.LZMAError),
     *(TokenError, SyntaxError, TypeError, OverflowError, MemoryError),
@@ -161,7 +164,7 @@ def open_source(path: Path) -> Source | None:
         raise InputError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
     for signature, program in _COMPRESSED.items():
         if beginning.startswith(signature):
-            raise InputError(f"{path} is compressed; expected a .tar that is not, as `{program} {path}` makes it")
+            raise InputError(f"{path} is compressed; expected a .tar that is not: {program} < {path} > images.tar")
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return NpzSource(path)
@@ -252,6 +255,8 @@ class ZipSource(Source):
         super().__init__(path.name)
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self._state: tuple[int, int, int] | None = None
+        """Of the file, once it has been open."""
         self._infos: dict[str, zipfile.ZipInfo] = {}
         """Its members by name, once it is open."""
 
@@ -290,7 +295,12 @@ class ZipSource(Source):
     def _archive(self) -> zipfile.ZipFile:
         """The zip as opened by this very process: a forked one would share its parent's file position."""
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
+            archive = zipfile.ZipFile(self.path)
+            assert archive.fp is not None
+            state = file_state(archive.fp.fileno())
+            if self._state not in (None, state):
+                raise ValueError(_CHANGED)
+            self._opened, self._state = (os.getpid(), archive), state
             self._infos = {_zip_name(info) or info.filename: info for info in self._opened[1].infolist()}
         return self._opened[1]
 
@@ -325,11 +335,14 @@ class TarSource(Source):
         self.path = path
         self._spans: dict[str, tuple[int, int]] = {}
         """Offset and size in bytes of each file, once it has been listed."""
+        self._state: tuple[int, int, int] | None = None
+        """Of the tar, once it has been listed."""
 
     def members(self) -> Iterator[tuple[str, int]]:
         """Yield the stored name and the size in bytes of each image, having read through the tar."""
         try:
-            with tarfile.open(self.path, "r:") as tar:
+            with self.path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                self._state = file_state(file.fileno())
                 while info := tar.next():
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one of them
                     if info.isfile():
@@ -347,7 +360,10 @@ class TarSource(Source):
             _check_size(size)
         with self.path.open("rb") as file:
             file.seek(start)
-            return file.read(size if limit < 0 else min(size, limit))
+            content = file.read(size if limit < 0 else min(size, limit))
+            if file_state(file.fileno()) != self._state:
+                raise ValueError(_CHANGED)
+            return content
 
     def sidecar(self, member: str, suffix: str) -> bytes | None:
         """Content of the file with this suffix in the same sample; its name ends at the first dot."""
@@ -376,36 +392,73 @@ class NpzSource(Source):
         super().__init__(path.name)
         self.path = path
         try:
-            self._state = _file_state(path)
-            with zipfile.ZipFile(path) as stored:
-                self._pixels_NHW3 = _map_pixels(path, stored)
+            with path.open("rb") as file, zipfile.ZipFile(file) as stored:
+                self._state = file_state(file.fileno())
+                self._shape, self._start = _pixels_shape(stored)[0], _pixels_start(file, stored)
+                self._unpacked_NHW3 = _unpacked(stored) if self._start is None else None
                 _check_bytes(stored)
-                self._provenances = _provenances(stored, path, len(self._pixels_NHW3))
-                self._labels = None if self._provenances else self._stored_labels(stored, len(self._pixels_NHW3))
+                self._provenances = _provenances(stored, path, self._shape[0])
+                self._labels = None if self._provenances else self._stored_labels(stored, self._shape[0])
+            names = [image_filename(each) for each in self._provenances] or self._digests()
         except (OSError, *ARCHIVE_ERRORS) as error:
             reason = "it has no arr_0" if isinstance(error, KeyError) else error
             raise InputError(
                 f"cannot read images from {path}: {reason}; expected arr_0, uint8 (images, height, width, 3)"
             ) from error
-        names = [image_filename(each) for each in self._provenances] or _digests(self._pixels_NHW3)
         self._indices = {name: i for i, name in enumerate(names)}
 
     def members(self) -> Iterator[tuple[str, int]]:
         """Yield the name and the size in bytes of each image."""
-        return ((name, self._pixels_NHW3[0].nbytes) for name in self._indices)
+        return ((name, prod(self._shape[1:])) for name in self._indices)
 
     def read(self, member: str, limit: int = -1) -> bytes:
         """An image as a PPM file's content, or its first `limit` bytes.
 
         Raises:
-            ValueError: the file has been changed since it was opened; where it was cut off, reading would kill us.
+            ValueError: the file has been changed since it was opened.
         """
-        if _file_state(self.path) != self._state:
-            raise ValueError("the file was changed while it was being read")
-        pixels_HW3 = self._pixels_NHW3[self._indices[member]]
-        height, width, _ = pixels_HW3.shape
+        _, height, width, _ = self._shape
         header = b"P6 %d %d 255\n" % (width, height)
-        return header + pixels_HW3.tobytes() if limit < 0 else (header + pixels_HW3.ravel()[:limit].tobytes())[:limit]
+        whole = limit < 0 or limit > len(header)
+        content = header + (self._images(self._indices[member], 1).tobytes() if whole else b"")
+        return content if limit < 0 else content[:limit]
+
+    def _images(self, first: int, count: int) -> NDArray[np.uint8]:
+        """Images of the array by their places in it, (count, H, W, 3); fewer at its end.
+
+        They are read and not mapped from the file: one that is cut off meanwhile would end the process.
+
+        Raises:
+            ValueError: the file has been changed since it was opened.
+        """
+        with self.path.open("rb") as file:
+            content = b""
+            if self._start is not None:
+                file.seek(self._start + first * prod(self._shape[1:]))
+                content = file.read(min(count, self._shape[0] - first) * prod(self._shape[1:]))
+            if file_state(file.fileno()) != self._state:
+                raise ValueError(_CHANGED)
+        if self._unpacked_NHW3 is not None:
+            return self._unpacked_NHW3[first : first + count]
+        return np.frombuffer(content, np.uint8).reshape(-1, *self._shape[1:])
+
+    def _digests(self) -> list[str]:
+        """A digest of each image that takes the place of its name; equal images are counted."""
+        block = max(1, _DIGESTED // prod(self._shape[1:]))
+
+        def digests(first: int) -> list[str]:
+            part_NHW3 = np.ascontiguousarray(self._images(first, block))
+            return [
+                blake2b(pixels.data, digest_size=16).hexdigest() for pixels in part_NHW3.reshape(len(part_NHW3), -1)
+            ]
+
+        seen: Counter[str] = Counter()
+        names = []
+        with ThreadPoolExecutor() as pool:
+            for digest in chain.from_iterable(pool.map(digests, range(0, self._shape[0], block))):
+                names.append(f"{digest}-{seen[digest]}")
+                seen[digest] += 1
+        return names
 
     def sidecar(self, member: str, suffix: str) -> bytes | None:
         """The provenance of an image as "json", or its number in `arr_1` as "cls"."""
@@ -429,12 +482,13 @@ class NpzSource(Source):
             return np.lib.format.read_array(member, allow_pickle=False)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_pixels_NHW3"}
+        return self.__dict__ | {"_unpacked_NHW3": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        with zipfile.ZipFile(self.path) as stored:
-            self._pixels_NHW3 = _map_pixels(self.path, stored)
+        if self._start is None:
+            with zipfile.ZipFile(self.path) as stored:
+                self._unpacked_NHW3 = _unpacked(stored)
 
 
 # --- files -------------------------------------------------------------------------------------------
@@ -473,12 +527,6 @@ def _file_size(path: Path) -> int:
         return 0
 
 
-def _file_state(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is written to or replaced."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def _read_file(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
         if limit < 0:
@@ -510,13 +558,20 @@ def square_side(path: Path) -> int | None:
     return height if height == width else None
 
 
-def _map_pixels(path: Path, stored: zipfile.ZipFile) -> NDArray[np.uint8]:
-    """The array of images mapped from the file; a compressed one is unpacked to a temporary file first."""
-    shape, order, start = _pixels_shape(stored)
+def _pixels_start(file: IO[bytes], stored: zipfile.ZipFile) -> int | None:
+    """Offset in an .npz of the first image, from which all lie one after the other; None if they must be unpacked."""
+    _, order, start = _pixels_shape(stored)
     info = stored.getinfo(PIXELS)
-    if info.compress_type == zipfile.ZIP_STORED:
-        return np.memmap(path, np.uint8, "r", _data_offset(path, info) + start, shape, order)
-    with TemporaryFile() as unpacked, stored.open(info) as member:
+    if info.compress_type != zipfile.ZIP_STORED or order != "C":
+        return None
+    file.seek(info.header_offset + 26)
+    return info.header_offset + 30 + sum(unpack("<HH", file.read(4))) + start  # after a header, a name, an extra field
+
+
+def _unpacked(stored: zipfile.ZipFile) -> NDArray[np.uint8]:
+    """The array of images, mapped from a temporary file of our own."""
+    shape, order, start = _pixels_shape(stored)
+    with TemporaryFile() as unpacked, stored.open(PIXELS) as member:
         shutil.copyfileobj(member, unpacked, 1 << 20)
         return np.memmap(unpacked, np.uint8, "r", start, shape, order)
 
@@ -580,13 +635,6 @@ def _check_bytes(stored: zipfile.ZipFile) -> None:
                 pass
 
 
-def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Offset of a stored member's bytes in a zip: after its header, its name and an extra field."""
-    with path.open("rb") as file:
-        file.seek(info.header_offset + 26)
-        return info.header_offset + 30 + sum(unpack("<HH", file.read(4)))
-
-
 def _provenances(stored: zipfile.ZipFile, path: Path, count: int) -> list[Provenance]:
     """The provenance of each image; empty for a file that `var sample` did not write.
 
@@ -604,21 +652,5 @@ _LONGEST_PROVENANCE = 1 << 16
 """Bytes of an image's provenance in an .npz; it has some 600."""
 
 
-def _digests(pixels_NHW3: NDArray[np.uint8]) -> list[str]:
-    """A digest of each image that takes the place of its name; equal images are counted."""
-
-    def digests(first: int) -> list[str]:
-        part_NHW3 = np.ascontiguousarray(pixels_NHW3[first : first + _DIGESTED])
-        return [blake2b(pixels.data, digest_size=16).hexdigest() for pixels in part_NHW3.reshape(len(part_NHW3), -1)]
-
-    seen: Counter[str] = Counter()
-    names = []
-    with ThreadPoolExecutor() as pool:
-        for digest in chain.from_iterable(pool.map(digests, range(0, len(pixels_NHW3), _DIGESTED))):
-            names.append(f"{digest}-{seen[digest]}")
-            seen[digest] += 1
-    return names
-
-
-_DIGESTED = 256
-"""Images whose digests a thread computes at a time."""
+_DIGESTED = 1 << 22
+"""Bytes of images whose digests a thread computes at a time."""
