@@ -438,8 +438,11 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
             (["inpaint", "in.png", "mask.png", "-o", f"x.{ending}"], 2, f"{OUT_MUST_BE} (got x.{ending})")
             for ending in OTHER_ENDINGS
         ),
-        (["inpaint", "in.png", "mask.png", "--grid", "in.png"], 2, "--grid in.png is the image that is read"),
-        (["outpaint", "in.png", "--to", "90x90", "--growth", "./in.png"], 2, "--growth in.png is the image that is"),
+        (["inpaint", "in.png", "mask.png", "--grid", "in.png"], 2, "--grid in.png is what is read, and would be"),
+        (["inpaint", "in.png", "mask.png", "--out", "./in.png"], 2, "--out in.png is what is read, and would be"),
+        (["edit", "in.png", "--mask", "mask.png", "-c", "1", "-o", "mask.png"], 2, "--out mask.png is what is read"),
+        (["inpaint", "in.png", "mask.png", "-o", "x.png", "--grid", "x.png"], 2, "--out x.png and --grid x.png must"),
+        (["outpaint", "in.png", "--to", "90x90", "--growth", "./in.png"], 2, "--growth in.png is what is read"),
         (["inpaint", "in.png", "colours.png"], 3, "the mask colours.png has colours: a mask is grey, white where to"),
         (["inpaint", "", "mask.png"], 3, "the name of an image is empty"),
         (["inpaint", "in.png", ""], 3, "the name of an image is empty"),

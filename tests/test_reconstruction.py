@@ -216,7 +216,9 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
             (["reconstruct", "a.png", "-o", f"x.{ending}"], 2, "must be a folder, a name ending in .png, or -")
             for ending in ("npz", "avif", "jpg")
         ),
-        (["reconstruct", "a.png", "--grid", "a.png"], 2, "--grid a.png is the image that is read"),
+        (["reconstruct", "a.png", "--grid", "a.png"], 2, "--grid a.png is what is read, and would be"),
+        (["reconstruct", "a.png", "--out", "a.png"], 2, "--out a.png is what is read, and would be"),
+        (["tokens", "decode", "a.png", "--out", "a.png"], 2, "--out a.png is what is read, and would be"),
         (["tokens", "encode", "a.png", "-o", "a.png"], 2, "--out must be a name ending in .safetensors"),
         (["tokens", "encode", "a.png", "-o", "tokens"], 2, "--out must be a name ending in .safetensors"),
         (
@@ -226,7 +228,6 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
         ),
         (["tokens", "encode", ".", "-o", "t.safetensors"], 2, "--out must be a folder, for token maps of data"),
         (["tokens", "encode", ".", "a.png", "-o", "cache"], 3, "a.png is not a folder, .zip, .tar or .npz of images"),
-        (["tokens", "encode", "t.safetensors", "-o", "t.safetensors"], 2, "--out t.safetensors is one of the images"),
         (["tokens", "decode", "t.safetensors", "-o", "x.npz"], 2, "must be a folder, a name ending in .png, or -"),
     ],
 )
@@ -235,3 +236,11 @@ def test_mistakes(var, tmp_path, arguments, code, message):
     said = var(*arguments, code=code)
     assert said.out == "" and message in said.err and said.err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_image_with_the_name_of_a_token_file_is_not_replaced(var):
+    Path("a.png").rename("a.safetensors")
+    said = var("tokens", "encode", "a.safetensors", "-o", "./a.safetensors", code=2)
+    assert "--out a.safetensors is what is read, and would be replaced: give another name" in said.err
+    with Image.open("a.safetensors") as image:
+        assert image.size == (30, 20)

@@ -353,6 +353,18 @@ def test_values_that_are_not_finite_are_told_before_an_image_is_made(model, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors", "hole.png"]
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x.tar"])
+def test_an_archive_of_an_earlier_run_is_replaced_with_a_word(sample, capsys, name):
+    sample("-c", "207", "-n", 2, "-o", name, "--dtype", "fp32")
+    sample("-c", "207", "-n", 3, "-o", name, "--dtype", "fp32", "--resume")
+    assert capsys.readouterr().err == ""
+    sample("-c", "207", "-o", name, "--dtype", "fp32")
+    assert f"{name} is of an earlier run and will be replaced; --resume would" in capsys.readouterr().err
+    Path(name).rename(f"{name}.part")  # as a run that was stopped leaves it
+    sample("-c", "207", "-o", name, "--dtype", "fp32")
+    assert f"{name}.part is of an earlier run" in capsys.readouterr().err
+
+
 def test_images_nobody_asked_for_this_time_are_told_of(sample, capsys):
     sample("-c", "207", "-n", 3, "-o", "several.npz")
     sample("-c", "207", "-n", 1, "-o", "several.npz", "--resume")

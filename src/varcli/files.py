@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from hashlib import sha256
@@ -16,7 +16,7 @@ from threading import get_native_id
 from time import time
 from typing import Any
 
-from varcli.errors import RunError
+from varcli.errors import RunError, UsageError
 
 
 @contextmanager
@@ -167,6 +167,20 @@ def check_writable(path: Path) -> None:
         raise cannot_write(path, IsADirectoryError(0, "it is a folder"))
     if there != "device":
         check_folder(path.parent, path)
+
+
+def check_not_read(option: str, out: Path, inputs: Iterable[str | Path]) -> None:
+    """Check that the output that an option names is none of the files or folders that are read.
+
+    Raises:
+        UsageError: it is, and would be replaced.
+    """
+    for name in inputs:
+        same = False
+        with suppress(OSError, ValueError):  # one is not there, or no path at all
+            same = out.samefile(name)
+        if same:
+            raise UsageError(f"--{option} {out} is what is read, and would be replaced: give another name")
 
 
 def check_folder(folder: Path, wanted: Path | None = None) -> None:

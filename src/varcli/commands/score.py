@@ -43,9 +43,11 @@ def score(
     The centre square of an image is encoded at the model's size. Lower is likelier.
     """
     if heatmap:
+        from varcli.files import check_not_read
         from varcli.outputs.open import check_file
 
         check_file("heatmap", heatmap, (".png",))
+        check_not_read("heatmap", heatmap, images)
     from varcli.pipelines.edit import stem
     from varcli.pipelines.likelihood import save_heatmaps
     from varcli.pipelines.likelihood import score as score_image

@@ -53,6 +53,10 @@ class ArchiveSink(Sink):
         self._done = Counter(provenance.identity() for provenance in found)
         self._like = _in_common(found[0]) if found else None
 
+    def left(self) -> Path | None:
+        """The part of a run that was stopped, or the archive of one that was finished."""
+        return next((path for path in (self._part, self.archive) if path.is_file()), None)
+
     def has(self, provenance: Provenance) -> bool:
         """Whether this image is in the archive, and no more often than it is."""
         self._check_like(provenance)

@@ -126,6 +126,8 @@ def sample_to(
     sink = find_sink(out, several=total != 1)
     model.load_weights(config)
     if group.is_main:
+        if not resume and (left := sink.left()):
+            note(f"{left} is of an earlier run and will be replaced; --resume would go on with it")
         sink.open(resume)
     with sink, progress("images", total, quiet) as advance:
         if model.precision_note:
