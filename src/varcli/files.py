@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and whether they can be written. No torch here."""
+"""Files that appear whole or not at all, whether they can be written, and how much memory there is. No torch here."""
 
 import json
 import os
@@ -205,6 +205,14 @@ def kind_there(path: Path) -> str:
         return "file" if path.is_file() else "device" if path.exists() else "nothing"
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def machine_memory() -> int | None:
+    """Return the bytes of memory of this machine, None where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def cannot_write(path: Path, error: OSError, advice: str = "") -> RunError:

@@ -4,7 +4,6 @@ Shapes: P pixels a side.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from varcli.errors import InputError
+from varcli.files import machine_memory
 from varcli.images.png_chunks import readable_png
 
 
@@ -148,11 +148,7 @@ _MOST_BYTES = 1 << 30
 
 def most_pixels() -> int:
     """How many pixels an image may have: what fits into this machine's memory, at most 537 million."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        memory = 8 << 30
-    return min(memory // _BYTES_PER_PIXEL, _MOST_PIXELS)
+    return min((machine_memory() or 8 << 30) // _BYTES_PER_PIXEL, _MOST_PIXELS)
 
 
 # --- squares ---------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from varcli.training.data import (
     open_cache,
 )
 from varcli.training.discriminator import SMALLEST_PATCH, PatchDiscriminator
-from varcli.training.estimate import TrainingEstimate, estimate, expected_losses_at
+from varcli.training.estimate import TrainingEstimate, check_memory, estimate, expected_losses_at
 from varcli.training.finetune import adapt, merged, warm_start
 from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
@@ -146,9 +146,6 @@ def train_tokenizer(
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
         distance = perceptual_distance(training.perceptual, folder).to(stage.device)
         stage.perceptual = distance.to(memory_format=torch.channels_last)
-    if compiled:
-        for network in (stage.model.encoder, stage.model.decoder):
-            network.compile()
     identity = optim.identity(
         images.fingerprint(),
         stage.device,
@@ -172,8 +169,13 @@ def train_tokenizer(
     )
     start = check_run(run)
     check_ranks(run, group)
+    if group.world_size == 1:
+        check_memory(stage, training)
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
+    if compiled:
+        for network in (stage.model.encoder, stage.model.decoder):
+            network.compile()
     with watched(run, start, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 
@@ -337,11 +339,13 @@ def train_transformer(
     )
     start = check_run(run)
     check_ranks(run, group)
+    if checkpoint_activations:
+        keep_block_inputs(stage.model)
+    if group.world_size == 1:
+        check_memory(stage, training)
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
-    if checkpoint_activations:
-        keep_block_inputs(stage.model)
     if compiled:
         for block in stage.model.blocks:
             block.compile()
