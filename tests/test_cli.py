@@ -92,7 +92,10 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "mistake",
     [
-        (["paint"], 2, "No such command 'paint'."),
+        (["flatten"], 2, "No such command 'flatten'."),
+        (["sampel"], 2, "No such command 'sampel'. Did you mean 'sample'?"),
+        (["sample", "-c", "golden", "retriever"], 2, "quotes keep several words together, as in --class 'golden"),
+        (["sample", "-c", "1", "-m", "var-d99"], 4, "one of the names var-d36, var-d30; `var checkpoints list` shows"),
         (["--loud"], 2, "No such option: --loud"),
         (["sample"], 2, "Missing option '--class' / '-c'."),
         (["sample", "-c", "1", "--cgf", "3"], 2, "No such option: --cgf"),

@@ -206,7 +206,7 @@ def test_a_class_known_by_a_part_of_its_name_is_told(sample, capsys):
     sample("-c", "dais", "--dtype", "fp32")
     assert capsys.readouterr() == (
         "985-daisy-0.png\n",
-        "var: --class dais is taken to be 985 daisy, the only class with such a name here\n",
+        "var: --class dais is taken to be 985 (daisy): no other class of this model fits\n",
     )
     sample("-c", "dais", "--quiet")
     assert capsys.readouterr() == ("", "")

@@ -21,7 +21,7 @@ from varcli.checkpoints.store import (
     read_config,
     read_metadata,
 )
-from varcli.classes import ClassEntry, ClassTable, Taken, imagenet, parse_classes
+from varcli.classes import ClassEntry, ClassTable, imagenet, parse_classes
 from varcli.config import SampleConfig, TokenizerConfig
 from varcli.errors import CheckpointError, UsageError
 from varcli.images.image import Image
@@ -245,14 +245,14 @@ class Model:
             refiner_sha256=refiner.sha256 if refiner else "",
         )
 
-    def one_class(self, name: ClassName, taken: Taken = lambda word, entry: None) -> ClassEntry | None:
-        """The one class that a name or index means; None is "no class". `taken` is called for a part of a name.
+    def one_class(self, name: ClassName, note: Callable[[str], None] = lambda line: None) -> ClassEntry | None:
+        """The one class that a name or index means; None is "no class". `note` is told of a part of a name.
 
         Raises:
             UsageError: it means several classes.
             InputError: the model does not know it.
         """
-        entries = list(parse_classes([_spec(name)], self.classes, (), checkpoint_hint(), taken))
+        entries = list(parse_classes([_spec(name)], self.classes, (), checkpoint_hint(), note))
         if len(entries) != 1:
             raise UsageError(f"--class takes exactly one class here, or none (got {name})")
         return entries[0]

@@ -112,7 +112,7 @@ def sample_to(
         model.classes,
         lines,
         checkpoint_hint(),
-        lambda word, entry: note(f"--class {word} is taken to be {entry}, the only class with such a name here"),
+        note,
     )
     total = None
     if "-" not in map(str.strip, classes):
