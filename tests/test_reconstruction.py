@@ -183,12 +183,27 @@ GOOD = {f"tokens.{k}": torch.zeros(1, side, side, dtype=torch.int32) for k, side
 @pytest.mark.parametrize(
     ("change", "metadata", "code", "message"),
     [
-        ({"tokens.0": torch.zeros(1, 1, 1)}, {}, 3, "scale 1 holds torch.float32; whole numbers"),
-        ({"tokens.1": torch.zeros(1, 3, 3, dtype=torch.int32)}, {}, 3, "scale 2 is 1 × 3 × 3; images × 2 × 2"),
-        ({"tokens.1": torch.full((1, 2, 2), 64)}, {}, 3, "scale 2 has numbers beyond the codebook; 0 to 63"),
-        ({"tokens.1": torch.full((1, 2, 2), -1)}, {}, 3, "beyond the codebook"),
-        ({"tokens.1": torch.zeros(2, 2, 2, dtype=torch.int32)}, {}, 3, "as many images at each scale"),
-        ({"tokens.3": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "has 4 scales; this tokenizer has 3"),
+        ({"tokens.0": torch.zeros(1, 1, 1)}, {}, 3, "scale 1 must be whole numbers (got torch.float32)"),
+        (
+            {"tokens.1": torch.zeros(1, 3, 3, dtype=torch.int32)},
+            {},
+            3,
+            "scale 2 must be images × 2 × 2 (got 1 × 3 × 3)",
+        ),
+        ({"tokens.1": torch.full((1, 2, 2), 64)}, {}, 3, "scale 2 has numbers beyond the codebook's, 0 to 63"),
+        ({"tokens.1": torch.full((1, 2, 2), -1)}, {}, 3, "beyond the codebook's"),
+        (
+            {"tokens.1": torch.zeros(2, 2, 2, dtype=torch.int32)},
+            {},
+            3,
+            "each scale must have as many images, at least one",
+        ),
+        (
+            {"tokens.3": torch.zeros(1, 8, 8, dtype=torch.int32)},
+            {},
+            3,
+            "one map for each of the first scales, 1 to 3 (got 4)",
+        ),
         ({"tokens.5": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "of the first scales on"),
         ({"weight": torch.zeros(1)}, {}, 3, "holds weight; tensors tokens.0"),
         ({}, {"tokenizer_sha256": "00"}, 4, "another tokenizer's"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,7 +24,7 @@ from varcli.checkpoints.store import (
 )
 from varcli.classes import ClassEntry, ClassTable, imagenet, parse_classes
 from varcli.config import SampleConfig, TokenizerConfig
-from varcli.errors import CheckpointError, UsageError
+from varcli.errors import CheckpointError, ConfigError, UsageError
 from varcli.images.image import Image
 from varcli.images.provenance import Provenance
 from varcli.pipelines.requests import SampleRequest, class_requests, request
@@ -176,17 +177,22 @@ class Model:
             changes: fields of `SampleConfig`; None keeps the preset's value.
 
         Raises:
-            ConfigError: a value makes no sense.
+            TypeError: there is no such setting.
+            ConfigError: a value makes no sense, or there is no such preset.
             UsageError: the model has no scale that is to be guided, or that the refiner is to sample.
             CheckpointError: the refiner cannot be used with this model.
         """
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         if "refiner" in given:
             given["refiner"] = str(given["refiner"])  # a path too
-        unknown = given.keys() - SampleConfig.__dataclass_fields__.keys()
-        if unknown:
-            raise TypeError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
-        config = replace(presets(self.name)[preset], **given)
+        known = list(SampleConfig.__dataclass_fields__)
+        for name in given.keys() - known:
+            close = get_close_matches(name, known, n=1) or known
+            raise TypeError(f"there is no sampling setting {name}; there is {', '.join(close)}")
+        starts = presets(self.name)
+        if preset not in starts:
+            raise ConfigError(f"--preset must be {' or '.join(starts)} (got {preset})")
+        config = replace(starts[preset], **given)
         scales = len(self.tokenizer_config.sides)
         if config.guided_scales.start >= scales:
             raise UsageError(
@@ -282,7 +288,7 @@ class Model:
 
         Raises:
             InputError: a class is unknown.
-            ConfigError: a setting makes no sense.
+            ConfigError: the count, the seed or a setting makes no sense.
         """
         names = [classes] if classes is None or isinstance(classes, str | int) else list(classes)
         entries = parse_classes([_spec(name) for name in names], self.classes, (), checkpoint_hint())
@@ -573,7 +579,14 @@ class Model:
         return encode(self, image)
 
     def decode(self, tokens: "Sequence[torch.Tensor]") -> list[Image]:
-        """Decode token maps (B, side²) or (B, side, side), coarse to fine; the last scales may be missing."""
+        """Decode token maps, one per scale, coarse to fine.
+
+        Args:
+            tokens: (B, side²) or (B, side, side) each, as `encode` returns them; the last scales may be missing.
+
+        Raises:
+            InputError: these are no token maps of this tokenizer.
+        """
         from varcli.pipelines.tokens import decode
 
         return list(decode(self, tokens))
