@@ -321,7 +321,7 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Projection, "features", interrupted)
     assert cli.run(["eval", "-n", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
     assert sum(seen) == 24
-    assert "24 images are measured; the same command goes on from there" in capsys.readouterr().err
+    assert "stopped after 24 images; the same command goes on from there" in capsys.readouterr().err
     monkeypatch.setattr(Projection, "features", whole)
     found, err = measure("--num-images", COUNT, "--reference", reference, "--seed", 0)
     assert f"images: going on after 24 of {COUNT}" in err
@@ -595,7 +595,7 @@ def test_bad_images_are_left_out_where_asked(measure, tmp_path):
     (tmp_path / "broken" / "cut.png").write_bytes(b"\x89PNG")
     found, _ = measure("broken", "--is", "--skip-bad")
     assert found["n"] == 12
-    assert any("1 images could not be read and are left out: " in warning for warning in found["warnings"])
+    assert any("left out as unreadable: 1 image: " in warning for warning in found["warnings"])
 
 
 def test_too_few_are_left_when_bad_ones_are_left_out(measure, tmp_path):

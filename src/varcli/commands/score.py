@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from varcli.commands import options
 from varcli.commands.tokens import Images, Sources
-from varcli.console import note, progress, result, table
+from varcli.console import counted, note, progress, result, table
 from varcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def classify(
         if as_json:
             result(json.dumps({"images": len(labelled), "top_1": shares[1], "top_5": shares[5]}, sort_keys=True))
         else:
-            result(f"{len(labelled)} images with a label: top-1 {shares[1]:.1%}, top-5 {shares[5]:.1%}")
+            result(f"{counted(len(labelled), 'image')} with a label: top-1 {shares[1]:.1%}, top-5 {shares[5]:.1%}")
 
 
 def _ranking(image: "likelihood.Classified", top: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from varcli.console import note
+from varcli.console import counted, note
 from varcli.errors import InputError, RunError
 from varcli.files import cannot_lock, cannot_write, replacing
 from varcli.images.provenance import Provenance, provenance_from_json
@@ -104,7 +104,8 @@ class ArchiveSink(Sink):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         super().__exit__(kind, error, at)
         if kind is KeyboardInterrupt and self._growing and self._count > 0:
-            note(f"{self._count} images are kept in {self._part}; the same command with --resume goes on from there")
+            count = counted(self._count, "image")
+            note(f"{self._part} keeps {count}; the same command with --resume goes on from there")
 
     def _keep_others_out(self) -> None:
         """Hold the archive until its files are closed; two processes would tear it.

@@ -19,7 +19,7 @@ from varcli.acceleration.devices import pick_device
 from varcli.checkpoints.registry import cache_folder, presets, registry
 from varcli.classes import imagenet
 from varcli.config import SampleConfig
-from varcli.console import progress
+from varcli.console import counted, progress
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.evaluation import comparability
@@ -303,7 +303,8 @@ class Evaluator:
                 measured.run(source.watched, self.extractor, advance, source.unit)
             except KeyboardInterrupt:
                 if path:
-                    self.note(f"{measured.statistics.count} images are measured; the same command goes on from there")
+                    count = counted(measured.statistics.count, "image")
+                    self.note(f"stopped after {count}; the same command goes on from there")
                 raise
         source.join(self.group)
         return measured, path
@@ -382,7 +383,7 @@ class Evaluator:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 check_writable(path)
-                self.note(f"measuring the reference {name} first, once: {len(images)} images")
+                self.note(f"measuring the reference {name} first, once: {counted(len(images), 'image')}")
             except (OSError, RunError) as error:
                 path = Path(folder) / path.name
                 self.note(f"measuring the reference {name} first, without keeping it: {error}")

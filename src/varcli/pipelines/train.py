@@ -28,7 +28,7 @@ from varcli.config import (
     TransformerTrainingConfig,
     transformer_recipe,
 )
-from varcli.console import progress
+from varcli.console import counted, progress
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 from varcli.files import write_atomically
@@ -529,6 +529,8 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
     """Say what was found in the data and left out of it, and where the recipe is for far more images."""
     for line in account:
         note(f"data: {line}")
+    if images == 1:
+        note("data: of a single image the model learns nothing but that image")
     steps = training.steps(images)
     if steps >= FEW_STEPS and training.batch <= images:
         return
@@ -537,8 +539,8 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
     if smaller.batch >= training.batch:
         advice = f"--epochs {training.epochs * 10:g} makes {10 * steps}"
     note(
-        f"{training.epochs:g} epochs of {images} images in batches of {training.batch} are {steps} steps, "
-        f"few to learn from; {advice}"
+        f"{counted(training.epochs, 'epoch')} of {counted(images, 'image')} in batches of {training.batch} make "
+        f"{counted(steps, 'step')}, few to learn from; {advice}"
     )
 
 

@@ -56,7 +56,14 @@ def watched(
             tracker(step, named)
         report(step, run.steps, figures)
 
-    with _bar(run, start, quiet) as after_step:
+    with _bar(run, start, quiet) as move:
+
+        def after_step(step: int, loss: float) -> None:
+            in_log = step == run.steps or step % run.log_every == 0 or step % run.validate_every == 0
+            if step == start + 1 and not (in_log or quiet):  # so that whoever began the run sees that it works
+                report(step, run.steps, {"loss": loss})
+            move(step, loss)
+
         yield replace(run, report=log, after_step=after_step)
 
 
