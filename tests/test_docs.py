@@ -24,7 +24,7 @@ LINES = {
 }
 COMMANDS = re.compile(r"\bvar (?=[a-z])[^|>&#]*")
 """Each use of `var` in a line, up to whatever the shell does with it."""
-UNTRIED = re.compile(r"pip|var-d|code-\d|\.pth|\bphotos\b|\bruns/|\bvar eval\b|\bvar report\b|scorer\.pt")
+UNTRIED = re.compile(r"pip|var-d|code-\d|\.pth|\bphotos\b|\bruns/|\bvar eval\b|\bvar report\b|decide-at")
 """Lines that need a network, released or other weights or a data set; the others are run."""
 BASH = None if os.name == "nt" else shutil.which("bash")
 HERE = f'var() {{ {shlex.quote(sys.executable)} -m varcli "$@"; }}'

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def test_an_image_a_class_in_the_current_folder(sample, capsys, tmp_path):
     sample("-c", "golden retriever")
     out, err = capsys.readouterr()
     assert out == "207-golden_retriever-0.png\n"
-    assert re.fullmatch(r"var: computing on cpu in (fp32: .* has no|bf16: .* has) instructions for bf16\n", err)
+    assert err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["207-golden_retriever-0.png"]
     assert pixels("207-golden_retriever-0.png").shape == (16, 16, 3)
 
@@ -196,12 +195,6 @@ def test_resume_makes_only_what_is_missing(sample, capsys):
     assert len(capsys.readouterr().out.split()) == 2
 
 
-def test_precision_is_told_only_where_the_program_chose_it(sample, capsys):
-    sample("-c", "1", "--dtype", "fp32")
-    sample("-c", "1", "--quiet")
-    assert capsys.readouterr().err == ""
-
-
 def test_a_class_known_by_a_part_of_its_name_is_told(sample, capsys):
     sample("-c", "dais", "--dtype", "fp32")
     assert capsys.readouterr() == (
@@ -242,7 +235,7 @@ def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, cap
     assert cli.run(["sample", "-c", "-", "--grid", "grid.png"]) == 2
     out, err = capsys.readouterr()
     assert out == "1-goldfish-0.png\n1-goldfish-1.png\n"
-    assert err.splitlines()[1:] == ["var: error: --grid can show at most 2 images (got 3)"]
+    assert err.splitlines() == ["var: error: --grid can show at most 2 images (got 3)"]
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,8 @@ def _torchvision(name: str) -> tuple[nn.Module, str]:
 
     if name not in models.list_models(module=models):
         raise UsageError(
-            "--classifier must be self, efficientnet-lite0, a torchvision model such as resnet101, or a file "
-            f"(got {name})"
+            f"--classifier {name} is neither a file nor a name: self, efficientnet-lite0, or a torchvision model such "
+            "as resnet101"
         )
     weights = models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
@@ -128,7 +128,8 @@ def _torchvision(name: str) -> tuple[nn.Module, str]:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
         raise CheckpointError(
-            f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use a TorchScript file"
+            f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use --classifier self, which "
+            "needs none"
         ) from error
     sha256 = file_sha256(file)
     if not sha256.startswith(file.stem.rpartition("-")[2]):

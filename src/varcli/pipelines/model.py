@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from varcli import __version__
-from varcli.acceleration.devices import pick_device, pick_dtype, precision_reason
+from varcli.acceleration.devices import pick_device, pick_dtype, precision_note
 from varcli.acceleration.dispatch import prepare
 from varcli.checkpoints.registry import presets, registry, replaceable, resolve_checkpoint
 from varcli.checkpoints.store import (
@@ -101,8 +101,8 @@ class Model:
         with replaceable(name):
             self.metadata, _ = read_metadata(path)
             check_registered(name, path, self.metadata)
-        self.precision_note = precision_reason(dtype, device) if chosen and dtype != "int8" else None
-        """Which precision was chosen, and why; None if the user chose it."""
+        self.precision_note = precision_note(dtype, device) if chosen and dtype != "int8" else None
+        """That images depend on the batch in the precision that was chosen; None where not, or if the user chose it."""
         self.progress = progress
         """Whether a download shows a bar."""
         self._checkpoint: Checkpoint | None = None
