@@ -205,7 +205,7 @@ GOOD = {f"tokens.{k}": torch.zeros(1, side, side, dtype=torch.int32) for k, side
             "one map for each of the first scales, 1 to 3 (got 4)",
         ),
         ({"tokens.5": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "of the first scales on"),
-        ({"weight": torch.zeros(1)}, {}, 3, "holds weight; tensors tokens.0"),
+        ({"weight": torch.zeros(1)}, {}, 3, "must hold tokens.0, tokens.1 … of the first scales on (got weight)"),
         ({}, {"tokenizer_sha256": "00"}, 4, "another tokenizer's"),
     ],
 )
@@ -220,8 +220,12 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["tokens", "decode", "none.safetensors"], 3, "tokens: none.safetensors cannot be read"),
-        (["tokens", "decode", "a.png"], 3, "tokens: a.png cannot be read"),
+        (["tokens", "decode", "none.safetensors"], 3, "the token file none.safetensors cannot be read: "),
+        (
+            ["tokens", "decode", "a.png"],
+            3,
+            "error: the token file a.png cannot be read: it is no safe",
+        ),
         (["tokens", "encode", "none.png", "-o", "t.safetensors"], 3, "image none.png cannot be read"),
         (["tokens", "encode", "a.png", "-o", "no/t.safetensors"], 5, "no/t.safetensors cannot be written"),
         (["reconstruct", "none.png"], 3, "image none.png cannot be read"),

@@ -262,7 +262,8 @@ def test_places_are_checked_before_a_checkpoint_is_downloaded(sample, monkeypatc
 
 def test_contact_sheet_and_growing_image(sample, capsys):
     sample("-c", "1,207,281", "--out", "o", "--grid", "grid.png")
-    assert len(capsys.readouterr().out.split()) == 3
+    out, err = capsys.readouterr()
+    assert len(out.split()) == 3 and err == "var: also written: grid.png\n"
     assert pixels("grid.png").shape[1] > 3 * 192
     sample("-c", "1", "--growth", "strip.png", "--out", "one.png")
     sample("-c", "1", "--growth", "strip.gif", "--out", "two.png")

@@ -52,25 +52,27 @@ def save_tokens(
     save_tensors(path, tensors, metadata)
 
 
-def load_tokens(path: Path, config: TokenizerConfig, sha256: str) -> TokenFile:
-    """Return the token maps of a file, checked against the tokenizer that is to decode them.
+def load_tokens(path: Path, config: TokenizerConfig, sha256: str, name: str) -> TokenFile:
+    """Return the token maps of a file, called `name`, checked against the tokenizer that is to decode them.
 
     Raises:
         InputError: the file cannot be read, is none of tokens, or holds other shapes or numbers.
         CheckpointError: they were made by another tokenizer.
     """
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{name} is empty: give a token file")
     try:
         tensors, metadata = load_tensors(path)
     except CheckpointError as error:
-        reason = str(error).rpartition("; ")[2]
-        raise InputError(f"tokens: {path} cannot be read; {reason}") from error
-    unknown = sorted(name for name in tensors if not re.fullmatch(r"tokens\.[0-9]+", name))
+        reason = str(error).rpartition(" cannot be read: ")[2].rpartition("; ")[2]
+        raise InputError(f"the token file {name} cannot be read: {reason}") from error
+    unknown = sorted(tensor for tensor in tensors if not re.fullmatch(r"tokens\.[0-9]+", tensor))
     if unknown or not tensors or set(tensors) != {f"tokens.{scale}" for scale in range(len(tensors))}:
         found = unknown[0] if unknown else ", ".join(sorted(tensors)) or "nothing"
-        raise InputError(f"tokens: {path} holds {found}; tensors tokens.0, tokens.1 … of the first scales on")
+        raise InputError(f"the token file {name} must hold tokens.0, tokens.1 … of the first scales on (got {found})")
     if metadata.get("tokenizer_sha256", sha256) != sha256:
-        raise CheckpointError(f"tokens: {path} are another tokenizer's; the checkpoint that made them")
-    maps = token_maps([tensors[f"tokens.{k}"] for k in range(len(tensors))], config, f" of {path}")
+        raise CheckpointError(f"the tokens of {name} are another tokenizer's: give the --checkpoint that made them")
+    maps = token_maps([tensors[f"tokens.{k}"] for k in range(len(tensors))], config, f" of {name}")
     return TokenFile(maps, _names(metadata.get("names"), len(maps[0])))
 
 

@@ -91,6 +91,7 @@ def sample(
         )
     if not group.is_main:
         return
+    options.tell_also(grid if summary.written else None, growth, quiet=quiet)
     if summary.asked > 0 and summary.written == 0:
         note(f"nothing left to do: {counted(summary.asked, 'image')} asked for, none missing")
     if summary.unasked:

@@ -88,6 +88,7 @@ def reconstruct(
             note(", ".join(row))
     elif rows:
         table(("image", "PSNR", "tokens"), rows)
+    options.tell_also(grid if pairs else None, growth if pairs else None, quiet=quiet)
     sources.check()
 
 

@@ -133,10 +133,12 @@ def read_image_file(file: BinaryIO, name: str) -> bytes:
     """Return the content of an image file.
 
     Raises:
-        InputError: it is so long that it has no end, perhaps.
+        InputError: it is empty, or so long that it has no end, perhaps.
         OSError: it cannot be read.
     """
     content = file.read(_MOST_BYTES + 1)
+    if not content:
+        raise InputError(f"{name} is empty: an image is expected")
     if len(content) > _MOST_BYTES:
         raise InputError(f"the image {name} cannot be read: it is longer than {_MOST_BYTES >> 30} GB")
     return content

@@ -139,7 +139,8 @@ def decode_file(model: Model, path: Path, file: str) -> tuple[int, Iterator[Imag
         InputError: the file cannot be read, or holds no tokens of this shape.
         CheckpointError: another tokenizer made them.
     """
-    loaded = load_tokens(path, model.tokenizer_config, model.metadata["tokenizer_sha256"])
+    name = "standard input" if file == "-" else file
+    loaded = load_tokens(path, model.tokenizer_config, model.metadata["tokenizer_sha256"], name)
     maps = [idx_Bl.clone() for idx_Bl in loaded.maps]  # the file may go before they are decoded
     images = decode(model, maps, file=file, names=loaded.names, inputs=(file_sha256(path),))
     return len(loaded.names), images
