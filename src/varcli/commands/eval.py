@@ -26,7 +26,12 @@ Resize = Annotated[
 ]
 Features = Annotated[
     str,
-    Option("--features", metavar="NAME", help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0."),
+    Option(
+        "--features",
+        metavar="NAME",
+        help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0; none measures a tokenizer's PSNR, "
+        "SSIM and LPIPS alone.",
+    ),
 ]
 DEFAULT_FEATURES = "inception-v3-compat"
 InceptionFile = Annotated[

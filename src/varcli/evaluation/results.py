@@ -161,7 +161,8 @@ class Result:
         if self.reference:
             count = f", {counted(self.reference.n, 'image')}" if self.reference.n else ""
             yield "reference", _named(self.reference.name, self.reference.sha256) + count
-        yield "extractor", _named(self.extractor.name, self.extractor.sha256)
+        if self.extractor.sha256:
+            yield "extractor", _named(self.extractor.name, self.extractor.sha256)
         yield "protocol", ", ".join(f"{name} {value}" for name, value in self.protocol.items() if value is not None)
         if self.published:
             yield "published", _published(self.published)
