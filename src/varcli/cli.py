@@ -167,7 +167,7 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
     words = list(arguments)
     if words[:2] == ["eval", "stats"] and "--features" in words:  # was a flag, and names the extractor now
         i = words.index("--features")
-        if words[i + 1 : i + 2] not in (["inception-v3-compat"], ["dinov2"]):
+        if words[i + 1 : i + 2] not in (["inception-v3-compat"], ["dinov2"], ["efficientnet-lite0"], ["none"]):
             words[i] = "--keep-features"
             console.note("--features is now --keep-features; the old name goes in the next version")
     for i, word in enumerate(words[: words.index("--")] if "--" in words else words):
