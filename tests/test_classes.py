@@ -124,7 +124,7 @@ def test_name_with_a_comma_is_no_list():
         ("golden retriever", PETS, InputError, "knows 0 to 1"),
         ("dogss", PETS, InputError, "dogs"),
         ("dog house", PETS, InputError, "knows 0 to 1"),
-        ("7", PETS, InputError, "knows 0 to 1"),
+        ("7", PETS, InputError, "knows 0 to 1; `var classes` lists them"),
     ],
 )
 def test_spec_refused(spec, table, kind, words):
@@ -138,8 +138,12 @@ def test_a_class_known_by_a_part_of_its_name_is_told():
     told = []
     for spec in ("shepherd", "golden retriever,alsatian,4tabby", "-"):
         with suppress(InputError):
-            list(parse_classes([spec], FEW, ["goldf", "1"], taken=lambda word, entry: told.append((word, entry.id))))
-    assert told == [("shepherd", 235), ("goldf", 1)]
+            list(parse_classes([spec], FEW, ["goldf", "1"], note=told.append))
+    assert [line.partition(" (")[0] for line in told] == [
+        "--class shepherd is taken to be 235",
+        "--class goldf is taken to be 1",
+    ]
+    assert "German shepherd dog" in told[0], "the name that has the part, first or not"
 
 
 def test_lacking_class_says_who_has_it():

@@ -92,7 +92,10 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "mistake",
     [
-        (["paint"], 2, "No such command 'paint'."),
+        (["flatten"], 2, "No such command 'flatten'."),
+        (["sampel"], 2, "No such command 'sampel'. Did you mean 'sample'?"),
+        (["sample", "-c", "golden", "retriever"], 2, "quotes keep several words together, as in --class 'golden"),
+        (["sample", "-c", "1", "-m", "var-d99"], 4, "one of the names var-d36, var-d30; `var checkpoints list` shows"),
         (["--loud"], 2, "No such option: --loud"),
         (["sample"], 2, "Missing option '--class' / '-c'."),
         (["sample", "-c", "1", "--cgf", "3"], 2, "No such option: --cgf"),
@@ -228,7 +231,6 @@ def test_a_closed_pipe_ends_quietly(model, tmp_path):
         process.stdin.write("1\n")
         process.stdin.flush()
         assert process.stdout.readline() == "1-goldfish-0.png\n"
-        assert process.stderr.readline().startswith("var: computing on ")
         process.stdout.close()
         process.stdin.write("1\n")
         process.stdin.close()
@@ -313,7 +315,6 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model, tmp_path):
         process.stdin.write("1\n")
         process.stdin.flush()
         assert process.stdout.readline() == "1-goldfish-0.png\n"
-        assert process.stderr.readline().startswith("var: computing on ")
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         assert process.wait() == cli.INTERRUPTED

@@ -34,7 +34,7 @@ PRESET = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "approximate
         ),
         (
             comparability.skipped(["a", "b", "c", "d"]),
-            "4 images could not be read and are left out: a, b, c and 1 more",
+            "left out as unreadable: 4 images: a, b, c and 1 more",
         ),
     ],
 )

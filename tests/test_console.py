@@ -29,6 +29,13 @@ def steps(total, quiet=False):
             console.result(f"{number}.png")
 
 
+def test_numbers_go_with_their_nouns():
+    assert [console.counted(n, "image") for n in (0, 1, 1.5, 2, 10**7)] == [
+        *("0 images", "1 image", "1.5 images", "2 images", "10000000 images"),
+    ]
+    assert console.counted(2, "class") == "2 classes" and console.counted(1, "class") == "1 class"
+
+
 def test_no_bar_in_a_pipe(capsys):
     steps(3)
     assert capsys.readouterr() == ("0.png\n1.png\n2.png\n", "")

@@ -103,5 +103,5 @@ def test_models_that_do_not_belong_together_are_refused(model, data, tmp_path, c
         assert "--weight must give finite weights" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
     assert run(["checkpoints", "merge", str(model), str(model), "-o", str(model)]) == 2
-    assert "is a file that is read; give another name" in capsys.readouterr().err
+    assert "is what is read, and would be replaced: give another name" in capsys.readouterr().err
     assert not out.exists()

@@ -252,7 +252,7 @@ def test_class_names_taken_apart_by_a_mac_are_the_same_class(tmp_path):
         (lambda root: [fill(root, ["1.png", "2.png"])], "2 images without labels; expected one folder per class"),
         (lambda root: [fill(root, ["a/1.png"]), root], "only once"),
         (lambda root: [fill(root, ["a/1.png"]) / "a" / "1.png"], "is not a folder, .zip, .tar or .npz of images"),
-        (lambda root: [zipped(fill(root / "x", ["1.png"]), root / "x.zip")], "x.zip has 1 images without labels"),
+        (lambda root: [zipped(fill(root / "x", ["1.png"]), root / "x.zip")], "x.zip has 1 image without labels"),
     ],
     ids=["absent", "empty", "flat", "twice", "an image", "flat zip"],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from varcli.acceleration import devices
-from varcli.acceleration.devices import cpu_computes_bf16, pick_dtype, precision_reason
+from varcli.acceleration.devices import cpu_computes_bf16, pick_dtype, precision_note
 
 CPU = torch.device("cpu")
 
@@ -15,9 +15,14 @@ def test_auto_takes_bf16_on_processors_made_for_it(monkeypatch, has, expected):
     assert pick_dtype("auto", CPU) == expected
     assert pick_dtype("fp32", CPU) == "fp32"
     assert pick_dtype("auto", torch.device("mps")) == "fp32"
-    assert precision_reason(expected, CPU) == (
-        f"computing on cpu in {expected}: this processor has {'' if has else 'no '}instructions for bf16"
-    )
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "told"), [("cpu", "bf16", 0), ("cuda", "fp32", 0), ("cuda", "bf16", 1)]
+)
+def test_a_precision_is_told_where_images_depend_on_the_batch(device, precision, told):
+    note = precision_note(precision, torch.device(device))
+    assert (note is not None) == told and (not told or note.endswith("--dtype fp32 avoids it"))
 
 
 @pytest.mark.parametrize(

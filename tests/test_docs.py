@@ -18,10 +18,13 @@ PAGES = {page.relative_to(generated.ROOT).as_posix(): page.read_text(encoding="u
 BASH_BLOCKS = {name: re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for name, text in PAGES.items()}
 TRIED = ("README.md", "docs/sampling.md", "docs/editing.md", "docs/likelihood.md")
 """Pages whose commands are run; those of the others need networks, GPUs or hours."""
-LINES = {name: [line for block in BASH_BLOCKS[name] for line in block.splitlines()] for name in BASH_BLOCKS}
+LINES = {
+    name: [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    for name, blocks in BASH_BLOCKS.items()
+}
 COMMANDS = re.compile(r"\bvar (?=[a-z])[^|>&#]*")
 """Each use of `var` in a line, up to whatever the shell does with it."""
-UNTRIED = re.compile(r"pip|var-d|code-\d|\.pth|\bphotos\b|\bruns/|\bvar eval\b|\bvar report\b|scorer\.pt")
+UNTRIED = re.compile(r"pip|var-d|code-\d|\.pth|\bphotos\b|\bruns/|\bvar eval\b|\bvar report\b|decide-at")
 """Lines that need a network, released or other weights or a data set; the others are run."""
 BASH = None if os.name == "nt" else shutil.which("bash")
 HERE = f'var() {{ {shlex.quote(sys.executable)} -m varcli "$@"; }}'

@@ -138,11 +138,25 @@ def test_tokens_there_and_back(model):
     [
         (lambda model: model.sample("zebra"), InputError),
         (lambda model: model.sample(207, top_p=2.0), ConfigError),
-        (lambda model: model.sample(207, sparkle=1), TypeError),
+        (lambda model: model.sample(207, top_q=0.9), TypeError),
+        (lambda model: model.sample(207, preset="nice"), ConfigError),
+        (lambda model: model.sample(207, count=0), ConfigError),
+        (lambda model: model.sample(207, seed=-1), ConfigError),
+        (lambda model: list(model.stream([(207, -1)])), ConfigError),
+        (lambda model: list(model.grow(207, seed=-1)), ConfigError),
+        (lambda model: model.inpaint(np.zeros((8, 8, 3), np.uint8), box=(0, 0, 4, 4), seed=-1), ConfigError),
+        (lambda model: model.inpaint(np.zeros((8, 8, 3), np.uint8), box=(0, 0, 4, 4), best_of=0), UsageError),
+        (lambda model: model.decode(model.encode(np.zeros((8, 8, 3), np.uint8))[0]), InputError),
+        (lambda model: model.decode([]), InputError),
         (lambda model: model.inpaint(np.zeros((8, 8, 3), np.uint8)), UsageError),
         (lambda model: varcli.load("nothing"), CheckpointError),
     ],
 )
 def test_mistakes_are_exceptions(model, call, error):
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         call(model)
+    assert error is not TypeError or "no sampling setting top_q; there is top_p" in str(caught.value)
+
+
+def test_an_image_shows_itself_without_its_pixels(model):
+    assert repr(model.sample("goldfish", seed=3)) == "[<varcli.Image: goldfish, seed 3, 16 × 16>]"

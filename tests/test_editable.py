@@ -243,6 +243,9 @@ def test_files_that_are_not_there(tmp_path):
         read_source_image(str(tmp_path / "none.png"))
     with pytest.raises(InputError, match=r"cannot be read: "):
         read_source_image(str(tmp_path))
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(InputError, match=r"empty\.png is empty: an image is expected$"):
+        read_source_image(str(tmp_path / "empty.png"))
     with pytest.raises(InputError, match=r"^the name of an image is empty"):
         read_source_image("")
     with pytest.raises(InputError, match=r"cannot be read: "):

@@ -8,8 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from test_training import TOKENIZER, TOKENIZER_TRAINING, TRANSFORMER, TRANSFORMER_TRAINING
 from varcli.classes import ClassEntry, ClassTable
 from varcli.config import transformer_recipe
+from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
-from varcli.training.estimate import estimate, expected_losses
+from varcli.training import estimate as estimate_module
+from varcli.training.estimate import check_memory, estimate, expected_losses
 from varcli.training.finetune import adapt
 from varcli.training.transformer import TransformerStage, build_transformer
 
@@ -70,3 +72,23 @@ def test_recipes_are_the_published_ones():
     assert transformer_recipe(16).lr == pytest.approx(3e-4)
     assert transformer_recipe(24).final_lr == 0.01
     assert TOKENIZER_TRAINING.lr == pytest.approx(0.06 * 4 / 256)
+
+
+def test_a_batch_beyond_the_memory_is_refused_with_what_fits(stage, monkeypatch):
+    training = replace(TRANSFORMER_TRAINING, batch=64, accumulate=1)
+    plans = {n: estimate(stage, replace(training, accumulate=n), images=64) for n in (1, 4, 64)}
+    needed = {n: plan.state_bytes + plan.activation_bytes for n, plan in plans.items()}
+
+    def refusal(memory):
+        monkeypatch.setattr(estimate_module, "machine_memory", lambda: memory)
+        with pytest.raises(RunError) as caught:
+            check_memory(stage, training)
+        return str(caught.value)
+
+    assert f"a batch of 64 needs {needed[1] / 2**30:.1f} GiB" in refusal(needed[1] - 1)
+    assert "--grad-accum 4 computes it in parts" in refusal(2 * needed[4])
+    assert "--grad-accum 8 " in refusal(2 * needed[4] - 1)
+    assert "make the model smaller" in refusal(needed[64])
+    for memory in (needed[1], None):
+        monkeypatch.setattr(estimate_module, "machine_memory", lambda memory=memory: memory)
+        check_memory(stage, training)

@@ -179,6 +179,17 @@ class Corners(Projection):
         return dataclasses.replace(super().features(pixels_BHW3), spatial_BF=corners)
 
 
+def test_a_tokenizer_is_measured_on_pixels_alone_without_a_network(measure, tmp_path, monkeypatch):
+    photographs(tmp_path / "photographs")
+    whole, _ = measure("photographs", "--tokenizer")
+    monkeypatch.setattr(pipeline, "find_weights", None)  # nothing is looked for
+    monkeypatch.delitem(EXTRACTORS, "inception-v3-compat")
+    found, _ = measure("photographs", "--tokenizer", "--features", "none")
+    assert found["metrics"] == {name: whole["metrics"][name] for name in ("psnr", "ssim", "codebook_usage")}
+    assert found["warnings"] == [] and found["per_class"] is None and found["reference"] is None
+    assert cli.run(["eval", "stats", "photographs", "--features", "none", "-o", "x.npz"]) == 3  # without features
+
+
 @pytest.mark.parametrize("reference", [(), ("--reference", "photographs")])
 def test_a_tokenizer_is_measured_by_spatial_features_too(measure, tmp_path, monkeypatch, reference):
     monkeypatch.setitem(EXTRACTORS, "inception-v3-compat", Corners)
@@ -321,7 +332,7 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Projection, "features", interrupted)
     assert cli.run(["eval", "-n", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
     assert sum(seen) == 24
-    assert "24 images are measured; the same command goes on from there" in capsys.readouterr().err
+    assert "stopped after 24 images; the same command goes on from there" in capsys.readouterr().err
     monkeypatch.setattr(Projection, "features", whole)
     found, err = measure("--num-images", COUNT, "--reference", reference, "--seed", 0)
     assert f"images: going on after 24 of {COUNT}" in err
@@ -541,6 +552,8 @@ def test_names_on_stdin_may_be_no_text(measure, tmp_path, monkeypatch):
         (["--resize", "64"], 2, "--resize is for images that exist"),
         (["--best-of", "0.5"], 2, "Invalid value for '--best-of': "),
         (["--tokenizer", "--kid"], 2, "--tokenizer cannot be used with --kid: it measures FID"),
+        (["photographs", "--features", "none"], 2, "--features none is for --tokenizer, of which PSNR"),
+        (["photographs", "--tokenizer", "--fid", "--features", "none"], 3, "--fid needs the features of another"),
         (["--tokenizer"], 2, "--tokenizer needs images that the tokenizer was not trained on"),
         (["--out", "result.txt"], 2, "--out must be a name ending in .json (got result.txt)"),
         (["--save-stats", "s.json"], 2, "--save-stats must be a name ending in .npz (got s.json)"),
@@ -564,7 +577,7 @@ def test_names_on_stdin_may_be_no_text(measure, tmp_path, monkeypatch):
         (
             ["--is", "-n", "10", "--best-of", "2", "--classifier", "nobody"],
             2,
-            "--classifier must be self, efficientnet-lite0, a torchvision model",
+            "is neither a file nor a name: self, efficientnet-lite0, or a torchvision model",
         ),
     ],
 )
@@ -595,7 +608,7 @@ def test_bad_images_are_left_out_where_asked(measure, tmp_path):
     (tmp_path / "broken" / "cut.png").write_bytes(b"\x89PNG")
     found, _ = measure("broken", "--is", "--skip-bad")
     assert found["n"] == 12
-    assert any("1 images could not be read and are left out: " in warning for warning in found["warnings"])
+    assert any("left out as unreadable: 1 image: " in warning for warning in found["warnings"])
 
 
 def test_too_few_are_left_when_bad_ones_are_left_out(measure, tmp_path):

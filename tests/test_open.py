@@ -159,10 +159,23 @@ def test_resume_makes_what_is_missing(here):
     [b"", b"text", png_bytes(image()), png_bytes(image(), made(0, cfg=4.0)), png_bytes(image(), MADE)[:-30]],
     ids=["empty", "text", "foreign", "other settings", "cut off"],
 )
-def test_resume_is_not_fooled_by_a_file_of_the_same_name(here, content):
+@pytest.mark.parametrize("resume", [True, False])
+def test_another_file_of_the_same_name_is_neither_the_image_nor_lost(here, content, resume):
     (here / "207-golden_retriever-0.png").write_bytes(content)
-    assert put(None, [0], resume=True)[0] == [Path("207-golden_retriever-0.png")]
-    assert read_provenance(Path("207-golden_retriever-0.png")) == MADE
+    [path], _ = put(None, [0], resume=resume)
+    assert path.name.startswith("207-golden_retriever-0-") and read_provenance(path) == MADE
+    assert (here / "207-golden_retriever-0.png").read_bytes() == content
+    assert put(None, [0], resume=True)[0] == []
+    assert put(None, [0])[0] == [path]  # the same image has the same name, also once the other one is free
+    (here / "207-golden_retriever-0.png").unlink()
+    assert put(None, [0])[0] == [path]
+    assert listing(here) == [path.name]
+
+
+def test_a_name_that_was_typed_is_written_to(here):
+    (here / "x.png").write_bytes(b"mine")
+    assert put("x.png", [0], several=False)[0] == [Path("x.png")]
+    assert read_provenance(Path("x.png")) == MADE
 
 
 def test_resume_knows_an_image_whose_checkpoint_moved(here):

@@ -106,7 +106,7 @@ def with_text(text):
     ("content", "words"),
     [
         (None, "No such file"),
-        (b"", "give a PNG that var sample wrote"),
+        (b"", "is empty: an image is expected"),
         (b"text", "give a PNG that var sample wrote"),
         (with_text(None), "has no provenance"),
         (with_text("{"), "damaged"),

@@ -183,14 +183,29 @@ GOOD = {f"tokens.{k}": torch.zeros(1, side, side, dtype=torch.int32) for k, side
 @pytest.mark.parametrize(
     ("change", "metadata", "code", "message"),
     [
-        ({"tokens.0": torch.zeros(1, 1, 1)}, {}, 3, "scale 1 holds torch.float32; whole numbers"),
-        ({"tokens.1": torch.zeros(1, 3, 3, dtype=torch.int32)}, {}, 3, "scale 2 is 1 × 3 × 3; images × 2 × 2"),
-        ({"tokens.1": torch.full((1, 2, 2), 64)}, {}, 3, "scale 2 has numbers beyond the codebook; 0 to 63"),
-        ({"tokens.1": torch.full((1, 2, 2), -1)}, {}, 3, "beyond the codebook"),
-        ({"tokens.1": torch.zeros(2, 2, 2, dtype=torch.int32)}, {}, 3, "as many images at each scale"),
-        ({"tokens.3": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "has 4 scales; this tokenizer has 3"),
+        ({"tokens.0": torch.zeros(1, 1, 1)}, {}, 3, "scale 1 must be whole numbers (got torch.float32)"),
+        (
+            {"tokens.1": torch.zeros(1, 3, 3, dtype=torch.int32)},
+            {},
+            3,
+            "scale 2 must be images × 2 × 2 (got 1 × 3 × 3)",
+        ),
+        ({"tokens.1": torch.full((1, 2, 2), 64)}, {}, 3, "scale 2 has numbers beyond the codebook's, 0 to 63"),
+        ({"tokens.1": torch.full((1, 2, 2), -1)}, {}, 3, "beyond the codebook's"),
+        (
+            {"tokens.1": torch.zeros(2, 2, 2, dtype=torch.int32)},
+            {},
+            3,
+            "each scale must have as many images, at least one",
+        ),
+        (
+            {"tokens.3": torch.zeros(1, 8, 8, dtype=torch.int32)},
+            {},
+            3,
+            "one map for each of the first scales, 1 to 3 (got 4)",
+        ),
         ({"tokens.5": torch.zeros(1, 8, 8, dtype=torch.int32)}, {}, 3, "of the first scales on"),
-        ({"weight": torch.zeros(1)}, {}, 3, "holds weight; tensors tokens.0"),
+        ({"weight": torch.zeros(1)}, {}, 3, "must hold tokens.0, tokens.1 … of the first scales on (got weight)"),
         ({}, {"tokenizer_sha256": "00"}, 4, "another tokenizer's"),
     ],
 )
@@ -205,8 +220,12 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["tokens", "decode", "none.safetensors"], 3, "tokens: none.safetensors cannot be read"),
-        (["tokens", "decode", "a.png"], 3, "tokens: a.png cannot be read"),
+        (["tokens", "decode", "none.safetensors"], 3, "the token file none.safetensors cannot be read: "),
+        (
+            ["tokens", "decode", "a.png"],
+            3,
+            "error: the token file a.png cannot be read: it is no safe",
+        ),
         (["tokens", "encode", "none.png", "-o", "t.safetensors"], 3, "image none.png cannot be read"),
         (["tokens", "encode", "a.png", "-o", "no/t.safetensors"], 5, "no/t.safetensors cannot be written"),
         (["reconstruct", "none.png"], 3, "image none.png cannot be read"),
@@ -216,7 +235,9 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
             (["reconstruct", "a.png", "-o", f"x.{ending}"], 2, "must be a folder, a name ending in .png, or -")
             for ending in ("npz", "avif", "jpg")
         ),
-        (["reconstruct", "a.png", "--grid", "a.png"], 2, "--grid a.png is the image that is read"),
+        (["reconstruct", "a.png", "--grid", "a.png"], 2, "--grid a.png is what is read, and would be"),
+        (["reconstruct", "a.png", "--out", "a.png"], 2, "--out a.png is what is read, and would be"),
+        (["tokens", "decode", "a.png", "--out", "a.png"], 2, "--out a.png is what is read, and would be"),
         (["tokens", "encode", "a.png", "-o", "a.png"], 2, "--out must be a name ending in .safetensors"),
         (["tokens", "encode", "a.png", "-o", "tokens"], 2, "--out must be a name ending in .safetensors"),
         (
@@ -226,7 +247,6 @@ def test_token_files_that_cannot_be_used(var, tmp_path, change, metadata, code, 
         ),
         (["tokens", "encode", ".", "-o", "t.safetensors"], 2, "--out must be a folder, for token maps of data"),
         (["tokens", "encode", ".", "a.png", "-o", "cache"], 3, "a.png is not a folder, .zip, .tar or .npz of images"),
-        (["tokens", "encode", "t.safetensors", "-o", "t.safetensors"], 2, "--out t.safetensors is one of the images"),
         (["tokens", "decode", "t.safetensors", "-o", "x.npz"], 2, "must be a folder, a name ending in .png, or -"),
     ],
 )
@@ -235,3 +255,11 @@ def test_mistakes(var, tmp_path, arguments, code, message):
     said = var(*arguments, code=code)
     assert said.out == "" and message in said.err and said.err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_image_with_the_name_of_a_token_file_is_not_replaced(var):
+    Path("a.png").rename("a.safetensors")
+    said = var("tokens", "encode", "a.safetensors", "-o", "./a.safetensors", code=2)
+    assert "--out a.safetensors is what is read, and would be replaced: give another name" in said.err
+    with Image.open("a.safetensors") as image:
+        assert image.size == (30, 20)

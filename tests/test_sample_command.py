@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def test_an_image_a_class_in_the_current_folder(sample, capsys, tmp_path):
     sample("-c", "golden retriever")
     out, err = capsys.readouterr()
     assert out == "207-golden_retriever-0.png\n"
-    assert re.fullmatch(r"var: computing on cpu in (fp32: .* has no|bf16: .* has) instructions for bf16\n", err)
+    assert err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["207-golden_retriever-0.png"]
     assert pixels("207-golden_retriever-0.png").shape == (16, 16, 3)
 
@@ -196,17 +195,11 @@ def test_resume_makes_only_what_is_missing(sample, capsys):
     assert len(capsys.readouterr().out.split()) == 2
 
 
-def test_precision_is_told_only_where_the_program_chose_it(sample, capsys):
-    sample("-c", "1", "--dtype", "fp32")
-    sample("-c", "1", "--quiet")
-    assert capsys.readouterr().err == ""
-
-
 def test_a_class_known_by_a_part_of_its_name_is_told(sample, capsys):
     sample("-c", "dais", "--dtype", "fp32")
     assert capsys.readouterr() == (
         "985-daisy-0.png\n",
-        "var: --class dais is taken to be 985 daisy, the only class with such a name here\n",
+        "var: --class dais is taken to be 985 (daisy): no other class of this model fits\n",
     )
     sample("-c", "dais", "--quiet")
     assert capsys.readouterr() == ("", "")
@@ -217,7 +210,7 @@ def test_nothing_left_to_do_is_said(sample, capsys):
         for quiet in ((), ("--quiet",)):
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--quiet")
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--resume", *quiet)
-            said = "" if quiet else "var: nothing left to do: all 2 images are there\n"
+            said = "" if quiet else "var: nothing left to do: 2 images asked for, none missing\n"
             assert capsys.readouterr() == (f"{out}\n" if Path(out).is_file() and not quiet else "", said)
 
 
@@ -242,7 +235,7 @@ def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, cap
     assert cli.run(["sample", "-c", "-", "--grid", "grid.png"]) == 2
     out, err = capsys.readouterr()
     assert out == "1-goldfish-0.png\n1-goldfish-1.png\n"
-    assert err.splitlines()[1:] == ["var: error: --grid can show at most 2 images (got 3)"]
+    assert err.splitlines() == ["var: error: --grid can show at most 2 images (got 3)"]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +262,8 @@ def test_places_are_checked_before_a_checkpoint_is_downloaded(sample, monkeypatc
 
 def test_contact_sheet_and_growing_image(sample, capsys):
     sample("-c", "1,207,281", "--out", "o", "--grid", "grid.png")
-    assert len(capsys.readouterr().out.split()) == 3
+    out, err = capsys.readouterr()
+    assert len(out.split()) == 3 and err == "var: also written: grid.png\n"
     assert pixels("grid.png").shape[1] > 3 * 192
     sample("-c", "1", "--growth", "strip.png", "--out", "one.png")
     sample("-c", "1", "--growth", "strip.gif", "--out", "two.png")
@@ -353,10 +347,22 @@ def test_values_that_are_not_finite_are_told_before_an_image_is_made(model, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors", "hole.png"]
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x.tar"])
+def test_an_archive_of_an_earlier_run_is_replaced_with_a_word(sample, capsys, name):
+    sample("-c", "207", "-n", 2, "-o", name, "--dtype", "fp32")
+    sample("-c", "207", "-n", 3, "-o", name, "--dtype", "fp32", "--resume")
+    assert capsys.readouterr().err == ""
+    sample("-c", "207", "-o", name, "--dtype", "fp32")
+    assert f"{name} is of an earlier run and will be replaced; --resume would" in capsys.readouterr().err
+    Path(name).rename(f"{name}.part")  # as a run that was stopped leaves it
+    sample("-c", "207", "-o", name, "--dtype", "fp32")
+    assert f"{name}.part is of an earlier run" in capsys.readouterr().err
+
+
 def test_images_nobody_asked_for_this_time_are_told_of(sample, capsys):
     sample("-c", "207", "-n", 3, "-o", "several.npz")
     sample("-c", "207", "-n", 1, "-o", "several.npz", "--resume")
-    assert "several.npz also holds 2 images of an earlier run that were not asked for now" in capsys.readouterr().err
+    assert "several.npz also holds 2 images of an earlier run, not asked for now" in capsys.readouterr().err
 
 
 # --- rejection -------------------------------------------------------------------------------------
@@ -406,7 +412,7 @@ def test_the_best_go_on_too(sample, redness, capsys):
     sample(*asked)
     before = Path("best.npz").read_bytes()
     sample(*asked, "--resume")
-    assert "nothing left to do: all 4 images are there" in capsys.readouterr().err
+    assert "nothing left to do: 4 images asked for, none missing" in capsys.readouterr().err
     assert Path("best.npz").read_bytes() == before
 
 

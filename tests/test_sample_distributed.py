@@ -1,6 +1,7 @@
 """`var sample` by several processes: what one process leaves, whatever happens to one of them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,8 +167,8 @@ def test_interrupt_reaches_all_and_says_how_to_go_on(here):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130 and out == b""
-    precision, kept, interrupted = err.decode().splitlines()
-    assert precision.startswith("var: computing on cpu in ") and interrupted == "var: interrupted"
-    assert kept.endswith(" images are kept in x.npz.part; the same command with --resume goes on from there")
+    kept, interrupted = err.decode().splitlines()
+    assert interrupted == "var: interrupted"
+    assert re.search(r"x\.npz\.part keeps \d+ images?; the same command with --resume goes on from there$", kept)
     assert not any(Path(f"/proc/{pid}").exists() for pid in others)
     assert listing(Path()) == ["x.npz.part", "x.npz.part.jsonl"]

@@ -99,9 +99,12 @@ def test_classify_of_a_folder(var, model):
         expected = model.classify(image["image"].rpartition("/")[2], candidates=(3, 2))
         assert [each["id"] for each in image["classes"]] == [each.entry.id for each in expected]
         assert [each["scales"] for each in image["classes"]] == [3, 3, 3, 2, 2]
+    rows = [line.split("\t") for line in var("classify", "1.png", "--candidates", "3,2").out.splitlines()[:5]]
+    assert [(row[4] == "-", row[5]) for row in rows] == [(False, "3")] * 3 + [(True, "2")] * 2
     told = var(*asked, "--top", 0).out
     assert told == f"3 images with a label: top-1 {sum(hits) / 3:.1%}, top-5 100.0%\n"
     assert len(var(*asked, "--top", 2, "-n", 2).out.splitlines()) == 2 * 2 + 1
+    assert "top-5" not in var(*asked, "--top", 1).out
 
 
 def test_images_without_a_label_have_no_accuracy(var):
@@ -138,7 +141,8 @@ def test_a_damaged_image_among_others(var, tmp_path):
         (["score", "1.png", "-c", "1", "--heatmap", "x.jpg"], 2, "--heatmap must be a name ending in .png (got x.jpg)"),
         (["classify"], 2, "exactly one of image paths and --reference must say what to classify"),
         (["classify", "1.png", "-r", "tiny64"], 2, "exactly one of image paths and --reference"),
-        (["classify", "1.png", "-"], 2, "- is one image on standard input, and no other can be given beside it"),
+        (["classify", "1.png", "-"], 2, "- is one image on standard input: neither others nor --num-images"),
+        (["classify", "-", "-n", "2"], 2, "- is one image on standard input: neither others nor --num-images can"),
         (["classify", "nothing"], 3, "nothing"),
         (["classify", "-r", "nothing"], 3, "there is no reference nothing: neither a file nor one of the names"),
         (["classify", "1.png", "--candidates", "3,10"], 2, "--candidates must be falling numbers such as 10,3, or 0"),

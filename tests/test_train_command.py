@@ -356,21 +356,23 @@ def test_training_says_what_it_found_before_it_begins(data, tokenizer, tmp_path,
     (everything / "n01443537" / "x.HEIC").write_bytes(b"x")
     (everything / "n09999999").mkdir()
     assert run(transformer_command(everything, tokenizer, tmp_path / "run")) == 0
-    assert capsys.readouterr().err.splitlines()[:4] == [
+    told = capsys.readouterr().err.splitlines()
+    assert told[4].startswith("var: step 1/5: loss ")
+    assert told[:4] == [
         "var: data: 24 images of 3 classes: 1 goldfish, 207 golden retriever, 281 tabby",
         "var: data: left out: files named .heic (1): data/n01443537/x.HEIC",
         "var: data: data: class folders without images: n09999999",
-        "var: 1 epochs of 18 images in batches of 4 are 5 steps, few to learn from; --batch-size 2 makes 9",
+        "var: 1 epoch of 18 images in batches of 4 make 5 steps, few to learn from; --batch-size 2 makes 9",
     ]
 
 
 @pytest.mark.parametrize(
     ("epochs", "batch", "images", "told"),
     [
-        (200, 768, 20, "are 6 steps, few to learn from; --batch-size 2 makes 2000"),
-        (200, 768, 100, "are 27 steps, few to learn from; --batch-size 12 makes 1667"),
-        (1, 4, 18, "are 5 steps, few to learn from; --batch-size 2 makes 9"),
-        (10, 2, 20, "are 100 steps, few to learn from; --epochs 100 makes 1000"),
+        (200, 768, 20, "make 6 steps, few to learn from; --batch-size 2 makes 2000"),
+        (200, 768, 100, "make 27 steps, few to learn from; --batch-size 12 makes 1667"),
+        (1, 4, 18, "make 5 steps, few to learn from; --batch-size 2 makes 9"),
+        (10, 2, 20, "make 100 steps, few to learn from; --epochs 100 makes 1000"),
         (200, 768, 1_281_167, None),
         (200, 32, 1000, None),
     ],
@@ -380,6 +382,14 @@ def test_a_recipe_for_far_more_images_is_told(epochs, batch, images, told):
     pipeline._tell([], TrainingConfig(epochs=epochs, batch=batch), images, notes.append)
     assert len(notes) == bool(told)
     assert all(line.endswith(told) for line in notes)
+
+
+def test_a_single_image_is_told():
+    notes = []
+    pipeline._tell([], TrainingConfig(epochs=500, batch=1), 1, notes.append)
+    assert notes == ["data: of a single image the model learns nothing but that image"]
+    pipeline._tell([], TrainingConfig(epochs=1, batch=1), 1, notes.append)
+    assert notes[2].startswith("1 epoch of 1 image in batches of 1 make 1 step, few")
 
 
 def test_a_loss_is_expected_only_where_the_scaling_laws_speak():

@@ -210,15 +210,12 @@ def random_class(table: ClassTable, seed: int) -> ClassEntry:
 # --- what a user types -----------------------------------------------------------------------------
 
 
-Taken = Callable[[str, ClassEntry], None]
-
-
 def parse_classes(
     specs: Sequence[str],
     table: ClassTable,
     lines: Iterable[str] = (),
     hint: str = "",
-    taken: Taken = lambda word, entry: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[ClassEntry | None]:
     """Return the classes meant, in order; None is "no class" and `RANDOM` one drawn for each image.
 
@@ -232,7 +229,7 @@ def parse_classes(
         table: the classes the model knows.
         lines: where ``-`` reads; blank lines are passed over.
         hint: ends the message about an ImageNet class that the table lacks: which checkpoint has it.
-        taken: called with each class that was known by a part of its name.
+        note: told of each class that was known by a part of its name.
 
     Raises:
         UsageError: a range runs backwards, or a spec is empty.
@@ -240,7 +237,7 @@ def parse_classes(
     """
 
     def parse(spec: str) -> list[ClassEntry | None]:
-        return _parse(spec, table, hint, taken)
+        return _parse(spec, table, hint, note)
 
     parts = [_from_lines(lines, parse) if spec.strip() == "-" else parse(spec) for spec in specs]
     return chain.from_iterable(parts)
@@ -252,7 +249,7 @@ def _from_lines(lines: Iterable[str], parse: Callable[[str], list[ClassEntry | N
             yield from parse(line)
 
 
-def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassEntry | None]:
+def _parse(spec: str, table: ClassTable, hint: str, note: Callable[[str], None]) -> list[ClassEntry | None]:
     """Return the classes of one spec other than ``-``."""
     word = spec.strip()
     if not word:
@@ -267,8 +264,8 @@ def _parse(spec: str, table: ClassTable, hint: str, taken: Taken) -> list[ClassE
         return [_by_index(int(word), table, hint)]
     if "," in word and len(exact_match(table.entries, word)) != 1:
         # A name with a comma in it, or all names of a class as ImageNet writes them, is no list.
-        return [entry for item in word.split(",") for entry in _parse(item, table, hint, taken)]
-    return [_by_name(word, table, hint, taken)]
+        return [entry for item in word.split(",") for entry in _parse(item, table, hint, note)]
+    return [_by_name(word, table, hint, note)]
 
 
 KEYWORDS: dict[str, Callable[[ClassTable], list[ClassEntry | None]]] = {
@@ -290,14 +287,15 @@ def _by_index(class_id: int, table: ClassTable, hint: str) -> ClassEntry:
     return table.by_id(class_id)
 
 
-def _by_name(word: str, table: ClassTable, hint: str, taken: Taken) -> ClassEntry:
+def _by_name(word: str, table: ClassTable, hint: str, note: Callable[[str], None]) -> ClassEntry:
     """Return the one class meant by a name, the most literal reading first."""
     elsewhere = imagenet().entries if _is_part_of_imagenet(table) else ()
     for matches in (exact_match, whole_words, partial_match):
         found = matches(table.entries, word)
         if len(found) == 1:
             if matches is not exact_match:
-                taken(word, found[0])
+                names = ", ".join(found[0].names)
+                note(f"--class {word} is taken to be {found[0].id} ({names}): no other class of this model fits")
             return found[0]
         if found:
             raise InputError(f"several classes are called {word}: {_listing(found)}")
@@ -322,15 +320,16 @@ def _lacking(wanted: Sequence[ClassEntry], table: ClassTable, hint: str) -> Inpu
 def _closest(word: str, table: ClassTable) -> str:
     """Return advice on what might have been meant by a name nothing has."""
     close = close_to(table.entries, word)
-    return f"close to it: {_listing(close)}" if close else f"{_extent(table)}; `var classes` lists them"
+    return f"close to it: {_listing(close)}" if close else _extent(table)
 
 
 def _extent(table: ClassTable) -> str:
-    """Return in words which ids a table has."""
+    """Return in words which ids a table has, and what lists them."""
     ids = sorted(table._rows)
+    known = f"{len(ids)} classes between {ids[0]} and {ids[-1]}"
     if ids == list(range(len(ids))):
-        return f"this checkpoint knows 0 to {len(ids) - 1}"
-    return f"this checkpoint knows {len(ids)} classes between {ids[0]} and {ids[-1]}"
+        known = f"0 to {len(ids) - 1}"
+    return f"this checkpoint knows {known}; `var classes` lists them"
 
 
 def _listing(entries: Sequence[ClassEntry], most: int = 8) -> str:

@@ -64,23 +64,24 @@ class Commands(TyperGroup):
     listing = False
     """Whether commands are only named, for the help."""
 
+    def __init__(self, **settings: Any) -> None:
+        """Name the commands, for the help and for what to suggest where a name is none of them."""
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=purpose) for name, (_, _, purpose) in COMMANDS.items()}
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, for which no command need be imported."""
         self.listing = True
         super().format_help(ctx, formatter)
         self.listing = False
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of all commands."""
-        return list(COMMANDS)
-
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command by name, None if there is none."""
         if cmd_name not in COMMANDS:
             return None
-        module, name, purpose = COMMANDS[cmd_name]
         if self.listing:
-            return TyperCommand(cmd_name, help=purpose)
+            return self.commands[cmd_name]
+        module, name, _ = COMMANDS[cmd_name]
         found = getattr(import_module(f"varcli.commands.{module}"), name)
         if not isinstance(found, typer.Typer):
             function, found = found, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -153,6 +154,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _failed(str(error), error.exit_code)
     except typer.TyperException as error:
         message = error.format_message()
+        if message.startswith("Got unexpected extra argument"):
+            message += ": quotes keep several words together, as in --class 'golden retriever'"
         return _failed(message, UsageError.exit_code) if message else UsageError.exit_code  # nothing typed: the help
     if code == INTERRUPTED and not distributed.launched():
         console.note("interrupted")
@@ -164,7 +167,7 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
     words = list(arguments)
     if words[:2] == ["eval", "stats"] and "--features" in words:  # was a flag, and names the extractor now
         i = words.index("--features")
-        if words[i + 1 : i + 2] not in (["inception-v3-compat"], ["dinov2"]):
+        if words[i + 1 : i + 2] not in (["inception-v3-compat"], ["dinov2"], ["efficientnet-lite0"], ["none"]):
             words[i] = "--keep-features"
             console.note("--features is now --keep-features; the old name goes in the next version")
     for i, word in enumerate(words[: words.index("--")] if "--" in words else words):

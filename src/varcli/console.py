@@ -44,6 +44,12 @@ LONGEST = 500
 """Characters of a note or an error; what a file holds may be of any length."""
 
 
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun in singular or plural: 1 image, 2 images, 2 classes."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:.15g} {noun}{ending}"
+
+
 def notes(quiet: bool) -> Callable[[str], None]:
     """Return `note`, or what says nothing to those who want errors only."""
     return (lambda line: None) if quiet else note

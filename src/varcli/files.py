@@ -1,11 +1,11 @@
-"""Files that appear whole or not at all, and whether they can be written. No torch here."""
+"""Files that appear whole or not at all, whether they can be written, and how much memory there is. No torch here."""
 
 import json
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from hashlib import sha256
@@ -16,7 +16,7 @@ from threading import get_native_id
 from time import time
 from typing import Any
 
-from varcli.errors import RunError
+from varcli.errors import RunError, UsageError
 
 
 @contextmanager
@@ -179,6 +179,20 @@ def check_writable(path: Path) -> None:
         check_folder(path.parent, path)
 
 
+def check_not_read(option: str, out: Path, inputs: Iterable[str | Path]) -> None:
+    """Check that the output that an option names is none of the files or folders that are read.
+
+    Raises:
+        UsageError: it is, and would be replaced.
+    """
+    for name in inputs:
+        same = False
+        with suppress(OSError, ValueError):  # one is not there, or no path at all
+            same = out.samefile(name)
+        if same:
+            raise UsageError(f"--{option} {out} is what is read, and would be replaced: give another name")
+
+
 def check_folder(folder: Path, wanted: Path | None = None) -> None:
     """Check that files can be written in a folder; an error names `wanted`, or else the folder.
 
@@ -201,6 +215,14 @@ def kind_there(path: Path) -> str:
         return "file" if path.is_file() else "device" if path.exists() else "nothing"
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def machine_memory() -> int | None:
+    """Return the bytes of memory of this machine, None where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def cannot_write(path: Path, error: OSError, advice: str = "") -> RunError:

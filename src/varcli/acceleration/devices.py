@@ -68,12 +68,11 @@ def trains_in_bf16(device: torch.device, *, on_cpu: bool) -> bool:
     return on_cpu and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def precision_reason(precision: str, device: torch.device) -> str:
-    """Return a line for people that says what "auto" chose, and why."""
-    if device.type == "cpu":
-        has = "has" if precision == "bf16" else "has no"
-        return f"computing on cpu in {precision}: this processor {has} instructions for bf16"
-    return f"computing on {device} in {precision}"
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """Return a line for people where images depend on the batch, as "auto" chose 16 bits on a GPU; None elsewhere."""
+    if device.type == "cpu" or precision == "fp32":
+        return None
+    return f"computing on {device} in {precision}, where images depend on the batch size; --dtype fp32 avoids it"
 
 
 def check_int8(device: torch.device) -> None:

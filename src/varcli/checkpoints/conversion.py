@@ -32,7 +32,7 @@ from varcli.config import (
     sides_of_length,
 )
 from varcli.errors import CheckpointError, InputError, UsageError
-from varcli.files import check_writable, file_state
+from varcli.files import check_not_read, check_writable, file_state
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
@@ -112,8 +112,7 @@ def convert(
     """
     if out.suffix.lower() in PICKLED:
         raise UsageError(f"--out must be a .safetensors file, which is what {out.stem} becomes (got {out})")
-    if any(path.exists() and out.exists() and path.samefile(out) for path in paths):
-        raise UsageError(f"--out {out} is the file that is read; give another name")
+    check_not_read("out", out, paths)
     check_writable(out)
     parts = find_parts(paths, note)
     facts = run or {"converted_from": [path.name for path in paths]}

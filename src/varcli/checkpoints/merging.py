@@ -6,7 +6,7 @@ import torch
 
 from varcli.checkpoints.store import load_model, save_model, tokenizer_sha256
 from varcli.errors import CheckpointError, UsageError
-from varcli.files import check_writable
+from varcli.files import check_not_read, check_writable
 
 
 @torch.no_grad()
@@ -23,8 +23,7 @@ def merge(reference: Path, tuned: Path, weight: float, out: Path) -> None:
         UsageError: the output is one of the inputs, or the weights are not finite.
         CheckpointError: the models differ in shape, classes or tokenizer.
     """
-    if any(out.exists() and path.samefile(out) for path in (reference, tuned)):
-        raise UsageError(f"--out {out} is a file that is read; give another name")
+    check_not_read("out", out, (reference, tuned))
     check_writable(out)
     first, second = load_model(reference), load_model(tuned)
     for what, same in {

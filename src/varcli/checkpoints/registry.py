@@ -172,7 +172,8 @@ def local_checkpoint(checkpoint: str) -> Path:
         raise CheckpointError(f"{checkpoint} is not on this machine yet: var checkpoints download {checkpoint}")
     close = difflib.get_close_matches(checkpoint, registry(), n=2) or list(registry())
     raise CheckpointError(
-        f"there is no checkpoint {checkpoint}: neither a file nor one of the names {', '.join(close)}"
+        f"there is no checkpoint {checkpoint}: neither a file nor one of the names {', '.join(close)}; "
+        "`var checkpoints list` shows all"
     )
 
 

@@ -52,43 +52,62 @@ def save_tokens(
     save_tensors(path, tensors, metadata)
 
 
-def load_tokens(path: Path, config: TokenizerConfig, sha256: str) -> TokenFile:
-    """Return the token maps of a file, checked against the tokenizer that is to decode them.
+def load_tokens(path: Path, config: TokenizerConfig, sha256: str, name: str) -> TokenFile:
+    """Return the token maps of a file, called `name`, checked against the tokenizer that is to decode them.
 
     Raises:
         InputError: the file cannot be read, is none of tokens, or holds other shapes or numbers.
         CheckpointError: they were made by another tokenizer.
     """
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{name} is empty: give a token file")
     try:
         tensors, metadata = load_tensors(path)
     except CheckpointError as error:
-        reason = str(error).rpartition("; ")[2]
-        raise InputError(f"tokens: {path} cannot be read; {reason}") from error
-    unknown = sorted(name for name in tensors if not re.fullmatch(r"tokens\.[0-9]+", name))
+        reason = str(error).rpartition(" cannot be read: ")[2].rpartition("; ")[2]
+        raise InputError(f"the token file {name} cannot be read: {reason}") from error
+    unknown = sorted(tensor for tensor in tensors if not re.fullmatch(r"tokens\.[0-9]+", tensor))
     if unknown or not tensors or set(tensors) != {f"tokens.{scale}" for scale in range(len(tensors))}:
         found = unknown[0] if unknown else ", ".join(sorted(tensors)) or "nothing"
-        raise InputError(f"tokens: {path} holds {found}; tensors tokens.0, tokens.1 … of the first scales on")
+        raise InputError(f"the token file {name} must hold tokens.0, tokens.1 … of the first scales on (got {found})")
     if metadata.get("tokenizer_sha256", sha256) != sha256:
-        raise CheckpointError(f"tokens: {path} are another tokenizer's; the checkpoint that made them")
-    if len(tensors) > len(config.sides):
-        raise InputError(f"tokens: {path} has {len(tensors)} scales; this tokenizer has {len(config.sides)}")
-    maps = [_checked(path, tensors[f"tokens.{k}"], k, config) for k in range(len(tensors))]
-    if len({len(idx_Bl) for idx_Bl in maps}) != 1 or not len(maps[0]):
-        raise InputError(f"tokens: {path}; as many images at each scale, and at least one")
+        raise CheckpointError(f"the tokens of {name} are another tokenizer's: give the --checkpoint that made them")
+    maps = token_maps([tensors[f"tokens.{k}"] for k in range(len(tensors))], config, f" of {name}")
     return TokenFile(maps, _names(metadata.get("names"), len(maps[0])))
 
 
-def _checked(path: Path, tokens: Tensor, scale: int, config: TokenizerConfig) -> Tensor:
+def token_maps(tokens: Sequence[Tensor], config: TokenizerConfig, where: str = "") -> list[Tensor]:
+    """Return token maps as (images, l) int64 each, checked against the tokenizer that is to decode them.
+
+    Args:
+        tokens: one map per scale, coarse to fine, (images, l) or (images, side, side); the last ones may be missing.
+        config: of the tokenizer.
+        where: for messages, what holds them.
+
+    Raises:
+        InputError: there are more scales than the tokenizer has, other shapes, or numbers that are none of its.
+    """
+    if not 1 <= len(tokens) <= len(config.sides):
+        raise InputError(
+            f"tokens{where}: one map for each of the first scales, 1 to {len(config.sides)} (got {len(tokens)})"
+        )
+    maps = [_checked(where, each, scale, config) for scale, each in enumerate(tokens)]
+    if len({len(idx_Bl) for idx_Bl in maps}) != 1 or not len(maps[0]):
+        raise InputError(f"tokens{where}: each scale must have as many images, at least one")
+    return maps
+
+
+def _checked(where: str, tokens: Tensor, scale: int, config: TokenizerConfig) -> Tensor:
     """Return one scale's map as (images, l) int64."""
     side, count = config.sides[scale], config.codebook_size
     if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
-        raise InputError(f"tokens: {path}, scale {scale + 1} holds {tokens.dtype}; whole numbers")
+        raise InputError(f"tokens{where}: scale {scale + 1} must be whole numbers (got {tokens.dtype})")
     if tuple(tokens.shape[1:]) not in ((side, side), (side * side,)):
-        shape = " × ".join(map(str, tokens.shape))
-        raise InputError(f"tokens: {path}, scale {scale + 1} is {shape}; images × {side} × {side}")
+        shape = " × ".join(map(str, tokens.shape)) or "a single number"
+        raise InputError(f"tokens{where}: scale {scale + 1} must be images × {side} × {side} (got {shape})")
     idx_Bl = tokens.to(torch.int64).flatten(1)
     if idx_Bl.numel() and not 0 <= int(idx_Bl.min()) <= int(idx_Bl.max()) < count:
-        raise InputError(f"tokens: {path}, scale {scale + 1} has numbers beyond the codebook; 0 to {count - 1}")
+        raise InputError(f"tokens{where}: scale {scale + 1} has numbers beyond the codebook's, 0 to {count - 1}")
     return idx_Bl
 
 

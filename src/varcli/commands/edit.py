@@ -193,6 +193,7 @@ def edit(
     )
     for edited, path in results:
         _print(path, edited.provenance.to_dict(), shared)
+    options.tell_also(shared.grid, shared.growth, quiet=shared.quiet)
 
 
 def _check(shared: EditOptions, *inputs: str | None) -> None:
@@ -231,6 +232,7 @@ def _run(task: "EditTask", class_name: str, shared: EditOptions) -> None:
     )
     for edited, path in results:
         _print(path, edited.image.provenance.to_dict() | _scores(edited), shared)
+    options.tell_also(shared.grid, shared.growth, quiet=shared.quiet)
 
 
 def _print(path: Path | None, facts: dict[str, Any], shared: EditOptions) -> None:

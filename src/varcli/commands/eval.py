@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import make_dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -26,7 +26,12 @@ Resize = Annotated[
 ]
 Features = Annotated[
     str,
-    Option("--features", metavar="NAME", help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0."),
+    Option(
+        "--features",
+        metavar="NAME",
+        help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0; none measures a tokenizer's PSNR, "
+        "SSIM and LPIPS alone.",
+    ),
 ]
 Metrics = Annotated[
     dict[str, Any],
@@ -129,7 +134,8 @@ def evaluate(
     if tokenizer and set(chosen) - {"fid", "sfid", "agreement"}:
         others = " or ".join(f"--{name}" for name in chosen if name not in ("fid", "sfid", "agreement"))
         raise UsageError(f"--tokenizer cannot be used with {others}: it measures FID, PSNR, SSIM and LPIPS")
-    _check_outputs(out, save_stats, save_images, shared=nproc > 1 or launched())
+    read = [*(paths or []), *([reference] if reference else [])]
+    _check_outputs(out, save_stats, save_images, read, shared=nproc > 1 or launched())
     if nproc > 1 and not launched():
         raise Exit(launch(nproc))
     from varcli.pipelines import evaluate as pipeline
@@ -190,9 +196,11 @@ def eval_stats(
     quiet: options.Quiet = False,
 ) -> None:
     """Compute reference statistics for `var eval --reference`: mean and covariance of the images' features."""
+    from varcli.files import check_not_read
     from varcli.outputs.open import check_file
 
     check_file("out", out, (".npz",))
+    check_not_read("out", out, data)
     if nproc > 1 and not launched():
         raise Exit(launch(nproc))
     from varcli.pipelines.evaluate import compute_statistics
@@ -227,13 +235,17 @@ def _paths_on_stdin() -> Iterable[str]:
     return sys.stdin
 
 
-def _check_outputs(out: Path | None, save_stats: Path | None, save_images: str | None, *, shared: bool) -> None:
+def _check_outputs(
+    out: Path | None, save_stats: Path | None, save_images: str | None, read: Sequence[str], *, shared: bool
+) -> None:
     """Check that everything to be written can be, before anything is downloaded or computed."""
+    from varcli.files import check_not_read
     from varcli.outputs.open import check_file, check_sink, find_sink
     from varcli.outputs.sinks import StreamSink
 
     if save_images:
         check_sink(save_images)
+        check_not_read("save-images", Path(save_images), read)
         sink = find_sink(save_images, several=True)
         if isinstance(sink, StreamSink):
             raise UsageError(f"--save-images must be a folder, .npz or .tar: stdout has the result (got {save_images})")
@@ -242,6 +254,7 @@ def _check_outputs(out: Path | None, save_stats: Path | None, save_images: str |
     for name, path, suffix in (("out", out, ".json"), ("save-stats", save_stats, ".npz")):
         if path:
             check_file(name, path, (suffix,))
+            check_not_read(name, path, read)
 
 
 def _report(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:

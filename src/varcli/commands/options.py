@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 from typer import Argument, Option
 
 from varcli.config import SampleConfig
+from varcli.console import notes
 from varcli.errors import UsageError
 
 DEFAULT_CHECKPOINT: Final = "tiny64"
@@ -278,6 +279,12 @@ def check_image_outputs(out: str | None, as_json: bool, growth: Path | None, cou
         raise UsageError(STDOUT_TWICE)
     if growth and count != 1:
         raise UsageError(f"--growth shows exactly one image (got {count} images)")
+
+
+def tell_also(*files: Path | None, quiet: bool) -> None:
+    """Say which files were written beside the results, whose names stdout has."""
+    for file in filter(None, files):
+        notes(quiet)(f"also written: {file}")
 
 
 STDOUT_TWICE = "--json cannot be used with --out -: stdout can carry the images or the lines, not both"

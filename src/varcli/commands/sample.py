@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from typer import Exit
 
 from varcli.commands import options
-from varcli.console import notes, result
+from varcli.console import counted, notes, result
 from varcli.distributed import launch, launched, process_group
 from varcli.errors import UsageError
 
@@ -91,9 +91,10 @@ def sample(
         )
     if not group.is_main:
         return
+    options.tell_also(grid if summary.written else None, growth, quiet=quiet)
     if summary.asked > 0 and summary.written == 0:
-        note(f"nothing left to do: all {summary.asked} images are there")
+        note(f"nothing left to do: {counted(summary.asked, 'image')} asked for, none missing")
     if summary.unasked:
-        note(f"{summary.archive} also holds {summary.unasked} images of an earlier run that were not asked for now")
+        note(f"{summary.archive} also holds {counted(summary.unasked, 'image')} of an earlier run, not asked for now")
     if summary.archive and summary.archive.exists() and not as_json and not quiet:
         result(str(summary.archive))

@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from varcli.commands import options
 from varcli.commands.tokens import Images, Sources
-from varcli.console import note, progress, result, table
+from varcli.console import counted, note, progress, result, table
 from varcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,9 +43,11 @@ def score(
     The centre square of an image is encoded at the model's size. Lower is likelier.
     """
     if heatmap:
+        from varcli.files import check_not_read
         from varcli.outputs.open import check_file
 
         check_file("heatmap", heatmap, (".png",))
+        check_not_read("heatmap", heatmap, images)
     from varcli.pipelines.edit import stem
     from varcli.pipelines.likelihood import save_heatmaps
     from varcli.pipelines.likelihood import score as score_image
@@ -86,6 +88,7 @@ def score(
             for name, found in zip(names, scores, strict=True)
         ]
         table(("image", "class", "nats", "bits/token", "bits/pixel", "nats/token of each scale"), rows)
+    options.tell_also(heatmap if scores else None, quiet=quiet)
     sources.check()
 
 
@@ -147,8 +150,8 @@ def classify(
     """
     if bool(paths) == (reference is not None):
         raise UsageError("exactly one of image paths and --reference must say what to classify")
-    if "-" in (paths or []) and paths != ["-"]:
-        raise UsageError("- is one image on standard input, and no other can be given beside it")
+    if "-" in (paths or []) and (paths != ["-"] or num_images is not None):
+        raise UsageError("- is one image on standard input: neither others nor --num-images can be given beside it")
     kept = () if candidates.strip() == "0" else options.parse_numbers("--candidates", candidates)
     from varcli.pipelines.likelihood import Classified, classify_set, open_set
     from varcli.pipelines.likelihood import classify as classify_image
@@ -175,7 +178,7 @@ def classify(
                         str(image.label or "-"),
                         str(i + 1),
                         str(each.entry),
-                        f"{each.nats:.1f}",
+                        f"{each.nats:.1f}" if each.scales == image.classes[0].scales else "-",
                         str(each.scales),
                     )
                     for i, each in enumerate(image.classes[:top])
@@ -189,7 +192,8 @@ def classify(
         if as_json:
             result(json.dumps({"images": len(labelled), "top_1": shares[1], "top_5": shares[5]}, sort_keys=True))
         else:
-            result(f"{len(labelled)} images with a label: top-1 {shares[1]:.1%}, top-5 {shares[5]:.1%}")
+            shown = ", ".join(f"top-{count} {share:.1%}" for count, share in shares.items() if count <= (top or 5))
+            result(f"{counted(len(labelled), 'image')} with a label: {shown}")
 
 
 def _ranking(image: "likelihood.Classified", top: int) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def reconstruct(
             note(", ".join(row))
     elif rows:
         table(("image", "PSNR", "tokens"), rows)
+    options.tell_also(grid if pairs else None, growth if pairs else None, quiet=quiet)
     sources.check()
 
 
@@ -166,11 +167,12 @@ def encode(
     The largest square in the middle of an image is used, in the tokenizer's size. Of data to train on, token maps of
     several crops go into a folder, for `var train transformer --tokens`.
     """
-    from varcli.files import check_writable, kind_there
+    from varcli.files import check_not_read, check_writable, kind_there
 
     if any(Path(image).is_dir() or Path(image).suffix.lower() in (".zip", ".tar", ".npz") for image in images):
         if out == "-" or Path(out).suffix.lower() == ".safetensors" or kind_there(Path(out)) == "file":
             raise UsageError(f"--out must be a folder, for token maps of data to train on (got {out})")
+        check_not_read("out", Path(out), images)
         from varcli.pipelines.train import encode_data
 
         training = TransformerTrainingConfig(**recipe)
@@ -192,8 +194,7 @@ def encode(
         raise UsageError("--crops, --flip, --resize-ratio, --seed and --holdout are for data to train on, not images")
     if out != "-" and Path(out).suffix.lower() != ".safetensors" and kind_there(Path(out)) != "device":
         raise UsageError(f"--out must be a name ending in .safetensors, or - for standard output (got {out})")
-    if any(Path(out).resolve() == Path(image).resolve() for image in images if out != "-"):
-        raise UsageError(f"--out {out} is one of the images: give another name")
+    check_not_read("out", Path(out), images)
     if out == "-" and sys.stdout.isatty():
         raise UsageError("--out - is a terminal; send tokens to a file or a pipe")
     if out != "-":
@@ -225,9 +226,9 @@ def decode(
     quiet: options.Quiet = False,
 ) -> None:
     """Decode the images of a token file. Its last scales may be missing, and its metadata too."""
-    from varcli.outputs.open import check_sink, open_sink
+    from varcli.outputs.open import check_outputs, open_sink
 
-    check_sink(out, archives=False)
+    check_outputs(out, archives=False, inputs=[file])
     from varcli.pipelines.model import load
     from varcli.pipelines.tokens import decode_file
 

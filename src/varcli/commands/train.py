@@ -293,7 +293,7 @@ def status(
         return
     seen = found.figures["images_seen"]
     epochs = f" ({seen / found.images:.1f} epochs)" if found.images else ""
-    console.result(f"{found.stage}, step {found.step} of {found.steps}, {seen:.0f} images seen{epochs}")
+    console.result(f"{found.stage}, step {found.step} of {found.steps}, {console.counted(seen, 'image')} seen{epochs}")
     rows = [("off" if check.off else "ok", check.name, check.found, check.normal) for check in found.checks]
     console.table(("", "check", "found", "normal"), rows)
     for check in found.checks:
@@ -341,8 +341,8 @@ def _show_estimate(found: "TrainingEstimate", recipe: TrainingConfig, as_json: b
     )
     console.result(f"recipe           {settings}")
     console.result(f"parameters       {found.parameters / 1e6:.2f} M")
-    console.result(f"training set     {found.images} images")
-    console.result(f"steps            {found.steps} ({found.images_seen} images seen)")
+    console.result(f"training set     {console.counted(found.images, 'image')}")
+    console.result(f"steps            {found.steps} ({console.counted(found.images_seen, 'image')} seen)")
     console.result(f"operations       {found.flops:.3g} FLOP")
     state, activations = found.state_bytes / 2**30, found.activation_bytes / 2**30
     console.result(f"memory           {state:.2f} GiB state, {activations:.2f} GiB activations")

@@ -132,8 +132,8 @@ def _torchvision(name: str, path: Path | None) -> tuple[nn.Module, str]:
 
     if name not in models.list_models(module=models):
         raise UsageError(
-            "--classifier must be self, efficientnet-lite0, a torchvision model such as resnet101, one with its "
-            f"weights such as resnet50:FILE.safetensors, or a TorchScript file (got {name})"
+            f"--classifier {name} is neither a file nor a name: self, efficientnet-lite0, a torchvision model such as "
+            "resnet101, or one with its weights such as resnet50:FILE.safetensors"
         )
     weights = models.get_model_weights(name).DEFAULT
     state, sha256 = (load_tensors(path)[0], file_sha256(path)) if path else _downloaded(name, weights)
@@ -157,7 +157,8 @@ def _downloaded(name: str, weights: Any) -> tuple[dict[str, Tensor], str]:
             state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
         raise CheckpointError(
-            f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use {name}:FILE.safetensors"
+            f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use --classifier self, which "
+            "needs none"
         ) from error
     sha256 = file_sha256(file)
     if not sha256.startswith(file.stem.rpartition("-")[2]):

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from varcli.console import counted
+
 FEW = 10_000
 """Fewer images than this bias FID by more than models differ."""
 PAPER = 50_000
@@ -18,7 +20,7 @@ def few_images(count: int, bias: float | None) -> Iterable[str]:
     if count < FEW:
         rough = "at most about" if count < 4096 else "about"  # FID∞ of few images is too low
         what = "figures of so few are biased" if bias is None else f"FID is biased upwards, by {rough} {bias:.3g}"
-        yield f"only {count} images: {what}; published figures are of {PAPER}"
+        yield f"only {counted(count, 'image')}: {what}; published figures are of {PAPER}"
 
 
 def imbalance(labels: Sequence[int], names: Sequence[str]) -> Iterable[str]:
@@ -83,4 +85,4 @@ def skipped(names: Sequence[str]) -> Iterable[str]:
     """Warn of images that could not be read."""
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"{len(names)} images could not be read and are left out: {', '.join(names[:3])}{more}"
+        yield f"left out as unreadable: {counted(len(names), 'image')}: {', '.join(names[:3])}{more}"

@@ -325,5 +325,28 @@ class EfficientNet:
         return Features(*self._network.pooled(image_B3HW.contiguous(memory_format=torch.channels_last)))
 
 
-EXTRACTORS: dict[str, type[Any]] = {extractor.name: extractor for extractor in (Inception, DinoV2, EfficientNet)}
+# --- no network ------------------------------------------------------------------------------------
+
+
+class NoFeatures:
+    """No network: for what a tokenizer keeps of images, PSNR, SSIM and LPIPS, which is measured on pixels."""
+
+    name = "none"
+    figure = "fid"
+    shape = FeatureShape(pool=0)
+    downloaded = False
+    sha256 = ""
+
+    def __init__(self, weights: Path | None, device: torch.device) -> None:
+        """Read nothing."""
+        self.device = device
+
+    def features(self, pixels_BHW3: Pixels) -> Features:
+        """Return no features, (B, 0)."""
+        return Features(torch.zeros(len(pixels_BHW3), 0))
+
+
+EXTRACTORS: dict[str, type[Any]] = {
+    extractor.name: extractor for extractor in (Inception, DinoV2, EfficientNet, NoFeatures)
+}
 """All extractors by name; those that are downloaded have their weights under `[weights]` in checkpoints.toml."""

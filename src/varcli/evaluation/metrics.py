@@ -187,7 +187,12 @@ def check_features(names: Collection[str], shape: "FeatureShape") -> None:
         UsageError: there is no such metric.
         InputError: the extractor lacks features.
     """
-    lacking = {"classes": not scores(shape), "spatial": not shape.spatial, "labels": not shape.imagenet}
+    lacking = {
+        **dict.fromkeys(("moments", "table"), not shape.pool),
+        "classes": not scores(shape),
+        "spatial": not shape.spatial,
+        "labels": not shape.imagenet,
+    }
     for name in names:
         if name not in METRICS:
             raise UsageError(f"metrics must be some of {', '.join(METRICS)} (got {name})")

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from varcli.config import SampleConfig
+from varcli.console import counted
 from varcli.errors import InputError
 from varcli.evaluation.metrics import METRICS, Figure
 
@@ -152,15 +153,16 @@ class Result:
     def lines(self) -> Iterator[tuple[str, str]]:
         """Yield what to show of it, name and value: the figures, then all that decides them."""
         yield from _figures(self.metrics)
-        yield "images", f"{self.n}, {self.classes} classes" if self.classes else str(self.n)
+        yield "images", f"{self.n}, {counted(self.classes, 'class')}" if self.classes else str(self.n)
         if self.checkpoint:
             yield "checkpoint", _named(self.checkpoint["name"], self.checkpoint["sha256"])
             shown = {name: value for name in SETTINGS if (value := self.checkpoint.get(name)) not in (None, "")}
             yield "settings", ", ".join(f"{name.replace('_', '-')} {value}" for name, value in shown.items())
         if self.reference:
-            count = f", {self.reference.n} images" if self.reference.n else ""
+            count = f", {counted(self.reference.n, 'image')}" if self.reference.n else ""
             yield "reference", _named(self.reference.name, self.reference.sha256) + count
-        yield "extractor", _named(self.extractor.name, self.extractor.sha256)
+        if self.extractor.sha256:
+            yield "extractor", _named(self.extractor.name, self.extractor.sha256)
         yield "protocol", ", ".join(f"{name} {value}" for name, value in self.protocol.items() if value is not None)
         if self.published:
             yield "published", _published(self.published)

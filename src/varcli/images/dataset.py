@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from varcli.classes import KEYWORDS, ClassTable
+from varcli.console import counted
 from varcli.errors import InputError, UsageError
 from varcli.images.decode import UnreadableImage, adm_crop, decode_image, open_image, reading_image
 from varcli.images.labels import (
@@ -420,7 +421,7 @@ def _list_images(
     labels = source_labels(source, names, layout.folders, require_labels)
     if require_labels and not any(compress(labels, chosen)):
         raise InputError(
-            f"{source.name} has {sum(chosen)} images without labels; "
+            f"{source.name} has {counted(sum(chosen), 'image')} without labels; "
             "expected one folder per class, or an archive with labels"
         )
     if require_labels:
@@ -457,8 +458,10 @@ def _empty_classes(source: Source, names: Sequence[str], layout: Layout, chosen:
 
 def _found(classes: ClassTable, labels: Sequence[int]) -> str:
     """How many images of how many classes there are."""
-    of_classes = f" of {len(classes)} classes: {in_words([*map(str, classes.entries)])}" if len(classes) else ""
-    return f"{len(labels)} images" + of_classes
+    found = counted(len(labels), "image")
+    if len(classes):
+        found += f" of {counted(len(classes), 'class')}: {in_words([*map(str, classes.entries)])}"
+    return found
 
 
 def _in_lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:

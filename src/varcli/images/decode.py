@@ -4,7 +4,6 @@ Shapes: P pixels a side.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from varcli.errors import InputError
+from varcli.files import machine_memory
 from varcli.images.png_chunks import readable_png
 
 
@@ -133,10 +133,12 @@ def read_image_file(file: BinaryIO, name: str) -> bytes:
     """Return the content of an image file.
 
     Raises:
-        InputError: it is so long that it has no end, perhaps.
+        InputError: it is empty, or so long that it has no end, perhaps.
         OSError: it cannot be read.
     """
     content = file.read(_MOST_BYTES + 1)
+    if not content:
+        raise InputError(f"{name} is empty: an image is expected")
     if len(content) > _MOST_BYTES:
         raise InputError(f"the image {name} cannot be read: it is longer than {_MOST_BYTES >> 30} GB")
     return content
@@ -148,11 +150,7 @@ _MOST_BYTES = 1 << 30
 
 def most_pixels() -> int:
     """How many pixels an image may have: what fits into this machine's memory, at most 537 million."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        memory = 8 << 30
-    return min(memory // _BYTES_PER_PIXEL, _MOST_PIXELS)
+    return min((machine_memory() or 8 << 30) // _BYTES_PER_PIXEL, _MOST_PIXELS)
 
 
 # --- squares ---------------------------------------------------------------------------------------

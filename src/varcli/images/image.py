@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from varcli.images.png16 import Levels
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Image:
     """An image that was sampled, edited or reconstructed."""
 
@@ -22,8 +22,13 @@ class Image:
     """(height, width, channels): uint8 RGB; an edit keeps the channels and bits of the image it started from."""
     provenance: Provenance
     """All that determines it."""
-    info: dict[str, Any] = field(default_factory=dict, repr=False)
+    info: dict[str, Any] = field(default_factory=dict)
     """Resolution, colour profile, EXIF and the like of the image that an edit started from."""
+
+    def __repr__(self) -> str:
+        """The class, the seed and the size, without the pixels."""
+        height, width = self.array.shape[:2]
+        return f"<varcli.Image: {self.class_name}, seed {self.seed}, {width} × {height}>"
 
     @property
     def label(self) -> int | None:

@@ -77,7 +77,7 @@ def check_mask_image(given: SourceImage, marks: Mask) -> str:
     if alpha is not None:
         colours = colours[alpha > 0]
     if np.mean(np.ptp(colours, axis=-1) > _COLOURED) > _FEW:
-        raise InputError(f"the mask {given.name} has colours: a mask is grey, white where to fill{advice}")
+        raise InputError(f"the mask {given.name} has colours: a mask must be black, and white where to fill{advice}")
     greys = np.mean((colours > _DARK) & (colours < 255 - _DARK)) > _MANY
     share = marks.mean()
     if not greys and not (see_through and share > 1 / 2):
@@ -94,10 +94,11 @@ _DARK, _MANY = 32, 0.25
 
 def check_mask(mask: Mask, name: str) -> None:
     """Raise InputError where a mask marks nothing, or everything."""
+    white = "white, and grey from 128 on, is what to fill"
     if not mask.any():
-        raise InputError(f"the mask {name} marks nothing: white is what to fill (with --alpha: transparent)")
+        raise InputError(f"the mask {name} marks nothing: {white} (with --alpha: transparent)")
     if mask.all():
-        raise InputError(f"the mask {name} marks the whole image: some of it must stay, or use `var sample`")
+        raise InputError(f"the mask {name} marks the whole image ({white}): some of it must stay, or use `var sample`")
 
 
 def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -108,8 +109,10 @@ def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """
     left, top, right, bottom = _four("--box", text, size)
     width, height = size
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise UsageError(f"--box must have left < right and top < bottom within {width} × {height} pixels (got {text})")
+    if not (left < right and top < bottom):
+        raise UsageError(f"--box must be left,top,right,bottom with left < right and top < bottom (got {text})")
+    if not (left >= 0 and right <= width and top >= 0 and bottom <= height):
+        raise UsageError(f"--box must lie within the image of {width} × {height} pixels (got {text})")
     if (right - left, bottom - top) == size:
         raise UsageError(f"--box {text} is the whole image: some of it must stay, or use `var sample`")
     return left, top, right, bottom

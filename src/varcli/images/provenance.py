@@ -269,26 +269,25 @@ def image_filename(provenance: Provenance) -> str:
     )
 
 
-def own_path(path: Path, provenance: EditProvenance) -> Path:
-    """Return a path for an edited image at which no other file is lost.
+def own_path(path: Path, provenance: Provenance) -> Path:
+    """Return a path for an image at which no other file is lost.
 
-    A file there that was made of the same files is what running a command again replaces. If another is there, digits
-    of their hash follow the name.
+    A file that holds this very image is replaced, as running a command again means it. If another file has the name,
+    digits of a hash of all that determines the image follow it.
     """
-    digest = sha256(" ".join(provenance.inputs).encode()).hexdigest()
-    for digits in ("", f"-{digest[:8]}"):
-        wanted = path.with_name(f"{path.stem}{digits}{path.suffix}")
-        if not wanted.exists() or _made_of(wanted) == provenance.inputs:
-            return wanted
-    return path.with_name(f"{path.stem}-{digest}{path.suffix}")
+    digest = sha256(provenance.identity().to_json().encode()).hexdigest()
+    names = [path, *(path.with_name(f"{path.stem}-{digits}{path.suffix}") for digits in (digest[:8], digest))]
+    same = (name for name in names if is_image(name, provenance))
+    free = (name for name in names if not name.exists())
+    return next(same, None) or next(free, names[-1])
 
 
-def _made_of(path: Path) -> tuple[str, ...] | None:
-    """Return the sha256 of the files that an image was made of, None where it does not say so."""
+def is_image(path: Path, provenance: Provenance) -> bool:
+    """Whether a file is the image of this provenance: one of the same name made with other settings is not."""
     try:
-        return getattr(read_provenance(path), "inputs", None)
+        return path.is_file() and read_provenance(path).identity() == provenance.identity()
     except InputError:
-        return None
+        return False
 
 
 def file_words(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from varcli.console import note
+from varcli.console import counted, note
 from varcli.errors import InputError, RunError
 from varcli.files import cannot_lock, cannot_write, replacing
 from varcli.images.provenance import Provenance, provenance_from_json
@@ -52,6 +52,10 @@ class ArchiveSink(Sink):
         self._count = len(found)
         self._done = Counter(provenance.identity() for provenance in found)
         self._like = _in_common(found[0]) if found else None
+
+    def left(self) -> Path | None:
+        """The part of a run that was stopped, or the archive of one that was finished."""
+        return next((path for path in (self._part, self.archive) if path.is_file()), None)
 
     def has(self, provenance: Provenance) -> bool:
         """Whether this image is in the archive, and no more often than it is."""
@@ -100,7 +104,8 @@ class ArchiveSink(Sink):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         super().__exit__(kind, error, at)
         if kind is KeyboardInterrupt and self._growing and self._count > 0:
-            note(f"{self._count} images are kept in {self._part}; the same command with --resume goes on from there")
+            count = counted(self._count, "image")
+            note(f"{self._part} keeps {count}; the same command with --resume goes on from there")
 
     def _keep_others_out(self) -> None:
         """Hold the archive until its files are closed; two processes would tear it.

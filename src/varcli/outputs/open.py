@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from varcli.errors import UsageError
-from varcli.files import check_folder, check_writable, kind_there
+from varcli.files import check_folder, check_not_read, check_writable, kind_there
 from varcli.outputs.archives import NpzSink, TarSink
 from varcli.outputs.sinks import STANDARD_OUTPUT, FolderSink, Sink, StreamSink
 
@@ -133,16 +133,20 @@ def check_outputs(
         grid: where a contact sheet goes.
         growth: where the growing image goes.
         archives: whether .npz and .tar are written.
-        inputs: files that neither sheet nor growing image may replace.
+        inputs: files that are read, which none of these may replace.
 
     Raises:
-        UsageError: a name is of no kind that can be written.
+        UsageError: a name is of no kind that can be written, is an input, or is given twice.
         RunError: a place cannot be written.
     """
     check_sink(out, archives=archives)
-    for option, path in (("grid", grid), ("growth", growth)):
-        if path and any(path.resolve() == Path(name).resolve() for name in inputs):
-            raise UsageError(f"--{option} {path} is the image that is read: give another name")
+    files = {"out": out if _kind(out, archives) not in ("folder", "stream") else None, "grid": grid, "growth": growth}
+    given = {option: Path(path) for option, path in files.items() if path}
+    for option, path in given.items():
+        check_not_read(option, path, inputs)
+    if len({path.resolve() for path in given.values()}) < len(given):
+        options = " and ".join(f"--{option} {path}" for option, path in given.items())
+        raise UsageError(f"{options} must be different files")
     if grid:
         check_file("grid", grid, (".png",))
     if growth:

@@ -11,16 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from varcli.errors import InputError, UsageError
+from varcli.errors import UsageError
 from varcli.files import cannot_write, check_folder, check_writable, write_atomically
-from varcli.images.provenance import (
-    EditProvenance,
-    Provenance,
-    image_filename,
-    own_path,
-    png_bytes,
-    read_provenance,
-)
+from varcli.images.provenance import Provenance, image_filename, is_image, own_path, png_bytes
 
 if TYPE_CHECKING:
     from varcli.images.provenance import PixelsOrRaster
@@ -47,6 +40,10 @@ class Sink:
             RunError: it cannot be written.
             InputError: with `resume`, what lies there was not written by varcli.
         """
+
+    def left(self) -> Path | None:
+        """What an earlier run left that is lost unless this one goes on with it; to be asked before `open`."""
+        return None
 
     def has(self, provenance: Provenance) -> bool:
         """Whether an earlier run left this image here; to be asked once for each image, before `add`."""
@@ -89,7 +86,7 @@ class Sink:
 
 
 class FolderSink(Sink):
-    """A folder of PNGs, or one PNG of a given name."""
+    """A folder of PNGs, in which no other file is replaced, or one PNG of a given name, which is."""
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self._folder = folder
@@ -109,20 +106,12 @@ class FolderSink(Sink):
         check_folder(self._folder)
 
     def has(self, provenance: Provenance) -> bool:
-        """Whether this very image is there: a file of its name made with other settings is not it."""
-        path = self._path(provenance)
-        if not (self._resume and path.is_file()):
-            return False
-        try:
-            return read_provenance(path).identity() == provenance.identity()
-        except InputError:
-            return False
+        """Whether this very image is there."""
+        return self._resume and is_image(self._path(provenance), provenance)
 
     def prepare(self, pixels: "PixelsOrRaster", provenance: Provenance) -> Path:
         """Write an image, which needs no order either; return its file."""
         path = self._path(provenance)
-        if self._name is None and isinstance(provenance, EditProvenance):  # photo.jpg and photo.png have one name
-            path = own_path(path, provenance)
         write_atomically(path, png_bytes(pixels, provenance))
         return path
 
@@ -131,7 +120,9 @@ class FolderSink(Sink):
         return prepared
 
     def _path(self, provenance: Provenance) -> Path:
-        return self._folder / (self._name or image_filename(provenance))
+        if self._name is not None:
+            return self._folder / self._name
+        return own_path(self._folder / image_filename(provenance), provenance)
 
 
 # --- streams ---------------------------------------------------------------------------------------

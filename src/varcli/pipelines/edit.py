@@ -329,9 +329,7 @@ def edit_to(
     seeds = range(seed, seed + count * best_of, best_of)
     for sentence in task.notes:
         note(sentence)
-    model.one_class(
-        label, lambda word, entry: note(f"--class {word} is taken to be {entry}, the only class with such a name here")
-    )
+    model.one_class(label, note)
     model.load_weights(config)
     plan = edit_plan(model, task, rule)
     squares = count * (best_of + (decide_at is not None)) * plan.count

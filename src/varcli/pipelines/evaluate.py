@@ -19,7 +19,7 @@ from varcli.acceleration.devices import pick_device
 from varcli.checkpoints.registry import cache_folder, presets, registry
 from varcli.classes import imagenet
 from varcli.config import SampleConfig
-from varcli.console import progress
+from varcli.console import counted, progress
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.evaluation import comparability
@@ -90,8 +90,8 @@ def evaluate(
     Args:
         source: a model, from which images are sampled; paths of folders, zips, .npz, .tar or image files; or images
             of one size, as `Model.sample` returns them or as arrays (height, width, 3) of uint8.
-        metrics: some of "fid", "sfid", "is", "kid", "prc" and "agreement"; None is FID and, by Inception and of
-            images that are no reconstructions, the inception score.
+        metrics: some of "fid", "sfid", "is", "kid", "prc" and "agreement"; None is FID, where there are features, and,
+            by Inception and of images that are no reconstructions, the inception score.
         reference: a name, a file of statistics, or images; None is the usual one.
         tokenizer: measure the model's tokenizer instead, on `paths` encoded and decoded.
         num_images: images to sample, equally many per class; None is 50 000, or as many as the reference has.
@@ -104,7 +104,8 @@ def evaluate(
         resize: crop and resize images that exist, those of the reference among them, to this side, as ADM does.
         skip_bad: leave out images that cannot be read.
         lines: paths, where "-" is among the images.
-        features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
+        features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0"; "none" measures a tokenizer's
+            PSNR, SSIM and LPIPS alone.
         weights: file of the extractor's weights; None downloads them at the first use.
         lpips_weights: folder of LPIPS's weights.
         device: where features are computed; a model's own device where there is a model.
@@ -124,7 +125,10 @@ def evaluate(
     model = source if isinstance(source, Model) else None
     where = model.device if model else pick_device(device)
     shape = _extractor_class(features).shape
-    chosen = tuple(metrics or (("fid", "is") if rows.scores(shape) and not tokenizer else ("fid",)))
+    if not shape.pool and not tokenizer:
+        raise UsageError(f"--features {features} is for --tokenizer, of which PSNR, SSIM and LPIPS need no features")
+    usual_metrics = ("fid", "is") if rows.scores(shape) and not tokenizer else ("fid",) if shape.pool else ()
+    chosen = tuple(metrics or usual_metrics)
     rows.check_features(chosen, shape)
     if save_stats and "fid" not in chosen:
         raise UsageError("--save-stats needs --fid: it writes the statistics that FID is computed from")
@@ -152,7 +156,8 @@ def evaluate(
             count = group.broadcast(num_images or _usual_count(model, target))
             images = samples(model, count, group, seed, config, best_of, classifier, batch_size, save_images, note)
         scored = _imagenet_ids(images) if "agreement" in chosen else ()
-        plan = EvalPlan(count=len(images), metrics=chosen, classes=len(images.classes), scored=scored)
+        classes = len(images.classes) if shape.pool else 0
+        plan = EvalPlan(count=len(images), metrics=chosen, classes=classes, scored=scored)
         if group.is_main:
             rows.check(plan, evaluator.extractor.shape, target)
         if thumbnails:
@@ -208,6 +213,7 @@ def compute_statistics(
         VarError: images or weights cannot be used, or the file cannot be written.
     """
     group = group or ProcessGroup()
+    rows.check_features(("fid",), _extractor_class(features).shape)
     evaluator = Evaluator(features, weights, pick_device(device), group, note, quiet)
     images = evaluator.images(paths, resize, skip_bad, lines)
     needs = frozenset({"table"}) if keep_features else frozenset()
@@ -303,7 +309,8 @@ class Evaluator:
                 measured.run(source.watched, self.extractor, advance, source.unit)
             except KeyboardInterrupt:
                 if path:
-                    self.note(f"{measured.statistics.count} images are measured; the same command goes on from there")
+                    count = counted(measured.statistics.count, "image")
+                    self.note(f"stopped after {count}; the same command goes on from there")
                 raise
         source.join(self.group)
         return measured, path
@@ -382,7 +389,7 @@ class Evaluator:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 check_writable(path)
-                self.note(f"measuring the reference {name} first, once: {len(images)} images")
+                self.note(f"measuring the reference {name} first, once: {counted(len(images), 'image')}")
             except (OSError, RunError) as error:
                 path = Path(folder) / path.name
                 self.note(f"measuring the reference {name} first, without keeping it: {error}")
@@ -561,7 +568,7 @@ def _result(
         figures |= source.reconstructions.figures()
 
     bias = next((value for name, value in figures.items() if name.endswith("_bias")), None)
-    warnings = list(comparability.few_images(found.count, bias))
+    warnings = list(comparability.few_images(found.count, bias)) if chosen else []
     warnings += source.warnings()
     if reference:
         warnings += comparability.other_size(source.side, reference.pixels)
@@ -581,7 +588,8 @@ def _result(
         published = Published(fid=entry.fid, inception_score=entry.inception_score, band=band, inside=inside)
 
     spreads = None
-    if entries := source.classes.entries:
+    if found.plan.classes:
+        entries = source.classes.entries
         spreads = [
             ClassSpread(id=entries[label].id, name=entries[label].name, n=count, spread=spread)
             for label, (count, spread) in found.spreads().items()

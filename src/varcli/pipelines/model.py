@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from varcli import __version__
-from varcli.acceleration.devices import pick_device, pick_dtype, precision_reason
+from varcli.acceleration.devices import pick_device, pick_dtype, precision_note
 from varcli.acceleration.dispatch import prepare
 from varcli.checkpoints.registry import presets, registry, replaceable, resolve_checkpoint
 from varcli.checkpoints.store import (
@@ -21,9 +22,9 @@ from varcli.checkpoints.store import (
     read_config,
     read_metadata,
 )
-from varcli.classes import ClassEntry, ClassTable, Taken, imagenet, parse_classes
+from varcli.classes import ClassEntry, ClassTable, imagenet, parse_classes
 from varcli.config import SampleConfig, TokenizerConfig
-from varcli.errors import CheckpointError, UsageError
+from varcli.errors import CheckpointError, ConfigError, UsageError
 from varcli.images.image import Image
 from varcli.images.provenance import Provenance
 from varcli.pipelines.requests import SampleRequest, class_requests, request
@@ -100,8 +101,8 @@ class Model:
         with replaceable(name):
             self.metadata, _ = read_metadata(path)
             check_registered(name, path, self.metadata)
-        self.precision_note = precision_reason(dtype, device) if chosen and dtype != "int8" else None
-        """Which precision was chosen, and why; None if the user chose it."""
+        self.precision_note = precision_note(dtype, device) if chosen and dtype != "int8" else None
+        """That images depend on the batch in the precision that was chosen; None where not, or if the user chose it."""
         self.progress = progress
         """Whether a download shows a bar."""
         self._checkpoint: Checkpoint | None = None
@@ -176,17 +177,22 @@ class Model:
             changes: fields of `SampleConfig`; None keeps the preset's value.
 
         Raises:
-            ConfigError: a value makes no sense.
+            TypeError: there is no such setting.
+            ConfigError: a value makes no sense, or there is no such preset.
             UsageError: the model has no scale that is to be guided, or that the refiner is to sample.
             CheckpointError: the refiner cannot be used with this model.
         """
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         if "refiner" in given:
             given["refiner"] = str(given["refiner"])  # a path too
-        unknown = given.keys() - SampleConfig.__dataclass_fields__.keys()
-        if unknown:
-            raise TypeError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
-        config = replace(presets(self.name)[preset], **given)
+        known = list(SampleConfig.__dataclass_fields__)
+        for name in given.keys() - known:
+            close = get_close_matches(name, known, n=1) or known
+            raise TypeError(f"there is no sampling setting {name}; there is {', '.join(close)}")
+        starts = presets(self.name)
+        if preset not in starts:
+            raise ConfigError(f"--preset must be {' or '.join(starts)} (got {preset})")
+        config = replace(starts[preset], **given)
         scales = len(self.tokenizer_config.sides)
         if config.guided_scales.start >= scales:
             raise UsageError(
@@ -245,14 +251,14 @@ class Model:
             refiner_sha256=refiner.sha256 if refiner else "",
         )
 
-    def one_class(self, name: ClassName, taken: Taken = lambda word, entry: None) -> ClassEntry | None:
-        """The one class that a name or index means; None is "no class". `taken` is called for a part of a name.
+    def one_class(self, name: ClassName, note: Callable[[str], None] = lambda line: None) -> ClassEntry | None:
+        """The one class that a name or index means; None is "no class". `note` is told of a part of a name.
 
         Raises:
             UsageError: it means several classes.
             InputError: the model does not know it.
         """
-        entries = list(parse_classes([_spec(name)], self.classes, (), checkpoint_hint(), taken))
+        entries = list(parse_classes([_spec(name)], self.classes, (), checkpoint_hint(), note))
         if len(entries) != 1:
             raise UsageError(f"--class takes exactly one class here, or none (got {name})")
         return entries[0]
@@ -282,7 +288,7 @@ class Model:
 
         Raises:
             InputError: a class is unknown.
-            ConfigError: a setting makes no sense.
+            ConfigError: the count, the seed or a setting makes no sense.
         """
         names = [classes] if classes is None or isinstance(classes, str | int) else list(classes)
         entries = parse_classes([_spec(name) for name in names], self.classes, (), checkpoint_hint())
@@ -573,7 +579,14 @@ class Model:
         return encode(self, image)
 
     def decode(self, tokens: "Sequence[torch.Tensor]") -> list[Image]:
-        """Decode token maps (B, side²) or (B, side, side), coarse to fine; the last scales may be missing."""
+        """Decode token maps, one per scale, coarse to fine.
+
+        Args:
+            tokens: (B, side²) or (B, side, side) each, as `encode` returns them; the last scales may be missing.
+
+        Raises:
+            InputError: these are no token maps of this tokenizer.
+        """
         from varcli.pipelines.tokens import decode
 
         return list(decode(self, tokens))

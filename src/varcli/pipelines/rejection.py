@@ -72,6 +72,8 @@ def open_classifier(name: str, model: Model, note: Callable[[str], None] = lambd
 
 def check_decision(decide_at: int | None, best_of: float, scales: int) -> None:
     """Raise UsageError if the candidates cannot be judged after a scale, the coarsest being 1; None is off."""
+    if best_of < 1:
+        raise UsageError(f"--best-of must be 1 or more (got {best_of:g})")
     if decide_at is None:
         return
     if best_of <= 1:

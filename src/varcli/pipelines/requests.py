@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from varcli.classes import RANDOM, ClassEntry, ClassTable, random_class
+from varcli.errors import ConfigError
 from varcli.images.provenance import Provenance
 
 
@@ -27,7 +28,12 @@ def request(entry: ClassEntry | None, seed: int, table: ClassTable, common: Prov
         seed: of the image.
         table: the classes the model knows.
         common: provenance that all images of a run share.
+
+    Raises:
+        ConfigError: the seed is negative.
     """
+    if seed < 0:
+        raise ConfigError(f"--seed must be 0 or more (got {seed})")
     if entry is RANDOM:
         entry = random_class(table, seed)
     if entry is None:
@@ -42,7 +48,12 @@ def class_requests(
     """Request `count` images per class, class after class; each class's seeds count up from `seed`.
 
     A class that comes up again goes on with the seeds after those it had.
+
+    Raises:
+        ConfigError: the count is less than 1, or the seed negative.
     """
+    if count < 1:
+        raise ConfigError(f"--count must be 1 or more (got {count})")
     used: Counter[ClassEntry | None] = Counter()
     for entry in entries:
         first = seed + used[entry]

@@ -112,7 +112,7 @@ def sample_to(
         model.classes,
         lines,
         checkpoint_hint(),
-        lambda word, entry: note(f"--class {word} is taken to be {entry}, the only class with such a name here"),
+        note,
     )
     total = None
     if "-" not in map(str.strip, classes):
@@ -126,6 +126,8 @@ def sample_to(
     sink = find_sink(out, several=total != 1)
     model.load_weights(config)
     if group.is_main:
+        if not resume and (left := sink.left()):
+            note(f"{left} is of an earlier run and will be replaced; --resume would go on with it")
         sink.open(resume)
     with sink, progress("images", total, quiet) as advance:
         if model.precision_note:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from varcli import __version__
 from varcli.checkpoints.safetensors_io import file_sha256
-from varcli.checkpoints.token_files import load_tokens, save_tokens
+from varcli.checkpoints.token_files import load_tokens, save_tokens, token_maps
 from varcli.config import SampleConfig
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet, save_growth
@@ -121,8 +121,11 @@ def decode(
         file: where they come from, for the provenance.
         names: of the B images, for their file names.
         inputs: sha256 of the file.
+
+    Raises:
+        InputError: these are no token maps of this tokenizer.
     """
-    maps = [idx_Bl.flatten(1).long().to(model.device) for idx_Bl in tokens]
+    maps = [idx_Bl.to(model.device) for idx_Bl in token_maps(tokens, model.tokenizer_config)]
     names = names or [f"tokens_{i}" for i in range(len(maps[0]))]
     for number, name in enumerate(names):
         pixels = reconstruction.rebuilt(model.tokenizer, [idx_Bl[number : number + 1] for idx_Bl in maps])
@@ -136,7 +139,8 @@ def decode_file(model: Model, path: Path, file: str) -> tuple[int, Iterator[Imag
         InputError: the file cannot be read, or holds no tokens of this shape.
         CheckpointError: another tokenizer made them.
     """
-    loaded = load_tokens(path, model.tokenizer_config, model.metadata["tokenizer_sha256"])
+    name = "standard input" if file == "-" else file
+    loaded = load_tokens(path, model.tokenizer_config, model.metadata["tokenizer_sha256"], name)
     maps = [idx_Bl.clone() for idx_Bl in loaded.maps]  # the file may go before they are decoded
     images = decode(model, maps, file=file, names=loaded.names, inputs=(file_sha256(path),))
     return len(loaded.names), images

@@ -29,7 +29,7 @@ from varcli.config import (
     TransformerTrainingConfig,
     transformer_recipe,
 )
-from varcli.console import progress
+from varcli.console import counted, progress
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 from varcli.files import write_atomically
@@ -52,7 +52,7 @@ from varcli.training.data import (
     open_cache,
 )
 from varcli.training.discriminator import SMALLEST_PATCH, PatchDiscriminator
-from varcli.training.estimate import TrainingEstimate, estimate, expected_losses_at
+from varcli.training.estimate import TrainingEstimate, check_memory, estimate, expected_losses_at
 from varcli.training.finetune import adapt, merged, warm_start
 from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
@@ -157,9 +157,6 @@ def train_tokenizer(
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
         distance = perceptual_distance(training.perceptual, folder).to(stage.device)
         stage.perceptual = distance.to(memory_format=torch.channels_last)
-    if compiled:
-        for network in (stage.model.encoder, stage.model.decoder):
-            network.compile()
     identity = optim.identity(
         images.fingerprint(),
         stage.device,
@@ -197,8 +194,13 @@ def train_tokenizer(
             note=note,
         )
         run = replace(run, evaluate=lambda: evaluation(run.folder / "tokenizer.safetensors"))
+    if group.world_size == 1:
+        check_memory(stage, training)
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
+    if compiled:
+        for network in (stage.model.encoder, stage.model.decoder):
+            network.compile()
     with watched(run, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 
@@ -404,11 +406,13 @@ def train_transformer(
             note=note,
         )
         run = replace(run, evaluate=lambda: evaluation(run.folder / "model.safetensors"))
+    if checkpoint_activations:
+        keep_block_inputs(stage.model)
+    if group.world_size == 1:
+        check_memory(stage, training)
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
-    if checkpoint_activations:
-        keep_block_inputs(stage.model)
     if compiled:
         for block in stage.model.blocks:
             block.compile()
@@ -592,6 +596,8 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
     """Say what was found in the data and left out of it, and where the recipe is for far more images."""
     for line in account:
         note(f"data: {line}")
+    if images == 1:
+        note("data: of a single image the model learns nothing but that image")
     steps = training.steps(images)
     if steps >= FEW_STEPS and training.batch <= images:
         return
@@ -600,8 +606,8 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
     if smaller.batch >= training.batch:
         advice = f"--epochs {training.epochs * 10:g} makes {10 * steps}"
     note(
-        f"{training.epochs:g} epochs of {images} images in batches of {training.batch} are {steps} steps, "
-        f"few to learn from; {advice}"
+        f"{counted(training.epochs, 'epoch')} of {counted(images, 'image')} in batches of {training.batch} make "
+        f"{counted(steps, 'step')}, few to learn from; {advice}"
     )
 
 

@@ -59,6 +59,9 @@ def watched(
 
     def after_step(step: int, loss: float) -> None:
         nonlocal first
+        in_log = step == run.steps or step % run.log_every == 0 or step % run.validate_every == 0
+        if not (first or in_log or quiet):  # so that whoever began the run sees that it works
+            report(step, run.steps, {"loss": loss})
         first = first or step
         move(step, loss)
 

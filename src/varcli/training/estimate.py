@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varcli.acceleration.devices import synchronize
 from varcli.config import TokenizerConfig, TrainingConfig, TransformerConfig, transformer_recipe
+from varcli.errors import RunError
+from varcli.files import machine_memory
 
 FLOAT32 = 4
 """Bytes of a weight, its moving average, its gradient and its two moments each."""
@@ -122,26 +124,62 @@ def estimate(
         frozen_copies: further copies of the weights in memory that are not trained.
     """
     steps, part = training.steps(images), training.batch // training.accumulate
-    parameters = sum(parameter.numel() for parameter in stage.model.parameters())
-    trained = sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
     with FlopCounterMode(display=False) as counter:
         loss, one = _loss_and_saved_bytes(stage, 1)
         loss.backward()
     two = _loss_and_saved_bytes(stage, 2)[1]  # weights in bf16, masks and the like are kept once for all images
     rate = _rate(stage, part)
     return TrainingEstimate(
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in stage.model.parameters()),
         images=images,
         steps=steps,
         images_seen=steps * training.batch,
         flops=counter.get_total_flops() * steps * training.batch,
-        state_bytes=FLOAT32 * ((2 + frozen_copies) * parameters + 3 * trained),
+        state_bytes=_state_bytes(stage, frozen_copies),
         activation_bytes=one + (two - one) * (part - 1),
         images_per_second=rate,
         seconds=steps * training.batch / rate,
         expected_loss=expected[0] if expected else None,
         expected_loss_last=expected[1] if expected else None,
     )
+
+
+def check_memory(stage: Estimable, training: TrainingConfig) -> None:
+    """Check that a batch fits into the memory of this machine; a system without enough of it hangs, or ends the run.
+
+    What is not counted (the adversary, the perceptual distance, images read ahead) makes the need larger. On a GPU
+    torch itself says at the first step that memory does not suffice.
+
+    Raises:
+        RunError: it does not fit.
+    """
+    memory = machine_memory()
+    if stage.device.type != "cpu" or memory is None:
+        return
+    one, two = (_loss_and_saved_bytes(stage, count)[1] for count in (1, 2))
+    parts = [n for n in range(training.accumulate, training.batch + 1) if training.batch % n == 0]
+    needed = {n: _state_bytes(stage) + one + (two - one) * (training.batch // n - 1) for n in parts}
+    if needed[training.accumulate] <= memory:
+        return
+    fitting = next((n for n in parts if needed[n] <= COMFORTABLE * memory), None)
+    advice = "even one image at a time does: make the model smaller"
+    if fitting:
+        advice = f"--grad-accum {fitting} computes it in parts, a smaller --batch-size takes fewer images"
+    raise RunError(
+        f"a batch of {training.batch} needs {needed[training.accumulate] / 2**30:.1f} GiB of memory or more, and this "
+        f"machine has {memory / 2**30:.1f}; {advice}"
+    )
+
+
+COMFORTABLE = 0.5
+"""Part of a machine's memory that a run with the advised settings takes at most."""
+
+
+def _state_bytes(stage: Estimable, frozen_copies: int = 0) -> int:
+    """Return the bytes of weights and average, gradients and two moments, and of further copies of the weights."""
+    parameters = sum(parameter.numel() for parameter in stage.model.parameters())
+    trained = sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
+    return FLOAT32 * ((2 + frozen_copies) * parameters + 3 * trained)
 
 
 def _loss_and_saved_bytes(stage: Estimable, count: int) -> tuple[Tensor, int]:

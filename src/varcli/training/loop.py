@@ -26,6 +26,7 @@ from torch import Tensor
 from varcli.acceleration.devices import out_of_memory, peak_bytes
 from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors, tensors_sha256
 from varcli.config import TrainingConfig
+from varcli.console import counted
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.files import cannot_lock, cannot_write, parse_json
@@ -278,7 +279,7 @@ def _other_images(before: Mapping[str, int], now: Mapping[str, int], where: str 
     """Say how images differ from those that are there now, or elsewhere, from their numbers per class."""
     changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
     counts = [f"{name} {before.get(name, 0)} ({where} {now.get(name, 0)})" for name in sorted(changed)]
-    what = f"{sum(before.values())} images ({where} {sum(now.values())})"
+    what = f"{counted(sum(before.values()), 'image')} ({where} {sum(now.values())})"
     return f"{what}: {in_words(counts)}" if counts else f"{what}, of which some had other names or sizes"
 
 

@@ -89,11 +89,10 @@ def _learning_rate(settings: Mapping[str, Any]) -> Check:
     """The peak of the learning rate beside the usual one for the model's width."""
     peak = settings["base_lr"] * settings["batch"] / 256
     usual = TRANSFORMER_RATE / math.sqrt(3 * settings["width"]) if "width" in settings else TOKENIZER_RATE
-    high = peak > usual
-    factor = peak / usual if high else usual / peak
+    factor = max(peak / usual, usual / peak)
     return Check(
         name="learning rate",
-        found=f"{peak:.2g} at its peak, {factor:.1f} × {'above' if high else 'below'} the usual one",
+        found=f"{peak:.2g} at its peak; about {usual:.1g} is usual",
         normal=f"{usual / LEARNING_RATE:.1g} to {usual * LEARNING_RATE:.1g}",
         off=factor > LEARNING_RATE,
         advice=f"try --base-lr {settings['base_lr'] * usual / peak:.1g} in another --out",
