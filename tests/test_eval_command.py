@@ -577,7 +577,7 @@ def test_names_on_stdin_may_be_no_text(measure, tmp_path, monkeypatch):
         (
             ["--is", "-n", "10", "--best-of", "2", "--classifier", "nobody"],
             2,
-            "is neither a file nor a name: self, efficientnet-lite0, or a torchvision model",
+            "is neither a file nor a name: self, efficientnet-lite0, a torchvision model",
         ),
     ],
 )

@@ -61,7 +61,9 @@ def test_provenance_command_and_resume(files, var, tmp_path):
     content = path.read_bytes()
     assert "nothing left to do" in var(*asked, "--resume")[1]
     again = var("sample", "-c", "207", "--refiner", files[1], "--refine-from", 2, "-o", "one", "--resume")[1]
-    assert "nothing left to do" not in again and path.read_bytes() != content
+    assert "nothing left to do" not in again
+    assert path.read_bytes() == content, "an image of other settings is written beside it"
+    assert len(list((tmp_path / "one").iterdir())) == 2
 
 
 def test_show_names_the_refiner(files, var, capsys):

@@ -8,7 +8,7 @@ import torch
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 from varcli.evaluation import comparability
-from varcli.evaluation.extractors import EXTRACTORS
+from varcli.evaluation.extractors import EXTRACTORS, NoFeatures
 from varcli.evaluation.reconstruction import Reconstructions
 from varcli.evaluation.statistics import EvalPlan
 from varcli.images.dataset import ImageSet
@@ -57,8 +57,9 @@ class RunEvaluation:
         count = min(len(held), DEFAULT_COUNT) if count is None else count
         if tokenizer and count > len(held):
             raise UsageError(f"--eval-images must be at most the {len(held)} images that are held out (got {count})")
-        if features not in EXTRACTORS:
-            raise UsageError(f"--eval-features must be one of {', '.join(EXTRACTORS)} (got {features})")
+        names = [name for name in EXTRACTORS if name != NoFeatures.name]
+        if features not in names:
+            raise UsageError(f"--eval-features must be one of {', '.join(names)} (got {features})")
         self.tokenizer, self.device, self.group = tokenizer, device, group
         self.evaluator = Evaluator(features, weights, device, group, note, quiet=True)
         self.images = held.resized(side)
