@@ -125,15 +125,19 @@ def test_no_logits(tmp_path):
         Classifier(scripted(tmp_path / "same.pt", nn.Identity()), TABLE, CPU).confidence(reds(1), [0])
 
 
-def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def offline(*_, **__):
+        print("Downloading")  # as torch does
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(CheckpointError, match=f"put https://.*resnet101-.*pth at {tmp_path}/checkpoints/resnet101-"):
+    with pytest.raises(
+        CheckpointError, match=f"put https://.*resnet101-.*pth at {tmp_path}/checkpoints/resnet101-"
+    ) as e:
         Classifier("resnet101", TABLE, CPU)
+    assert "--classifier self" in str(e.value) and capsys.readouterr() == ("", "Downloading\n")
 
 
 def test_weights_with_another_hash_are_not_used(tmp_path, monkeypatch):

@@ -6,8 +6,10 @@ figures (table 1, the rows marked "re"; the idea is VQ-VAE-2's, Razavi et al. 20
 Shapes: B images of P × P pixels, N classes the classifier knows.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +127,8 @@ def _torchvision(name: str) -> tuple[nn.Module, str]:
     weights = models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        with redirect_stdout(sys.stderr):  # where torch says that it downloads; stdout is for results
+            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
         raise CheckpointError(
             f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use --classifier self, which "
