@@ -63,7 +63,7 @@ def contents(folder):
 def test_a_folder_and_a_sheet_are_those_of_one_process(here, capsysbinary):
     what = ("-c", CLASSES, "-n", 7, "--dtype", "fp32")  # 35 images: the last round is not full
     code, out, err = shared(*what, "-o", "two", "--grid", "two.png")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "var: also written: two.png\n")
     alone(*what, "-o", "one", "--grid", "one.png")
     assert contents("one") == contents("two") and len(contents("one")) == 35
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()

@@ -153,7 +153,7 @@ def _downloaded(name: str, weights: Any) -> tuple[dict[str, Tensor], str]:
     """Return torchvision's own weights of a classifier, and the sha256 of their file."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        with redirect_stdout(sys.stderr):  # torch says there that it downloads
+        with redirect_stdout(sys.stderr):  # where torch says that it downloads; stdout is for results
             state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
         raise CheckpointError(

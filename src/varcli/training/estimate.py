@@ -162,7 +162,7 @@ def check_memory(stage: Estimable, training: TrainingConfig) -> None:
     if needed[training.accumulate] <= memory:
         return
     fitting = next((n for n in parts if needed[n] <= COMFORTABLE * memory), None)
-    advice = "even one image at a time does: make the model smaller"
+    advice = "even one image at a time would take more than half of it: make the model smaller"
     if fitting:
         advice = f"--grad-accum {fitting} computes it in parts, a smaller --batch-size takes fewer images"
     raise RunError(
