@@ -24,6 +24,7 @@ from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.images.dataset import open_images
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
+from varcli.training import data as data_module
 from varcli.training import optim
 from varcli.training import tokenizer as tokenizer_training
 from varcli.training import transformer as transformer_training
@@ -418,6 +419,20 @@ def test_a_reader_that_the_system_ends_is_one_line(end):
     with pytest.raises(RunError, match=r"a process that reads images failed: .*; try --workers 0") as caught:
         next(loader(Crops(Ending(end), 8, 1.0, None), [[(0, 0)]], 1))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_reader_that_just_begins_does_not_end_it(monkeypatch, images, number):
+    """Schedulers and terminals send it to all processes; the main one saves and ends the others."""
+    ignore = data_module._follow_parent
+
+    def signalled(worker):
+        os.kill(os.getpid(), number)
+        ignore(worker)
+
+    monkeypatch.setattr(data_module, "_follow_parent", signalled)
+    (batch,) = loader(Crops(images, 8, 1.0, None), [[(0, 0)]], 1)
+    assert batch[0].shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -13,7 +13,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +152,9 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         worker_init_fn=_follow_parent,
     )
     try:
-        yield from reading
+        with _signals_held_back():
+            batches = iter(reading)
+        yield from batches
     except InputError as error:  # a process that reads ahead sends it with its traceback
         line = str(error).strip().splitlines()[-1]
         raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
@@ -161,6 +163,19 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         if not any(words in reason for words in _ENDED):
             raise
         raise RunError(f"a process that reads images failed: {reason}; try --workers 0") from error
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM, also from the processes started meanwhile until they ignore them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _follow_parent(worker: int) -> None:
