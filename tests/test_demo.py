@@ -18,6 +18,7 @@ from PIL import Image
 import varcli
 from support import small
 from varcli import cli
+from varcli.commands import demo as demo_command
 from varcli.demo import files
 from varcli.errors import InputError, RunError
 from varcli.images.provenance import read_provenance
@@ -131,7 +132,7 @@ def test_frames_of_one_image_differ_and_have_no_provenance(model, tmp_path):
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("varcli.commands.demo.find_spec", lambda name: None)
+    monkeypatch.setattr(demo_command, "find_spec", lambda name: None)
     assert cli.run(["demo"]) == 2
     assert capsys.readouterr().err == "var: error: var demo needs another package: pip install 'varcli[demo]'\n"
 

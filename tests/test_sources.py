@@ -439,7 +439,7 @@ def test_an_archive_that_changes_while_it_is_read_is_told(tmp_path, name, made, 
     (member, _), *_ = source.members()
     worker = pickle.loads(pickle.dumps(source))
     change(path)
-    for reader in [worker] if name == "x.zip" else [source, worker]:  # whoever has a zip open sees its damage
+    for reader in [worker] if name == "x.zip" else [source, worker]:  # the process that has a zip open sees its damage
         with (
             pytest.raises(UnreadableImage, match=r"changed while it was being read|not a zip file"),
             reading_image(member),

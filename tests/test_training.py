@@ -182,10 +182,10 @@ def test_logits_computed_part_by_part_change_rounding_only_and_take_less_memory(
 
 
 def test_logits_that_would_fill_memory_are_computed_part_by_part(monkeypatch):
-    monkeypatch.setattr("varcli.training.transformer.memory_bytes", lambda device: 32 * 4 * 32 * 100)
+    monkeypatch.setattr(transformer_training, "memory_bytes", lambda device: 32 * 4 * 32 * 100)
     assert tokens_at_once(4, TRANSFORMER, CPU) is None  # 84 of the 100 tokens that a 32nd of the memory holds
     assert tokens_at_once(5, TRANSFORMER, CPU) == 100
-    monkeypatch.setattr("varcli.training.transformer.memory_bytes", lambda device: None)
+    monkeypatch.setattr(transformer_training, "memory_bytes", lambda device: None)
     assert tokens_at_once(10**9, TRANSFORMER, CPU) is None
 
 

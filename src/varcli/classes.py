@@ -229,7 +229,7 @@ def parse_classes(
         table: the classes the model knows.
         lines: where ``-`` reads; blank lines are passed over.
         hint: ends the message about an ImageNet class that the table lacks: which checkpoint has it.
-        note: told of each class that was known by a part of its name.
+        note: takes a remark about each class that was known by a part of its name.
 
     Raises:
         UsageError: a range runs backwards, or a spec is empty.

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import os
 import platform
 import sys
 from functools import cache
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from varcli.acceleration.int8 import Int8Linear
 from varcli.errors import UsageError
+from varcli.files import machine_memory
 from varcli.models.transformer import Block, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,10 +111,7 @@ def memory_bytes(device: torch.device) -> int | None:
     """Return the whole memory of a device, whatever of it is in use, in bytes; None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows has none of it
-        return None
+    return machine_memory()
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -8,7 +8,8 @@ Shapes: B images or batch entries, l tokens, L tokens of all scales, D width, h 
 rows and columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -77,6 +78,17 @@ def settle_cuda() -> None:
     """Decide what torch decides otherwise from one version to the next: images and speed depend on it."""
     torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 shall be one
     torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention here, and plans each shape for long
+
+
+@contextmanager
+def cuda_settings_restored() -> Iterator[None]:
+    """Set back at the end what `settle_cuda` changes for the whole process."""
+    tf32, cudnn_sdp = torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_sdp)
 
 
 @cache

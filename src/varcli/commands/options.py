@@ -186,6 +186,15 @@ TrainingDtype = Annotated[
 Compiled = Annotated[
     bool, Option("--compile", help="Compile the networks with torch.compile first: minutes, then faster steps.")
 ]
+TokenCache = Annotated[
+    Path | None,
+    Option(
+        "--tokens",
+        metavar="DIR",
+        help="Cache of token maps, which runs can share; missing ones are computed.",
+        show_default="in --out",
+    ),
+]
 Quantize = Annotated[
     Literal["int8"] | None,
     Option(
@@ -279,6 +288,11 @@ def check_image_outputs(out: str | None, as_json: bool, growth: Path | None, cou
         raise UsageError(STDOUT_TWICE)
     if growth and count != 1:
         raise UsageError(f"--growth shows exactly one image (got {count} images)")
+
+
+def extractor_weights(features: str, inception: Path | None, dinov2: Path | None) -> Path | None:
+    """Return the file given for the weights of a feature extractor, None for a download or where it needs none."""
+    return {DEFAULT_FEATURES: inception, "dinov2": dinov2}.get(features)
 
 
 def tell_also(*files: Path | None, quiet: bool) -> None:

@@ -56,15 +56,7 @@ def run(
     holdout: Annotated[
         int, Option("--holdout", metavar="N", min=1, help="Measure on the last N images of each class.")
     ] = 10,
-    token_cache: Annotated[
-        Path | None,
-        Option(
-            "--tokens",
-            metavar="DIR",
-            help="Cache of token maps, which runs can share; missing ones are computed.",
-            show_default="in --out",
-        ),
-    ] = None,
+    token_cache: options.TokenCache = None,
     save_every: Annotated[
         int, Option("--save-every", metavar="N", min=1, help="Save resumable state of a run every N steps.")
     ] = 500,

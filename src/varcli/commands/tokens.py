@@ -194,10 +194,10 @@ def encode(
         raise UsageError("--crops, --flip, --resize-ratio, --seed and --holdout are for data to train on, not images")
     if out != "-" and Path(out).suffix.lower() != ".safetensors" and kind_there(Path(out)) != "device":
         raise UsageError(f"--out must be a name ending in .safetensors, or - for standard output (got {out})")
-    check_not_read("out", Path(out), images)
     if out == "-" and sys.stdout.isatty():
         raise UsageError("--out - is a terminal; send tokens to a file or a pipe")
     if out != "-":
+        check_not_read("out", Path(out), images)
         check_writable(Path(out))
     from varcli.pipelines.model import load
     from varcli.pipelines.tokens import encode_to

@@ -42,7 +42,7 @@ class Sink:
         """
 
     def left(self) -> Path | None:
-        """What an earlier run left that is lost unless this one goes on with it; to be asked before `open`."""
+        """What an earlier run left that is lost unless this one continues it; to be asked before `open`."""
         return None
 
     def has(self, provenance: Provenance) -> bool:
@@ -107,7 +107,11 @@ class FolderSink(Sink):
 
     def has(self, provenance: Provenance) -> bool:
         """Whether this very image is there."""
-        return self._resume and is_image(self._path(provenance), provenance)
+        if not self._resume:
+            return False
+        path = self._path(provenance)
+        # Where the name is ours, no other image is there.
+        return path.is_file() if self._name is None else is_image(path, provenance)
 
     def prepare(self, pixels: "PixelsOrRaster", provenance: Provenance) -> Path:
         """Write an image, which needs no order either; return its file."""

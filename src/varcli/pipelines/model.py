@@ -252,7 +252,9 @@ class Model:
         )
 
     def one_class(self, name: ClassName, note: Callable[[str], None] = lambda line: None) -> ClassEntry | None:
-        """The one class that a name or index means; None is "no class". `note` is told of a part of a name.
+        """The one class that a name or index means; None is "no class".
+
+        Where only a part of a name is given, `note` takes a remark that says which class it is.
 
         Raises:
             UsageError: it means several classes.

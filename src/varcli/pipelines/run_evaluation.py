@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from varcli.acceleration.dispatch import cuda_settings_restored
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 from varcli.evaluation import comparability
@@ -47,7 +48,7 @@ class RunEvaluation:
             note: takes remarks for the user.
 
         Raises:
-            UsageError: too few images are held out, more are to be reconstructed, or there is no such extractor.
+            UsageError: too few images are held out, fewer than to reconstruct, or there is no such extractor.
             VarError: the extractor's weights cannot be had, or the images cannot be read.
         """
         if len(held) < 2:
@@ -78,14 +79,10 @@ class RunEvaluation:
             VarError: its figures are not finite, for example.
         """
         self.group.barrier()
-        kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
-        try:
+        with cuda_settings_restored():  # training is to continue as it began
             model = Model(str(checkpoint), checkpoint, self.device, pick_precision("auto", None, self.device))
             images = self.reconstructions(model) if self.tokenizer else samples(model, self.plan.count, self.group)
             measured, _ = self.evaluator.measure(images, self.plan, "images", resumable=False)
-        finally:  # sampling settles them for all of this process; training is to go on as it began
-            torch.backends.cudnn.allow_tf32 = kept[0]
-            torch.backends.cuda.enable_cudnn_sdp(kept[1])
         if not self.group.is_main:
             return {}
         figures = self.evaluator.figures(measured.statistics, self.reference)

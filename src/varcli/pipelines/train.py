@@ -236,7 +236,8 @@ def tokenizer_shape(init: str | Path, **changes: Any) -> TokenizerConfig:
         UsageError: there is no such shape.
         CheckpointError: there is no such tokenizer.
     """
-    return replace(load_tokenizer(resolve_checkpoint(str(init))).config, **changes)
+    path = resolve_checkpoint(str(init))
+    return replace(read_config(path, read_metadata(path)[0], TokenizerConfig, "tokenizer_config"), **changes)
 
 
 def _plain_tokenizer(
@@ -267,7 +268,10 @@ def _plain_tokenizer(
         names = [name for name in own.keys() & given.keys() if name.startswith(("encoder.", "decoder."))]
         kept = {name: given[name] for name in names if given[name].shape == own[name].shape}
         model.load_state_dict(own | kept)
-        note(f"{len(kept)} of {len(own)} tensors are those of --init; the others have other shapes and begin anew")
+        note(
+            f"{len(kept)} of {len(own)} tensors are those of --init; the quantizer and what has another shape "
+            "begin anew"
+        )
     optim.freeze(model, training.freeze)
     return model, adversary
 

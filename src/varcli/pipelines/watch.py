@@ -15,7 +15,7 @@ from varcli.console import progress
 from varcli.errors import InputError, UsageError
 from varcli.files import parse_json
 from varcli.report.load import read_runs
-from varcli.training.loop import Run, from_newest_state, state_files
+from varcli.training.loop import Run, from_newest_state, in_log, state_files
 from varcli.training.metrics_log import Metrics
 from varcli.training.status import Check, check_lines
 
@@ -59,8 +59,7 @@ def watched(
 
     def after_step(step: int, loss: float) -> None:
         nonlocal first
-        in_log = step == run.steps or step % run.log_every == 0 or step % run.validate_every == 0
-        if not (first or in_log or quiet):  # so that whoever began the run sees that it works
+        if not (first or quiet or in_log(run, step)):  # so that the user sees that the run works
             report(step, run.steps, {"loss": loss})
         first = first or step
         move(step, loss)

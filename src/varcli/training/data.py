@@ -153,8 +153,8 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
     )
     try:
         with _signals_held_back():
-            batches = iter(reading)
-        yield from batches
+            started = iter(reading)
+        yield from started
     except InputError as error:  # a process that reads ahead sends it with its traceback
         line = str(error).strip().splitlines()[-1]
         raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error

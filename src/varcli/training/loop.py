@@ -386,8 +386,7 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
             received = torch.tensor([stop.received > 0, stop.received == signal.SIGTERM], dtype=torch.int64)
             stopping, terminated = map(bool, sum_over_ranks(received, group))
             stopping &= not last
-            logging = last or done % run.log_every == 0 or validation_due(run, done)
-            observed = stage.observe(done) if logging else {}
+            observed = stage.observe(done) if in_log(run, done) else {}
             if log:
                 log.add(metrics)
             record(stage, run, log, done, observed, stopping)
@@ -425,6 +424,11 @@ def record(
 def validation_due(run: Run, done: int) -> bool:
     """Whether a validation, and with it a checkpoint, follows a step that is not the last; an evaluation needs both."""
     return done % run.validate_every == 0 or (run.eval_every > 0 and done % run.eval_every == 0)
+
+
+def in_log(run: Run, done: int) -> bool:
+    """Whether the log has a line of a step."""
+    return done == run.steps or done % run.log_every == 0 or validation_due(run, done)
 
 
 @contextmanager
