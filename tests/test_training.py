@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -419,6 +421,24 @@ def test_a_reader_that_the_system_ends_is_one_line(end):
     with pytest.raises(RunError, match=r"a process that reads images failed: .*; try --workers 0") as caught:
         next(loader(Crops(Ending(end), 8, 1.0, None), [[(0, 0)]], 1))
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_that_nobody_catches_ends_the_process_and_its_readers(tmp_path):
+    """Its traceback keeps the loader, whose readers ignore the SIGTERM by which Python ends them at its exit."""
+    write_folder(tmp_path, {"n02099601": 4})
+    code = f"""
+from pathlib import Path
+from varcli.images.dataset import open_images
+from varcli.training.data import Crops, loader
+
+images = open_images([Path({str(tmp_path)!r})], require_labels=True, read_headers=False)
+batches = loader(Crops(images, 8, 1.0, None), [[(0, 0)]] * 50, 2)
+next(batches)
+raise SystemError("a mistake elsewhere")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "SystemError: a mistake elsewhere"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

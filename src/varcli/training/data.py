@@ -4,6 +4,7 @@ A cache is a folder of `tokens.npy` (crops · N, L) and `progress.json`, which a
 goes on where it stopped. Its name holds the hash of everything that shapes the tokens.
 """
 
+import atexit
 import dataclasses
 import hashlib
 import itertools
@@ -15,7 +16,10 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -152,8 +156,10 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         worker_init_fn=_follow_parent,
     )
     try:
+        before = set(active_children())
         with _signals_held_back():
             started = iter(reading)
+        _readers.update(set(active_children()) - before)
         yield from started
     except InputError as error:  # a process that reads ahead sends it with its traceback
         line = str(error).strip().splitlines()[-1]
@@ -163,6 +169,23 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         if not any(words in reason for words in _ENDED):
             raise
         raise RunError(f"a process that reads images failed: {reason}; try --workers 0") from error
+
+
+_readers: WeakSet[BaseProcess] = WeakSet()
+"""The processes that read ahead."""
+
+
+@atexit.register
+def _end_readers() -> None:
+    """End the processes that still read ahead when this one ends, as after an error whose traceback keeps the loader.
+
+    multiprocessing would end them by SIGTERM, which they ignore, and then wait for them for good.
+    """
+    if left := [reader for reader in _readers if reader.is_alive()]:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+        for reader in left:
+            reader.kill()
 
 
 @contextmanager
