@@ -136,14 +136,17 @@ def read_image_file(file: BinaryIO, name: str) -> bytes:
         InputError: it is empty, or so long that it has no end, perhaps.
         OSError: it cannot be read.
     """
-    content = file.read(_MOST_BYTES + 1)
+    content = bytearray()
+    while piece := file.read(_PIECE):  # asked for all that may come, Python would set aside the memory for it
+        content += piece
+        if len(content) > _MOST_BYTES:
+            raise InputError(f"the image {name} cannot be read: it is longer than {_MOST_BYTES >> 30} GB")
     if not content:
         raise InputError(f"{name} is empty: an image is expected")
-    if len(content) > _MOST_BYTES:
-        raise InputError(f"the image {name} cannot be read: it is longer than {_MOST_BYTES >> 30} GB")
-    return content
+    return bytes(content)
 
 
+_PIECE = 1 << 14
 _MOST_BYTES = 1 << 30
 """Length of an image file."""
 
