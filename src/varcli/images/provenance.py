@@ -277,9 +277,14 @@ def own_path(path: Path, provenance: Provenance) -> Path:
     """
     digest = sha256(provenance.identity().to_json().encode()).hexdigest()
     names = [path, *(path.with_name(f"{path.stem}-{digits}{path.suffix}") for digits in (digest[:8], digest))]
-    same = (name for name in names if is_image(name, provenance))
-    free = (name for name in names if not name.exists())
-    return next(same, None) or next(free, names[-1])
+    free = []
+    for name in names:
+        # Each name is looked at once: another thread may write this very image meanwhile.
+        if not name.exists():
+            free.append(name)
+        elif is_image(name, provenance):
+            return name
+    return free[0] if free else names[-1]
 
 
 def is_image(path: Path, provenance: Provenance) -> bool:
