@@ -276,10 +276,24 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, images):
     last = train(tokenizer_stage(images), run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))
     assert last["step"] == 6
     assert notes == ["going on from step 3 of 1 epochs, by the learning rates of 2 epochs"]
-    with pytest.raises(UsageError, match=r"begun with epochs 2\.0 \(now 1\.0\)"):
+    with pytest.raises(UsageError, match=r"has come to step 6, and 1 epochs end at step 3; give more --epochs"):
         train(tokenizer_stage(images), run(tmp_path, 3, identity={"a": 1, "epochs": 1.0}))
     with pytest.raises(UsageError, match=r"begun with a 1 \(now 2\), epochs 2\.0 \(now 3\.0\)"):
         train(tokenizer_stage(images), run(tmp_path, 9, identity={"a": 2, "epochs": 3.0}))
+
+
+def test_a_run_under_way_takes_fewer_epochs(tmp_path, images):
+    """It goes on by the learning rates of the shorter run, so it ends as small as any."""
+    with pytest.raises(Killed):
+        train(kill_at(tokenizer_stage(images), 3), run(tmp_path, 9, identity={"a": 1, "epochs": 3.0}, save_every=1))
+    notes = []
+    steps = []
+    shorter = tokenizer_stage(images)
+    apply = shorter.apply_gradients
+    shorter.apply_gradients = lambda step, of: (steps.append((step, of)), apply(step, of))
+    assert train(shorter, run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))["step"] == 6
+    assert notes == ["going on from step 3 of 3 epochs, by the learning rates of 2 epochs"]
+    assert steps == [(3, 6), (4, 6), (5, 6)]
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,8 @@ CHECKPOINTS = ("model.safetensors", "tokenizer.safetensors")
 def check_run(run: Run) -> int:
     """Check that the folder holds this very run, or none; returns the step it has come to. Nothing is changed.
 
-    A run may be given more epochs than it was begun with: the schedules are then those of the longer run.
+    A run may be given another number of epochs than it was begun with: its learning rates are then those of that length
+    from there on. It must not have come so far already, or it would end without its last, small learning rates.
 
     Raises:
         UsageError: the folder holds a run with other settings or images, or a checkpoint without the run's state.
@@ -244,10 +245,15 @@ def check_state(file: Path, run: Run) -> int:
         different = sorted(key for key in given if begun.get(key) != given[key])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(file, "it does not say which run's it is") from error
-    longer = different == ["epochs"] and given["epochs"] > begun["epochs"]
     if "pictures" in different and images:
         raise UsageError(f"the run in {run.folder} was begun with {_other_images(images, run.images)}; use {_AGAIN}")
-    if different and not longer:
+    if different == ["epochs"]:
+        if run.steps < step:
+            raise UsageError(
+                f"the run in {run.folder} has come to step {step}, and {given['epochs']:g} epochs end at step "
+                f"{run.steps}; give more --epochs, or another --out"
+            )
+    elif different:
         was = ", ".join(f"{key} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
         raise UsageError(f"the run in {run.folder} was begun with {was}; use {_AGAIN}")
     return step
