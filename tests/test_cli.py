@@ -27,8 +27,9 @@ OPTIONS = {
     "--device --dtype --quantize --best-of --decide-at --classifier --nproc --resume --json --quiet -q",
     "eval": "--fid --sfid --is --kid --prc --agreement --features --dinov2 --num-images -n --reference -r --tokenizer "
     "--checkpoint -m --seed --cfg --top-k --top-p --temperature --ssg --vpg --cfg-scales --refiner --refine-from "
-    "--smooth --preset --approximate --best-of --classifier --resize --skip-bad --inception --lpips-weights "
-    "--save-stats --save-images --out -o --batch-size --device --dtype --quantize --nproc --json --quiet -q",
+    "--smooth --preset --approximate --best-of --decide-at --classifier --resize --skip-bad --inception "
+    "--lpips-weights --save-stats --save-images --out -o --batch-size --device --dtype --quantize --nproc --json "
+    "--quiet -q",
     "eval stats": "--out -o --features --keep-features --resize --skip-bad --inception --dinov2 --device --nproc "
     "--quiet -q",
     "inpaint": EDITING + "--alpha --box --fit-mask",

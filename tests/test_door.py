@@ -16,8 +16,9 @@ from varcli.images.provenance import read_provenance
 
 API = {
     "load": "checkpoint device dtype quantize progress",
-    "evaluate": "source metrics reference tokenizer num_images seed config best_of classifier batch_size paths resize "
-    "skip_bad lines features weights lpips_weights device save_stats save_images thumbnails group report note quiet",
+    "evaluate": "source metrics reference tokenizer num_images seed config best_of decide_at classifier batch_size "
+    "paths resize skip_bad lines features weights lpips_weights device save_stats save_images thumbnails group report "
+    "note quiet",
     "train_tokenizer": "data out config training init lpips_weights holdout validate_every save_every eval_every "
     "eval_images eval_features eval_weights device dtype workers compiled tensorboard wandb group report note quiet",
     "train_transformer": "data tokenizer out depth width shared_adaln training init token_cache holdout validate_every "

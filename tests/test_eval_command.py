@@ -246,10 +246,26 @@ class Redness(nn.Module):
         return torch.stack([red_B * 0, red_B * 9, red_B * 9, red_B * 9, red_B * 9], 1)
 
 
-def test_rejected_are_those_the_classifier_doubts_most(measure, tmp_path):
+@pytest.fixture
+def redness(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(Redness()), str(tmp_path / "redness.pt"))
+
+
+@pytest.mark.usefixtures("redness")
+def test_images_chosen_early_are_those_of_var_sample(measure):
+    choosing = ("--best-of", 2, "--decide-at", 2, "--classifier", "redness.pt")
+    found, _ = measure("--num-images", 10, "--is", *choosing, "--save-images", "kept")
+    sample("-c", "all", "-n", 2, *choosing, "-o", "sampled")
+    kept = {path.name: path.read_bytes() for path in Path("kept").glob("*.png")}
+    assert kept == {path.name: path.read_bytes() for path in Path("sampled").glob("*.png")}
+    assert len(kept) == found["n"] == 10
+    assert found["protocol"]["decide_at"] == 2
+
+
+@pytest.mark.usefixtures("redness")
+def test_rejected_are_those_the_classifier_doubts_most(measure):
     rejecting = ("--num-images", 10, "--is", "--best-of", 2, "--classifier", "redness.pt", "--save-images", "kept")
     found, _ = measure(*rejecting)
     sample("-c", "all", "-n", 4, "-o", "drawn")
@@ -551,6 +567,8 @@ def test_names_on_stdin_may_be_no_text(measure, tmp_path, monkeypatch):
         (["--top-p", "2", "--fid"], 2, "--top-p must be between 0 (off) and 1 (got 2)"),
         (["--resize", "64"], 2, "--resize is for images that exist"),
         (["--best-of", "0.5"], 2, "Invalid value for '--best-of': "),
+        (["--is", "--decide-at", "2"], 2, "--decide-at needs --best-of"),
+        (["photographs", "--decide-at", "2"], 2, "--decide-at is for images to be sampled"),
         (["--tokenizer", "--kid"], 2, "--tokenizer cannot be used with --kid: it measures FID"),
         (["photographs", "--features", "none"], 2, "--features none is for --tokenizer, of which PSNR"),
         (["photographs", "--tokenizer", "--fid", "--features", "none"], 3, "--fid needs the features of another"),

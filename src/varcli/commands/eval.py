@@ -84,6 +84,7 @@ def evaluate(
     settings: options.Settings,
     preset: options.Preset = "metrics",
     best_of: options.BestOf = 1,
+    decide_at: options.DecideAt = None,
     classifier: options.Classifier = options.DEFAULT_CLASSIFIER,
     resize: Resize = None,
     skip_bad: options.SkipBad = False,
@@ -122,7 +123,12 @@ def evaluate(
     with --tokenizer).
     """
     sampled = not (paths or tokenizer)
-    only_sampled = {"num-images": num_images, "save-images": save_images, "best-of": best_of if best_of > 1 else None}
+    only_sampled = {
+        "num-images": num_images,
+        "save-images": save_images,
+        "best-of": best_of if best_of > 1 else None,
+        "decide-at": decide_at,
+    }
     for name, value in {**only_sampled, **settings}.items():
         if value is not None and not sampled:
             raise UsageError(f"--{name.replace('_', '-')} is for images to be sampled, not for images that exist")
@@ -159,6 +165,7 @@ def evaluate(
             seed=seed,
             config=model.settings(preset, **settings) if model else None,
             best_of=best_of,
+            decide_at=decide_at,
             classifier=classifier,
             batch_size=batch_size,
             paths=paths or [],

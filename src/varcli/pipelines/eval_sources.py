@@ -98,6 +98,7 @@ class Samples(EvalSource):
         kept: Mapping[int, int],
         preset: SampleConfig,
         classifier: Confidence | None = None,
+        decide_at: int | None = None,
         save_images: str | None = None,
     ) -> None:
         """Take images to be sampled.
@@ -109,6 +110,7 @@ class Samples(EvalSource):
             kept: how many of each label are measured: the first ones, or those of highest confidence.
             preset: settings of published figures.
             classifier: chooses among candidates; None where all are measured.
+            decide_at: after which scale it chooses, the coarsest being 1; None is after the last.
             save_images: path where they are also written.
         """
         super().__init__()
@@ -119,7 +121,7 @@ class Samples(EvalSource):
             for label, requests in candidates.items()
         }
         self.candidates = dict(sorted(ordered.items(), key=lambda item: image_filename(item[1][0].provenance)))
-        self.preset, self.classifier, self.save_images = preset, classifier, save_images
+        self.preset, self.classifier, self.decide_at, self.save_images = preset, classifier, decide_at, save_images
         self.side = sampler.tokenizer.config.pixels
         self.labels = [label for label in self.candidates for _ in range(kept[label])]
         self.unit = max(kept.values()) if classifier else sampler.batch_size
@@ -146,7 +148,8 @@ class Samples(EvalSource):
         drawn = {label: len(requests) for label, requests in self.candidates.items()}
         chosen = self.classifier and self.classifier.sha256
         place = self.save_images and str(Path(self.save_images).resolve())  # another one lacks what is done
-        return {"made": common, "drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place}
+        decided = {} if self.decide_at is None else {"decide_at": self.decide_at}
+        return {"made": common, "drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place} | decided
 
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
         """Yield the images of these ranks, in batches."""
@@ -164,7 +167,8 @@ class Samples(EvalSource):
     def _best(self, ranks: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
         assert self.classifier is not None
         for label, of_class in groupby(ranks, key=self.labels.__getitem__):
-            best = best_candidates(self.sampler, self.classifier, self.candidates[label], self.kept[label])
+            candidates, kept = self.candidates[label], self.kept[label]
+            best = best_candidates(self.sampler, self.classifier, candidates, kept, self.decide_at)
             for rank in of_class:
                 request, image = best[rank - self._first[label]]
                 pixels = next(image)

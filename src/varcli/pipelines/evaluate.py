@@ -44,7 +44,7 @@ from varcli.images.image import Image
 from varcli.models.lpips import LPIPS
 from varcli.pipelines.eval_sources import EvalSource, ExistingImages, Reconstructed, Samples
 from varcli.pipelines.model import Model
-from varcli.pipelines.rejection import open_classifier
+from varcli.pipelines.rejection import check_decision, check_one_by_one, open_classifier
 from varcli.pipelines.requests import candidate_count, class_requests
 
 DEFAULT_COUNT = 2_000
@@ -67,6 +67,7 @@ def evaluate(
     seed: int = 0,
     config: SampleConfig | None = None,
     best_of: float = 1,
+    decide_at: int | None = None,
     classifier: str = "resnet101",
     batch_size: int | None = None,
     paths: Sequence[str | Path] = (),
@@ -98,6 +99,8 @@ def evaluate(
         seed: of each class's first image.
         config: settings of sampling; None is the model's preset for measuring.
         best_of: candidates per image that is measured, of which the classifier's favourites are kept.
+        decide_at: after which scale it chooses, the coarsest being 1; only those kept are finished. None is after the
+            last.
         classifier: as for `varcli.pipelines.rejection.open_classifier`.
         batch_size: images at a time on a GPU in 16 bits.
         paths: images for the tokenizer; none are those held out of a bundled model's training.
@@ -154,7 +157,19 @@ def evaluate(
             name = reference or (usual if "agreement" in chosen else None)
             target = evaluator.usual_reference(name, usual, chosen, resize)
             count = group.broadcast(num_images or _usual_count(model, target))
-            images = samples(model, count, group, seed, config, best_of, classifier, batch_size, save_images, note)
+            images = samples(
+                model,
+                count,
+                group,
+                seed=seed,
+                config=config,
+                best_of=best_of,
+                decide_at=decide_at,
+                classifier=classifier,
+                batch_size=batch_size,
+                save_images=save_images,
+                note=note,
+            )
         scored = _imagenet_ids(images) if "agreement" in chosen else ()
         classes = len(images.classes) if shape.pool else 0
         plan = EvalPlan(count=len(images), metrics=chosen, classes=classes, scored=scored)
@@ -467,15 +482,18 @@ def samples(
     model: Model,
     count: int,
     group: ProcessGroup,
+    *,
     seed: int = 0,
     config: SampleConfig | None = None,
     best_of: float = 1,
+    decide_at: int | None = None,
     classifier: str = "resnet101",
     batch_size: int | None = None,
     save_images: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Samples:
-    """Images of a model's classes to measure, equally many of each; arguments as for `evaluate`."""
+    """Images of a model's classes to measure, equally many of each; arguments and errors as for `evaluate`."""
+    check_decision(decide_at, best_of, len(model.tokenizer_config.sides))
     config = config or model.settings("metrics")
     common = model.provenance(config, device=model.device.type if group.world_size > 1 else None)
     each, more = divmod(count, len(model.classes))
@@ -485,13 +503,17 @@ def samples(
         for label, entry in enumerate(model.classes.entries)
         if label in kept
     }
+    sampler = model.sampler(config, batch_size, note)
+    if decide_at is not None:
+        check_one_by_one(sampler)
     return Samples(
-        sampler=model.sampler(config, batch_size, note),
+        sampler=sampler,
         classes=model.classes,
         candidates=candidates,
         kept=kept,
         preset=presets(model.name)["metrics"],
         classifier=open_classifier(classifier, model, note) if best_of > 1 else None,
+        decide_at=decide_at,
         save_images=save_images,
     )
 
@@ -579,6 +601,8 @@ def _result(
     protocol = rows.protocol(chosen)
     if sampled and sampled.classifier:
         protocol |= {"best_of": best_of, "classifier": sampled.classifier.name}
+        if sampled.decide_at is not None:
+            protocol["decide_at"] = sampled.decide_at
     protocol |= {"pixels": source.side, "resize": resize}
 
     published = None

@@ -82,6 +82,15 @@ def check_decision(decide_at: int | None, best_of: float, scales: int) -> None:
         raise UsageError(f"--decide-at must be a scale between the first and the last of {scales} (got {decide_at})")
 
 
+def check_one_by_one(sampler: BatchSampler) -> None:
+    """Raise UsageError if candidates that are judged early would come out otherwise than in the sampler's batches."""
+    if sampler.batch_size > 1:
+        raise UsageError(
+            "--decide-at samples candidates one by one, and in 16 bits on a GPU images depend on the batch; "
+            "use --batch-size 1 or --dtype fp32"
+        )
+
+
 Candidate = tuple[SampleRequest, Pixels, Iterator[Pixels]]
 """An image that is asked for, what the classifier is to see of it, and what yields the finished image."""
 
@@ -151,11 +160,8 @@ class RejectionSampler:
         Raises:
             UsageError: candidates would be judged early, and are sampled in batches.
         """
-        if decide_at is not None and sampler.batch_size > 1:
-            raise UsageError(
-                "--decide-at samples candidates one by one, and in 16 bits on a GPU images depend on the batch; "
-                "use --batch-size 1 or --dtype fp32"
-            )
+        if decide_at is not None:
+            check_one_by_one(sampler)
         self.sampler, self.classifier, self.kept, self.group = sampler, classifier, kept, group
         self.decide_at = decide_at
         self._images: dict[SampleRequest, Iterator[Pixels]] = {}

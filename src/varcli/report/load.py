@@ -184,7 +184,7 @@ def _details(result: Result) -> list[str]:
     ]
 
 
-SELECTION = ("rejected", "best_of", "classifier")
+SELECTION = ("rejected", "best_of", "decide_at", "classifier")
 """Parts of a protocol that say which images were selected."""
 
 
