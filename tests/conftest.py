@@ -3,11 +3,17 @@
 import signal
 
 import pytest
+import torch
 
 from support import reference
 
 # Who is started in a shell's background is deaf to Ctrl-C, and so are the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session", params=["mini", "mini_shared"])

@@ -23,7 +23,7 @@ API = {
     "eval_images eval_features eval_weights device dtype workers compiled tensorboard wandb group report note quiet",
     "train_transformer": "data tokenizer out depth width shared_adaln training init token_cache holdout validate_every "
     "save_every eval_every eval_images eval_features eval_weights device dtype save_dtype workers compiled "
-    "checkpoint_activations shard tensorboard wandb group report note quiet",
+    "flex_attention checkpoint_activations shard tensorboard wandb group report note quiet",
     "Model.sample": "self classes count seed preset batch_size settings",
     "Model.stream": "self requests preset batch_size settings",
     "Model.grow": "self label seed preset settings",

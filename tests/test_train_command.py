@@ -244,6 +244,7 @@ def test_bad_inputs_end_in_one_line(data, tokenizer, tmp_path, capsys):
         (["train", "tokenizer", str(tmp_path / "empty"), "--out", str(tmp_path / "a"), *SMALL], 3),
         (["train", "tokenizer", str(tmp_path / "absent"), "--out", str(tmp_path / "a"), *SMALL], 3),
         (transformer_command(data, tmp_path / "absent.safetensors", tmp_path / "a"), 4),
+        ([*transformer_command(data, tokenizer, tmp_path / "a"), "--flex-attention", "--device", "cpu"], 2),
         (transformer_command(data, data / "n02099601" / "n02099601_0.png", tmp_path / "a"), 4),
     ]
     for command, code in cases:

@@ -212,6 +212,9 @@ def transformer(
         Literal["fp32", "bf16", "fp16"],
         Option("--save-dtype", help="Precision of the weights in the checkpoint file."),
     ] = "fp32",
+    flex_attention: Annotated[
+        bool, Option("--flex-attention", help="Attend by FlexAttention, which skips what is masked; for GPUs.")
+    ] = False,
     checkpoint_activations: Annotated[
         bool,
         Option("--checkpoint-activations", help="Recompute blocks in the backward pass: less memory, more time."),
@@ -231,7 +234,7 @@ def transformer(
     training = replace(pipeline.default_recipe(depth, init), **recipe)
 
     shared: dict[str, Any] = {"depth": depth, "width": width, "shared_adaln": shared_adaln, "training": training}
-    shared |= {"init": init, "checkpoint_activations": checkpoint_activations}
+    shared |= {"init": init, "flex_attention": flex_attention, "checkpoint_activations": checkpoint_activations}
     shared |= {"holdout": run.holdout, "dtype": run.dtype}
     if run.dry_run:
         plan = pipeline.estimate_transformer(

@@ -69,6 +69,7 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
+        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     @property
     def bias(self) -> Tensor:
@@ -100,7 +101,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(block, k, v)
         bias = None if bias_11LL is None else bias_11LL.to(v.dtype)
-        h_Bhlc = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        h_Bhlc = self.attend(q, k, v, attn_mask=bias, scale=1.0)
         return self.proj(h_Bhlc.transpose(1, 2).flatten(2))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from varcli.acceleration.devices import DTYPES, pick_device, trains_in_bf16
+from varcli.acceleration.flex_attention import check_flex_attention, use_flex_attention
 from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.checkpoints.store import (
     Checkpoint,
@@ -299,6 +300,7 @@ def train_transformer(
     save_dtype: str = "fp32",
     workers: int | None = None,
     compiled: bool = False,
+    flex_attention: bool = False,
     checkpoint_activations: bool = False,
     shard: bool = False,
     tensorboard: bool = False,
@@ -333,6 +335,7 @@ def train_transformer(
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
+        flex_attention: compute attention by FlexAttention, which skips what is masked; for GPUs.
         checkpoint_activations: keep each block's input alone for the backward pass, to save memory for time.
         shard: have the ranks share weights, gradients and optimizer state, for models that do not fit on one.
         tensorboard: also write figures for TensorBoard.
@@ -357,6 +360,8 @@ def train_transformer(
     if shard and training.cca > 0:
         raise UsageError("--shard cannot share the second model of --cca: leave one of them out")
     where, bf16 = _device_and_bf16(device, dtype, on_cpu=True)
+    if flex_attention:
+        check_flex_attention(where)
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, group)
@@ -410,6 +415,8 @@ def train_transformer(
             note=note,
         )
         run = replace(run, evaluate=lambda: evaluation(run.folder / "model.safetensors"))
+    if flex_attention:
+        use_flex_attention(stage.model)
     if checkpoint_activations:
         keep_block_inputs(stage.model)
     if group.world_size == 1:
@@ -480,6 +487,7 @@ def estimate_transformer(
     shared_adaln: bool = False,
     training: TransformerTrainingConfig | None = None,
     init: str | Path | None = None,
+    flex_attention: bool = False,
     checkpoint_activations: bool = False,
     holdout: int = 0,
     device: str = "auto",
@@ -490,11 +498,15 @@ def estimate_transformer(
     training = training or default_recipe(depth, init)
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
     where, bf16 = _device_and_bf16(device, dtype, on_cpu=True)
+    if flex_attention:
+        check_flex_attention(where)
     everything = _images(data)
     images, _ = everything.split(holdout)
     check_batch(training.batch, training.accumulate, ProcessGroup())
     frozen, model = _plain_transformer(tokenizer, begun, images.classes, training, depth, width, shared_adaln, note)
     stage = TransformerStage(model.to(where), training, frozen.to(where), images.classes, bf16=bf16)
+    if flex_attention:
+        use_flex_attention(stage.model)
     if checkpoint_activations:
         keep_block_inputs(stage.model)
     _tell(everything.account, training, len(images), note)
