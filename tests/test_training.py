@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from support.images import write_folder
 from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.checkpoints.store import load_model, load_tokenizer
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig, TransformerConfig, TransformerTrainingConfig
+from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.images.dataset import open_images
 from varcli.models.tokenizer import Tokenizer
@@ -596,6 +598,30 @@ def test_transformer_learns_classes_and_its_file_loads(tmp_path, images):
     checkpoint = load_model(tmp_path / "run" / "model.safetensors")
     assert checkpoint.transformer.config == TRANSFORMER
     assert [entry.name for entry in checkpoint.classes.entries] == ["blue", "red"]
+
+
+class RankOfTwo(ProcessGroup):
+    """Gathers, for the main rank, what the other one had before."""
+
+    sent: ClassVar[list] = []
+
+    def gather(self, item):
+        self.sent.append(item)
+        return self.sent[::-1] if self.is_main else []
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_ranks_share_the_validation(kind, tmp_path, images, monkeypatch):
+    for module in (tokenizer_training, transformer_training):
+        monkeypatch.setattr(module, "VALIDATION_BATCH", 3)
+    monkeypatch.setattr(RankOfTwo, "sent", [])
+    stage = tokenizer_stage(images) if kind == "tokenizer" else transformer_stage(tmp_path, images)
+    alone = stage.validate()
+    stage.group = RankOfTwo(rank=1, world_size=2)
+    assert stage.validate() == {}
+    stage.group = RankOfTwo(rank=0, world_size=2)
+    assert stage.validate() == pytest.approx(alone, rel=1e-5)
+    assert len(stage.group.sent) == 2
 
 
 def test_validation_drops_no_labels(tmp_path, images):

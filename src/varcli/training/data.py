@@ -40,6 +40,7 @@ from varcli.training.optim import mixed_seed
 
 TOLERATED = 0.01
 """Part of the images that may be unreadable."""
+VALIDATION_BATCH = 64
 
 _ENDED = ("killed by signal", "exited unexpectedly", "No space left", "unable to open shared memory")
 """What torch says where the system ended a process that reads ahead, or where shared memory is full."""

@@ -75,7 +75,7 @@ class Stage(Protocol):
         """Return figures of the state after a step that is logged, the same on all ranks; vectors hold one a scale."""
 
     def validate(self) -> Metrics:
-        """Return figures of the averaged weights on held-out images."""
+        """Return figures of the averaged weights on held-out images, on the main rank. To be called by all."""
 
     def tensors(self) -> Tensors:
         """Return the whole state."""
@@ -486,11 +486,11 @@ def make_folder(folder: Path) -> None:
 
 
 def conclude(stage: Stage, run: Run, step: int) -> Metrics:
-    """Validate, write the checkpoint and draw images, on the main rank; return the figures. To be called by all."""
+    """Validate; on the main rank write the checkpoint, draw images and return the figures. To be called by all."""
     with stage.average.whole():
+        figures = stage.validate()
         if not stage.group.is_main:
             return {}
-        figures = stage.validate()
         stage.save(run.folder, figures | {"steps": run.steps}, step)
         images = run.folder / "samples"
         make_folder(images)

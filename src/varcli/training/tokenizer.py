@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from varcli.distributed import ProcessGroup
 from varcli.images.dataset import ImageSet
 from varcli.models.tokenizer import Tokenizer, quantization_loss
 from varcli.training import optim
-from varcli.training.data import Batch, Crops, Unreadable, draws, loader, to_unit
+from varcli.training.data import VALIDATION_BATCH, Batch, Crops, Unreadable, draws, loader, to_unit
 from varcli.training.discriminator import PatchDiscriminator, adaptive_weight, augment, discriminator_loss
 from varcli.training.loop import autocast
 from varcli.training.metrics_log import Metrics
@@ -306,20 +307,33 @@ class TokenizerStage:
 
     @torch.no_grad()
     def validate(self) -> Metrics:
-        """Return PSNR in dB, and the part of the codebook in use at each scale, on the held-out images."""
+        """Return PSNR in dB, and the part of the codebook in use at each scale, on the held-out images.
+
+        The ranks share the images.
+        """
         model = self.average.model
         used_SV = torch.zeros_like(model.quantize.ema_vocab_hit_SV, dtype=torch.bool)
-        psnr: list[Tensor] = []
-        for pixels, _ in held_out_batches(self.held, self.config.pixels, self.training):
+        psnr: list[float] = []
+        for pixels, _ in self.held_out_batches():
             image = to_unit(pixels, self.device)
             tokens = model.encode(image)
             for scale, idx_Bl in enumerate(tokens):
                 used_SV[scale, idx_Bl.flatten()] = True
             error_B = (model.decode(tokens) - image).square().mean((1, 2, 3))
-            psnr.append(10 * torch.log10(4 / error_B.clamp(min=1e-10)))
-        figures = {"psnr": float(torch.cat(psnr).mean())} if psnr else {}
-        usage = used_SV.float().mean(1).tolist() if psnr else []
+            psnr += (10 * torch.log10(4 / error_B.clamp(min=1e-10))).tolist()
+        found = self.group.gather((psnr, used_SV.cpu()))
+        if not self.group.is_main or not self.held:
+            return {}
+        usage = torch.stack([used_SV for _, used_SV in found]).any(0).float().mean(1).tolist()
+        figures = {"psnr": fmean(value for some, _ in found for value in some)}
         return figures | {f"codebook_usage_{k + 1}": value for k, value in enumerate(usage)}
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """Yield this rank's share of the held-out images, cropped at the centre."""
+        crops = Crops(self.held, self.config.pixels, self.training.enlarge, None)
+        batches = torch.arange(len(self.held)).split(VALIDATION_BATCH)
+        numbers = [[(i, 0) for i in images.tolist()] for images in self.group.shard(batches)]
+        yield from loader(crops, numbers, workers=0)
 
     def tensors(self) -> optim.Tensors:
         """Return the whole state."""
@@ -351,10 +365,3 @@ class TokenizerStage:
 def gradients(model: nn.Module) -> list[Tensor]:
     """Return the gradients of all weights that have one."""
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-def held_out_batches(held: ImageSet, pixels: int, training: TokenizerTrainingConfig) -> Iterator[Batch]:
-    """Yield all held-out images in order, cropped at the centre."""
-    crops = Crops(held, pixels, training.enlarge, None)
-    numbers = [(i, 0) for i in range(len(held))]
-    yield from loader(crops, [numbers[i : i + 64] for i in range(0, len(numbers), 64)], workers=0)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
 from varcli.training.contrastive import contrastive_loss, other_labels
-from varcli.training.data import TokenCache, draws
+from varcli.training.data import VALIDATION_BATCH, TokenCache, draws
 from varcli.training.finetune import merged
 from varcli.training.loop import autocast
 from varcli.training.metrics_log import Metrics, by_scale
@@ -41,7 +42,6 @@ from varcli.training.parallel import (
 
 BETAS = (0.9, 0.95)
 WITHOUT_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
-VALIDATION_BATCH = 64
 GAIN_BATCHES = 16
 """Validation batches, spread over the held-out images, that are computed with wrong labels too."""
 FREQUENCY_IMAGES = 4096
@@ -298,27 +298,31 @@ class TransformerStage:
 
     @torch.no_grad()
     def validate(self) -> Metrics:
-        """Return the averaged weights' figures on held-out images, no label dropped.
+        """Return the averaged weights' figures on held-out images, no label dropped. The ranks share the images.
 
         Among them are what the labels are worth, `label_gain`: the loss with another class's label minus the loss with
         the right one, in nats a token; and what the frequencies of the tokens alone would reach, `frequency_loss`.
         """
         if self.held is None or self.tokens is None:
             return {}
-        sums: dict[str, Tensor] = {}
-        gain_B: list[Tensor] = []
+        sum_2L = torch.zeros(2, self.config.length)
+        gains: list[float] = []
         batches = torch.arange(len(self.held)).split(VALIDATION_BATCH)
-        for number, images in enumerate(batches):
+        for number, images in self.group.shard(enumerate(batches)):
             drawn = self.held.batch([(i, 0) for i in images.tolist()])
             tokens_BL, label_B = (part.to(self.device) for part in drawn)
             loss_BL, hit_BL = self.predict(self.average.model, tokens_BL, label_B)
-            for name, value in self.figures(loss_BL, hit_BL).items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.cpu() * len(images)
+            sum_2L += torch.stack([loss_BL, hit_BL]).sum(1).cpu()
             if number % math.ceil(len(batches) / GAIN_BATCHES) == 0:
                 wrong_B = (label_B + 1) % self.config.class_count
-                gain_B.append((self.predict(self.average.model, tokens_BL, wrong_B)[0] - loss_BL).mean(1))
-        figures = by_scale({name: total / len(self.held) for name, total in sums.items()})
-        figures["label_gain"] = float(torch.cat(gain_B).mean())
+                gain_BL = self.predict(self.average.model, tokens_BL, wrong_B)[0] - loss_BL
+                gains += gain_BL.mean(1).tolist()
+        found = self.group.gather((sum_2L, gains))
+        if not self.group.is_main:
+            return {}
+        mean_2L = torch.stack([part_2L for part_2L, _ in found]).sum(0) / len(self.held)
+        figures = by_scale(self.figures(*mean_2L.unsqueeze(1)))
+        figures["label_gain"] = fmean(gain for _, some in found for gain in some)
         return figures | {"frequency_loss": frequency_loss(self.tokens, self.held, self.config)}
 
     def tensors(self) -> optim.Tensors:
