@@ -246,6 +246,16 @@ class Redness(nn.Module):
         return torch.stack([red_B * 0, red_B * 9, red_B * 9, red_B * 9, red_B * 9], 1)
 
 
+def test_samples_of_two_settings_in_one_folder_are_told(measure):
+    sample("-c", "all", "-n", 2, "-o", "mixed")
+    alone, _ = measure("mixed", "--is")
+    sample("-c", "all", "-n", 2, "--cfg", 3, "-o", "mixed")
+    together, _ = measure("mixed", "--is")
+    told = [line for line in together["warnings"] if line.startswith("images of 2 models or settings")]
+    assert len(told) == 1 and ": 10 by checkpoint " in told[0] and "cfg 3.0" in told[0]
+    assert together["n"] == 2 * alone["n"] and not any("models or settings" in line for line in alone["warnings"])
+
+
 @pytest.fixture
 def redness(tmp_path):
     with warnings.catch_warnings():

@@ -64,6 +64,14 @@ def other_settings(given: Mapping[str, Any], preset: Mapping[str, Any]) -> Itera
         yield f"{', '.join(changed).replace('_', '-')}: not the settings for measuring"
 
 
+def several_series(counts: Mapping[str, int]) -> Iterable[str]:
+    """Warn of images sampled by several models or settings; `counts` has the images of each."""
+    if len(counts) > 1:
+        listed = "; ".join(f"{count} by {series}" for series, count in sorted(counts.items())[:4])
+        more = f"; and {len(counts) - 4} more" if len(counts) > 4 else ""
+        yield f"images of {len(counts)} models or settings are measured together: {listed}{more}"
+
+
 def other_precision(dtype: str) -> Iterable[str]:
     """Warn of a precision that changes what is drawn enough to matter."""
     if dtype == "int8":

@@ -15,6 +15,7 @@ from contextlib import suppress
 from hashlib import blake2b, sha256
 from itertools import compress, islice
 from pathlib import Path
+from sys import intern
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ from varcli.images.labels import (
     natural_key,
     provenance_label,
     source_labels,
+    stored_provenance,
 )
 from varcli.images.provenance import KEYWORD
 from varcli.images.sources import FileListSource, FolderSource, Source, open_source, path_parts
@@ -51,6 +53,8 @@ class Header(NamedTuple):
     """Pillow's name of its format."""
     digest: bytes
     """Of what was read: the beginning of the file, or all of it."""
+    series: str | None
+    """`Provenance.series` of an image that `var` sampled."""
 
 
 class ImageFile(NamedTuple):
@@ -169,6 +173,10 @@ class ImageSet:
     def jpegs(self) -> int:
         """Number of JPEG files, for a set whose headers have been read."""
         return sum(image.header is not None and image.header.format in ("JPEG", "MPO") for image in self._images)
+
+    def series(self) -> Counter[str]:
+        """Number of images of each series that `var` sampled, for a set whose headers have been read."""
+        return Counter(image.header.series for image in self._images if image.header and image.header.series)
 
     def class_counts(self) -> list[int]:
         """Number of images per class."""
@@ -515,5 +523,9 @@ def _with_header(file: ImageFile, label: Label, limit: int) -> tuple[ImageFile, 
     with reading_image(file.name):
         content = file.source.read(file.member, limit)
         with open_image(content) as image:
-            header = Header(image.size, image.format or "", blake2b(content, digest_size=16).digest())
-            return file._replace(header=header), label or provenance_label(str(image.info.get(KEYWORD, "")))
+            provenance = stored_provenance(str(image.info.get(KEYWORD, "")))
+            digest = blake2b(content, digest_size=16).digest()
+            series = intern(provenance.series) if provenance else None
+            if provenance and not label:
+                label = provenance_label(provenance)
+            return file._replace(header=Header(image.size, image.format or "", digest, series)), label

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from varcli.classes import ClassEntry, ClassTable, imagenet
 from varcli.errors import InputError
 from varcli.files import parse_json
-from varcli.images.provenance import file_words, provenance_from_json
+from varcli.images.provenance import Provenance, file_words, provenance_from_json
 from varcli.images.sources import ARCHIVE_ERRORS, Source, path_parts
 
 Label = ClassEntry | str | None
@@ -127,13 +127,16 @@ def _listed_labels(source: Source, members: Sequence[str]) -> list[Label] | None
         ) from error
 
 
-def provenance_label(text: str) -> ClassEntry | None:
-    """The class in a provenance; None if the text is none, or is of an image without a class."""
+def stored_provenance(text: str) -> Provenance | None:
+    """The provenance in a text; None if it is none."""
     with suppress(InputError):
-        provenance = provenance_from_json(text, "")
-        if provenance.class_id is not None:
-            return class_entry(provenance.class_id, provenance.class_name)
+        return provenance_from_json(text, "")
     return None
+
+
+def provenance_label(provenance: Provenance) -> ClassEntry | None:
+    """The class in a provenance; None of an image without a class."""
+    return None if provenance.class_id is None else class_entry(provenance.class_id, provenance.class_name)
 
 
 def class_entry(class_id: int, name: str) -> ClassEntry:
@@ -193,8 +196,8 @@ def _filename_labels(members: Sequence[str]) -> list[ClassEntry | None]:
 def _sidecar_label(source: Source, member: str) -> ClassEntry | None:
     """The class in the provenance stored beside an image, or in its ``.cls``."""
     if stored := source.sidecar(member, "json"):
-        label = provenance_label(stored.decode(errors="replace"))
-        if label:
+        provenance = stored_provenance(stored.decode(errors="replace"))
+        if provenance and (label := provenance_label(provenance)):
             return label
     with suppress(ValueError):
         return numbered_class(int(source.sidecar(member, "cls") or b""))

@@ -97,6 +97,13 @@ class Provenance:
         settings = replace(self.settings, refiner=self.refiner_sha256 or self.settings.refiner)
         return replace(self, checkpoint="", settings=settings, class_name="", device="", version="")
 
+    @property
+    def series(self) -> str:
+        """What images of one series have in common, for people: weights, precision and settings."""
+        known = self.identity()
+        settings = [f"{name.replace('_', '-')} {value}" for name, value in known.settings.stated().items()]
+        return ", ".join([f"checkpoint {known.checkpoint_sha256[:8]}", known.dtype, *settings])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditProvenance(Provenance):

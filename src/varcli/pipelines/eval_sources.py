@@ -230,6 +230,7 @@ class ExistingImages(EvalSource):
         """Yield what makes their figures incomparable."""
         yield from super().warnings()
         yield from comparability.lossy(self.images.jpegs, len(self))
+        yield from comparability.several_series(self.images.series())
         yield from comparability.skipped(self.images.skipped)
 
 
