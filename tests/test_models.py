@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support import reference
 from varcli.config import GRID_256, GRID_512, TokenizerConfig, TransformerConfig, sides_of_length
 from varcli.models.tokenizer import Tokenizer, nearest_tick, resizing
-from varcli.models.transformer import StochasticDepth, Transformer
+from varcli.models.transformer import Block, StochasticDepth, Transformer
 
 
 def assert_close(ours, theirs):
@@ -110,3 +110,40 @@ def test_stochastic_depth_drops_branches_and_keeps_their_mean():
     config = TransformerConfig(depth=3, width=64, sides=(1, 2), codebook_size=8, codebook_width=4)
     rates = [block.drop_path.probability for block in Transformer(config).blocks]
     assert rates == pytest.approx([0, 0.1 * 3 / 24 / 2, 0.1 * 3 / 24])
+
+
+def test_a_sample_whose_gates_are_dropped_passes_a_block_unchanged():
+    torch.manual_seed(0)
+    config = TransformerConfig(depth=1, width=64, sides=(1, 2), codebook_size=8, codebook_width=4)
+    block = Block(config, drop=0.5).train()
+    x_BlD, ada_B16D = torch.randn(64, 3, 64), torch.randn(64, 1, 6, 64)
+    gates_B16D = block.drop_gates(ada_B16D)
+    dropped_B2 = (gates_B16D[:, 0, :2] == 0).all(2)
+    assert 0 < int(dropped_B2.all(1).sum()) < 64
+    after_BlD = block(x_BlD, gates_B16D, 0, None, None)
+    assert torch.equal((after_BlD == x_BlD).all(2).all(1), dropped_B2.all(1))
+    kept_ND = gates_B16D[:, 0, :2][~dropped_B2]
+    torch.testing.assert_close(kept_ND, 2 * ada_B16D[:, 0, :2][~dropped_B2])
+    assert torch.equal(block.eval().drop_gates(ada_B16D), ada_B16D)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("rows", [[None], [(0, 4), (2, 4)]])
+def test_blocks_of_any_depth_are_compiled_once(rows):
+    """Beyond eight versions torch.compile leaves the others as they are. Parts of a batch add none."""
+    torch.compiler.reset()
+    config = TransformerConfig(depth=12, width=64, sides=(1, 2), codebook_size=8, codebook_width=4, class_count=2)
+    model = Transformer(config).train()
+    versions = []
+
+    def count(graph, inputs):
+        versions.append(graph)
+        return graph.forward
+
+    for block in model.blocks:
+        block.compile(backend=count)
+    for part in rows:
+        for block in model.blocks:
+            block.drop_path.rows = part
+        model(torch.tensor([0, 1]), torch.randn(2, 4, 4))
+    assert len(versions) == 1

@@ -165,15 +165,25 @@ class Block(nn.Module):
             return shared_B16D + self.ada_gss
         return self.ada_lin(class_BD)
 
+    def drop_gates(self, ada_B16D: Tensor) -> Tensor:
+        """Return modulations whose gates are zero for the samples that leave out a branch in training.
+
+        Drawn out here, the probability is no constant of `forward`, so that all blocks are one to torch.compile.
+        """
+        if not self.training:
+            return ada_B16D
+        gamma1, gamma2, *others = ada_B16D.unbind(2)
+        return torch.stack([self.drop_path(gamma1), self.drop_path(gamma2), *others], 2)
+
     def forward(
         self, x_BlD: Tensor, ada_B16D: Tensor, block: int, bias_11LL: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
         """Return the residual stream after this block, (B, l, D)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16D.unbind(2)
         h_BlD = self.attn(normalize(x_BlD, scale1, shift1), block, bias_11LL, cache)
-        x_BlD = torch.addcmul(x_BlD, self.drop_path(h_BlD), gamma1)
+        x_BlD = torch.addcmul(x_BlD, h_BlD, gamma1)
         h_BlD = self.ffn(normalize(x_BlD, scale2, shift2))
-        return torch.addcmul(x_BlD, self.drop_path(h_BlD), gamma2)
+        return torch.addcmul(x_BlD, h_BlD, gamma2)
 
 
 class FinalNorm(nn.Module):
@@ -263,8 +273,9 @@ class Transformer(nn.Module):
         first_B1D = class_BD.unsqueeze(1) + self.pos_start
         x_BLD = torch.cat([first_B1D.to(input_BLC.dtype), self.word_embed(input_BLC)], dim=1)
         x_BLD = x_BLD + self.lvl_embed(self.lvl_1L[:, :length]) + self.pos_1LC[:, :length]
-        for i, (block, ada_B16D) in enumerate(zip(self.blocks, self.modulations(class_BD), strict=True)):
-            x_BLD = block(x_BLD, ada_B16D, i, bias_11LL, None)
+        blocks = cast("Iterable[Block]", self.blocks)
+        for i, (block, ada_B16D) in enumerate(zip(blocks, self.modulations(class_BD), strict=True)):
+            x_BLD = block(x_BLD, block.drop_gates(ada_B16D), i, bias_11LL, None)
         x_BLD = self.head_nm(x_BLD, class_BD)
         return self.head(x_BLD) if read is None else read(self.head, x_BLD)
 
@@ -276,7 +287,7 @@ def block_causal_bias(level_L: Tensor) -> Tensor:
 
 
 class StochasticDepth(nn.Module):
-    """Drop a residual branch for whole samples in training (Huang et al. 2016), keeping its expectation."""
+    """Drop the gate of a residual branch for whole samples in training (Huang et al. 2016), keeping its expectation."""
 
     rows: tuple[int, int] | None = None
     """The first row and the number of rows of the whole batch, where what comes is a part of one."""
@@ -286,7 +297,7 @@ class StochasticDepth(nn.Module):
         self.probability = probability
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Return the branch, zeroed for some samples while training and scaled up for the others."""
+        """Return the gates, zeroed for some samples while training and scaled up for the others."""
         if not self.training or self.probability == 0:
             return x_BLD
         keep = 1 - self.probability

@@ -200,6 +200,7 @@ def train_tokenizer(
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
     if compiled:
+        torch.compiler.reset()  # what it compiled for other models counts against its limit
         for network in (stage.model.encoder, stage.model.decoder):
             network.compile()
     with watched(run, report, tensorboard, wandb, quiet or not group.is_main) as run:
@@ -425,6 +426,7 @@ def train_transformer(
     _tell(everything.account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
     if compiled:
+        torch.compiler.reset()  # what it compiled for other models counts against its limit
         for block in stage.model.blocks:
             block.compile()
     cache = Path(token_cache or out)
