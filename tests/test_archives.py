@@ -230,7 +230,7 @@ NPZ_DAMAGE = {
 
 @pytest.mark.parametrize(("byte", "places"), [(byte, places) for byte, *places in NPZ_DAMAGE.values()], ids=NPZ_DAMAGE)
 def test_a_damaged_npz_is_not_taken_up(here, byte, places):
-    """Its last member, the provenance, says that it is encrypted or packed by an unknown method, or bytes were changed."""
+    """Where its last member is encrypted or packed by an unknown method, or bytes were changed."""
     put("x.npz", range(2))
     content = bytearray(Path("x.npz").read_bytes())
     for mark, offset in places:
