@@ -202,6 +202,54 @@ def test_old_archive_stays_until_the_new_one_is_whole(here, out):
     assert (here / out).read_bytes() == before
 
 
+@pytest.mark.parametrize("content", [b"\xff{", b"[" * 100_000, b"", None], ids=["no text", "deep", "empty", "link"])
+def test_a_shard_of_damaged_provenance_is_not_taken_up(here, content):
+    put("x.tar", range(2))
+    with tarfile.open("x.tar") as old, tarfile.open("new.tar", "w") as new:
+        for member in old:
+            taken = old.extractfile(member).read()
+            if member.name == "000000.json":
+                member.type = tarfile.LNKTYPE if content is None else member.type
+                taken, member.linkname = content or b"", "/etc/passwd" if content is None else ""
+            member.size = len(taken)
+            new.addfile(member, io.BytesIO(taken))
+    Path("new.tar").replace("x.tar")
+    before = Path("x.tar").read_bytes()
+    with pytest.raises(InputError, match=r"^the provenance of x\.tar is damaged"):
+        put("x.tar", range(3), resume=True)
+    assert Path("x.tar").read_bytes() == before and listing(here) == ["x.tar"]
+
+
+NPZ_DAMAGE = {
+    "encrypted": (1, (b"PK\3\4", 6), (b"PK\1\2", 8)),
+    "unknown method": (77, (b"PK\3\4", 8), (b"PK\1\2", 10)),
+    "provenance": (0xFF, (b'"class_id"', 0)),
+    "a pixel": (0xAA, (b"\x93NUMPY", 200)),
+}
+
+
+@pytest.mark.parametrize(("byte", "places"), [(byte, places) for byte, *places in NPZ_DAMAGE.values()], ids=NPZ_DAMAGE)
+def test_a_damaged_npz_is_not_taken_up(here, byte, places):
+    """Where its last member is encrypted or packed by an unknown method, or bytes were changed."""
+    put("x.npz", range(2))
+    content = bytearray(Path("x.npz").read_bytes())
+    for mark, offset in places:
+        content[content.rindex(mark) + offset] = byte
+    Path("x.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.npz is damaged"):
+        put("x.npz", range(3), resume=True)
+    assert Path("x.npz").read_bytes() == content and listing(here) == ["x.npz"]
+
+
+def test_an_npz_whose_provenance_unpacks_without_end_is_not_taken_up(here):
+    put("x.npz", range(2))
+    with zipfile.ZipFile("x.npz") as old, zipfile.ZipFile("y.npz", "w", zipfile.ZIP_DEFLATED) as new:
+        new.writestr("arr_0.npy", old.read("arr_0.npy"))
+        new.writestr("provenance.jsonl", bytes(1 << 20))
+    with pytest.raises(InputError, match=r"y\.npz is damaged"):
+        put("y.npz", range(3), resume=True)
+
+
 @pytest.mark.parametrize("out", KINDS)
 def test_image_asked_for_twice_is_there_twice(here, out):
     interrupted(out, [0])

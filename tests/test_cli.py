@@ -187,6 +187,17 @@ def test_an_error_is_one_line_and_its_exit_code(monkeypatch, capsys, error, code
     assert capsys.readouterr().err == "var: error: what: given; what would be right\n"
 
 
+def test_a_library_that_the_system_refuses_is_one_line(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise ImportError("libtorch_cpu.so: failed to map segment", path="/lib/torch/_C.so")
+
+    monkeypatch.setattr(cli, "app", refuse)
+    assert cli.run([]) == 5
+    assert capsys.readouterr().err == (
+        "var: error: a library cannot be loaded: libtorch_cpu.so: failed to map segment; is `ulimit -v` too low?\n"
+    )
+
+
 def test_a_value_a_configuration_refuses_is_a_mistake_and_other_value_errors_are_bugs(monkeypatch, capsys):
     def refuse(*_, **__):
         TransformerConfig(depth=0, width=64, sides=(1,), codebook_size=4, codebook_width=4)

@@ -3,11 +3,12 @@
 import errno
 import io
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 from varcli import console
-from varcli.errors import RunError
+from varcli.errors import InputError, RunError
 
 
 class Terminal(io.StringIO):
@@ -108,6 +109,17 @@ def test_nothing_printed_steers_a_terminal_or_forges_a_line(text, capsys):
     console.failure(text)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("var: error: ") and err[:-1].isprintable() | ("猫" in err)
+
+
+def test_lines_of_standard_input(monkeypatch):
+    content = io.BytesIO(b"caf\xe9\nb\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content, encoding="utf-8"))
+    assert list(console.input_lines()) == ["caf\udce9\n", "b\n"]
+    monkeypatch.setattr(console, "LONGEST_LINE", 1 << 20)
+    for length, ending in (((1 << 20) - 1, "\n"), ((1 << 20) + 1, "")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("x" * length + ending))
+        with nullcontext() if ending else pytest.raises(InputError, match="more than 1 million characters"):
+            list(console.input_lines())
 
 
 def test_long_messages_are_cut_in_the_middle_and_results_are_not(capsys):

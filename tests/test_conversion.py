@@ -356,6 +356,13 @@ def test_class_names_that_do_not_fit(mini, released, tmp_path, content, error, l
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no devices as on Unix")
+def test_class_names_without_end(monkeypatch):
+    monkeypatch.setattr(conversion, "MOST_BYTES_OF_NAMES", 1 << 20)
+    with pytest.raises(UsageError, match=r"must name 10 classes, one for each row \(got 1 in /dev/zero\)"):
+        conversion.named_classes(Path("/dev/zero"), 10)
+
+
 def test_nobody_is_told_that_foreign_classes_are_imagenets_without_a_word(tmp_path):
     sizes = {"sides": GRID_256, "codebook_size": 8, "codebook_width": 4}
     modules = randomized(

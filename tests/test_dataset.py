@@ -416,6 +416,12 @@ LEFT_OUT = {
         2,
         ["ask for 0 None, 1 all by number: the name has a meaning of its own"],
     ),
+    "a number of another class": (
+        folder_of("1/1.png", "-/1.png"),
+        2,
+        ["ask for 0 1, 1 - by number: the name has a meaning of its own"],
+    ),
+    "numbers of their own": (folder_of("00/1.png", "007/1.png"), 2, []),
 }
 
 

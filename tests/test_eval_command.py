@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from io import BytesIO, TextIOWrapper
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +131,7 @@ def test_the_order_of_images_changes_nothing(measure, tmp_path, monkeypatch):
     folder = photographs(tmp_path / "photographs")
     names = sorted(map(str, folder.iterdir()))
     wanted, _ = measure(folder, "--is")
-    monkeypatch.setattr("sys.stdin", [f"{name}\n" for name in reversed(names)])
+    monkeypatch.setattr("sys.stdin", StringIO("\n".join(reversed(names))))
     found, _ = measure("-", "--is")
     assert found["metrics"] == wanted["metrics"]
 

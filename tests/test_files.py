@@ -1,5 +1,6 @@
 """Files are there whole or not at all, on the disk, and a killed attempt's rest goes with the next one."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from threading import Barrier
 
 import pytest
 
-from varcli.files import replacing
+from varcli.files import read_in_pieces, replacing
 
 
 def write(path, content):
@@ -39,7 +40,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, error):
 ELSEWHERE = """
 import sys
 from pathlib import Path
-from varcli.files import replacing
+from varcli.files import read_in_pieces, replacing
 with replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("elsewhere")
     print("writing", flush=True)
@@ -117,6 +118,20 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no umask")
+@pytest.mark.parametrize("most", [0, 5, 40_000])
+def test_what_is_read_in_pieces_takes_no_more_memory_than_there_is(most):
+    asked = []
+
+    class File(io.BytesIO):
+        def read(self, size):
+            asked.append(size)
+            return super().read(size)
+
+    content = os.urandom(20_000)
+    assert read_in_pieces(File(content), most) == content[:most]
+    assert max(asked) <= 1 << 14
+
+
 def test_permissions_follow_the_umask(tmp_path):
     kept = os.umask(0o027)
     try:

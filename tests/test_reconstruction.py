@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from support import small
 from varcli import cli
 from varcli.checkpoints.store import load_tokenizer, save_tokenizer
+from varcli.commands import tokens
 from varcli.config import TokenizerConfig
 from varcli.images import editable
 from varcli.images.provenance import read_provenance
@@ -175,6 +176,12 @@ def test_pipes(model, tmp_path):
     with Image.open(io.BytesIO(content)) as image:
         assert image.size == (16, 16)
     assert b"dB" in done.stderr
+
+
+def test_a_pipe_without_end(var, monkeypatch):
+    monkeypatch.setattr(tokens, "MOST_BYTES", 0)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"more")))
+    assert "standard input has more than 0 GiB" in var("tokens", "decode", "-", code=3).err
 
 
 GOOD = {f"tokens.{k}": torch.zeros(1, side, side, dtype=torch.int32) for k, side in enumerate(small.SIDES)}

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,14 +225,15 @@ def test_stdin_is_answered_line_by_line(sample, capsys, monkeypatch):
         yield "none, 207\n"
         seen.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(sys, "stdin", lines())
+    said = lines()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=lambda _: next(said, "")))
     sample("-c", "-")
     assert seen == ["207-golden_retriever-0.png\n", "none-0.png\n207-golden_retriever-1.png\n"]
 
 
 def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, capsys, monkeypatch):
     monkeypatch.setattr(sample_pipeline, "MAX_IMAGES", 2)
-    monkeypatch.setattr(sys, "stdin", iter(["1\n"] * 4))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n" * 4))
     assert cli.run(["sample", "-c", "-", "--grid", "grid.png"]) == 2
     out, err = capsys.readouterr()
     assert out == "1-goldfish-0.png\n1-goldfish-1.png\n"

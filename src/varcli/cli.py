@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from varcli import __version__, console, distributed
-from varcli.errors import UsageError, VarError
+from varcli.errors import RunError, UsageError, VarError
 
 COMMANDS = {
     "sample": ("sample", "sample", "Generate images of classes."),
@@ -157,6 +157,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if message.startswith("Got unexpected extra argument"):
             message += ": quotes keep several words together, as in --class 'golden retriever'"
         return _failed(message, UsageError.exit_code) if message else UsageError.exit_code  # nothing typed: the help
+    except ImportError as error:
+        if not (error.path or "").endswith(".so"):
+            raise  # a bug, not a library that the system refuses, such as torch's where `ulimit -v` is low
+        return _failed(f"a library cannot be loaded: {error}; is `ulimit -v` too low?", RunError.exit_code)
     if code == INTERRUPTED and not distributed.launched():
         console.note("interrupted")
     return int(code)

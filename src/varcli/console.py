@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from unicodedata import category
 
-from varcli.errors import RunError
+from varcli.errors import InputError, RunError
 
 
 def prepare_streams() -> None:
@@ -19,6 +19,24 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # é is \xe9 where the encoding has none
+
+
+def input_lines() -> Iterator[str]:
+    """Yield the lines of standard input as they come; bytes that are no text are escaped, as in names of files.
+
+    Raises:
+        InputError: a line is so long that it has no end, perhaps.
+    """
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    while line := sys.stdin.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise InputError(f"a line of standard input has more than {LONGEST_LINE >> 20} million characters")
+        yield line
+
+
+LONGEST_LINE = 1 << 28
+"""Characters of a line of standard input, which may hold all paths that `find -print0` found."""
 
 
 def result(line: str) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory, gettempdir
 from threading import get_native_id
 from time import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from varcli.errors import RunError, UsageError
 
@@ -59,6 +60,20 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_in_pieces(file: BinaryIO, most: int) -> bytes:
+    """Return what comes of a file or pipe, at most so many bytes.
+
+    Asked for all of them at once, Python would set aside the memory for them, however short the file is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    content = BytesIO()
+    while piece := file.read(min(1 << 14, most - content.tell())):
+        content.write(piece)
+    return content.getvalue()
 
 
 def file_state(file: Path | int) -> tuple[int, int, int]:

@@ -32,7 +32,7 @@ from varcli.config import (
     sides_of_length,
 )
 from varcli.errors import CheckpointError, InputError, UsageError
-from varcli.files import check_not_read, check_writable, file_state
+from varcli.files import check_not_read, check_writable, file_state, read_in_pieces
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
@@ -391,6 +391,10 @@ def class_table(count: int) -> ClassTable:
     return ClassTable(tuple(ClassEntry(i, f"class_{i}", f"class {i}") for i in range(count)))
 
 
+MOST_BYTES_OF_NAMES = 1 << 26
+"""No class names are longer together; a device has no end."""
+
+
 def named_classes(source: Path, count: int) -> ClassTable:
     """Return classes by their names: of a text file, one a line, or of a folder's folders in order of their names.
 
@@ -404,7 +408,9 @@ def named_classes(source: Path, count: int) -> ClassTable:
         if source.is_dir():
             names = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
         else:
-            names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            with source.open("rb") as file:
+                text = read_in_pieces(file, MOST_BYTES_OF_NAMES).decode("utf-8-sig")
+            names = [line.strip() for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"class names: {source} cannot be read: {reason(error)}") from error
     if len(names) != count:

@@ -1,10 +1,8 @@
 """`var eval`: FID, inception score, KID, precision and recall that can be compared with the paper's."""
 
 import json
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import make_dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +10,7 @@ from typer import Argument, Exit, Option
 
 from varcli.commands import options
 from varcli.config import option
-from varcli.console import notes, result, table
+from varcli.console import input_lines, notes, result, table
 from varcli.distributed import launch, launched, process_group
 from varcli.errors import UsageError
 from varcli.evaluation.metrics import METRICS
@@ -171,7 +169,7 @@ def evaluate(
             paths=paths or [],
             resize=resize,
             skip_bad=skip_bad,
-            lines=_paths_on_stdin(),
+            lines=input_lines(),
             features=features,
             weights=options.extractor_weights(features, inception, dinov2),
             lpips_weights=lpips_weights,
@@ -221,7 +219,7 @@ def eval_stats(
             keep_features=keep_features,
             resize=resize,
             skip_bad=skip_bad,
-            lines=_paths_on_stdin(),
+            lines=input_lines(),
             features=features,
             weights=options.extractor_weights(features, inception, dinov2),
             device=group.device(device),
@@ -233,13 +231,6 @@ def eval_stats(
             result(str(out))
         for warning in warnings:
             note(f"warning: {warning}")
-
-
-def _paths_on_stdin() -> Iterable[str]:
-    """The lines of standard input; paths may hold bytes that are no text."""
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    return sys.stdin
 
 
 def _check_outputs(

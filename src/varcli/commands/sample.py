@@ -1,14 +1,13 @@
 """`var sample`: classes in, images out."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typer import Exit
 
 from varcli.commands import options
-from varcli.console import counted, notes, result
+from varcli.console import counted, input_lines, notes, result
 from varcli.distributed import launch, launched, process_group
 from varcli.errors import UsageError
 
@@ -83,7 +82,7 @@ def sample(
             grid=grid,
             growth=growth,
             resume=resume,
-            lines=sys.stdin,
+            lines=input_lines(),
             group=group,
             written=written,
             note=note,

@@ -216,6 +216,10 @@ def encode(
     sources.check()
 
 
+MOST_BYTES = 1 << 30
+"""Of a token file on standard input; more may have no end."""
+
+
 @tokens_app.command()
 def decode(
     *,
@@ -226,6 +230,7 @@ def decode(
     quiet: options.Quiet = False,
 ) -> None:
     """Decode the images of a token file. Its last scales may be missing, and its metadata too."""
+    from varcli.files import read_in_pieces
     from varcli.outputs.open import check_outputs, open_sink
 
     check_outputs(out, archives=False, inputs=[file])
@@ -237,7 +242,12 @@ def decode(
         path = Path(file)
         if file == "-":
             path = Path(folder) / "standard input"
-            path.write_bytes(sys.stdin.buffer.read())
+            content = read_in_pieces(sys.stdin.buffer, MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
+                raise InputError(
+                    f"standard input has more than {MOST_BYTES >> 30} GiB: give a larger token file by name"
+                )
+            path.write_bytes(content)
         count, images = decode_file(model, path, file)
     with open_sink(out, several=count > 1, archives=False) as sink:
         for image in images:

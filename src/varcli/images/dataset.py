@@ -479,7 +479,12 @@ def _in_lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _unnamable(classes: ClassTable) -> list[str]:
     """A line about classes with names that mean something else where a class is asked for."""
-    names = [str(entry) for entry in classes.entries if entry.name.lower() in KEYWORDS]
+    names = [
+        str(entry)
+        for entry in classes.entries
+        if entry.name.lower() in {"-", *KEYWORDS}
+        or (entry.name.isdecimal() and (entry.name.lstrip("0") or "0") != str(entry.id))
+    ]
     return [f"ask for {in_words(names)} by number: the name has a meaning of its own"] if names else []
 
 

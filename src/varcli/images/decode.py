@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from varcli.errors import InputError
-from varcli.files import machine_memory
+from varcli.files import machine_memory, read_in_pieces
 from varcli.images.png_chunks import readable_png
 
 
@@ -136,17 +136,14 @@ def read_image_file(file: BinaryIO, name: str) -> bytes:
         InputError: it is empty, or so long that it has no end, perhaps.
         OSError: it cannot be read.
     """
-    content = bytearray()
-    while piece := file.read(_PIECE):  # asked for all that may come, Python would set aside the memory for it
-        content += piece
-        if len(content) > _MOST_BYTES:
-            raise InputError(f"the image {name} cannot be read: it is longer than {_MOST_BYTES >> 30} GB")
+    content = read_in_pieces(file, _MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise InputError(f"the image {name} cannot be read: it is longer than {_MOST_BYTES >> 30} GB")
     if not content:
         raise InputError(f"{name} is empty: an image is expected")
-    return bytes(content)
+    return content
 
 
-_PIECE = 1 << 14
 _MOST_BYTES = 1 << 30
 """Length of an image file."""
 

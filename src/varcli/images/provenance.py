@@ -125,7 +125,7 @@ class EditProvenance(Provenance):
         return cls(**sampled, command=command, source=source, inputs=inputs)
 
 
-def provenance_from_json(text: str, name: str) -> Provenance:
+def provenance_from_json(text: str | bytes, name: str) -> Provenance:
     """Return the provenance that `Provenance.to_json` wrote; `name` is where it was found, for messages.
 
     Raises:

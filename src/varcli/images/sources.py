@@ -397,7 +397,7 @@ class NpzSource(Source):
                 self._shape, self._start = _pixels_shape(stored)[0], _pixels_start(file, stored)
                 self._unpacked_NHW3 = _unpacked(stored) if self._start is None else None
                 _check_bytes(stored)
-                self._provenances = _provenances(stored, path, self._shape[0])
+                self._provenances = npz_provenances(stored, path)
                 self._labels = None if self._provenances else self._stored_labels(stored, self._shape[0])
             names = [image_filename(each) for each in self._provenances] or self._digests()
         except (OSError, *ARCHIVE_ERRORS) as error:
@@ -474,7 +474,7 @@ class NpzSource(Source):
         if LABELS not in stored.namelist():
             return None
         with stored.open(LABELS) as member:
-            shape, _, dtype = _array_header(member)
+            shape, _, dtype = array_header(member)
         if shape != (count,) or not np.issubdtype(dtype, np.integer):
             self._leave_out(f"arrays that are no labels, which would be integers ({count},)", f"arr_1 {dtype} {shape}")
             return None
@@ -583,7 +583,7 @@ def _pixels_shape(stored: zipfile.ZipFile) -> tuple[tuple[int, ...], Literal["C"
         ValueError: it is not of images, another array holds images too, or the file does not hold all of it.
     """
     with stored.open(PIXELS) as member:
-        shape, fortran_order, dtype = _array_header(member)
+        shape, fortran_order, dtype = array_header(member)
         start = member.tell()
     if not _holds_images(shape, dtype):
         raise ValueError(f"its arr_0 is {dtype} {shape}")
@@ -601,7 +601,7 @@ def _pixels_shape(stored: zipfile.ZipFile) -> tuple[tuple[int, ...], Literal["C"
 def _is_of_images(stored: zipfile.ZipFile, name: str) -> bool:
     """Whether a member of an .npz is an array of images."""
     with suppress(ValueError), stored.open(name) as member:
-        shape, _, dtype = _array_header(member)
+        shape, _, dtype = array_header(member)
         return _holds_images(shape, dtype)
     return False
 
@@ -610,7 +610,7 @@ def _holds_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     return dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0
 
 
-def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether in Fortran order, and type of the array in a .npy.
 
     Raises:
@@ -635,16 +635,20 @@ def _check_bytes(stored: zipfile.ZipFile) -> None:
                 pass
 
 
-def _provenances(stored: zipfile.ZipFile, path: Path, count: int) -> list[Provenance]:
-    """The provenance of each image; empty for a file that `var sample` did not write.
+def npz_provenances(stored: zipfile.ZipFile, path: Path) -> list[Provenance]:
+    """The provenance of each image in the .npz at `path`; empty for a file that `var sample` did not write.
 
     Raises:
-        ValueError: it is far too long for so many images.
+        InputError: one is damaged.
+        ValueError: they are far too long for so many images, or there are no images; also the other ARCHIVE_ERRORS.
     """
-    held = stored.getinfo(PROVENANCE).file_size if PROVENANCE in stored.namelist() else 0
+    if PROVENANCE not in stored.namelist():
+        return []
+    (count, *_), _, _ = _pixels_shape(stored)
+    held = stored.getinfo(PROVENANCE).file_size
     if held > min(count * _LONGEST_PROVENANCE, MOST_BYTES):
         raise ValueError(f"its {PROVENANCE} has {held} bytes for {count} images")
-    lines = stored.read(PROVENANCE).decode().splitlines() if PROVENANCE in stored.namelist() else []
+    lines = stored.read(PROVENANCE).splitlines()
     return [provenance_from_json(line, str(path)) for line in lines] if len(lines) == count else []
 
 

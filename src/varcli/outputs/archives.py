@@ -21,6 +21,7 @@ from varcli.console import counted, note
 from varcli.errors import InputError, RunError
 from varcli.files import cannot_lock, cannot_write, replacing
 from varcli.images.provenance import Provenance, provenance_from_json
+from varcli.images.sources import ARCHIVE_ERRORS, PIXELS, PROVENANCE, array_header, npz_provenances
 from varcli.outputs.sinks import TAR_END, Sink, tar_member
 
 if TYPE_CHECKING:
@@ -187,14 +188,11 @@ def _in_common(provenance: Provenance) -> Provenance:
     return replace(provenance.identity(), class_id=None, seed=0)
 
 
-def provenances(lines: bytes, path: Path) -> list[Provenance]:
-    """Return the provenance of each line found in `path`."""
-    return [provenance_from_json(line, str(path)) for line in lines.decode().splitlines()]
-
-
 def foreign(path: Path) -> InputError:
-    """Return the error about a finished archive to resume that does not say what is in it."""
-    return InputError(f"{path} was not written by var sample: choose another name, or replace it without --resume")
+    """Return the error about a finished archive to resume that does not say what is in it, or cannot be read."""
+    return InputError(
+        f"{path} is damaged, or was not written by var sample: choose another name, or replace it without --resume"
+    )
 
 
 class NpzSink(ArchiveSink):
@@ -225,7 +223,7 @@ class NpzSink(ArchiveSink):
         for file, length in ((self._lines, sum(map(len, lines))), (self._file, self._offset(len(lines)))):
             file.truncate(length)
             file.seek(length)
-        return provenances(b"".join(lines), self._part)
+        return [provenance_from_json(line, str(self._part)) for line in lines]
 
     def _offset(self, count: int) -> int:
         return _HEADER_BYTES + count * prod(self._shape) if self._shape and count else 0
@@ -233,15 +231,22 @@ class NpzSink(ArchiveSink):
     def _finished(self) -> list[Provenance]:
         try:
             with zipfile.ZipFile(self.archive) as stored:
-                return provenances(stored.read(_LINES_NAME), self.archive)
-        except (KeyError, zipfile.BadZipFile) as error:
+                found = npz_provenances(stored, self.archive)
+        except ARCHIVE_ERRORS as error:
             raise foreign(self.archive) from error
+        if not found:
+            raise foreign(self.archive)
+        return found
 
     def _unpack(self) -> None:
-        with zipfile.ZipFile(self.archive) as stored:
-            for name, path in ((_LINES_NAME, self._lines_part), (_ARRAY_NAME, self._part)):
-                with stored.open(name) as source, path.open("wb") as target:
-                    shutil.copyfileobj(source, target, _CHUNK)
+        try:
+            with zipfile.ZipFile(self.archive) as stored:
+                for name, path in ((PROVENANCE, self._lines_part), (PIXELS, self._part)):
+                    with stored.open(name) as source, path.open("wb") as target:
+                        shutil.copyfileobj(source, target, _CHUNK)
+        except ARCHIVE_ERRORS as error:
+            self._remove_part()
+            raise foreign(self.archive) from error
 
     def _append(self, prepared: bytes, provenance: Provenance) -> None:
         shape = _read_shape(BytesIO(prepared))
@@ -261,7 +266,7 @@ class NpzSink(ArchiveSink):
         self._file.seek(0)
         self._lines.seek(0)
         with replacing(self.archive) as temporary, temporary.open("wb") as file:
-            _zip(file, {_ARRAY_NAME: self._file, _LINES_NAME: self._lines})
+            _zip(file, {PIXELS: self._file, PROVENANCE: self._lines})
         for part in (self._file, self._lines):
             part.close()  # Windows removes no open file
         self._remove_part()  # while the lock is held: a part after that is another process's
@@ -271,7 +276,6 @@ class NpzSink(ArchiveSink):
         self._lines_part.unlink(missing_ok=True)
 
 
-_ARRAY_NAME, _LINES_NAME = "arr_0.npy", "provenance.jsonl"
 _CHUNK = 1 << 20
 _HEADER_BYTES = 128
 """Of a .npy of images, however many."""
@@ -288,8 +292,7 @@ def _npy_header(count: int, shape: tuple[int, ...]) -> bytes:
 def _read_shape(file: IO[bytes]) -> tuple[int, ...]:
     """Return height, width and channels as the header of a part has them; nothing where it has no whole header."""
     try:
-        np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        shape, _, _ = array_header(file)
     except ValueError:
         return ()
     return tuple(shape[1:])
@@ -353,8 +356,8 @@ def _tar_samples(file: BinaryIO, path: Path) -> tuple[list[Provenance], int]:
                 if following > size:
                     break
                 if member.name.endswith(".json"):  # the last of a sample's three
-                    content = tar.extractfile(member) or BytesIO()
-                    found.append(provenance_from_json(content.read().decode(), str(path)))
+                    content = tar.extractfile(member) if member.isreg() else None  # a link may lead anywhere
+                    found.append(provenance_from_json(content.read() if content else b"", str(path)))
                     end = following
     except tarfile.TarError:
         pass  # what was being written when the run was killed

@@ -12,7 +12,7 @@ from typing import Any
 from varcli.config import SampleConfig
 from varcli.errors import InputError
 from varcli.evaluation.results import LARGEST, Result
-from varcli.files import parse_json
+from varcli.files import parse_json, read_in_pieces
 from varcli.report import formatting
 
 MAX_BYTES = 1 << 28
@@ -87,7 +87,7 @@ def read(sources: Sequence[str]) -> tuple[list[Evaluation], list[TrainingRun]]:
     folders: list[Path] = []
     for source in sources:
         if source == "-":
-            results += parse(sys.stdin.buffer.read(MAX_BYTES + 1), "standard input")
+            results += parse(read_in_pieces(sys.stdin.buffer, MAX_BYTES + 1), "standard input")
         elif Path(source).is_dir():
             folders.append(Path(source))
         else:
@@ -103,7 +103,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             beginning = file.read(64)
-            return beginning if b"\0\0" in beginning else beginning + file.read(MAX_BYTES + 1)
+            return beginning if b"\0\0" in beginning else beginning + read_in_pieces(file, MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"evaluation result {path} cannot be read: {reason}") from error
