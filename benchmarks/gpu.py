@@ -18,7 +18,7 @@ raster       the same transformer token by token, recorded: the baseline of `var
 the other, `MFU` their operations (see `varcli/benchmarking/operations.py`) over those of plain matrix products, which
 are measured in every round. `times plain` and `times recorded` compare images/s with those of plain blocks and of
 `recorded` in the same rounds, `times twin` latencies with the plain twin's. `peak` is of memory with the models and
-`recorded` alone on the GPU.
+`recorded` alone on the GPU. `training` is `var train transformer`, with each of its options for speed.
 
 What matters most comes first. A part or a way that fails is noted down, and the others are measured; what is not begun
 before `--limit` is left out. The JSON file is written after every part.
@@ -35,6 +35,7 @@ from typing import Any
 
 from gpu_book import Book, Row, age
 from gpu_parts import beside_recorded, decoder_choices, differing, frozen, machine, measure, tried, whole_pipeline
+from gpu_training import training
 from gpu_ways import CONFIG, Run, main_ways
 from tables import print_rows
 
@@ -97,6 +98,7 @@ def all_parts(run: Run) -> Parts:
         part = f"d{depth}, {batch} at a time"
         found[part] = partial(main, part, depth, batch)
     found["pipeline"] = lambda: book.keep({"pipeline": whole_pipeline(run, models(16), large)})
+    found["training"] = lambda: book.keep({"training": training(run, "training", 16, large)})
     for way in ("int8", *(f"approximate {name}" for name in APPROXIMATIONS)):
         for batch in (1, large):
             part = f"d16, {batch} at a time, {way}"
@@ -132,7 +134,7 @@ def print_all(book: Book) -> None:
     """Print what was found as tables, the parts that are not among it, and the targets."""
     facts = {name: value for name, value in book.found.items() if isinstance(value, str | int | float)}
     sys.stdout.write(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n\n")
-    for part in ("speed", "pipeline", "batches", "decoder"):
+    for part in ("speed", "pipeline", "training", "batches", "decoder"):
         found: Any = book.found.get(part)
         if found:
             print_rows(found if isinstance(found, list) else [found], as_json=False)

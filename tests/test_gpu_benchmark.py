@@ -33,6 +33,7 @@ def test_everything_is_measured(tmp_path):
     assert (("d16", 1, "int8") in measured) == torch.cpu._is_vnni_supported()
     assert all(row["images/s"] > 0 and row["latency ms"] > 0 and row["MFU"] >= 0 for row in found["speed"])
     assert found["pipeline"]["kept up"] > 0 and found["decoder"]["own choice, ms"] > 0
+    assert [(row["options"], row["images/s"] > 0) for row in found["training"]] == [("none", True)]
     assert 0 <= found["batches"]["tokens that differ"] <= 1
     assert found["matmul TFLOP/s"] > 0 and found["seconds"] < 600
-    assert done.stdout.count("\n| --- |") == 4
+    assert done.stdout.count("\n| --- |") == 5
