@@ -45,6 +45,21 @@ def train(stage, data, out, *more):
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(data, tmp_path_factory):
+    """The option with a tokenizer for transformers."""
+    out = tmp_path_factory.mktemp("tokenizer")
+    train("tokenizer", data, out, "--epochs", 0.3)
+    return ("--tokenizer", out / "tokenizer.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(data, tokenizer, tmp_path_factory):
+    """A transformer's run of one process: its folder and last figures."""
+    out = tmp_path_factory.mktemp("alone")
+    return out, train("transformer", data, out, *tokenizer, "--epochs", 2)
+
+
 # --- parts of a batch ------------------------------------------------------------------------------
 
 
@@ -92,14 +107,12 @@ def test_what_is_drawn_for_a_part_is_the_whole_batchs():
         ("--nproc", 2, "--shard", "--grad-accum", 2, "--checkpoint-activations"),
     ],
 )
-def test_ranks_and_parts_of_a_transformers_batch_change_nothing_but_rounding(more, data, tmp_path):
-    train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
-    tokenizer = ("--tokenizer", tmp_path / "tokenizer" / "tokenizer.safetensors", "--epochs", 2)
-    one = train("transformer", data, tmp_path / "one", *tokenizer)
-    several = train("transformer", data, tmp_path / "several", *tokenizer, *more)
+def test_ranks_and_parts_of_a_transformers_batch_change_nothing_but_rounding(more, data, tokenizer, alone, tmp_path):
+    folder, one = alone
+    several = train("transformer", data, tmp_path / "several", *tokenizer, "--epochs", 2, *more)
     for name in ("loss", "loss_last", "gradient_norm", "validation_loss"):
         assert several[name] == pytest.approx(one[name], rel=1e-4), name
-    compare(tmp_path / "one", tmp_path / "several")
+    compare(folder, tmp_path / "several")
 
 
 @pytest.mark.slow
@@ -167,19 +180,12 @@ def compare(one, several):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_sharded_or_not(data, tmp_path):
-    train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
-    tokenizer = (
-        "--tokenizer",
-        tmp_path / "tokenizer" / "tokenizer.safetensors",
-        "--shared-adaln",
-        "--adapter",
-        "lora:4",
-    )
+def test_a_run_goes_on_sharded_or_not(data, tokenizer, tmp_path):
+    adapted = (*tokenizer, "--shared-adaln", "--adapter", "lora:4")
     shard = ("--nproc", 2, "--shard")
     for epochs, more in ((1, shard), (2, ()), (3, shard)):
-        one = train("transformer", data, tmp_path / "one", *tokenizer, "--epochs", epochs)
-        several = train("transformer", data, tmp_path / "several", *tokenizer, "--epochs", epochs, *more)
+        one = train("transformer", data, tmp_path / "one", *adapted, "--epochs", epochs)
+        several = train("transformer", data, tmp_path / "several", *adapted, "--epochs", epochs, *more)
         assert several["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert several["step"] == 9
     compare(tmp_path / "one", tmp_path / "several")
@@ -206,9 +212,8 @@ def test_a_run_whose_rank_is_killed_says_how_to_go_on_and_does_with_another_numb
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_goes_on_with_a_run_whose_rank_is_killed(rank, data, tmp_path):
-    train("tokenizer", data, tmp_path / "tokenizer", "--epochs", 0.3)
-    more = ("--tokenizer", tmp_path / "tokenizer" / "tokenizer.safetensors", "--epochs", 8, "--save-every", 2)
+def test_torchrun_goes_on_with_a_run_whose_rank_is_killed(rank, data, tokenizer, tmp_path):
+    more = (*tokenizer, "--epochs", 8, "--save-every", 2)
     whole = train("transformer", data, tmp_path / "whole", *more)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     words = launcher + command("transformer", data, tmp_path / "killed", *more)[1:]
