@@ -624,6 +624,11 @@ def test_ranks_share_the_validation(kind, tmp_path, images, monkeypatch):
     assert len(stage.group.sent) == 2
 
 
+def test_nothing_is_validated_without_held_out_images(images):
+    model = build_tokenizer(TOKENIZER, TOKENIZER_TRAINING.seed)
+    assert TokenizerStage(*model, TOKENIZER_TRAINING, *images.split(0), bf16=False).validate() == {}
+
+
 def test_validation_drops_no_labels(tmp_path, images):
     stage = transformer_stage(tmp_path, images)
     with torch.no_grad():

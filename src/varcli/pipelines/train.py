@@ -512,7 +512,8 @@ def estimate_transformer(
     if checkpoint_activations:
         keep_block_inputs(stage.model)
     _tell(everything.account, training, len(images), note)
-    return estimate(stage, training, len(images), expected_losses_at(stage.config), frozen_copies=int(training.cca > 0))
+    expected = None if begun else expected_losses_at(stage.config)  # they are of training from scratch
+    return estimate(stage, training, len(images), expected, frozen_copies=int(training.cca > 0))
 
 
 def default_recipe(depth: int | None = None, init: str | Path | None = None) -> TransformerTrainingConfig:

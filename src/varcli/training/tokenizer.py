@@ -331,9 +331,9 @@ class TokenizerStage:
     def held_out_batches(self) -> Iterator[Batch]:
         """Yield this rank's share of the held-out images, cropped at the centre."""
         crops = Crops(self.held, self.config.pixels, self.training.enlarge, None)
-        batches = torch.arange(len(self.held)).split(VALIDATION_BATCH)
-        numbers = [[(i, 0) for i in images.tolist()] for images in self.group.shard(batches)]
-        yield from loader(crops, numbers, workers=0)
+        numbers = [(i, 0) for i in range(len(self.held))]
+        batches = [numbers[i : i + VALIDATION_BATCH] for i in range(0, len(numbers), VALIDATION_BATCH)]
+        yield from loader(crops, list(self.group.shard(batches)), workers=0)
 
     def tensors(self) -> optim.Tensors:
         """Return the whole state."""
