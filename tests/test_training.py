@@ -5,12 +5,14 @@ import errno
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -436,6 +438,22 @@ def wrong():
 def test_a_reader_that_the_system_ends_is_one_line(end):
     with pytest.raises(RunError, match=r"a process that reads images failed: .*; try --workers 0") as caught:
         next(loader(Crops(Ending(end), 8, 1.0, None), [[(0, 0)]], 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reader_that_is_ended_while_a_step_is_computed_is_one_line(tmp_path, images):
+    stage = tokenizer_stage(images)
+    stage.workers = 1
+
+    def computing(step, steps):
+        multiprocessing.active_children()[0].kill()
+        time.sleep(30)
+
+    stage.apply_gradients = computing
+    with pytest.raises(
+        RunError, match=r"^a process that reads images failed: .* is killed by signal: Killed"
+    ) as caught:
+        train(stage, run(tmp_path))
     assert "\n" not in str(caught.value)
 
 

@@ -166,10 +166,34 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         line = str(error).strip().splitlines()[-1]
         raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
     except (RuntimeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        reason = _last_line(error)
         if not any(words in reason for words in _ENDED):
             raise
-        raise RunError(f"a process that reads images failed: {reason}; try --workers 0") from error
+        raise _reader_failed(reason) from error
+
+
+@contextmanager
+def reader_failures() -> Iterator[None]:
+    """Turn the end of a process that reads ahead into one line: torch raises it in whatever is being computed.
+
+    Raises:
+        RunError: one was ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _last_line(error)
+        if not reason.startswith("DataLoader worker"):
+            raise
+        raise _reader_failed(reason) from error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _reader_failed(reason: str) -> RunError:
+    return RunError(f"a process that reads images failed: {reason}; try --workers 0")
 
 
 _readers: WeakSet[BaseProcess] = WeakSet()
@@ -282,15 +306,16 @@ def open_cache(
     chunks = _chunks(range(done, total), len(images))
     seed = settings.seed if settings.crops > 1 else None
     crops = Crops(images, tokenizer.config.pixels, settings.enlarge, seed, flip=settings.flip)
-    for chunk, (pixels, stands_in_for) in zip(chunks, loader(crops, chunks, workers), strict=True):
-        skipped.add(itertools.chain(*stands_in_for))
-        unreadable |= {index for (index, _), names in zip(chunk, stands_in_for, strict=True) if names}
-        tokens[done : done + len(chunk)] = _encode(tokenizer, pixels, device)
-        done += len(chunk)
-        progress(len(chunk))
-        if done == total or done // ENCODE_BATCH % FLUSH_EVERY == 0:
-            tokens.flush()
-            _write_description(place, done, unreadable, facts)
+    with reader_failures():
+        for chunk, (pixels, stands_in_for) in zip(chunks, loader(crops, chunks, workers), strict=True):
+            skipped.add(itertools.chain(*stands_in_for))
+            unreadable |= {index for (index, _), names in zip(chunk, stands_in_for, strict=True) if names}
+            tokens[done : done + len(chunk)] = _encode(tokenizer, pixels, device)
+            done += len(chunk)
+            progress(len(chunk))
+            if done == total or done // ENCODE_BATCH % FLUSH_EVERY == 0:
+                tokens.flush()
+                _write_description(place, done, unreadable, facts)
     return TokenCache(tokens, unreadable, images.labels, settings.crops)
 
 

@@ -32,6 +32,7 @@ from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.files import cannot_lock, cannot_write, parse_json
 from varcli.images.dataset import in_words
 from varcli.training import optim
+from varcli.training.data import reader_failures
 from varcli.training.metrics_log import Metrics, MetricsLog
 from varcli.training.optim import Tensors
 from varcli.training.parallel import Rows, gather_on_main, mean_over_ranks, rows_of_part, sum_over_ranks
@@ -359,15 +360,19 @@ def train(stage: Stage, run: Run) -> Metrics:
     with its state saved.
 
     Raises:
-        RunError: the loss is not finite, memory does not suffice, or another run is under way in the folder;
-            the last good checkpoint stays.
+        RunError: the loss is not finite, memory does not suffice, a process that reads images is ended, or another
+            run is under way in the folder; the last good checkpoint stays.
         UsageError: the folder holds a run with other settings, or a checkpoint that would be replaced.
         CheckpointError: the states of the folder's run are damaged.
         KeyboardInterrupt: Ctrl-C.
         SystemExit: SIGTERM, with the code 143.
     """
     make_folder(run.folder)
-    with only_run(run.folder) if stage.group.is_main else nullcontext(), memory_explained(run.batch):
+    with (
+        only_run(run.folder) if stage.group.is_main else nullcontext(),
+        memory_explained(run.batch),
+        reader_failures(),
+    ):
         return continue_run(stage, run, resume(stage, run))
 
 
