@@ -17,8 +17,7 @@ from torch import Tensor
 from varcli.config import SampleConfig, sequence_length
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling.prefix_guidance import damaged
-from varcli.sampling.spatial_guidance import prior
+from varcli.sampling.guidance import damaged, prior
 
 
 @torch.no_grad()

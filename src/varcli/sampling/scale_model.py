@@ -17,8 +17,7 @@ from varcli.acceleration.dispatch import gpu_block
 from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu
 from varcli.config import SampleConfig, progress_ratio, spans
 from varcli.models.transformer import KeyValueCache, Transformer, normalize
-from varcli.sampling import spatial_guidance
-from varcli.sampling.prefix_guidance import damaged
+from varcli.sampling import guidance
 
 
 class Blocks(Protocol):
@@ -86,7 +85,7 @@ class ScaleModel:
         if self.config.ssg == 0:
             return logits_BlV
         before_BlV, self.before_BlV = self.before_BlV, logits_BlV
-        return spatial_guidance.guided(logits_BlV, before_BlV, self.config.ssg)
+        return guidance.guided(logits_BlV, before_BlV, self.config.ssg)
 
     def take_over(self, other: "ScaleModel", inputs: Sequence[Tensor | None]) -> None:
         """Go on where another model stopped, having seen the inputs of the scales that it drew.
@@ -109,7 +108,7 @@ class ScaleModel:
         if input_BlC is not None:
             input_RlC = input_BlC.repeat(len(self.class_RD) // self.count, 1, 1)
             if self.config.vpg > 0:
-                input_RlC[-self.count :] = damaged(input_BlC)
+                input_RlC[-self.count :] = guidance.damaged(input_BlC)
         return self.transformer.scale_input(scale, self.class_RD, input_RlC)
 
     def through_blocks(self, x_RlD: Tensor) -> Tensor:
