@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from gpu_book import Book
 
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_blocks import GpuBlock
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, Wanted, raster_scan
@@ -61,7 +62,7 @@ def random_models(depth: int, quick: bool) -> Models:
 @contextmanager
 def plain_blocks() -> Iterator[None]:
     """Sample with the transformer's own blocks."""
-    with mock.patch.object(scale_model, "fastest", lambda transformer: (transformer, KeyValueCache)):
+    with mock.patch.object(scale_model, "fastest_blocks", lambda transformer: (transformer, KeyValueCache)):
         yield
 
 
@@ -72,7 +73,7 @@ def torch_operations(tokenizer: Tokenizer) -> Iterator[None]:
     with ExitStack() as patches:
         for norm in norms:
             patches.enter_context(mock.patch.object(norm, "kernel", None))
-        patches.enter_context(mock.patch.object(scale_model, "gpu_block", lambda device, dtype: GpuBlock))
+        patches.enter_context(mock.patch.object(dispatch, "gpu_block", lambda device, dtype: GpuBlock))
         yield
 
 

@@ -8,11 +8,12 @@ import torch
 from support import reference
 from support.fake_cuda import Watch, pretended
 from test_cuda_graphs import Phases, never, released, taped
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_graphs import GraphRunner
 from varcli.config import APPROXIMATIONS, SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import approximations, sampler, scale_model
+from varcli.sampling import approximations, sampler
 from varcli.sampling.approximations import ApproximateScaleModel, pivotal, resized_map
 from varcli.sampling.sampler import generate
 from varcli.sampling.scale_model import ScaleModel
@@ -135,7 +136,7 @@ def test_recorded_approximations_draw_the_same_tokens(small, approximate, kind, 
     config, expected = SampleConfig(approximate=approximate), []
     for seed in range(3):
         expected.append(tokens_of(small, config, (seed, 4), (seed, 9)))
-    monkeypatch.setattr(scale_model, "for_gpu", lambda transformer: kind == "fused")
+    monkeypatch.setattr(dispatch, "for_gpu", lambda transformer: kind == "fused")
     runner = GraphRunner(taped, never)
     for seed in range(3):
         drawn = tokens_of(small, config, (seed, 4), (seed, 9), runner=runner)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from support import reference
 from support.fake_cuda import CUDA, Watch, pretended, tensors
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_blocks import FusedBlocks, GpuBlock, ScaleCache, for_gpu
 from varcli.acceleration.cuda_graphs import GraphRunner, cuda_recorder
 from varcli.acceleration.dispatch import prepare
@@ -20,7 +21,7 @@ from varcli.acceleration.int8 import quantize
 from varcli.config import GRID_256, GRID_512, SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import KeyValueCache, Transformer
-from varcli.sampling import batching, naive, scale_model, token_sampling
+from varcli.sampling import batching, naive, token_sampling
 from varcli.sampling.batching import BatchSampler, batch_bytes, model_bytes, padded_size
 from varcli.sampling.sampler import decode_on_device, generate
 from varcli.sampling.scale_model import ScaleModel
@@ -138,7 +139,7 @@ RECORDED = [
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 def test_recorded_steps_draw_the_twins_tokens_batch_after_batch(small, config, kind, monkeypatch):
     """Nothing of a batch stays for the next: not its classes, not its numbers, not its cache."""
-    monkeypatch.setattr(scale_model, "for_gpu", lambda transformer: kind == "fused")
+    monkeypatch.setattr(dispatch, "for_gpu", lambda transformer: kind == "fused")
     runner, refiner = GraphRunner(taped, never), small[1] if config.refiner else None
     for turn, rows in enumerate(([0, 4, 2], [1, 1, 5], [3, 0, 2], [5, 4, 1])):
         seeds = [7 * turn, 1, 2]
@@ -429,7 +430,7 @@ def test_the_largest_released_model_runs_too(monkeypatch):
 @pytest.mark.parametrize("kind", ["fused", "plain", "int8"])
 def test_memory_is_as_planned(monkeypatch, depth, count, kind):
     if kind == "plain":
-        for module in (scale_model, batching):
+        for module in (dispatch, batching):
             monkeypatch.setattr(module, "for_gpu", lambda transformer: False)
     models = released(depth, 3)
     if kind == "int8":

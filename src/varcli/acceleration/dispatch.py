@@ -1,4 +1,4 @@
-"""The one place that chooses the fast path: `prepare` makes plain models fast for a device.
+"""The one place that chooses the fast path: `prepare` and `fastest_blocks` make plain models fast for a device.
 
 Triton kernels are used where they work, and torch's operations elsewhere. Triton comes with torch wherever CUDA does on
 Linux; it needs a compiler, a driver and a GPU that is not too old, and nobody can try all combinations. So each kernel
@@ -11,19 +11,27 @@ rows and columns.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from varcli.acceleration.cuda_blocks import GpuBlock
-from varcli.acceleration.devices import DTYPES, check_int8, keep_freed_memory, out_of_memory, pick_dtype
+from varcli.acceleration.cuda_blocks import FusedBlocks, GpuBlock, ScaleCache, for_gpu
+from varcli.acceleration.devices import (
+    DTYPES,
+    block_weight,
+    check_int8,
+    keep_freed_memory,
+    out_of_memory,
+    pick_dtype,
+)
 from varcli.acceleration.int8 import quantize
-from varcli.acceleration.onednn import pack
+from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu, pack
 from varcli.config import HEAD_WIDTH
 from varcli.errors import RunError
 from varcli.models.autoencoder import NormSilu, Upsample
 from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
+from varcli.models.transformer import KeyValueCache, Transformer
 
 NormKernel = Callable[[nn.GroupNorm, Tensor], Tensor]
 
@@ -89,6 +97,26 @@ def cuda_settings_restored() -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cuda.enable_cudnn_sdp(cudnn_sdp)
+
+
+class Blocks(Protocol):
+    """A transformer's blocks: its own, or faster ones in their place."""
+
+    def modulations(self, class_BD: Tensor) -> list[Tensor]:
+        """What the class does in each block."""
+
+    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
+        """Return the residual stream of one scale after all blocks, having stored what later scales need."""
+
+
+def fastest_blocks(transformer: Transformer) -> tuple[Blocks, type[KeyValueCache]]:
+    """Return the fastest blocks for a transformer's device and precision, and the cache that they use."""
+    weight = block_weight(transformer)
+    if for_gpu(transformer):
+        return FusedBlocks(transformer, gpu_block(weight.device, weight.dtype)), ScaleCache
+    if for_cpu(transformer):
+        return FusedBlocks(transformer, CpuBlock), GrowingCache
+    return transformer, KeyValueCache
 
 
 @cache

@@ -6,38 +6,15 @@ of a damaged prefix), l tokens of one scale, D width, C codebook channels, V cod
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from varcli.acceleration.cuda_blocks import FusedBlocks, ScaleCache, for_gpu
 from varcli.acceleration.devices import block_weight
-from varcli.acceleration.dispatch import gpu_block
-from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu
+from varcli.acceleration.dispatch import fastest_blocks
 from varcli.config import SampleConfig, progress_ratio, spans
-from varcli.models.transformer import KeyValueCache, Transformer, normalize
+from varcli.models.transformer import Transformer, normalize
 from varcli.sampling import guidance
-
-
-class Blocks(Protocol):
-    """A transformer's blocks: its own or such as stand in for them."""
-
-    def modulations(self, class_BD: Tensor) -> list[Tensor]:
-        """What the class does in each block."""
-
-    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
-        """Return the residual stream of one scale after all blocks, having stored what later scales need."""
-
-
-def fastest(transformer: Transformer) -> tuple[Blocks, type[KeyValueCache]]:
-    """Return the fastest blocks for where a transformer is and its precision, and what they remember scales in."""
-    weight = block_weight(transformer)
-    if for_gpu(transformer):
-        return FusedBlocks(transformer, gpu_block(weight.device, weight.dtype)), ScaleCache
-    if for_cpu(transformer):
-        return FusedBlocks(transformer, CpuBlock), GrowingCache
-    return transformer, KeyValueCache
 
 
 class ScaleModel:
@@ -69,7 +46,7 @@ class ScaleModel:
         if config.vpg > 0:
             row_R = torch.cat([row_R, row_B])
         self.class_RD = model.class_emb(row_R)
-        self.blocks, cache = fastest(model)
+        self.blocks, cache = fastest_blocks(model)
         mixed = self.blocks is model and weight.dtype != torch.float32
         self.low_precision = torch.autocast(weight.device.type, weight.dtype, enabled=mixed, cache_enabled=False)
         with self.low_precision:
