@@ -9,9 +9,9 @@ from torch import nn
 from support.reference_images import reference_images
 from varcli.classes import imagenet
 from varcli.errors import CheckpointError
+from varcli.models import perceptual
 from varcli.models.efficientnet import EfficientNetLite0
-from varcli.training import perceptual
-from varcli.training.perceptual import RESNET50_FILE, ClassifierDistance, ResNet50, moved, perceptual_distance
+from varcli.models.perceptual import RESNET50_FILE, ClassifierDistance, ResNet50, moved, perceptual_distance
 
 
 class Tiny(nn.Module):

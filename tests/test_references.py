@@ -39,7 +39,7 @@ def test_what_is_saved_is_read_again(saved):
     assert (reference.count, reference.pixels, reference.extractor) == (50, 64, "a" * 64)
     assert (reference.name, reference.sha256) == ("ours.npz", file_sha256(saved))
     assert read_reference(saved, "imagenet-256").name == "imagenet-256"
-    assert reference.images() is None
+    assert reference.path is None
 
 
 def test_equal_statistics_make_equal_files(saved, tmp_path):
@@ -66,7 +66,7 @@ def test_batches_as_adm_has_them(tmp_path):
     reference = read_reference(tmp_path / "adm.npz")
     assert reference.mean.dtype == np.float64
     assert (reference.count, reference.extractor, reference.pool) == (None, None, None)
-    images = reference.images()
+    images = open_images([reference.path])
     assert (len(images), images.side) == (5, 8)
     assert reference.pixels == 8
     reference.check_extractor("inception", "b" * 64, SHAPE)  # nothing is known against it

@@ -1,7 +1,6 @@
-"""What lies between the products of a block, as two Triton kernels: each reads and writes everything once.
+"""Triton kernels for the work between matrix products, each of which reads and writes everything once.
 
-Torch's operations, three and six of them, are the specification: `models.fused.advanced` and
-`models.fused_gpu.normalized`.
+Torch's operations are the specification: `cuda_blocks.advanced`, `cuda_blocks.normalized` and `NormSilu`.
 
 Shapes: B rows of the batch, l tokens of this call, L tokens of all scales so far, D width, h heads of c = 64 channels.
 """
@@ -82,7 +81,7 @@ def _normalize(
 def advanced(
     x_BlD: Tensor, branch: tuple[Tensor, Tensor] | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """What `models.fused.advanced` does, (B, l, D), and change x as it does."""
+    """Do what `cuda_blocks.advanced` does: change x in place and return (B, l, D)."""
     assert x_BlD.is_contiguous(), "kernels count tokens one after the other"
     rows, length, width = x_BlD.shape
     out_BlD = torch.empty_like(x_BlD, dtype=dtype)
@@ -107,7 +106,7 @@ def advanced(
 
 
 def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc: Tensor) -> Tensor:
-    """Return queries as `models.fused_gpu.normalized` does, (B, h, l, c), and put keys and values where it does."""
+    """Do what `cuda_blocks.normalized` does: return queries (B, h, l, c), and store keys and values."""
     assert qkv_Bl3hc.is_contiguous(), "kernels count tokens one after the other"
     rows, length, _, heads, channels = qkv_Bl3hc.shape
     assert k_Bhlc.stride() == v_Bhlc.stride() and k_Bhlc.stride()[2:] == (channels, 1), "of one cache"
@@ -229,16 +228,16 @@ def _silu(
 
 def norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
     """Return SiLU(norm(x)) of maps whose channels lie together (channels_last)."""
-    images, width, height, breadth = x_BCHW.shape
-    positions, size, block = height * breadth, width // norm.num_groups, triton.next_power_of_2(width)
+    images, channels, height, width = x_BCHW.shape
+    positions, size, block = height * width, channels // norm.num_groups, triton.next_power_of_2(channels)
     part = max(SMALLEST_PART, triton.next_power_of_2(triton.cdiv(positions, PARTS)))
     parts, at_once = triton.cdiv(positions, part), max(1, AT_ONCE // block)
-    sums = torch.empty((images, parts, 2, width), device=x_BCHW.device)
-    factors = torch.empty((images, 2, width), device=x_BCHW.device)
+    sums = torch.empty((images, parts, 2, channels), device=x_BCHW.device)
+    factors = torch.empty((images, 2, channels), device=x_BCHW.device)
     out_BCHW = torch.empty_like(x_BCHW)
     with device_of(x_BCHW):
         _channel_sums[images, parts](
-            x_BCHW, sums, positions, part, width, block, min(at_once, part), enable_fp_fusion=True
+            x_BCHW, sums, positions, part, channels, block, min(at_once, part), enable_fp_fusion=True
         )
         _group_factors[images, norm.num_groups](
             sums,
@@ -247,14 +246,14 @@ def norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
             factors,
             positions,
             parts,
-            width,
+            channels,
             size,
             triton.next_power_of_2(size),
             triton.next_power_of_2(parts),
             enable_fp_fusion=True,
         )
         _silu[triton.cdiv(positions, at_once), images](
-            x_BCHW, out_BCHW, factors, positions, width, block, at_once, enable_fp_fusion=True
+            x_BCHW, out_BCHW, factors, positions, channels, block, at_once, enable_fp_fusion=True
         )
     return out_BCHW
 

@@ -11,7 +11,7 @@ from varcli.console import counted
 
 FEW = 10_000
 """Fewer images than this bias FID by more than models differ."""
-PAPER = 50_000
+PUBLISHED_IMAGES = 50_000
 """Images of every published figure."""
 
 
@@ -20,7 +20,7 @@ def few_images(count: int, bias: float | None) -> Iterable[str]:
     if count < FEW:
         rough = "at most about" if count < 4096 else "about"  # FID∞ of few images is too low
         what = "figures of so few are biased" if bias is None else f"FID is biased upwards, by {rough} {bias:.3g}"
-        yield f"only {counted(count, 'image')}: {what}; published figures are of {PAPER}"
+        yield f"only {counted(count, 'image')}: {what}; published figures are of {PUBLISHED_IMAGES}"
 
 
 def imbalance(labels: Sequence[int], names: Sequence[str]) -> Iterable[str]:

@@ -16,7 +16,6 @@ from varcli.checkpoints.registry import cache_folder, listed
 from varcli.errors import CheckpointError, InputError
 from varcli.evaluation.statistics import FeatureShape, Moments
 from varcli.files import cannot_write, file_sha256, replacing
-from varcli.images.dataset import ImageSet, open_images
 from varcli.images.sources import ARCHIVE_ERRORS, PIXELS, square_side
 
 
@@ -134,10 +133,6 @@ class Reference:
     """Class agreement of its images, top-1 and top-5 among their classes; None where it was not measured."""
     path: Path | None = None
     """Its file, where images are in it too: ADM's batches have statistics of all and images of some."""
-
-    def images(self) -> ImageSet | None:
-        """Return the images in its file, None where it has none."""
-        return open_images([self.path]) if self.path else None
 
     def check_extractor(self, name: str, sha256: str, shape: FeatureShape) -> None:
         """Check that features of a network with these weights may be compared with it.

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from io import BytesIO
 from types import UnionType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
@@ -34,10 +34,11 @@ Settings = Mapping[str, Setting | Sequence[Setting]]
 
 FIGURES: dict[str, Figure] = {
     **{name: figure for metric in METRICS.values() for name, figure in metric.figures.items()},
-    "rfid": Figure("rFID", 2, lower_is_better=True),
-    "rfd_dinov2": Figure("rFD-DINOv2", 2, lower_is_better=True),
-    "rfd_efficientnet": Figure("rFD-EfficientNet", 3, lower_is_better=True),
-    "rsfid": Figure("rsFID", 2, lower_is_better=True),
+    **{
+        f"r{name}": replace(figure, title=f"r{figure.title}")  # of reconstructions
+        for metric in ("fid", "sfid")
+        for name, figure in METRICS[metric].figures.items()
+    },
     "psnr": Figure("PSNR, dB", 2),
     "ssim": Figure("SSIM", 4),
     "lpips": Figure("LPIPS", 4, lower_is_better=True),

@@ -192,11 +192,6 @@ class Statistics:
         self._sums["class_CN"].index_add_(0, label_B, pool_BN)
         self._sums["square_C"].index_add_(0, label_B, pool_BN.square().sum(1))
 
-    @property
-    def quarters(self) -> list[int]:
-        """How many images each quarter has."""
-        return [int(count) for count in self._sums["quarter_Q"]]
-
     def moments(self, quarters: Sequence[int] = range(QUARTERS)) -> Moments:
         """Return mean and covariance of the images in some quarters, of all by default; there must be two."""
         chosen = list(quarters)

@@ -98,16 +98,16 @@ class Upsample(nn.Module):
         """Return the map at twice the rows and columns."""
         if not self.kernels:
             return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
-        (batch, width, height, breadth), layout = x_BCHW.shape, torch.channels_last
-        wide_BCHW = torch.empty((batch, width, 2 * height, 2 * breadth), dtype=x_BCHW.dtype, memory_format=layout)
+        (batch, channels, height, width), layout = x_BCHW.shape, torch.channels_last
+        wide_BCHW = torch.empty((batch, channels, 2 * height, 2 * width), dtype=x_BCHW.dtype, memory_format=layout)
         for row, column, kernel_OI22 in self.kernels:
             h_BCHW = F.conv2d(x_BCHW, kernel_OI22, self.conv.bias, padding=1)
-            wide_BCHW[:, :, row::2, column::2] = h_BCHW[:, :, row : row + height, column : column + breadth]
+            wide_BCHW[:, :, row::2, column::2] = h_BCHW[:, :, row : row + height, column : column + width]
         return wide_BCHW
 
     @torch.no_grad()
     def split(self) -> None:
-        """Go over to four 2×2 convolutions, one for each place within a pixel: the same with 4/9 of the work.
+        """Switch to four 2×2 convolutions, one per position within a pixel: the same with 4/9 of the work.
 
         Of the three rows under the kernel two came from one row of x, so that their weights add up; columns alike.
         For weights that stay as they are, on a CPU: a GPU is slower with four.

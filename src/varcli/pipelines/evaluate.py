@@ -41,7 +41,7 @@ from varcli.evaluation.statistics import EvalPlan, Statistics
 from varcli.files import check_writable, file_sha256
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.image import Image
-from varcli.models.lpips import LPIPS
+from varcli.models.perceptual import LPIPS
 from varcli.pipelines.eval_sources import EvalSource, ExistingImages, Reconstructed, Samples
 from varcli.pipelines.model import Model
 from varcli.pipelines.rejection import open_classifier
@@ -500,8 +500,8 @@ def _usual_count(model: Model, reference: Reference | None) -> int:
     """How many images to sample where nobody says: the paper's number, else as many as the reference has."""
     entry = registry().get(model.name)
     if entry and entry.fid:
-        return comparability.PAPER
-    return min(comparability.PAPER, reference.count or DEFAULT_COUNT) if reference else DEFAULT_COUNT
+        return comparability.PUBLISHED_IMAGES
+    return min(comparability.PUBLISHED_IMAGES, reference.count or DEFAULT_COUNT) if reference else DEFAULT_COUNT
 
 
 def _reconstructed(

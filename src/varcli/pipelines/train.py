@@ -36,6 +36,7 @@ from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.provenance import png_bytes
+from varcli.models.perceptual import perceptual_distance
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.pipelines.run_evaluation import RunEvaluation
@@ -57,7 +58,6 @@ from varcli.training.finetune import adapt, merged, warm_start
 from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.parallel import check_batch
-from varcli.training.perceptual import perceptual_distance
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs
 

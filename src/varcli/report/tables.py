@@ -6,13 +6,11 @@ from statistics import median
 from typing import Any
 
 from varcli.checkpoints.registry import registry
+from varcli.evaluation.comparability import PUBLISHED_IMAGES
 from varcli.evaluation.results import FIGURES, Result
 from varcli.report import formatting
 from varcli.report.formatting import NONE, decimals, fixed, grouped, heading
 from varcli.report.load import Evaluation, TrainingRun
-
-PUBLISHED_IMAGES = 50_000
-"""Of every published figure."""
 
 
 @dataclass(frozen=True, slots=True)

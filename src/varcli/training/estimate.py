@@ -18,6 +18,7 @@ from varcli.acceleration.devices import synchronize
 from varcli.config import TokenizerConfig, TrainingConfig, TransformerConfig, transformer_recipe
 from varcli.errors import RunError
 from varcli.files import machine_memory
+from varcli.training.scaling import PAPER
 
 FLOAT32 = 4
 """Bytes of a weight, its moving average, its gradient and its two moments each."""
@@ -64,7 +65,8 @@ def expected_losses(depth: int) -> tuple[float, float]:
     parameters in billions.
     """
     billions = 73_728 * depth**3 / 1e9
-    return IRREDUCIBLE[0] + (2.5 * billions) ** -0.20, IRREDUCIBLE[1] + (2.0 * billions) ** -0.23
+    (beta, alpha), (beta_last, alpha_last) = (PAPER["parameters"][name] for name in ("loss", "loss_last"))
+    return IRREDUCIBLE[0] + (beta * billions) ** alpha, IRREDUCIBLE[1] + (beta_last * billions) ** alpha_last
 
 
 IMAGENET = 1_281_167

@@ -23,9 +23,8 @@ from varcli.distributed import ProcessGroup
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
-from varcli.training.contrastive import contrastive_loss, other_labels
 from varcli.training.data import TokenCache, draws
-from varcli.training.finetune import merged
+from varcli.training.finetune import contrastive_loss, merged, other_labels
 from varcli.training.loop import autocast
 from varcli.training.metrics_log import Metrics, by_scale
 from varcli.training.optim import initialize_transformer
