@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from varcli.errors import InputError
 from varcli.files import machine_memory
-from varcli.images.png_chunks import readable_png
+from varcli.images.metadata import readable_png
 
 
 class UnreadableImage(InputError):  # noqa: N818 - what it is, said by its name

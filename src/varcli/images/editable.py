@@ -20,9 +20,8 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from varcli.errors import InputError
 from varcli.images.blending import pull_push_fill
 from varcli.images.decode import open_image, read_image_file
-from varcli.images.metadata import read_metadata
+from varcli.images.metadata import read_metadata, readable_png
 from varcli.images.png16 import Levels, Mask, read_png, to_8_bits
-from varcli.images.png_chunks import readable_png
 from varcli.images.provenance import Raster
 from varcli.images.tiling import bounds
 

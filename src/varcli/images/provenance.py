@@ -22,8 +22,7 @@ from PIL import Image
 from varcli.config import SampleConfig
 from varcli.errors import InputError
 from varcli.images.decode import open_image, read_image_file
-from varcli.images.metadata import metadata_chunks
-from varcli.images.png_chunks import chunks, png_texts, text_chunk, with_chunks
+from varcli.images.metadata import chunks, metadata_chunks, png_texts, text_chunk, with_chunks
 
 if TYPE_CHECKING:
     import numpy as np
