@@ -48,8 +48,8 @@ def logits(model, inputs):
     return [model.logits(scale, given) for scale, given in enumerate(inputs)]
 
 
-def tokens_of(models, config, rows=(0, 3), seeds=(5, 6), **options):
-    return [result.tokens.clone() for result in generate(*models, list(rows), list(seeds), config, **options)]
+def tokens_of(models, config, labels=(0, 3), seeds=(5, 6), **options):
+    return [result.tokens.clone() for result in generate(*models, list(labels), list(seeds), config, **options)]
 
 
 def test_nothing_is_approximated_unless_asked_for(small, monkeypatch):

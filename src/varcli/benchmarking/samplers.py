@@ -29,11 +29,11 @@ from varcli.sampling.token_sampling import candidates, generators, sample_tokens
 class RasterModel:
     """The transformer at work on one batch, token by token."""
 
-    def __init__(self, transformer: Transformer, row_B: Tensor, config: SampleConfig) -> None:
+    def __init__(self, transformer: Transformer, label_B: Tensor, config: SampleConfig) -> None:
         self.transformer = transformer
         # The cache may leave out the last scale, which no other looks at; here each token looks at those before it.
         side = transformer.config.sides[-1]
-        self.work = ScaleModel(transformer, row_B, config, sides=(1, side, side + 1))
+        self.work = ScaleModel(transformer, label_B, config, sides=(1, side, side + 1))
 
     def logits(self, position: int, input_B1C: Tensor | None) -> Tensor:
         """Return the guided logits (B, 1, V) of a token, after those of all before it.
@@ -67,7 +67,7 @@ class RasterModel:
 def scan(
     tokenizer: Tokenizer,
     transformer: Transformer,
-    rows: Sequence[int],
+    labels: Sequence[int],
     seeds: Sequence[int],
     config: SampleConfig,
     *,
@@ -79,16 +79,16 @@ def scan(
     Args:
         tokenizer: as for `sampler.generate`.
         transformer: the same.
-        rows: row of the class table an image.
-        seeds: one seed an image.
+        labels: index of each image's class in the class table.
+        seeds: one seed per image.
         config: guidance and filters.
         mark: called with "transformer" and "drawing" after these phases of each token.
         runner: how to run the steps.
     """
     device, length = block_weight(transformer).device, transformer.config.sides[-1] ** 2
-    row_B = runner.admit("rows", torch.tensor(rows), device)
-    u_Bl = runner.admit("numbers", uniforms(generators(seeds, rows), length), device)
-    model = runner.run("class", lambda: RasterModel(transformer, row_B, config))
+    label_B = runner.admit("labels", torch.tensor(labels), device)
+    u_Bl = runner.admit("numbers", uniforms(generators(seeds, labels), length), device)
+    model = runner.run("class", lambda: RasterModel(transformer, label_B, config))
     drawn: list[Tensor] = []
     input_B1C = None
     for position in range(length):
@@ -152,7 +152,7 @@ def varcli(models: Models, config: SampleConfig, precision: str, batch: int, not
 
     def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
         sampler.mark = mark
-        wanted = [Wanted(row, seed) for row, seed in zip(_rows(models, seeds), seeds, strict=True)]
+        wanted = [Wanted(label, seed) for label, seed in zip(_labels(models, seeds), seeds, strict=True)]
         pixels = [found for _, found in sampler.images(wanted)]
         mark("decoder")
         if sampler.batch_size != together:
@@ -177,7 +177,7 @@ def raster_scan(models: Models, config: SampleConfig, precision: str, batch: int
     )
 
     def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
-        f_BCHW = scan(*models, _rows(models, seeds), seeds, config, mark=mark, runner=runner or EAGER)
+        f_BCHW = scan(*models, _labels(models, seeds), seeds, config, mark=mark, runner=runner or EAGER)
         pixels_BPP3 = decode(models[0], f_BCHW)
         mark("decoder")
         return list(pixels_BPP3)
@@ -199,8 +199,8 @@ def naive_sampler(models: Models, config: SampleConfig) -> BenchSampler:
 
     def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
         found: list[Pixels] = []
-        for row, seed in zip(_rows(models, seeds), seeds, strict=True):
-            _, pixels_PP3 = naive.sample(*models, row, seed, config, mark=mark)
+        for label, seed in zip(_labels(models, seeds), seeds, strict=True):
+            _, pixels_PP3 = naive.sample(*models, label, seed, config, mark=mark)
             found.append(pixels_PP3.cpu().numpy())
             mark("decoder")
         return found
@@ -224,6 +224,6 @@ def _work(models: Models, config: SampleConfig, steps: Mapping[str, Sequence[int
     return {"steps": names, "operations": operations}
 
 
-def _rows(models: Models, seeds: Sequence[int]) -> list[int]:
-    """Return a row of the class table an image: the classes take turns."""
+def _labels(models: Models, seeds: Sequence[int]) -> list[int]:
+    """Return one label per image: the classes take turns."""
     return [seed % models[1].config.class_count for seed in seeds]

@@ -88,8 +88,8 @@ def score(model: Model, image: ImageInput, label: ClassName) -> Score:
         raise UsageError("--class takes exactly one class here, or none (got random)")
     pixels = crop(model, read_input(image))
     tokenizer, transformer = model.prepared.tokenizer, model.prepared.transformer
-    row = model.classes.label(entry.id) if entry else transformer.config.null_class
-    log_1L = log_probabilities(tokenizer, transformer, encode(tokenizer, pixels[None]), [row])
+    index = model.classes.label(entry.id) if entry else transformer.config.null_class
+    log_1L = log_probabilities(tokenizer, transformer, encode(tokenizer, pixels[None]), [index])
     return Score(entry, pixels, tokenizer.config.sides, -log_1L[0].cpu().numpy())
 
 
@@ -139,7 +139,7 @@ def classify_pixels(
     tokenizer, transformer = model.prepared.tokenizer, model.prepared.transformer
     tokens = encodings(tokenizer, pixels_PP3, encoding_count)
     ranked = rank_classes(tokenizer, transformer, tokens, candidates)
-    return [ClassScore(model.classes.entries[each.row], each.nats, each.scales) for each in ranked]
+    return [ClassScore(model.classes.entries[each.label], each.nats, each.scales) for each in ranked]
 
 
 @dataclass(frozen=True, slots=True)

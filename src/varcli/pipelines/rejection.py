@@ -54,7 +54,7 @@ class SelfClassifier:
         tokens = encode(self.tokenizer, pixels_BPP3)
         without_B = [self.transformer.config.null_class] * len(labels)
         given_BL, without_BL = (
-            log_probabilities(self.tokenizer, self.transformer, tokens, rows) for rows in (labels, without_B)
+            log_probabilities(self.tokenizer, self.transformer, tokens, each) for each in (labels, without_B)
         )
         gain_B: NDArray[np.float64] = (given_BL - without_BL).sum(1).double().cpu().numpy()
         return gain_B

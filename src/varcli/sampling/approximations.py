@@ -36,8 +36,8 @@ COARSE = 16
 class ApproximateScaleModel(ScaleModel):
     """The transformer at work with some approximations."""
 
-    def __init__(self, transformer: Transformer, rows: Sequence[int] | Tensor, config: SampleConfig) -> None:
-        super().__init__(transformer, rows, config)
+    def __init__(self, transformer: Transformer, labels: Sequence[int] | Tensor, config: SampleConfig) -> None:
+        super().__init__(transformer, labels, config)
         self.approximations, self.sides = config.approximations, transformer.config.sides
         self.starts = [0]
         """Of each scale, how many keys and values there are before it."""

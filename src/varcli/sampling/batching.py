@@ -184,8 +184,8 @@ class BatchSampler:
             request: which image.
             scales: after which ones, the coarsest being 1; None is all. Each is sampled when it is asked for.
         """
-        models, row, seed = (self.tokenizer, self.transformer), [request.label], [request.seed]
-        for result in generate(*models, row, seed, self.config, refiner=self.refiner):
+        models, label, seed = (self.tokenizer, self.transformer), [request.label], [request.seed]
+        for result in generate(*models, label, seed, self.config, refiner=self.refiner):
             if scales is None or result.scale + 1 in scales:
                 yield decode(self.tokenizer, result.f_hat)[0]
 
@@ -235,9 +235,9 @@ class BatchSampler:
     @torch.inference_mode()
     def _started(self, group: Sequence[Wanted], size: int) -> Underway[Wanted]:
         padded = [*group, *[group[-1]] * (size - len(group))]
-        rows, seeds = [request.label for request in padded], [request.seed for request in padded]
+        labels, seeds = [request.label for request in padded], [request.seed for request in padded]
         runner, models = self._runner(size), (self.tokenizer, self.transformer)
-        scales = generate(*models, rows, seeds, self.config, refiner=self.refiner, mark=self.mark, runner=runner)
+        scales = generate(*models, labels, seeds, self.config, refiner=self.refiner, mark=self.mark, runner=runner)
         last = deque(scales, maxlen=1).pop()  # a list of all would hold the logits of each
         pixels_BPP3 = runner.run("decoder", partial(decode_on_device, self.tokenizer, last.f_hat))
         return fetched(group, pixels_BPP3)

@@ -162,7 +162,7 @@ class Editor:
         self,
         pixels: Levels,
         plan: Plan,
-        row: int,
+        label: int,
         seed: int,
         *,
         scored: bool = False,
@@ -175,7 +175,7 @@ class Editor:
         Args:
             pixels: (height, width, 3), of 8 or 16 bits.
             plan: the mask, and the squares that go through the model.
-            row: row of the class table, `config.null_class` for none.
+            label: index in the class table, `config.null_class` for none.
             seed: of the draws; each square has draws of its own.
             scored: also compute the likelihood, which takes one more pass of the model.
             growing: also give the image after each scale.
@@ -194,7 +194,7 @@ class Editor:
             holes = [marks & plan.fills(tile) for marks, tile in zip(unknowns, batch, strict=True)]
             first, count = len(edited.seams), len(batch)
             keep, tokens = self.keep(given, unknowns), []
-            results = self._scales(row, [seed + (i << 32) for i in range(first, first + count)], keep)
+            results = self._scales(label, [seed + (i << 32) for i in range(first, first + count)], keep)
             for result in islice(results, last + 1):
                 tokens.append(result.tokens)
                 if not growing and result.scale < last:
@@ -209,7 +209,7 @@ class Editor:
             for old, new, hole, marks in zip(given, made, holes, unknowns, strict=True):
                 edited.seams.append(seam(old, new, hole, marks, self._feather(len(hole))))
             if scored:
-                edited.log_likelihoods += log_likelihoods(self.transformer, self.tokenizer, tokens, keep, row)
+                edited.log_likelihoods += log_likelihoods(self.transformer, self.tokenizer, tokens, keep, label)
             for tile, hole in zip(batch, holes, strict=True):
                 unknown[tile.slices] &= ~hole
             advance(count)
@@ -243,12 +243,12 @@ class Editor:
             masks.append(rule(hole_PP, config.sides))
         return Keep(encode(self.tokenizer, np.stack(squares)), [torch.cat(scale) for scale in zip(*masks, strict=True)])
 
-    def _scales(self, row: int, seeds: Sequence[int], keep: Keep) -> Iterator[ScaleResult]:
+    def _scales(self, label: int, seeds: Sequence[int], keep: Keep) -> Iterator[ScaleResult]:
         # Guiding "no class" away from "no class" changes nothing and costs a second pass.
-        guided = self.rule.released_rule or row != self.transformer.config.null_class
+        guided = self.rule.released_rule or label != self.transformer.config.null_class
         config = self.config if guided else replace(self.config, cfg=0)
-        models, rows = (self.tokenizer, self.transformer), [row] * len(seeds)
-        return generate(*models, rows, seeds, config, refiner=self.refiner, keep=keep)
+        models, labels = (self.tokenizer, self.transformer), [label] * len(seeds)
+        return generate(*models, labels, seeds, config, refiner=self.refiner, keep=keep)
 
     def _feather(self, side: int) -> int:
         """Return over how many pixels of a square of this side the new fades."""
@@ -284,12 +284,12 @@ def seam(given: Levels, made: Levels, hole: Mask, unknown: Mask, feather: int) -
 
 @torch.inference_mode()
 def log_likelihoods(
-    transformer: Transformer, tokenizer: Tokenizer, tokens: Sequence[Tensor], keep: Keep, row: int
+    transformer: Transformer, tokenizer: Tokenizer, tokens: Sequence[Tensor], keep: Keep, label: int
 ) -> list[float]:
     """Return for each square the mean natural logarithm of its new tokens' probabilities, 0 where none is new.
 
     They are given the class and all coarser tokens. The last scales' tokens may be missing.
     """
-    log_BL = log_probabilities(tokenizer, transformer, tokens, [row] * len(tokens[0]))
+    log_BL = log_probabilities(tokenizer, transformer, tokens, [label] * len(tokens[0]))
     new_BL = ~torch.cat(keep.masks[: len(tokens)], dim=1)
     return [float(log_L[new_L].mean()) if new_L.any() else 0.0 for log_L, new_L in zip(log_BL, new_BL, strict=True)]

@@ -18,7 +18,7 @@ from varcli.models.transformer import Transformer
 from varcli.sampling.sampler import Keep, Noise, ScaleResult, generate
 from varcli.sampling.token_sampling import generators, uniforms
 
-_NO_ROW = -1
+_NO_LABEL = -1
 """Seeds the noise in place of a class, so that its numbers are not those that draw a sample of this seed."""
 
 
@@ -26,8 +26,8 @@ def repaint(
     tokenizer: Tokenizer,
     transformer: Transformer,
     tokens: Sequence[Tensor],
-    row: int,
-    from_row: int,
+    label: int,
+    from_label: int,
     seed: int,
     strength: float,
     config: SampleConfig,
@@ -43,8 +43,8 @@ def repaint(
         tokenizer: in evaluation mode, on the transformer's device.
         transformer: that `dispatch.prepare` made ready.
         tokens: token maps of one image, (1, l).
-        row: row of the class table to paint, `config.null_class` for none.
-        from_row: row of what the image shows.
+        label: index in the class table of the class to paint, `config.null_class` for none.
+        from_label: index of the class that the image shows.
         seed: of the noise, the image's and the new.
         strength: between 0 and 1.
         config: settings of sampling. Where the image's noise is used no filter is, since its tokens may be unlikely.
@@ -55,11 +55,11 @@ def repaint(
     """
     kept = round((1 - strength) * len(tokens))
     masks = [torch.full_like(idx_1l, scale < kept, dtype=torch.bool) for scale, idx_1l in enumerate(tokens)]
-    sources = generators([seed], [_NO_ROW])
+    sources = generators([seed], [_NO_LABEL])
     inverted = [(uniforms(sources, idx_1l.shape[1]) >= strength).to(idx_1l.device) for idx_1l in tokens]
-    noise = Noise(invert(tokenizer, transformer, tokens, from_row, sources, config, refiner), inverted)
+    noise = Noise(invert(tokenizer, transformer, tokens, from_label, sources, config, refiner), inverted)
     keep = Keep(list(tokens), masks)
-    yield from generate(tokenizer, transformer, [row], [seed], config, refiner=refiner, keep=keep, noise=noise)
+    yield from generate(tokenizer, transformer, [label], [seed], config, refiner=refiner, keep=keep, noise=noise)
 
 
 @torch.inference_mode()
@@ -67,14 +67,14 @@ def invert(
     tokenizer: Tokenizer,
     transformer: Transformer,
     tokens: Sequence[Tensor],
-    row: int,
+    label: int,
     sources: Sequence[torch.Generator],
     config: SampleConfig,
     refiner: Transformer | None = None,
 ) -> list[Tensor]:
     """Return noise with which a class and these settings draw an image's tokens, (1, l, V) for each scale, as below."""
     everything = Keep(list(tokens), [torch.ones_like(idx_1l, dtype=torch.bool) for idx_1l in tokens])
-    results = generate(tokenizer, transformer, [row], [0], config, refiner=refiner, keep=everything)
+    results = generate(tokenizer, transformer, [label], [0], config, refiner=refiner, keep=everything)
     return [
         gumbels_given((result.logits / config.temperature).cpu(), result.tokens.cpu(), sources) for result in results
     ]

@@ -24,7 +24,7 @@ from varcli.sampling.guidance import damaged, prior
 def sample(
     tokenizer: Tokenizer,
     transformer: Transformer,
-    row: int,
+    label: int,
     seed: int,
     config: SampleConfig,
     *,
@@ -36,7 +36,7 @@ def sample(
     `refiner` and `mark` are as for the sampler.
     """
     quantizer, sides = tokenizer.quantize, transformer.config.sides
-    source = torch.Generator().manual_seed(image_seed(seed, row))
+    source = torch.Generator().manual_seed(image_seed(seed, label))
     tokens: list[Tensor] = []
     f_hats: list[Tensor] = []
     before_lV: Tensor | None = None
@@ -44,13 +44,13 @@ def sample(
         ratio = scale / max(len(sides) - 1, 1)
         if refiner is not None and scale + 1 == config.refine_from:
             transformer = refiner
-        logits_lV = conditional_lV = scale_logits(tokenizer, transformer, row, f_hats)
+        logits_lV = conditional_lV = scale_logits(tokenizer, transformer, label, f_hats)
         if config.cfg > 0:
             unconditional_lV = scale_logits(tokenizer, transformer, transformer.config.null_class, f_hats)
             t = config.cfg * ratio if scale in config.guided_scales else 0
             logits_lV = (1 + t) * logits_lV - t * unconditional_lV
         if config.vpg > 0:
-            damaged_lV = scale_logits(tokenizer, transformer, row, f_hats, seen=damaged)
+            damaged_lV = scale_logits(tokenizer, transformer, label, f_hats, seen=damaged)
             logits_lV = logits_lV + config.vpg * (conditional_lV - damaged_lV)
         own_lV = logits_lV
         if config.ssg > 0 and before_lV is not None:
@@ -73,15 +73,15 @@ def sample(
     return tokens, ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
 
 
-def image_seed(seed: int, row: int) -> int:
+def image_seed(seed: int, label: int) -> int:
     """What the image's own generator starts from."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {row}".encode(), digest_size=4).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(f"{seed} {label}".encode(), digest_size=4).digest(), "little")
 
 
 def scale_logits(
     tokenizer: Tokenizer,
     transformer: Transformer,
-    row: int,
+    label: int,
     f_hats: list[Tensor],
     *,
     seen: Callable[[Tensor], Tensor] = lambda input_1lC: input_1lC,
@@ -91,7 +91,7 @@ def scale_logits(
     `seen` says what is seen of each scale's input.
     """
     scale, sides = len(f_hats), transformer.config.sides
-    class_1D = transformer.class_emb(torch.tensor([row], device=transformer.pos_start.device))
+    class_1D = transformer.class_emb(torch.tensor([label], device=transformer.pos_start.device))
     inputs = [None, *(seen(tokenizer.quantize.next_input(f_hat, k + 1)) for k, f_hat in enumerate(f_hats))]
     x_1LD = torch.cat([transformer.scale_input(k, class_1D, input_1lC) for k, input_1lC in enumerate(inputs)], dim=1)
     length = sequence_length(sides[: scale + 1])

@@ -122,7 +122,7 @@ class Drawing:
 def generate(
     tokenizer: Tokenizer,
     transformer: Transformer,
-    rows: Sequence[int],
+    labels: Sequence[int],
     seeds: Sequence[int],
     config: SampleConfig,
     *,
@@ -137,8 +137,8 @@ def generate(
     Args:
         tokenizer: in evaluation mode, on the transformer's device.
         transformer: in evaluation mode; its blocks compute in the precision of their weights.
-        rows: row of the class table an image, `config.null_class` for none.
-        seeds: one seed an image; with its row and the settings it determines the image.
+        labels: index of each image's class in the class table, `config.null_class` for none.
+        seeds: one seed per image; with its label and the settings it determines the image.
         config: guidance, filters and how to sample tokens.
         refiner: draws the scales from `config.refine_from` on, made ready as the transformer was.
         keep: tokens of a given image that stay, for editing.
@@ -148,18 +148,18 @@ def generate(
 
     Source: paper, figure 4 and equation 4; guidance as in its section 4; the refiner is CoDe's, arXiv 2411.17787.
     """
-    device, sources = block_weight(transformer).device, generators(seeds, rows)
-    row_B = runner.admit("rows", torch.tensor(rows), device)
+    device, sources = block_weight(transformer).device, generators(seeds, labels)
+    label_B = runner.admit("labels", torch.tensor(labels), device)
     numbers_BL = None if config.smooth else uniforms(sources, transformer.config.length)
     u_BL = None if numbers_BL is None else runner.admit("numbers", numbers_BL, device)
     kind = ApproximateScaleModel if config.approximations else ScaleModel
-    model = runner.run("class", lambda: kind(transformer, row_B, config))
+    model = runner.run("class", lambda: kind(transformer, label_B, config))
     drawing = Drawing(tokenizer.quantize, config, keep, noise, sources, u_BL)
     f_hat_BCHW = None
     inputs: list[Tensor | None] = [None]
     for scale in range(len(transformer.config.sides)):
         if refiner is not None and scale + 1 == config.refine_from:
-            coarse, model = model, runner.run("refiner class", lambda: kind(refiner, row_B, config))
+            coarse, model = model, runner.run("refiner class", lambda: kind(refiner, label_B, config))
             runner.run("refiner prefix", partial(model.take_over, coarse, inputs[:-1]))
         logits_BlV = runner.run(f"transformer {scale}", partial(model.logits, scale, inputs[scale]))
         mark("transformer")

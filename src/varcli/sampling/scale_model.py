@@ -23,7 +23,7 @@ class ScaleModel:
     def __init__(
         self,
         transformer: Transformer,
-        rows: Sequence[int] | Tensor,
+        labels: Sequence[int] | Tensor,
         config: SampleConfig,
         sides: tuple[int, ...] | None = None,
     ) -> None:
@@ -31,21 +31,22 @@ class ScaleModel:
 
         Args:
             transformer: that `dispatch.prepare` made ready.
-            rows: of the class table; given as a tensor on the model's device nothing here waits for the host.
+            labels: index of each image's class in the class table, `config.null_class` for "no class"; as a tensor on
+                the model's device, nothing here waits for the host.
             config: guidance.
             sides: of the scales that there is room for in the cache, the last of which it may leave out; None means
                 the transformer's own.
         """
         model, weight = transformer, block_weight(transformer)
-        self.transformer, self.config, self.count = model, config, len(rows)
+        self.transformer, self.config, self.count = model, config, len(labels)
         self.before_BlV: Tensor | None = None
         """The logits of the scale before, where they guide the next."""
-        row_R = row_B = torch.as_tensor(rows, device=weight.device)
+        label_R = label_B = torch.as_tensor(labels, device=weight.device)
         if config.cfg > 0:
-            row_R = torch.cat([row_R, torch.full_like(row_B, model.config.null_class)])
+            label_R = torch.cat([label_R, torch.full_like(label_B, model.config.null_class)])
         if config.vpg > 0:
-            row_R = torch.cat([row_R, row_B])
-        self.class_RD = model.class_emb(row_R)
+            label_R = torch.cat([label_R, label_B])
+        self.class_RD = model.class_emb(label_R)
         self.blocks, cache = fastest_blocks(model)
         mixed = self.blocks is model and weight.dtype != torch.float32
         self.low_precision = torch.autocast(weight.device.type, weight.dtype, enabled=mixed, cache_enabled=False)

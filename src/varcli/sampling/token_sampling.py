@@ -22,16 +22,16 @@ class Candidates:
     """Their codebook rows, (B, l, K)."""
 
 
-def generators(seeds: Sequence[int], rows: Sequence[int]) -> list[torch.Generator]:
-    """Return one generator an image, a function of its seed and its class alone.
+def generators(seeds: Sequence[int], labels: Sequence[int]) -> list[torch.Generator]:
+    """Return one generator per image, a function of its seed and its class alone.
 
     The class takes part because images of different classes that share a seed would otherwise share
     all their random numbers, which costs quality over a set of classes. The hash makes seeds beyond
     32 bits count, of which the generator itself would only see the lower half.
     """
     found = []
-    for seed, row in zip(seeds, rows, strict=True):
-        digest = hashlib.blake2b(f"{seed} {row}".encode(), digest_size=4).digest()
+    for seed, label in zip(seeds, labels, strict=True):
+        digest = hashlib.blake2b(f"{seed} {label}".encode(), digest_size=4).digest()
         found.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
     return found
 
