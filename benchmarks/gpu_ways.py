@@ -85,7 +85,7 @@ def requests(models: Models, count: int, first: int) -> list[Wanted]:
 def sampling(run: Run, models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:
     """Return what makes images as `var sample` does, with or without graphs."""
     used = BatchSampler(*models, config, batch, run.book.told)
-    used.recorder = used.recorder if graphs else None
+    used.new_capture = used.new_capture if graphs else None
 
     def make(count: int, first: int) -> None:
         for _ in used.images(requests(models, count, first)):

@@ -132,7 +132,7 @@ def test_every_other_key_of_middle_scales_is_forgotten(small, inputs):
 
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 @pytest.mark.parametrize("approximate", SOME)
-def test_recorded_approximations_draw_the_same_tokens(small, approximate, kind, monkeypatch):
+def test_captured_approximations_draw_the_same_tokens(small, approximate, kind, monkeypatch):
     config, expected = SampleConfig(approximate=approximate), []
     for seed in range(3):
         expected.append(tokens_of(small, config, (seed, 4), (seed, 9)))

@@ -83,7 +83,7 @@ def test_json_is_one_object(bench, model):
         "operations",
         "matmul_rate",
         "matmul_fraction",
-        "recorded",
+        "cuda_graphs",
         "stages",
     }
     assert (ours["sampler"], raster["sampler"], ours["precision"]) == ("varcli", "raster", "bf16")

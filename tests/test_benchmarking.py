@@ -249,25 +249,25 @@ def test_contestants_make_images_and_mark_every_phase():
     assert ours.batch == raster.batch == plain.batch == 1  # on a CPU images are made one by one
 
 
-def test_a_recording_that_fails_is_told_of(monkeypatch):
+def test_a_capture_that_fails_is_reported(monkeypatch):
     def refused(step):
         raise RuntimeError("operation not permitted\n when stream is capturing")
 
-    class Recording(BatchSampler):
+    class Capturing(BatchSampler):
         def __init__(self, *given):
             super().__init__(*given)
-            self.recorder = lambda: refused
+            self.new_capture = lambda: refused
 
-    monkeypatch.setattr(samplers, "BatchSampler", Recording)
+    monkeypatch.setattr(samplers, "BatchSampler", Capturing)
     for made_by in (varcli, raster_scan):
         told, models = [], made()
         contestant = made_by(models, SampleConfig(), "bf16", 1, told.append)
-        assert contestant.recorded()
+        assert contestant.cuda_graphs()
         for seed in range(3):
             contestant.make([seed], lambda phase: None)
-        assert not contestant.recorded()
+        assert not contestant.cuda_graphs()
         (line,) = told
-        assert line.startswith("CUDA graphs: cannot be recorded here") and "permitted when stream" in line
+        assert line.startswith("CUDA graphs cannot be captured here") and "permitted when stream" in line
 
 
 def test_varcli_and_plain_draw_the_same_images():

@@ -101,10 +101,10 @@ def test_models_made_ready_for_sampling_compute_the_same(models, precision):
     assert scan(*models, [1], [0], SampleConfig()).dtype == torch.float32
 
 
-def test_recorded_steps_draw_the_same(models):
-    """As on a GPU: the first batch as it is, the second recorded, the third played."""
+def test_captured_steps_draw_the_same(models):
+    """As on a GPU: the first batch as it is, the second captured, the third replayed."""
     runner = GraphRunner(taped, never)
     for seed in range(3):
         recorded = scan(*models, [1, 3], [seed, 7], SampleConfig(), runner=runner).clone()
         assert torch.equal(recorded, scan(*models, [1, 3], [seed, 7], SampleConfig()))
-    assert len(runner.recordings) == 1 + 2 * TOKENS
+    assert len(runner.graphs) == 1 + 2 * TOKENS

@@ -64,8 +64,8 @@ class SamplerTimings:
     """Floating-point operations a second of plain matrix products in this precision, measured in every round."""
     matmul_fraction: float
     """Operations a second, as a fraction of that."""
-    recorded: bool
-    """Whether its steps were played as CUDA graphs."""
+    cuda_graphs: bool
+    """Whether its steps were replayed as CUDA graphs."""
     stages: Sequence[StageTiming]
     """For one image. Each time is a median of its own, so that they add up to the whole only about."""
 
@@ -96,7 +96,7 @@ def sampler_timings(contestants: Sequence["BenchSampler"], contest: "Contest") -
                 operations=operations,
                 matmul_rate=rate,
                 matmul_fraction=operations / seconds / rate,
-                recorded=contestant.recorded(),
+                cuda_graphs=contestant.cuda_graphs(),
                 stages=_stage_timings(contestant, rounds, rate),
             )
         )

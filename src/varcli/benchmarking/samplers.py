@@ -20,7 +20,7 @@ from varcli.errors import RunError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.sampling import naive
-from varcli.sampling.batching import BatchSampler, not_recorded
+from varcli.sampling.batching import BatchSampler, not_captured
 from varcli.sampling.sampler import EAGER, Pixels, decode
 from varcli.sampling.scale_model import ScaleModel
 from varcli.sampling.token_sampling import candidates, generators, sample_tokens, uniforms
@@ -86,8 +86,8 @@ def scan(
         runner: how to run the steps.
     """
     device, length = block_weight(transformer).device, transformer.config.sides[-1] ** 2
-    label_B = runner.admit("labels", torch.tensor(labels), device)
-    u_Bl = runner.admit("numbers", uniforms(generators(seeds, labels), length), device)
+    label_B = runner.copy_in("labels", torch.tensor(labels), device)
+    u_Bl = runner.copy_in("numbers", uniforms(generators(seeds, labels), length), device)
     model = runner.run("class", lambda: RasterModel(transformer, label_B, config))
     drawn: list[Tensor] = []
     input_B1C = None
@@ -133,8 +133,8 @@ class BenchSampler:
     """Floating-point operations an image, by phase and step."""
     make: Callable[[Sequence[int], Mark], Sequence[Pixels]]
     """Makes one image (P, P, 3) a seed, and marks the end of each "transformer", "drawing" and "decoder"."""
-    recorded: Callable[[], bool] = lambda: False
-    """Tells whether its steps are CUDA graphs, or are going to be after the first batch."""
+    cuda_graphs: Callable[[], bool] = lambda: False
+    """Whether its steps are CUDA graphs, or will be after the first batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +164,18 @@ def varcli(models: Models, config: SampleConfig, precision: str, batch: int, not
         precision=precision,
         batch=together,
         make=make,
-        recorded=lambda: sampler.recorder is not None,
+        cuda_graphs=lambda: sampler.new_capture is not None,
         **_scales(models, config),
     )
 
 
 def raster_scan(models: Models, config: SampleConfig, precision: str, batch: int, note: Note = _silent) -> BenchSampler:
-    """Return the raster-scan baseline, for the same models, its steps recorded where varcli's are."""
+    """Return the raster-scan baseline, for the same models, captured as CUDA graphs where varcli's is."""
     sampler = BatchSampler(*models, config, batch)
     runner = (
-        None if sampler.recorder is None else GraphRunner(sampler.recorder(), lambda error: note(not_recorded(error)))
+        None
+        if sampler.new_capture is None
+        else GraphRunner(sampler.new_capture(), lambda error: note(not_captured(error)))
     )
 
     def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
@@ -189,7 +191,7 @@ def raster_scan(models: Models, config: SampleConfig, precision: str, batch: int
         precision=precision,
         batch=sampler.batch_size,
         make=make,
-        recorded=lambda: runner is not None and runner.recording,
+        cuda_graphs=lambda: runner is not None and runner.capturing,
         **_work(models, config, steps),
     )
 

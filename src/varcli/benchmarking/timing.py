@@ -128,7 +128,7 @@ def take_turns(
 
 
 def warm_up(contestant: BenchSampler, device: torch.device, advance: Callable[[], None]) -> None:
-    """Make the batches that nobody counts: libraries are loaded, and a GPU's graphs are recorded."""
+    """Make the batches that nobody counts: libraries are loaded, and CUDA graphs are captured."""
     for turn in range(warm_ups(device)):
         run_once(contestant, device, seed=turn)
         advance()

@@ -141,7 +141,7 @@ def _totals(found: "Benchmark") -> list[list[str]]:
         ["machine", found.hardware],
         ["precision", *(one.precision for one in each)],
         ["batch size", *(str(one.batch_size) for one in each)],
-        ["CUDA graphs", *("yes" if one.recorded else "no" for one in each)],
+        ["CUDA graphs", *("yes" if one.cuda_graphs else "no" for one in each)],
         ["seconds per image", *(digits(one.seconds_per_image) for one in each)],
         ["times varcli's", *(digits(one.times_varcli) for one in each)],
         ["images per second, one batch alone", *(digits(one.images_per_second) for one in each)],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varcli.acceleration.cuda_blocks import for_gpu
-from varcli.acceleration.cuda_graphs import GraphRunner, Record, Runner, cuda_recorder
+from varcli.acceleration.cuda_graphs import Capture, GraphRunner, Runner, cuda_capture
 from varcli.acceleration.devices import block_weight, free_memory, independent, out_of_memory
 from varcli.acceleration.int8 import Int8Linear
 from varcli.config import SampleConfig
@@ -148,9 +148,9 @@ class BatchSampler:
         alone, device = independent(transformer), block_weight(transformer).device
         self.batch_size = 1 if alone else batch_size or fitting_batch(tokenizer, transformer, config, refiner)
         self.ahead = 1 if device.type == "cuda" else 0
-        recordable = device.type == "cuda" and not alone and not config.smooth
-        self.recorder: Callable[[], Record] | None = partial(cuda_recorder, device) if recordable else None
-        self.record: Record | None = None
+        capturable = device.type == "cuda" and not alone and not config.smooth
+        self.new_capture: Callable[[], Capture] | None = partial(cuda_capture, device) if capturable else None
+        self.capture: Capture | None = None
         self.runners: dict[int, GraphRunner] = {}
         self.mark: Callable[[str], None] = lambda phase: None
         """For a stopwatch, as `generate` has it."""
@@ -196,16 +196,16 @@ class BatchSampler:
         """
         if several:
             return max(count, self.batch_size)
-        return count if self.recorder is None else padded_size(count, self.batch_size)
+        return count if self.new_capture is None else padded_size(count, self.batch_size)
 
     def _begin(self, group: Sequence[Wanted], size: int) -> Iterator[Underway[Wanted]]:
         """Yield the group on its way: as one batch or, where memory runs out, as several smaller ones."""
         begun = self._attempt(group, size)
-        if begun is None and any(runner.recordings for runner in self.runners.values()):
-            self._forget_recordings()  # those of other sizes, as one that found no memory keeps nothing
+        if begun is None and any(runner.graphs for runner in self.runners.values()):
+            self._drop_graphs()  # of other sizes, as one that ran out of memory keeps none
             begun = self._attempt(group, size)
-        if begun is None and size == 1 and self.recorder is not None:
-            self._stop_recording(RuntimeError("out of memory"))
+        if begun is None and size == 1 and self.new_capture is not None:
+            self._stop_capturing(RuntimeError("out of memory"))
             begun = self._attempt(group, size)
         if begun is not None:
             yield begun
@@ -213,14 +213,14 @@ class BatchSampler:
         if size == 1:
             raise RunError("one image does not fit into memory; use a smaller checkpoint, --dtype bf16 or --device cpu")
         half = self.batch_size = size // 2
-        self._forget_recordings()
+        self._drop_graphs()
         for first in range(0, len(group), half):
             part = group[first : first + half]
             yield from self._begin(part, self._size(len(part), several=True))
 
-    def _forget_recordings(self) -> None:
+    def _drop_graphs(self) -> None:
         self.runners.clear()
-        self.record = None  # and with it the pool, which cannot be used again once it was empty
+        self.capture = None  # and with it the pool, which cannot be used again once it was empty
         free_memory(block_weight(self.transformer).device)
 
     def _attempt(self, group: Sequence[Wanted], size: int) -> Underway[Wanted] | None:
@@ -243,29 +243,29 @@ class BatchSampler:
         return fetched(group, pixels_BPP3)
 
     def _runner(self, size: int) -> Runner:
-        """What runs batches of a size: recordings are kept for each size there is."""
-        if self.recorder is None:
+        """The runner of a batch size; each size keeps its graphs."""
+        if self.new_capture is None:
             return EAGER
-        self.record = self.record or self.recorder()
+        self.capture = self.capture or self.new_capture()
         if size not in self.runners:
-            self.runners[size] = GraphRunner(self.record, self._stop_recording)
+            self.runners[size] = GraphRunner(self.capture, self._stop_capturing)
         return self.runners[size]
 
-    def _stop_recording(self, error: RuntimeError) -> None:
-        """Run everything as it is from now on, and say so."""
-        self.recorder = None
-        self._forget_recordings()
-        self.note(not_recorded(error))
+    def _stop_capturing(self, error: RuntimeError) -> None:
+        """Run every step as it is from now on, and say so."""
+        self.new_capture = None
+        self._drop_graphs()
+        self.note(not_captured(error))
 
 
-def not_recorded(error: RuntimeError) -> str:
-    """Return a line for people about a failed recording."""
+def not_captured(error: RuntimeError) -> str:
+    """Return a line for the user about a failed capture."""
     reason = " ".join(str(error).split())
-    return f"CUDA graphs: cannot be recorded here, small batches will be slower ({reason})"
+    return f"CUDA graphs cannot be captured here, so small batches will be slower ({reason})"
 
 
 def padded_size(count: int, largest: int) -> int:
-    """The power of two that a number of images is rounded up to, so that few sizes are captured."""
+    """Round a number of images up to a power of two, so that few sizes are captured."""
     return min(1 << (count - 1).bit_length(), max(largest, count))
 
 

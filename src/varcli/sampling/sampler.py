@@ -144,14 +144,14 @@ def generate(
         keep: tokens of a given image that stay, for editing.
         noise: draws tokens in its masks; not in a smooth run, which draws none.
         mark: called with "transformer" and "drawing" after these phases of each scale, for a stopwatch.
-        runner: how to run the steps. Recorded ones leave their results where the next batch's will be.
+        runner: how to run the steps. Captured ones leave their results where those of the next batch will be.
 
     Source: paper, figure 4 and equation 4; guidance as in its section 4; the refiner is CoDe's, arXiv 2411.17787.
     """
     device, sources = block_weight(transformer).device, generators(seeds, labels)
-    label_B = runner.admit("labels", torch.tensor(labels), device)
+    label_B = runner.copy_in("labels", torch.tensor(labels), device)
     numbers_BL = None if config.smooth else uniforms(sources, transformer.config.length)
-    u_BL = None if numbers_BL is None else runner.admit("numbers", numbers_BL, device)
+    u_BL = None if numbers_BL is None else runner.copy_in("numbers", numbers_BL, device)
     kind = ApproximateScaleModel if config.approximations else ScaleModel
     model = runner.run("class", lambda: kind(transformer, label_B, config))
     drawing = Drawing(tokenizer.quantize, config, keep, noise, sources, u_BL)
