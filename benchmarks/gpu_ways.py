@@ -134,11 +134,11 @@ def twin(run: Run, depth: int) -> Make:
 
 def raster(run: Run, models: Models, batch: int) -> Make:
     """Return the baseline in raster order."""
-    contestant = raster_scan(models, CONFIG, run.precision, batch, run.book.told)
+    sampler = raster_scan(models, CONFIG, run.precision, batch, run.book.told)
 
     def make(count: int, first: int) -> None:
-        for seed in range(first, first + count, contestant.batch):
-            contestant.make(range(seed, seed + contestant.batch), lambda phase: None)
+        for seed in range(first, first + count, sampler.batch):
+            sampler.make(range(seed, seed + sampler.batch), lambda phase: None)
 
     return make
 
