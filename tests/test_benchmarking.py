@@ -202,7 +202,7 @@ def test_what_does_not_fit_into_memory_is_said(clock):
         raise RuntimeError("shapes cannot be multiplied")
 
     sampler = runner("raster", clock, [], 1.0, batch=64)
-    with pytest.raises(RunError, match=r"^memory: raster with 64 images at a time does not fit; fewer with"):
+    with pytest.raises(RunError, match=r"^raster with 64 images at a time does not fit into memory; use a smaller"):
         run_once(replace(sampler, make=full), CPU, 0)
     with pytest.raises(RuntimeError, match="multiplied"):
         run_once(replace(sampler, make=broken), CPU, 0)

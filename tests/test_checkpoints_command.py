@@ -254,7 +254,7 @@ def assert_refused(answer, code, line):
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c"], 3, "give the sides with --sides"),
         (["convert", "{vae}", "{vae}", "--out", "{tmp}/c"], 4, "transformer: none in"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/no/c", "--sides", SIDES], 5, "cannot be written"),
-        (["convert", "{vae}", "{var}", "--out", "{tmp}", "--sides", SIDES], 5, "cannot be written; it is a folder"),
+        (["convert", "{vae}", "{var}", "--out", "{tmp}", "--sides", SIDES], 5, "cannot be written: it is a folder"),
         (
             ["convert", "{vae}", "{var}", "--out", "{tmp}/c.pth"],
             2,

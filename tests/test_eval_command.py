@@ -332,10 +332,10 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Projection, "features", interrupted)
     assert cli.run(["eval", "-n", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
     assert sum(seen) == 24
-    assert "stopped after 24 images; the same command goes on from there" in capsys.readouterr().err
+    assert "stopped after 24 images; the same command resumes from there" in capsys.readouterr().err
     monkeypatch.setattr(Projection, "features", whole)
     found, err = measure("--num-images", COUNT, "--reference", reference, "--seed", 0)
-    assert f"images: going on after 24 of {COUNT}" in err
+    assert f"images: resuming after 24 of {COUNT}" in err
     assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9)
     assert not list((tmp_path / "cache").rglob("measurements/*"))
 
@@ -505,7 +505,7 @@ def test_without_a_cache_it_measures_all_the_same(measure, tmp_path, below):
     found, err = measure("one", "--fid", "--is", "--reference", "two")
     assert found["metrics"] == kept["metrics"]
     assert err.count("measuring the reference two first, without keeping it: ") == 1
-    assert err.count("measuring without keeping what is done: ") == 2
+    assert err.count("measuring without saving progress: ") == 2
 
 
 def test_a_reference_of_photographs_is_resized(measure, tmp_path):

@@ -79,9 +79,9 @@ def test_equal_images_have_no_distance_and_others_a_gradient(distance):
 
 
 def test_damaged_and_missing_weights_are_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="are damaged"):
         LPIPS(folder)
-    with pytest.raises(CheckpointError, match=r"is missing; put https://"):
+    with pytest.raises(CheckpointError, match=r"are missing: put https://"):
         LPIPS(tmp_path)
     monkeypatch.setattr(perceptual, "VGG_SHA256", hashlib.sha256(b"not a file of torch").hexdigest()[:8])
     (tmp_path / VGG_FILE).write_bytes(b"not a file of torch")

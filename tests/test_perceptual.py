@@ -92,12 +92,12 @@ def test_resnet50_is_torchvisions(tmp_path, monkeypatch):
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
     assert [m.shape[1] for m in maps] == [256, 512, 1024, 2048]
     (tmp_path / name).write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="is damaged; download it again"):
+    with pytest.raises(CheckpointError, match="are damaged: download them again"):
         ResNet50(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lpips", "resnet50"])
 def test_missing_weights_say_where_they_are_published(name, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is missing; put https://download\.pytorch\.org/"):
+    with pytest.raises(CheckpointError, match=r"are missing: put https://download\.pytorch\.org/"):
         perceptual_distance(name, tmp_path)
     assert RESNET50_FILE.endswith(".pth")

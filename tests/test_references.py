@@ -174,7 +174,7 @@ def test_it_is_written_whole_or_not_at_all(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(RunError, match=r"ours\.npz cannot be written; No space left"):
+    with pytest.raises(RunError, match=r"ours\.npz cannot be written: No space left"):
         save_reference(saved, MOMENTS, pixels=64, extractor="a" * 64)
     assert saved.read_bytes() == before
     with pytest.raises(RunError, match="there is no folder"):

@@ -107,10 +107,10 @@ def test_a_field_that_may_be_null_may_be_missing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "recipe"}, "evaluation result x must be what `var eval --out` or `--json` writes"),
-        ({"format": 2}, "evaluation result x must have format 1 (got 2)"),
-        ({"n": "many"}, 'evaluation result x: n must be a whole number of at least 0 (got "many")'),
-        ({"n": None}, "evaluation result x: n is missing"),
+        ({"kind": "recipe"}, "the evaluation result x must be what `var eval --out` or `--json` writes"),
+        ({"format": 2}, "the evaluation result x must have format 1 (got 2)"),
+        ({"n": "many"}, 'the evaluation result x: n must be a whole number of at least 0 (got "many")'),
+        ({"n": None}, "the evaluation result x: n is missing"),
         ({"n": -1}, "n must be a whole number of at least 0 (got -1)"),
         ({"n": 1.5}, "n must be a whole number of at least 0 (got 1.5)"),
         ({"n": True}, "n must be a whole number of at least 0 (got true)"),

@@ -210,7 +210,7 @@ def test_nothing_left_to_do_is_said(sample, capsys):
         for quiet in ((), ("--quiet",)):
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--quiet")
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--resume", *quiet)
-            said = "" if quiet else "var: nothing left to do: 2 images asked for, none missing\n"
+            said = "" if quiet else "var: nothing left to do: 2 images requested, none missing\n"
             assert capsys.readouterr() == (f"{out}\n" if Path(out).is_file() and not quiet else "", said)
 
 
@@ -362,7 +362,7 @@ def test_an_archive_of_an_earlier_run_is_replaced_with_a_word(sample, capsys, na
 def test_images_nobody_asked_for_this_time_are_told_of(sample, capsys):
     sample("-c", "207", "-n", 3, "-o", "several.npz")
     sample("-c", "207", "-n", 1, "-o", "several.npz", "--resume")
-    assert "several.npz also holds 2 images of an earlier run, not asked for now" in capsys.readouterr().err
+    assert "several.npz also holds 2 images of an earlier run that were not requested" in capsys.readouterr().err
 
 
 # --- rejection -------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def test_the_best_go_on_too(sample, redness, capsys):
     sample(*asked)
     before = Path("best.npz").read_bytes()
     sample(*asked, "--resume")
-    assert "nothing left to do: 4 images asked for, none missing" in capsys.readouterr().err
+    assert "nothing left to do: 4 images requested, none missing" in capsys.readouterr().err
     assert Path("best.npz").read_bytes() == before
 
 

@@ -60,7 +60,7 @@ def sides_of_length(length: int) -> tuple[int, ...]:
     for grid in (GRID_256, GRID_512, GRID_1024):
         if sequence_length(grid) == length:
             return grid
-    raise InputError(f"token count: {length} belongs to no published grid; give the sides with --sides 1,2,3,…")
+    raise InputError(f"no published grid has {length} tokens: give the sides with --sides 1,2,3,…")
 
 
 LARGEST_SIDE, MOST_TOKENS = 256, 16384
@@ -524,8 +524,8 @@ def from_json(kind: type[Config], text: str) -> Config:
     """
     given = parse_json(text)
     if not isinstance(given, dict):
-        raise ValueError(f"{kind.__name__}: {text[:40]}; a JSON object")
+        raise ValueError(f"{kind.__name__} must be a JSON object (got {text[:40]})")
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if given.keys() != names:
-        raise ValueError(f"{kind.__name__} fields: {', '.join(sorted(given.keys() ^ names))} missing or unknown")
+        raise ValueError(f"{kind.__name__} has missing or unknown fields: {', '.join(sorted(given.keys() ^ names))}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

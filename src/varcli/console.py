@@ -118,7 +118,7 @@ def writing_results() -> Iterator[None]:
         raise
     except OSError as error:
         discard_results()
-        raise RunError(f"output: standard output cannot be written; {error.strerror}") from error
+        raise RunError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def discard_results() -> None:

@@ -198,7 +198,7 @@ def _check_hash(there: Path, path: Path, sha256: str | None, advice: str) -> str
     found = file_sha256(there)
     expected = sha256 or recorded(path.parent).get(path.name)
     if expected and found != expected:
-        raise CheckpointError(f"{path.name}: wrong sha256 {found}; it should be {expected}; {advice}")
+        raise CheckpointError(f"{path.name} has sha256 {found} instead of {expected}; {advice}")
     return found
 
 
@@ -215,5 +215,5 @@ def _size(address: str, known: int | None) -> int | None:
 
     length = int(patiently(ask).headers.get("Content-Length", known or 0))
     if known and length != known:
-        raise CheckpointError(f"{address} is another file; {length} bytes, known are {known}")
+        raise CheckpointError(f"{address} is another file: it has {length} bytes instead of {known}")
     return length or None

@@ -229,10 +229,10 @@ def cannot_write(path: Path, error: OSError, advice: str = "") -> RunError:
     """Return the error about an output that the system refuses."""
     missing = isinstance(error, FileNotFoundError) and not path.parent.exists()
     reason = f"there is no folder {path.parent}" if missing else error.strerror or str(error)
-    return RunError(f"output: {path} cannot be written; {reason}" + (f"; {advice}" if advice else ""))
+    return RunError(f"{path} cannot be written: {reason}" + (f"; {advice}" if advice else ""))
 
 
 def cannot_lock(folder: Path, error: OSError | NotImplementedError) -> RunError:
     """Return the error about a folder on a file system without locks, which keep a second process out."""
     reason = getattr(error, "strerror", None) or "its file system has no locks"
-    return RunError(f"output: {folder} cannot be locked ({reason}); choose a folder on another file system")
+    return RunError(f"{folder} cannot be locked ({reason}): choose a folder on another file system")

@@ -73,7 +73,9 @@ def varcli(models: Models, config: SampleConfig, precision: str, batch: int, not
         pixels = [found for _, found in sampler.images(wanted)]
         mark("decoder")
         if sampler.batch_size != together:
-            raise RunError(f"memory: {together} images at a time; --batch-size {sampler.batch_size} fits")
+            raise RunError(
+                f"{together} images at a time do not fit into memory; --batch-size {sampler.batch_size} does"
+            )
         return pixels
 
     return BenchSampler(

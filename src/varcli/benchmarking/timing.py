@@ -90,8 +90,8 @@ def run_once(sampler: BenchSampler, device: torch.device, seed: int) -> Round:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        what = f"{sampler.name} with {sampler.batch} images at a time does not fit"
-        raise RunError(f"memory: {what}; fewer with --batch-size, or a smaller checkpoint") from error
+        what = f"{sampler.name} with {sampler.batch} images at a time does not fit into memory"
+        raise RunError(f"{what}; use a smaller --batch-size or checkpoint") from error
     laps = [
         Lap(phase, watch.phases[:number].count(phase), seconds)
         for number, (phase, seconds) in enumerate(zip(watch.phases, watch.seconds(), strict=True))

@@ -76,10 +76,10 @@ def _transfer(file: SourceFile) -> Path:
     about = patiently(lambda: hub.get_hf_file_metadata(url, timeout=TIMEOUT))
     etag = about.etag or ""
     if not re.fullmatch("[0-9a-f]{32,64}", etag):  # it names a file here
-        raise OSError(f"{url} gives no ETag that is a hash, it is no hub")
+        raise OSError(f"{url} is not on a hub: its ETag is no hash")
     expected = recorded_sha256(file)
     if expected and _is_sha256(etag) and etag != expected:
-        raise CheckpointError(f"{file.name}: the hub has another file; sha256 {etag}, known is {expected}")
+        raise CheckpointError(f"the hub has another file {file.name}: its sha256 is {etag}, not {expected}")
     folder = repo_folder_name(repo_id=file.repository, repo_type="model")
     part = Path(constants.HF_HUB_CACHE) / folder / "blobs" / f"{etag}.incomplete"
     transfer(url, part, about.size, file.name, build_hf_headers())
@@ -103,7 +103,7 @@ def check(file: SourceFile, path: Path, reported: str) -> str:
     found = file_sha256(path)
     expected = recorded_sha256(file) or (reported if _is_sha256(reported) else found)
     if found != expected:
-        raise CheckpointError(f"{file.name}: wrong sha256 {found}; it should be {expected}")
+        raise CheckpointError(f"{file.name} has sha256 {found} instead of {expected}")
     return found
 
 

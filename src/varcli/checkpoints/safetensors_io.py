@@ -194,7 +194,7 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {reason(error)}") from error
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return in one line what an operating system or format error says, without the path."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(text).splitlines()[0]

@@ -118,8 +118,8 @@ def evaluate(
 ) -> None:
     """Measure images: those that a checkpoint samples, 50 per class as in the paper, or those at PATH.
 
-    Without a metric's option: FID and inception score. If it is killed, the same command goes on where it was (except
-    with --tokenizer).
+    Without a metric's option: FID and inception score. If it is killed, the same command resumes where it stopped
+    (except with --tokenizer).
     """
     sampled = not (paths or tokenizer)
     only_sampled = {"num-images": num_images, "save-images": save_images, "best-of": best_of if best_of > 1 else None}

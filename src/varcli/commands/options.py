@@ -212,7 +212,7 @@ Processes = Annotated[
         help="Split the work over N processes and the available GPUs.",
     ),
 ]
-Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run left.")]
+Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run has written.")]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
 DEFAULT_FEATURES = "inception-v3-compat"
 InceptionFile = Annotated[

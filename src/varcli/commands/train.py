@@ -29,7 +29,7 @@ train_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train a tokenizer, then a transformer on its tokens. A stopped run goes on with the same command.",
+    help="Train a tokenizer, then a transformer on its tokens. The same command resumes a stopped run.",
 )
 
 Data = Annotated[
@@ -37,7 +37,7 @@ Data = Annotated[
     Argument(metavar="DATA...", help="Images with labels: folders of class folders, zips, tar shards or .npz files."),
 ]
 RunFolder = Annotated[
-    Path, Option("--out", "-o", metavar="DIR", help="Folder of the run; the same command goes on with a stopped one.")
+    Path, Option("--out", "-o", metavar="DIR", help="Folder of the run; the same command resumes a stopped one.")
 ]
 
 

@@ -88,7 +88,7 @@ class FeaturePass:
                 check_writable(path)
             except (OSError, RunError) as error:
                 self.path = None
-                self.notice = f"measuring without keeping what is done: {error}"
+                self.notice = f"measuring without saving progress: {error}"
 
     def run(
         self,
@@ -201,10 +201,10 @@ class FeaturePass:
                 facts = file.metadata()
             tensors = load_file(path)
         except (OSError, SafetensorError):
-            self.notice = f"{path} is damaged: measuring anew"
+            self.notice = f"{path} is damaged: measuring from the start"
             return
         if facts != self._facts or not self.statistics.fits(tensors):
-            self.notice = f"{path} is of another measurement: measuring anew"
+            self.notice = f"{path} is of another measurement: measuring from the start"
             return
         self.statistics.load(tensors)
 

@@ -92,7 +92,7 @@ def find_weights(extractor: str, given: Path | None = None, progress: bool = Tru
 
 def _fetched(material: Asset, option: str, progress: bool) -> Path:
     if material.bundled and not material.path.exists():
-        raise CheckpointError(f"{material.path.name}; missing from this installation, install varcli again")
+        raise CheckpointError(f"{material.path.name} is missing from this installation: install varcli again")
     if material.address is None:
         return material.path
     from varcli.downloads import fetch

@@ -136,7 +136,7 @@ class Result:
         Raises:
             InputError: they are something else, or a field is wrong; the message names it.
         """
-        where = f"evaluation result {origin}"
+        where = f"the evaluation result {origin}"
         if not isinstance(facts, dict) or facts.get("kind") != KIND:
             raise InputError(f"{where} must be what `var eval --out` or `--json` writes")
         if facts.get("format") != FORMAT:

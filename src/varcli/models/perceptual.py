@@ -164,7 +164,7 @@ class ResNet50(nn.Module):
         try:
             self.network.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise CheckpointError(f"{folder / RESNET50_FILE} is not ResNet-50; get it from {RESNET50_URL}") from error
+            raise CheckpointError(f"{folder / RESNET50_FILE} is not ResNet-50: get it from {RESNET50_URL}") from error
         self.register_buffer("mean", 2 * torch.tensor(MEAN).view(1, 3, 1, 1) - 1)
         self.register_buffer("deviation", 2 * torch.tensor(DEVIATION).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -214,11 +214,11 @@ def read_weights(path: Path, url: str, sha256_start: str = "") -> dict[str, Tens
         CheckpointError: it is missing, damaged, or no file of weights.
     """
     if not path.is_file():
-        raise CheckpointError(f"weights: {path} is missing; put {url} there")
+        raise CheckpointError(f"the weights {path} are missing: put {url} there")
     if not file_sha256(path).startswith(sha256_start):
-        raise CheckpointError(f"weights: {path} is damaged; download it again from {url}")
+        raise CheckpointError(f"the weights {path} are damaged: download them again from {url}")
     try:
         tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a foreign file
-        raise CheckpointError(f"weights: {path} cannot be read; download it again from {url}") from error
+        raise CheckpointError(f"the weights {path} cannot be read: download them again from {url}") from error
     return tensors

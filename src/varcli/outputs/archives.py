@@ -105,7 +105,7 @@ class ArchiveSink(Sink):
         super().__exit__(kind, error, at)
         if kind is KeyboardInterrupt and self._growing and self._count > 0:
             count = counted(self._count, "image")
-            note(f"{self._part} keeps {count}; the same command with --resume goes on from there")
+            note(f"{self._part} keeps {count}; the same command with --resume continues")
 
     def _keep_others_out(self) -> None:
         """Hold the archive until its files are closed; two processes would tear it.
@@ -119,7 +119,7 @@ class ArchiveSink(Sink):
         try:
             lock.acquire()
         except Timeout:
-            what = f"output: {self.archive} is being written by another process"
+            what = f"{self.archive} is being written by another process"
             raise RunError(f"{what}; wait for it, or use another name") from None
         except (OSError, NotImplementedError) as error:
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -137,8 +137,8 @@ class ArchiveSink(Sink):
         self._like = self._like or _in_common(provenance)
         if _in_common(provenance) != self._like:
             raise InputError(
-                f"output: {self.archive} holds images of another checkpoint or other settings; "
-                "another name, or no --resume to begin anew"
+                f"{self.archive} holds images of another checkpoint or other settings: "
+                "use another name, or leave out --resume to start over"
             )
 
     @contextmanager
@@ -148,7 +148,7 @@ class ArchiveSink(Sink):
             yield
         except OSError as error:
             self._close_files()
-            kept = f"what is done is kept in {self._part}, --resume goes on from there"
+            kept = f"what is done is kept in {self._part}, and --resume continues"
             raise cannot_write(self.archive, error, kept if self._count and self._part.exists() else "") from error
         except InputError:
             self._close_files()
@@ -249,7 +249,7 @@ class NpzSink(ArchiveSink):
             self._shape = shape
             self._file.write(_npy_header(0, self._shape))
         if shape != self._shape:
-            raise InputError(f"output: {self.archive} holds images of {self._shape}, not {shape}; another name")
+            raise InputError(f"{self.archive} holds images of shape {self._shape}, not {shape}: use another name")
         self._file.write(memoryview(prepared)[_HEADER_BYTES:])
         self._file.flush()
         self._lines.write(provenance.to_json().encode() + b"\n")  # behind the pixels: a line without them means nothing

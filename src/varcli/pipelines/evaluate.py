@@ -301,7 +301,7 @@ class Evaluator:
         if measured.notice:
             self.note(measured.notice)
         if done:
-            self.note(f"{label}: going on after {done} of {plan.count}")
+            self.note(f"{label}: resuming after {done} of {plan.count}")
         resumed = bool(self.group.broadcast(done))
         with source.ready(resumed), progress(label, plan.count, self.quiet) as advance:
             advance(done)
@@ -310,7 +310,7 @@ class Evaluator:
             except KeyboardInterrupt:
                 if path:
                     count = counted(measured.statistics.count, "image")
-                    self.note(f"stopped after {count}; the same command goes on from there")
+                    self.note(f"stopped after {count}; the same command resumes from there")
                 raise
         source.join(self.group)
         return measured, path

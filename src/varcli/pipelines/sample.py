@@ -127,7 +127,7 @@ def sample_to(
     model.load_weights(config)
     if group.is_main:
         if not resume and (left := sink.left()):
-            note(f"{left} is of an earlier run and will be replaced; --resume would go on with it")
+            note(f"{left} is from an earlier run and will be replaced; --resume would continue it")
         sink.open(resume)
     with sink, progress("images", total, quiet) as advance:
         if model.precision_note:

@@ -269,8 +269,8 @@ def _plain_tokenizer(
         kept = {name: given[name] for name in names if given[name].shape == own[name].shape}
         model.load_state_dict(own | kept)
         note(
-            f"{len(kept)} of {len(own)} tensors are those of --init; the quantizer and what has another shape "
-            "begin anew"
+            f"{len(kept)} of {len(own)} tensors are those of --init; the quantizer and tensors of another "
+            "shape start from random weights"
         )
     optim.freeze(model, training.freeze)
     return model, adversary

@@ -146,7 +146,7 @@ def run_status(folder: str | Path) -> RunStatus:
     """
     (run,) = read_runs([Path(folder)])
     if not state_files(Path(folder)):
-        raise InputError(f"training run {folder} has no state yet: the first is saved after --save-every steps")
+        raise InputError(f"the training run {folder} has no state yet: the first is saved after --save-every steps")
     state, (_, metadata) = from_newest_state(Path(folder), lambda file: (file, load_header(file)))
     last = dict(run.lines[-1])
     try:
@@ -155,5 +155,5 @@ def run_status(folder: str | Path) -> RunStatus:
         steps = math.ceil(settings["epochs"] * images / settings["batch"]) or int(last["step"])
         checks = check_lines(run.lines, settings, steps, float(metadata["copies"]) if "copies" in metadata else None)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"training run {folder}: {state.name} does not say how it is trained") from error
+        raise InputError(f"the training run {folder} has a {state.name} that does not say how it is trained") from error
     return RunStatus(stage=run.stage, step=int(last["step"]), steps=steps, images=images, figures=last, checks=checks)

@@ -89,8 +89,8 @@ class Unreadable:
         if len(self.reasons) > TOLERATED * self.total:
             name, reason = min(self.reasons.items())
             raise InputError(
-                f"unreadable images: {len(self.reasons)} of {self.total}, {name} ({reason}) among them; "
-                f"fix or remove them: at most {TOLERATED:.0%} are skipped"
+                f"{len(self.reasons)} of {self.total} images are unreadable, {name} ({reason}) among them: "
+                f"fix or remove them, as at most {TOLERATED:.0%} are skipped"
             )
 
 

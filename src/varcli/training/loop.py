@@ -301,9 +301,9 @@ def resume(stage: Stage, run: Run) -> int:
     file, step, identity = from_newest_state(run.folder, lambda file: load_state(stage, run, file))
     before, now = identity.get("epochs"), run.identity.get("epochs")
     if before != now:
-        run.note(f"going on from step {step} of {before:g} epochs, by the learning rates of {now:g} epochs")
+        run.note(f"resuming at step {step} of {before:g} epochs, with the learning rates of {now:g} epochs")
     if file != newest:
-        run.note(f"{newest} is damaged; going on from the state before it, of step {step}")
+        run.note(f"{newest} is damaged; resuming from the state before it, at step {step}")
         stage.group.barrier()  # all ranks have read it
         if stage.group.is_main:
             file.replace(newest)  # so that the next save keeps the good one, not the damaged one
@@ -398,7 +398,7 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
             record(stage, run, log, done, observed, stopping)
             if stopping:
                 group.barrier()  # the state is to be saved before any rank ends
-                run.note(f"stopped after step {done} of {run.steps}, with the state saved; the same command goes on")
+                run.note(f"stopped after step {done} of {run.steps}, with the state saved; the same command resumes it")
                 raise SystemExit(TERMINATED) if terminated else KeyboardInterrupt
     return group.broadcast(log.last if log else {})
 

@@ -90,6 +90,6 @@ class MetricsLog:
             with self.path.open("a") as file:
                 file.write(json.dumps(figures) + "\n")
         except OSError as error:
-            raise cannot_write(self.path, error, "the same command goes on once it can be") from error
+            raise cannot_write(self.path, error, "the same command resumes once it can be") from error
         self.sums, self.steps, self.since, self.last = {}, 0, time.perf_counter(), figures
         self.counts.clear()
