@@ -1,8 +1,8 @@
 """From `.pth` files to one safetensors file of ours, the configuration inferred from the tensors.
 
-A state dict is known by a tensor that only this kind of model has, wherever in the file it lies: alone, as
-released, or under any key of a training checkpoint. Nothing in a file is run: settings beside the tensors, of
-the few kinds that training scripts keep there, are read as inert objects, and anything else is refused.
+A state dict is recognized by a tensor that only this kind of model has, wherever in the file it is: alone, as released,
+or under any key of a training checkpoint. No code in a file is run: settings beside the tensors, of the few kinds that
+training scripts save, are read as inert objects, and anything else is refused.
 """
 
 import re
@@ -41,7 +41,7 @@ TELLTALE = {"tokenizer": "quantize.embedding.weight", "transformer": "pos_1LC"}
 DEEPEST = 2
 """Levels of keys above a state dict; the original code's are under `trainer`, `vae_local`."""
 SETTINGS = re.compile(r"(argparse|pathlib|datetime|types|numpy|omegaconf|easydict|yacs|ml_collections)\..*")
-"""Names in a pickle that stand for settings, dates, paths and the like, and are read as inert objects."""
+"""Types in a pickle that hold settings, dates, paths and the like, and are read as inert objects."""
 LONGEST_PICKLE = 100_000_000
 """Bytes of the part of a `.pth` that says what is in it; released ones have some thousands."""
 WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
@@ -101,7 +101,7 @@ def convert(
         out: the file to write.
         sides: of the token maps; None where the file or the number of tokens tells them.
         run: facts to keep about where the weights come from; the names of the files if None.
-        class_names: a text file with a name a line, in the order of the rows, or a folder of class folders.
+        class_names: a text file with one name per line, in the order of the rows, or a folder of class folders.
         note: takes remarks for the user.
 
     Raises:
@@ -182,7 +182,7 @@ def read_pth(path: Path) -> Any:
     while True:
         try:
             with reading(path), warnings.catch_warnings(), torch.serialization.safe_globals(inert):
-                warnings.simplefilter("ignore")  # which pickle protocol it is concerns nobody: it loads or is refused
+                warnings.simplefilter("ignore")  # the pickle protocol does not matter: the file loads or is refused
                 _check_sizes(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except CheckpointError:
@@ -354,7 +354,7 @@ def tokenizer_sides(part: Part, sides: Sequence[int] | None, note: Callable[[str
 
 
 HITS = "quantize.ema_vocab_hit_SV"
-"""A tensor with one row a scale."""
+"""A tensor with one row per scale."""
 
 
 def transformer_config(part: Part, sides: tuple[int, ...]) -> TransformerConfig:
@@ -399,7 +399,7 @@ def class_table(count: int) -> ClassTable:
 
 
 def named_classes(source: Path, count: int) -> ClassTable:
-    """Return classes by their names: of a text file, one a line, or of a folder's folders in order of their names.
+    """Return classes by their names: from a text file, one per line, or the names of a folder's subfolders in order.
 
     If all names are WordNet ids of ImageNet, they are its classes.
 

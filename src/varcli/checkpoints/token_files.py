@@ -1,8 +1,8 @@
 """Token files: images as token maps in safetensors, for scripts to work on.
 
-``tokens.0`` … ``tokens.K-1`` are int32 of shape (images, side, side), coarse to fine. The metadata tells
-the sides, the codebook's size, the tokenizer's hash and the images' names; a file that scripts made may
-leave all of it out, and the last scales too.
+``tokens.0`` … ``tokens.K-1`` are int32 of shape (images, side, side), coarse to fine. The metadata has
+the sides, the codebook's size, the tokenizer's hash and the images' names; a file that a script wrote may leave all of
+it out, and the last scales too.
 """
 
 import json
@@ -33,7 +33,7 @@ class TokenFile:
 def save_tokens(
     path: Path, images: Sequence[Sequence[Tensor]], names: Sequence[str], config: TokenizerConfig, sha256: str
 ) -> None:
-    """Write token maps: for each image one a scale, (1, l).
+    """Write token maps: for each image one per scale, (1, l).
 
     Raises:
         RunError: the file cannot be written.

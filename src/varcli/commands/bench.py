@@ -83,7 +83,7 @@ def bench(
     )
     with progress("batches", plan.batches, quiet) as advance:
         found = run_benchmark(plan, advance, notes(quiet))
-    if out:  # first: whoever reads what is printed may stop reading
+    if out:  # first, as the reader of stdout may close the pipe
         _draw(out, f"{checkpoint}, {plan.precision}, on {found.hardware}", found)
     if as_json:
         facts = {"checkpoint": checkpoint, "random": random, "settings": asdict(config), "rounds": rounds}
@@ -128,7 +128,7 @@ def _check_chart(out: Path | None) -> None:
 
 
 def _report(found: "Benchmark") -> None:
-    """Print a table of what an image costs in all, and one of what its stages take; a column a sampler."""
+    """Print a table of the whole cost of an image, and one of its stages; one column per sampler."""
     names = [each.sampler for each in found.samplers]
     table(("", *names), [_filled(row, 1 + len(names)) for row in _totals(found)])
     table(("milliseconds per image", *names, "GFLOP", "of matmul"), _stages(found.samplers))
@@ -154,7 +154,7 @@ def _totals(found: "Benchmark") -> list[list[str]]:
 
 
 def _stages(samplers: Sequence[SamplerTimings]) -> list[list[str]]:
-    """Return a row a stage: milliseconds of each sampler; operations, and their rate in the first that has it."""
+    """Return one row per stage: milliseconds of each sampler; operations, and their rate in the first that has it."""
     columns = [{stage.name: stage for stage in each.stages} for each in samplers]
     phases = {name: PHASES.index(stage.phase) for column in columns for name, stage in column.items()}
     rows = []

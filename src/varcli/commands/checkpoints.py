@@ -42,7 +42,7 @@ ClassNames = Annotated[
     typer.Option(
         "--class-names",
         metavar="FILE|FOLDER",
-        help="Names of the classes: a text file, one a line in the order of the rows, or the folder of class folders "
+        help="Names of the classes: a text file, one per line in the order of the rows, or the folder of class folders "
         "that the model was trained on.",
     ),
 ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Resize = Annotated[
     int | None,
-    Option("--resize", metavar="SIDE", min=1, help="Crop and resize images to this many pixels a side, as ADM does."),
+    Option("--resize", metavar="SIDE", min=1, help="Crop and resize images to this many pixels per side, as ADM does."),
 ]
 Features = Annotated[
     str,

@@ -1,6 +1,6 @@
-"""What makes figures incomparable with the paper's, said in words. Nothing here stops a run.
+"""Warnings about figures that cannot be compared with the paper's. Nothing here stops a run.
 
-Each rule is a trap that users of the released code fell into.
+Each rule is a mistake that users of the released code made.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Any
 from varcli.console import counted
 
 FEW = 10_000
-"""Fewer images than this bias FID by more than models differ."""
+"""With fewer images than this, the bias of FID is larger than the differences between models."""
 PUBLISHED_IMAGES = 50_000
 """Images of every published figure."""
 
@@ -48,7 +48,7 @@ def lossy(count: int, total: int) -> Iterable[str]:
 def other_size(pixels: int, reference: int | None) -> Iterable[str]:
     """Warn where images and reference differ in size."""
     if reference and pixels != reference:
-        yield f"images of {pixels} pixels a side against a reference of {reference}; FID compares resolutions too"
+        yield f"images of {pixels} pixels per side against a reference of {reference}; FID compares resolutions too"
 
 
 def small_reference(count: int | None) -> Iterable[str]:
@@ -65,7 +65,7 @@ def other_settings(given: Mapping[str, Any], preset: Mapping[str, Any]) -> Itera
 
 
 def other_precision(dtype: str) -> Iterable[str]:
-    """Warn of a precision that changes what is drawn enough to matter."""
+    """Warn of a precision that changes samples enough to matter."""
     if dtype == "int8":
         yield "weights and activations in int8: an approximation, not the model as published"
 

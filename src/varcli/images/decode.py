@@ -1,6 +1,6 @@
 """Decode image files to RGB; resize and crop images to squares.
 
-Shapes: P pixels a side.
+Shapes: P pixels per side.
 """
 
 import logging

@@ -18,7 +18,7 @@ class NormSilu(nn.GroupNorm):
     """The normalization used everywhere in the tokenizer, in 32 groups, and SiLU: x·sigmoid(x)."""
 
     kernel: Callable[[nn.GroupNorm, Tensor], Tensor] | None
-    """What does both in one go for maps in `channels_last`, where a device has it and no gradient is asked for."""
+    """Fused kernel that does both, for maps in `channels_last`, where the device has one and no gradient is needed."""
 
     def __init__(self, width: int) -> None:
         super().__init__(32, width, eps=1e-6)
@@ -29,7 +29,7 @@ class NormSilu(nn.GroupNorm):
         learning = torch.is_grad_enabled()
         if self.kernel is not None and not learning and x_BCHW.is_contiguous(memory_format=torch.channels_last):
             return self.kernel(self, x_BCHW)
-        # In place where no gradient will ask for what went in, for the sake of memory traffic.
+        # In place where no gradient needs the input, which saves memory traffic.
         return F.silu(super().forward(x_BCHW), inplace=not learning)
 
 
@@ -109,8 +109,8 @@ class Upsample(nn.Module):
     def split(self) -> None:
         """Switch to four 2×2 convolutions, one per position within a pixel: the same with 4/9 of the work.
 
-        Of the three rows under the kernel two came from one row of x, so that their weights add up; columns alike.
-        For weights that stay as they are, on a CPU: a GPU is slower with four.
+        Of the three rows under the kernel two come from the same row of x, so their weights are added; columns alike.
+        For frozen weights on a CPU: on a GPU four convolutions are slower.
         """
         weight_OIHW = self.conv.weight
         self.kernels = [
@@ -210,7 +210,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to pixels, the encoder's mirror with one more block a level."""
+    """Features to pixels, the encoder's mirror with one more block per level."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Images as a WebDataset shard: a tar with three files for each."""
+"""Archives of images: an .npz for FID toolkits, and a tar as a WebDataset shard. Both can be resumed."""
 
 import os
 import shutil
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 
 
 class ArchiveSink(Sink):
-    """What both kinds share: the part, what is in it, and its way to the final name.
+    """What both kinds share: the unfinished file (the part), what is in it, and how it gets the final name.
 
-    Of a finished archive that is taken up again only the provenance is read at first; it turns back into
-    a part when an image is to be added.
+    To resume a finished archive only its provenance is read at first; it becomes a part again when an image is added.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +66,7 @@ class ArchiveSink(Sink):
         return True
 
     def unasked(self) -> int:
-        """How many images an earlier run left here that `has` was not asked for."""
+        """Number of images of an earlier run that `has` was not called for."""
         return self._done.total()
 
     def put(self, prepared: bytes, provenance: Provenance) -> None:
@@ -87,7 +86,7 @@ class ArchiveSink(Sink):
             self._count += 1
 
     def close(self) -> None:
-        """Give the archive its final name; without any image there is no archive."""
+        """Give the archive its final name; without images there is no archive."""
         try:
             with self._reported():
                 if self._growing and self._count > 0:
@@ -108,7 +107,7 @@ class ArchiveSink(Sink):
             note(f"{self._part} keeps {count}; the same command with --resume continues")
 
     def _keep_others_out(self) -> None:
-        """Hold the archive until its files are closed; two processes would tear it.
+        """Hold the archive until its files are closed; two processes would corrupt it.
 
         Raises:
             RunError: another one holds it.
@@ -198,7 +197,7 @@ def foreign(path: Path) -> InputError:
 
 
 class NpzSink(ArchiveSink):
-    """``arr_0``, uint8 (images, height, width, 3), and ``provenance.jsonl``, one line an image.
+    """``arr_0``, uint8 (images, height, width, 3), and ``provenance.jsonl``, one line per image.
 
     The part is the array as .npy, whose header leaves room for any count, with its lines beside it.
     """

@@ -97,7 +97,7 @@ def train_tokenizer(
     note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
 ) -> Metrics:
-    """Train a tokenizer (paper, section 3.2); a stopped run goes on when called again.
+    """Train a tokenizer (paper, section 3.2); a stopped run resumes when called again.
 
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
@@ -249,7 +249,7 @@ def _plain_tokenizer(
     """A tokenizer with its first weights, and its adversary.
 
     Of weights of another shape to begin with, it takes those of the encoder and the decoder whose names and shapes are
-    the same. The quantizer then begins anew, since it gets other feature maps.
+    the same. The quantizer then starts from random weights, since it gets other feature maps.
 
     Raises:
         UsageError: images are too small for the adversary.
@@ -257,7 +257,7 @@ def _plain_tokenizer(
     config = config or (begun.config if begun else TokenizerConfig())
     if training.gan > 0 and config.pixels < SMALLEST_PATCH:
         raise UsageError(
-            f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels a side: the adversary judges patches "
+            f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels per side: the adversary judges patches "
             f"of that size (got {training.gan:g} and {config.pixels} pixels)"
         )
     model, adversary = build_tokenizer(config, training.seed)
@@ -308,7 +308,7 @@ def train_transformer(
     note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
 ) -> Metrics:
-    """Train a transformer on the token maps of a tokenizer (paper, section 3.1); a stopped run goes on.
+    """Train a transformer on the token maps of a tokenizer (paper, section 3.1); a stopped run resumes.
 
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
@@ -442,7 +442,7 @@ def encode_data(
 ) -> None:
     """Write the token maps that transformers are trained on to a folder, for `train_transformer`'s `token_cache`.
 
-    What is there already is not computed again, and a stopped pass goes on.
+    Existing tokens are not computed again, and a stopped pass resumes.
 
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
@@ -593,11 +593,11 @@ def _images(data: Sequence[str | Path]) -> ImageSet:
 
 
 FEW_STEPS = 200
-"""Steps below which a run is hardly more than its warm-up."""
+"""Runs of fewer steps are hardly more than a warm-up."""
 
 
 def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: Callable[[str], None]) -> None:
-    """Say what was found in the data and left out of it, and where the recipe is for far more images."""
+    """Note what was found in the data and left out, and whether the recipe is for far more images."""
     for line in account:
         note(f"data: {line}")
     if images == 1:
@@ -633,7 +633,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def _worker_count(workers: int | None, batch_bytes: int, note: Callable[[str], None]) -> int:
-    """How many processes read images ahead: what was asked for, as far as shared memory holds their batches."""
+    """Number of processes that read images ahead: as requested, or as many as shared memory has room for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(8, cores - 1) if workers is None else workers
     if not wanted or not SHARED_MEMORY.is_dir():

@@ -1,6 +1,6 @@
-"""Many images, in batches as large as memory and reproducibility allow.
+"""Sampling many images, in batches as large as memory and reproducibility allow.
 
-Shapes: B images, P pixels a side.
+Shapes: B images, P pixels per side.
 """
 
 from collections import deque
@@ -33,10 +33,10 @@ PLANNED = 0.85
 def fitting_batch(
     tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, refiner: Transformer | None = None
 ) -> int:
-    """How many images should fit into a GPU's memory, a power of two; too many are halved later.
+    """Estimate how many images fit into a GPU's memory, a power of two; too many are halved later.
 
-    It is the whole memory, not what others leave free of it: in 16 bits the images depend on the size of their
-    batch, and are to be the same each time on the same machine.
+    The whole memory counts, not what is free of it: in 16 bits the images depend on the batch size, and must be the
+    same every time on the same machine.
     """
     device, transformers = block_weight(transformer).device, [transformer, *([refiner] if refiner else [])]
     if device.type != "cuda":
@@ -106,16 +106,16 @@ Wanted = TypeVar("Wanted", bound=Request)
 
 @dataclass(frozen=True, slots=True)
 class Underway(Generic[Wanted]):
-    """Images that a GPU is busy with, or has put into the host's memory."""
+    """Images that a GPU is sampling, or has copied to the host's memory."""
 
     group: Sequence[Wanted]
     pixels: Tensor
-    """(B, P, P, 3) uint8 in the host's memory, not there before `arrived`."""
+    """(B, P, P, 3) uint8 in the host's memory, not valid before `arrived`."""
     arrived: torch.cuda.Event | None
-    """None where nothing is waited for."""
+    """None where there is nothing to wait for."""
 
     def images(self) -> Iterator[tuple[Wanted, Pixels]]:
-        """Yield each request with its image, having waited for them."""
+        """Wait for the images, and yield each request with its image."""
         if self.arrived is not None:
             self.arrived.synchronize()
         yield from zip(self.group, self.pixels.numpy(), strict=False)  # a padded batch has more images
@@ -140,7 +140,7 @@ class BatchSampler:
             transformer: predicts the tokens.
             config: settings of all images.
             batch_size: images per batch where there are batches; None means as many as memory seems to hold.
-            note: called with a line that says what makes this run slower than it might be.
+            note: called with a line about what makes this run slower than it could be.
             refiner: predicts the tokens from `config.refine_from` on.
         """
         self.tokenizer, self.transformer, self.config, self.note = tokenizer, transformer, config, note
@@ -182,7 +182,7 @@ class BatchSampler:
 
         Args:
             request: which image.
-            scales: after which ones, the coarsest being 1; None is all. Each is sampled when it is asked for.
+            scales: after which ones, the coarsest being 1; None is all. Each is sampled when the iterator reaches it.
         """
         models, label, seed = (self.tokenizer, self.transformer), [request.label], [request.seed]
         for result in generate(*models, label, seed, self.config, refiner=self.refiner):
@@ -190,16 +190,16 @@ class BatchSampler:
                 yield decode(self.tokenizer, result.f_hat)[0]
 
     def _size(self, count: int, several: bool) -> int:
-        """The batch size that is computed for a number of images.
+        """Return the batch size to compute for a number of images.
 
-        In 16 bits that shows in the images, so that the last batch of several is as large as those before it.
+        In 16 bits the images depend on it, so the last of several batches is as large as those before it.
         """
         if several:
             return max(count, self.batch_size)
         return count if self.new_capture is None else padded_size(count, self.batch_size)
 
     def _begin(self, group: Sequence[Wanted], size: int) -> Iterator[Underway[Wanted]]:
-        """Yield the group on its way: as one batch or, where memory runs out, as several smaller ones."""
+        """Start a group and yield it: as one batch or, where memory runs out, as several smaller ones."""
         begun = self._attempt(group, size)
         if begun is None and any(runner.graphs for runner in self.runners.values()):
             self._drop_graphs()  # of other sizes, as one that ran out of memory keeps none
@@ -224,7 +224,7 @@ class BatchSampler:
         free_memory(block_weight(self.transformer).device)
 
     def _attempt(self, group: Sequence[Wanted], size: int) -> Underway[Wanted] | None:
-        """Return the group on its way, or None where memory ran out."""
+        """Start a group and return it, None where memory ran out."""
         try:
             return self._started(group, size)
         except (RuntimeError, MemoryError) as error:  # CUDA's own subclass, Metal and the CPU's allocator alike
@@ -270,15 +270,15 @@ def padded_size(count: int, largest: int) -> int:
 
 
 def fetched(group: Sequence[Wanted], pixels_BPP3: Tensor) -> Underway[Wanted]:
-    """Return images on their way to the host; nothing here waits for a GPU.
+    """Start to copy images to the host, without waiting for a GPU.
 
-    The copy is in the queue of the computation, so that the next batch cannot overwrite what is being
-    copied; it takes a thousandth of a batch's time.
+    The copy is queued in the stream of the computation, so that the next batch cannot overwrite its source; it takes a
+    thousandth of a batch's time.
     """
     if pixels_BPP3.device.type != "cuda":
         return Underway(group, pixels_BPP3.cpu(), None)
     there = torch.empty_like(pixels_BPP3, device="cpu", pin_memory=True)
-    arrived = torch.cuda.Event(blocking=True)  # who waits for it leaves the processor to those who encode
+    arrived = torch.cuda.Event(blocking=True)  # waiting for it leaves the CPU to the threads that encode
     there.copy_(pixels_BPP3, non_blocking=True)
     arrived.record(torch.cuda.current_stream(pixels_BPP3.device))  # which need not be the current device
     return Underway(group, there, arrived)

@@ -1,6 +1,6 @@
 """Zero-shot editing: the scale loop with the tokens that an image keeps (paper, section 5.3).
 
-Shapes: B squares, P pixels a side of the model, H = W = s_K, s the side and l = s² the tokens of one scale.
+Shapes: B squares, P pixels per side of the model's images, H = W = s_K, s the side and l = s² the tokens of one scale.
 Masks are True where to fill, and keep masks True where a token stays.
 """
 
@@ -37,19 +37,19 @@ _BATCH_BYTES = 2 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditConfig:
-    """How an edit is cut out, and put back; with an image, a mask and a SampleConfig it determines the result."""
+    """How an edit is composited; with an image, a mask and a SampleConfig it determines the result."""
 
     feather: int | None = None
     """Width in the image's pixels over which the new fades into the kept; None is half a token."""
     composite: bool = True
-    """Whether kept pixels come from the image; otherwise from the tokenizer's idea of them."""
+    """Whether kept pixels come from the image; otherwise they come from the decoder."""
     released_rule: bool = False
-    """Follow the released rule: the image's tokens as they are, nothing grown, nothing put back."""
+    """Follow the released rule: the image's tokens as they are, the hole is not grown, and nothing is composited."""
 
 
 @dataclass(slots=True)
 class Edited:
-    """What an edit gives, and how good it seems."""
+    """An edited image, and scores of how good it is."""
 
     pixels: Levels
     """(height, width, 3), of as many bits as what was given."""
@@ -57,9 +57,9 @@ class Edited:
     seams: list[float] = field(default_factory=list)
     """Of each region, how far old and new differ where they meet, in grey levels of 255."""
     log_likelihoods: list[float] = field(default_factory=list)
-    """Of each region's new tokens under the model, mean of the natural logarithms; empty if not asked for."""
+    """Of each region's new tokens under the model, mean of the natural logarithms; empty unless requested."""
     frames: list[Pixels] = field(default_factory=list)
-    """The image as it grew; empty if not asked for."""
+    """The image as it grew; empty unless requested."""
 
     @property
     def seam(self) -> float:
@@ -130,7 +130,7 @@ def keep_as_released(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
 
 @contextmanager
 def _enough_memory() -> Iterator[None]:
-    """Turn memory that runs out into the one line a user can act on."""
+    """Turn an out-of-memory error into one line that a user can act on."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -227,10 +227,10 @@ class Editor:
 
     @torch.inference_mode()
     def keep(self, given: Sequence[Levels], unknowns: Sequence[Mask]) -> Keep:
-        """Which tokens of square images stay; they know nothing of what is in the holes.
+        """Which tokens of square images are kept; they do not depend on what is in the holes.
 
-        Differs: the released rule tokenizes the image with what is in the hole, which then shows
-        through in the tokens around it.
+        Differs: the released rule tokenizes the image with the content of the hole, which then shows in the tokens
+        around it.
         """
         config, device = self.tokenizer.config, block_weight(self.transformer).device
         rule = keep_as_released if self.rule.released_rule else keep_by_coverage
@@ -251,12 +251,12 @@ class Editor:
         return generate(*models, labels, seeds, config, refiner=self.refiner, keep=keep)
 
     def _feather(self, side: int) -> int:
-        """Return over how many pixels of a square of this side the new fades."""
+        """Return the feather width of a square of this side, in pixels."""
         half_token = max(1, round(side / self.tokenizer.config.sides[-1] / 2))
         return half_token if self.rule.feather is None else self.rule.feather
 
     def _matched(self, given: Levels, decoded: Pixels, hole: Mask) -> Levels:
-        """What was made, as large as what was given and, if it is to be put in there, on its level."""
+        """The decoded square at the size of the given one and, for compositing, matched to its levels."""
         made = as_deep_as(enlarged(decoded, len(given)), given)
         return match_levels(given, made, hole, self.tokenizer.config.sides[-1]) if self._composites else made
 

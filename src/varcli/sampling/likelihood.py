@@ -1,6 +1,6 @@
-"""How likely the tokens of an image are given a class, and which class explains an image best.
+"""Likelihood of an image's tokens given a class, and which class explains an image best.
 
-Shapes: B images, R rows of the transformer's batch, P pixels a side, L tokens of all scales that are given, l of one.
+Shapes: B images, R rows of the transformer's batch, P pixels per side, L tokens of all scales that are given, l of one.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def log_probabilities(
 ) -> Tensor:
     """Return the natural logarithm of each token's probability given a class and all coarser tokens, (R, L).
 
-    All scales are computed in one pass, and what they see is computed once where all rows are of one image.
+    All scales are computed in one pass, and their input is computed once where all rows are of one image.
 
     Args:
         tokenizer: in evaluation mode, on the transformer's device.

@@ -1,7 +1,7 @@
-"""The sampler once more, plain: one image, no cache, nothing clever. It is the specification.
+"""The naive sampler: one image, no cache, nothing clever. It is the specification.
 
-`sampling/sampler` must draw the same tokens, which the tests check; `var bench --vs naive` measures how much
-faster it does.
+`sampling/sampler` must sample the same tokens, which the tests check; `var bench --vs naive` measures how much faster
+it is.
 
 Shapes: l tokens of one scale, D width, C codebook channels, V codebook rows, K candidates of a draw, s the side
 of a scale.
@@ -74,7 +74,7 @@ def sample(
 
 
 def image_seed(seed: int, label: int) -> int:
-    """What the image's own generator starts from."""
+    """Seed of the image's own generator."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {label}".encode(), digest_size=4).digest(), "little")
 
 
@@ -88,7 +88,7 @@ def scale_logits(
 ) -> Tensor:
     """Return the logits (l, V) of the scale after those given, computed from the whole sequence so far.
 
-    `seen` says what is seen of each scale's input.
+    `seen` maps each scale's input to what the transformer sees of it.
     """
     scale, sides = len(f_hats), transformer.config.sides
     class_1D = transformer.class_emb(torch.tensor([label], device=transformer.pos_start.device))
@@ -125,7 +125,7 @@ def draw(logits_lV: Tensor, u_l: Tensor, config: SampleConfig) -> Tensor:
 
 
 def smooth_weights(logits_lV: Tensor, config: SampleConfig, ratio: float, source: torch.Generator) -> Tensor:
-    """Return Gumbel-softmax weights of the codebook rows, (l, V), the noise handed out best token first."""
+    """Return Gumbel-softmax weights of the codebook rows, (l, V); the best token gets the first noise."""
     sorted_lV, order_lV = filtered(logits_lV, config).sort(dim=1, descending=True)
     count = min(config.top_k, logits_lV.shape[1]) or logits_lV.shape[1]
     noise_lK = -torch.empty(len(logits_lV), count).exponential_(generator=source).log().to(logits_lV)

@@ -1,7 +1,7 @@
 """The next-scale loop, once: class and seed to token maps, and feature maps to pixels.
 
 Shapes: B images, s the side and l = s² the tokens of one scale, L tokens of all scales, C codebook
-channels, V codebook rows, K candidates of a draw, H = W = s_K, P pixels a side.
+channels, V codebook rows, K candidates of a draw, H = W = s_K, P pixels per side.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Tokens of a given image that stay where they are while the rest is drawn."""
+    """Tokens of a given image that are kept while the rest is sampled."""
 
     tokens: list[Tensor]
     """The given image's token maps, (B, l) or (1, l)."""
@@ -58,7 +58,7 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class ScaleResult:
-    """What is known after one scale."""
+    """Result of one scale."""
 
     scale: int
     """Which scale, from 0."""
@@ -72,7 +72,7 @@ class ScaleResult:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How one batch gets from logits to tokens, and from tokens to what the next scale sees."""
+    """How a batch gets from logits to tokens, and from tokens to the input of the next scale."""
 
     quantizer: Quantizer
     config: SampleConfig
@@ -81,7 +81,7 @@ class Drawing:
     sources: list[torch.Generator]
     """Each image's own."""
     u_BL: Tensor | None
-    """Their numbers in [0, 1), one a token; none in a smooth run, which asks the sources for more."""
+    """Their random numbers in [0, 1), one per token; None in a smooth run, which draws from the sources itself."""
 
     def step(self, scale: int, logits_BlV: Tensor, f_hat_BCHW: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return a scale's tokens (B, l), f_hat with them, and, if there is a next scale, its input (B, l, C)."""
@@ -183,7 +183,7 @@ DECODED_AT_ONCE = 16
 
 @torch.inference_mode()
 def decode_on_device(tokenizer: Tokenizer, f_hat_BCHW: Tensor) -> Tensor:
-    """Return the same (B, P, P, 3), where the models are and without waiting for them."""
+    """Return the same (B, P, P, 3) on the models' device, without waiting for it."""
     f_hat_BCHW = f_hat_BCHW.to(tokenizer.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
     parts = [tokenizer.decode_features(part).float() for part in f_hat_BCHW.split(DECODED_AT_ONCE)]
     return torch.cat([in_8_bits(part.clamp(-1, 1)) for part in parts])

@@ -1,4 +1,4 @@
-"""The transformer at work on one batch of images, scale after scale.
+"""The transformer during sampling: one batch of images, scale after scale.
 
 Shapes: B images, R rows of the transformer's batch (B, and B more for each guidance: conditional, unconditional, those
 of a damaged prefix), l tokens of one scale, D width, C codebook channels, V codebook rows.
@@ -18,7 +18,7 @@ from varcli.sampling import guidance
 
 
 class ScaleModel:
-    """What is computed once a batch, what is remembered between scales, and the logits of each."""
+    """What is computed once per batch, the cache between scales, and the logits of each scale."""
 
     def __init__(
         self,
@@ -27,15 +27,15 @@ class ScaleModel:
         config: SampleConfig,
         sides: tuple[int, ...] | None = None,
     ) -> None:
-        """Take what a batch is made with and of.
+        """Prepare for a batch.
 
         Args:
             transformer: that `dispatch.prepare` made ready.
             labels: index of each image's class in the class table, `config.null_class` for "no class"; as a tensor on
                 the model's device, nothing here waits for the host.
             config: guidance.
-            sides: of the scales that there is room for in the cache, the last of which it may leave out; None means
-                the transformer's own.
+            sides: of the scales that the cache has room for, of which it may leave out the last; None means the
+                transformer's own.
         """
         model, weight = transformer, block_weight(transformer)
         self.transformer, self.config, self.count = model, config, len(labels)
@@ -66,17 +66,16 @@ class ScaleModel:
         return guidance.guided(logits_BlV, before_BlV, self.config.ssg)
 
     def take_over(self, other: "ScaleModel", inputs: Sequence[Tensor | None]) -> None:
-        """Go on where another model stopped, having seen the inputs of the scales that it drew.
+        """Continue from another model, after running on the inputs of the scales that it sampled.
 
-        They are seen one scale after the other, as if this model had drawn them: in one pass they would be rounded
-        differently.
+        It runs one scale after the other, as if it had sampled them: one pass over all would round differently.
         """
         for scale, input_BlC in enumerate(inputs):
             self.hidden(scale, input_BlC)
         self.before_BlV = other.before_BlV
 
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
-        """What the head is to see of a scale in each row, (R, l, D)."""
+        """Return the head's input for a scale, (R, l, D)."""
         self.cache.filled = spans(self.transformer.config.sides)[scale].start
         return self.normalized(self.through_blocks(self.entering(scale, input_BlC)))
 
@@ -95,15 +94,15 @@ class ScaleModel:
             return self.blocks.step(x_RlD, self.modulations, self.cache)
 
     def normalized(self, x_RlD: Tensor) -> Tensor:
-        """What the head is to see of it, (R, l, D)."""
+        """Return the head's input, (R, l, D)."""
         return normalize(x_RlD, self.final_scale, self.final_shift)
 
     def guide(self, h_RlD: Tensor, scale: int) -> Tensor:
         """Return (1 + t)·conditional - t·unconditional, (B, l, D), with t = cfg·k/(K-1).
 
-        With prefix guidance, vpg·(conditional - damaged) comes on top.
+        With prefix guidance, vpg·(conditional - damaged) is added.
 
-        Differs: mixed before the head instead of after it, the same because the head is linear.
+        Differs: mixed before the head instead of after it, which is the same because the head is linear.
         """
         t = self.config.cfg * progress_ratio(scale, len(self.transformer.config.sides))
         t *= scale in self.config.guided_scales
