@@ -336,7 +336,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model, tmp_path):
 def test_old_option_names_work_for_one_version(old, new, capsys):
     assert cli.with_new_names(old) == new
     (note,) = capsys.readouterr().err.splitlines()
-    assert note.startswith("var: --") and note.endswith("the old name goes in the next version")
+    assert note.startswith("var: --") and note.endswith("the old name will be removed in the next version")
 
 
 @pytest.mark.parametrize("words", [["sample", "-c", "1"], ["--best", "most"], ["--", "--draft"]])

@@ -98,7 +98,7 @@ def _others(vs: str | None) -> list[str]:
     """What to compare with, each once."""
     given = [name.strip() for name in vs.split(",")] if vs is not None else []
     if "plain" in given:
-        note("--vs plain is now --vs naive; the old name goes in the next version")
+        note("--vs plain is now --vs naive; the old name will be removed in the next version")
         given = ["naive" if name == "plain" else name for name in given]
     if set(given) - {"naive", "raster"}:
         raise UsageError(f"--vs must be naive, raster, or naive,raster (got {vs})")

@@ -128,7 +128,7 @@ def evaluate(
             raise UsageError(f"--{name.replace('_', '-')} is for images to be sampled, not for images that exist")
     if resize and sampled and not reference:
         raise UsageError(
-            "--resize is for images that exist, and for those of --reference; sampled have the model's size"
+            "--resize is for images that exist, and for those of --reference; sampled ones have the model's size"
         )
     chosen = tuple(name.removeprefix("metric_") for name in metrics)
     if tokenizer and set(chosen) - {"fid", "sfid", "agreement"}:
@@ -229,7 +229,7 @@ def eval_stats(
 
 
 def _paths_on_stdin() -> Iterable[str]:
-    """The lines of standard input; paths may hold bytes that are no text."""
+    """The lines of standard input; paths may hold bytes that are not valid text."""
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     return sys.stdin
@@ -258,7 +258,7 @@ def _check_outputs(
 
 
 def _report(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:
-    """Write and print the result, with what makes it incomparable beside it."""
+    """Write and print the result, and print its warnings."""
     if out:
         from varcli.files import write_atomically
 

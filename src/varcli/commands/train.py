@@ -296,7 +296,7 @@ def status(
 
 
 def _report(quiet: bool) -> Any:
-    """What prints figures as they come, one line on stderr; beside a progress bar only those of validations."""
+    """Return a function that prints figures, one line on stderr; with a progress bar only those of validations."""
 
     def report(step: int, steps: int, figures: "Metrics") -> None:
         validated = any(name.startswith("validation_") for name in figures)
@@ -310,7 +310,7 @@ def _report(quiet: bool) -> Any:
 
 
 _IN_THE_LOG_ONLY = re.compile(r"^step$|^images_seen$|^seconds_left$|^memory|_\d+$")
-"""Figures that a line on stderr has no room for: those of single scales among them."""
+"""Figures that are only logged, among them those of single scales."""
 
 
 def _finish(figures: "Metrics", checkpoint: Path, run: RunOptions) -> None:

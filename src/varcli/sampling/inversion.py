@@ -47,7 +47,7 @@ def repaint(
         from_label: index of the class that the image shows.
         seed: of the noise, the image's and the new.
         strength: between 0 and 1.
-        config: settings of sampling. No filter applies where the image's noise is used, since its tokens may be unlikely.
+        config: settings of sampling. Filters do not apply where the image's noise is used: its tokens may be unlikely.
         refiner: as for `generate`.
 
     Source: VARIN (arXiv 2509.01984), with exact noise in place of its location-aware inversion; the coarse scales stay
@@ -83,8 +83,9 @@ def invert(
 def gumbels_given(logits_BlV: Tensor, idx_Bl: Tensor, sources: Sequence[torch.Generator]) -> Tensor:
     """Draw standard Gumbel noise, (B, l, V) float64, for which the sum of logits and noise is largest at `idx_Bl`.
 
-    The largest sum has a Gumbel distribution located at the logarithm of the summed exponentials, whichever token has it;
-    the others have Gumbel distributions truncated there. All tensors are on the CPU, since not every device has float64.
+    The largest sum has a Gumbel distribution located at the logarithm of the summed exponentials, whichever token has
+    it; the others have Gumbel distributions truncated there. All tensors are on the CPU, since not every device has
+    float64.
 
     Source: Maddison, Tarlow and Minka 2014 (arXiv 1411.0030), top-down sampling.
     """

@@ -68,8 +68,8 @@ def candidates(logits_BlV: Tensor, top_k: int, top_p: float, temperature: float 
 def best(logits_BlV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest float32 logits, best first, and their codebook rows, (B, l, K) each; NaN comes before all.
 
-    On x86 NumPy's vectorized selection and sort of integers are faster than torch's of floats with indices, with AVX-512
-    three times. So each logit and its index are packed into one integer of the same order; NaN has none.
+    On x86 NumPy's vectorized selection and sort of integers are faster than torch's of floats with indices, three times
+    with AVX-512. So each logit and its index are packed into one integer of the same order; NaN has none.
     """
     vectorized = logits_BlV.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if not vectorized or logits_BlV.sum().isnan():

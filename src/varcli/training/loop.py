@@ -72,7 +72,7 @@ class Stage(Protocol):
         """Clear the gradients."""
 
     def observe(self, step: int) -> dict[str, Tensor]:
-        """Return figures of the state after a step that is logged, the same on all ranks; vectors hold one per scale."""
+        """Return figures of the state after a logged step, the same on all ranks; vectors hold one per scale."""
 
     def validate(self) -> Metrics:
         """Return figures of the averaged weights on held-out images."""
@@ -372,7 +372,7 @@ def train(stage: Stage, run: Run) -> Metrics:
 
 
 def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
-    """Take the steps from `start` on; returns the last figures. A finished run only has its checkpoint written again."""
+    """Take the steps from `start` on; returns the last figures. Of a finished run only the checkpoint is written."""
     group = stage.group
     log = MetricsLog(run.folder, start, run.batch) if group.is_main else None
     remaining = range(start, run.steps)

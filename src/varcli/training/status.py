@@ -1,7 +1,7 @@
 """Checks of a training run: what is normal, and what is off in this run, from its metrics log alone.
 
-Each check compares a figure with that of a healthy run. The bounds are wide. They were tried on small runs, healthy ones
-and others with a planted fault (tests/test_status.py): a check that is off is worth a look.
+Each check compares a figure with that of a healthy run. The bounds are wide. They were tried on small runs, healthy
+and with a planted fault (tests/test_status.py): a check that is off is worth a look.
 """
 
 import json

@@ -40,7 +40,7 @@ DEAD = 0.01
 """A row is dead when it is hit less often than this fraction of what even use would give."""
 
 COLLAPSED = 0.005
-"""A scale has collapsed when its perplexity is below this fraction of the largest possible one; the worst of tiny64's has 0.02."""
+"""A scale has collapsed when its perplexity is below this fraction of the largest possible; tiny64's worst has 0.02."""
 
 
 def collapsed(perplexity: float, codebook_size: int, tokens: int) -> bool:

@@ -126,7 +126,7 @@ def token_losses(tokens_BL: Tensor, at_once: int | None, head: nn.Module, x_BLD:
 
 
 def frequency_loss(tokens: TokenCache, held: TokenCache, config: TransformerConfig) -> float:
-    """Return the cross-entropy, in nats per token, of held-out tokens under the token frequencies of each scale in training.
+    """Return the cross-entropy, in nats per token, of held-out tokens under each scale's token frequencies in training.
 
     A model that has learned anything beyond these frequencies is below it.
     """
