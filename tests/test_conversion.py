@@ -436,7 +436,7 @@ def test_a_bomb_and_an_endless_file_are_not_read(tmp_path):
             content.write(bytes(1_000_000))
     with pytest.raises(CheckpointError, match="its table of contents has 101000000 bytes"):
         convert([tmp_path / "bomb.pth"], tmp_path / "o")
-    with pytest.raises(CheckpointError, match="/dev/zero cannot be read: it is no file"):
+    with pytest.raises(CheckpointError, match="/dev/zero cannot be read: it is not a file"):
         convert([Path("/dev/zero")], tmp_path / "o")
 
 

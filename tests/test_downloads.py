@@ -192,7 +192,9 @@ def test_full_disk(server, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(downloads, "_receive", full)
-    with pytest.raises(RunError, match=r"cannot store x\.npz: No space left on device; what came so far is kept"):
+    with pytest.raises(
+        RunError, match=r"cannot store x\.npz: No space left on device; the bytes received so far are kept"
+    ):
         get(server, tmp_path)
 
 

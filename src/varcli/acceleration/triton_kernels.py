@@ -29,14 +29,14 @@ def _advance(
     block: tl.constexpr,
     adds: tl.constexpr,
 ) -> None:
-    """One program a token: x += h·γ where it `adds`, out = LN(x)·factor + shift."""
+    """One program per token: x += h·γ where it `adds`, out = LN(x)·factor + shift."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width
     vector = token // length * vector_stride + column
     place = token * width + column
     value = tl.load(x + place, mask=inside, other=0.0)
-    multiplied = tl.load(factor + vector, mask=inside, other=0.0)  # asked for before the sums have to be waited for
+    multiplied = tl.load(factor + vector, mask=inside, other=0.0)  # loaded before the sums are waited for
     moved = tl.load(shift + vector, mask=inside, other=0.0)
     if adds:
         added = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def _normalize(
     block: tl.constexpr,
     channels: tl.constexpr,
 ) -> None:
-    """One program a token: unit queries times their temperature stay, unit keys and the values go into the cache."""
+    """One program per token: unit queries times their temperature stay, unit keys and the values go into the cache."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, block)[:, None]
     channel = tl.arange(0, channels)[None, :]
@@ -138,9 +138,9 @@ class KernelBlock(GpuBlock):
 
 
 PARTS = 512
-"""Into how many parts the positions of an image are divided, at most, so that a single one keeps a GPU busy."""
+"""Most parts that the positions of an image are divided into, so that a single image keeps a GPU busy."""
 SMALLEST_PART = 64
-"""Positions; fewer are not worth a program."""
+"""Least number of positions per program."""
 AT_ONCE = 4096
 """Values that a program holds at a time."""
 
@@ -155,7 +155,7 @@ def _channel_sums(
     block: tl.constexpr,
     at_once: tl.constexpr,
 ) -> None:
-    """One program an image and part of its positions: sums of each channel, and of its squares."""
+    """One program per image and part of its positions: sums of each channel, and of its squares."""
     image, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, block)[None, :]
     total = tl.zeros([at_once, block], dtype=tl.float32)
@@ -185,7 +185,7 @@ def _group_factors(
     block: tl.constexpr,
     parts_block: tl.constexpr,
 ) -> None:
-    """One program an image and group: what each channel of the group is multiplied with, and what is added."""
+    """One program per image and group: factor and shift of each channel of the group."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     member = tl.arange(0, block)[None, :]
     part = tl.arange(0, parts_block)[:, None]
@@ -214,7 +214,7 @@ def _silu(
     block: tl.constexpr,
     at_once: tl.constexpr,
 ) -> None:
-    """One program some positions and an image: SiLU(x·factor + shift)."""
+    """One program per image and part of its positions: SiLU(x·factor + shift)."""
     image = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, block)[None, :]
     position = tl.program_id(0) * at_once + tl.arange(0, at_once)[:, None]
@@ -227,7 +227,7 @@ def _silu(
 
 
 def norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
-    """Return SiLU(norm(x)) of maps whose channels lie together (channels_last)."""
+    """Return SiLU(norm(x)) of maps in channels_last."""
     images, channels, height, width = x_BCHW.shape
     positions, size, block = height * width, channels // norm.num_groups, triton.next_power_of_2(channels)
     part = max(SMALLEST_PART, triton.next_power_of_2(triton.cdiv(positions, PARTS)))

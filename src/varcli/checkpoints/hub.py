@@ -1,7 +1,7 @@
 """Released checkpoints from the Hugging Face hub: resumed, checked, converted.
 
-The hub's library keeps no half-finished file for a later process to go on with, so the bytes are
-fetched here, into the place in its cache where they belong.
+The hub's library does not resume a download in another process, so the bytes are fetched here, into their path in its
+cache.
 """
 
 import re
@@ -71,7 +71,7 @@ def fetch(file: SourceFile) -> Path:
 
 
 def _transfer(file: SourceFile) -> Path:
-    """Download a file into the hub's cache, going on where an earlier attempt stopped."""
+    """Download a file into the hub's cache, resuming an earlier attempt."""
     url = hub.hf_hub_url(file.repository, file.name)
     about = patiently(lambda: hub.get_hf_file_metadata(url, timeout=TIMEOUT))
     etag = about.etag or ""
@@ -95,10 +95,10 @@ def _transfer(file: SourceFile) -> Path:
 
 
 def check(file: SourceFile, path: Path, reported: str) -> str:
-    """Hold a file's bytes to the sha256 known or, failing that, reported by the hub; return theirs.
+    """Check a file's sha256 against the known one or, failing that, the one that the hub reports; return it.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: it differs.
     """
     found = file_sha256(path)
     expected = recorded_sha256(file) or (reported if _is_sha256(reported) else found)
@@ -108,7 +108,7 @@ def check(file: SourceFile, path: Path, reported: str) -> str:
 
 
 def recorded_sha256(file: SourceFile) -> str | None:
-    """Return the sha256 a file has to have: the registry's, or that of its first download here."""
+    """Return the expected sha256 of a file: the registry's, or that of its first download here."""
     return file.sha256 or recorded(cache_folder()).get(file.name)
 
 

@@ -35,9 +35,9 @@ from varcli.models.transformer import Transformer
 
 FORMAT_VERSION = "1"
 DERIVED = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias")
-"""Buffers that follow from the configuration: not stored, made anew."""
+"""Buffers that follow from the configuration: not stored, but computed."""
 HASHED = ("kind", "tokenizer_config", "transformer_config", "classes")
-"""Metadata that decides images, as the weights do."""
+"""Metadata that determines images, as the weights do."""
 
 Config = TypeVar("Config", TokenizerConfig, TransformerConfig)
 Module = TypeVar("Module", bound=nn.Module)
@@ -130,7 +130,7 @@ def load_model(path: Path) -> Checkpoint:
 
 
 def check_together(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
-    """Raise CheckpointError unless the tokenizer's codebook and sides are those the transformer speaks."""
+    """Raise CheckpointError unless the tokenizer's codebook and sides are the transformer's."""
     for name in ("sides", "codebook_size", "codebook_width"):
         theirs, ours = getattr(tokenizer, name), getattr(transformer, name)
         if theirs != ours:
@@ -210,7 +210,7 @@ def without_initialization() -> Iterator[None]:
 def build(source: Path, module: type[Module], config: Any, state: Mapping[str, Tensor]) -> Module:
     """Return the module of a configuration, in evaluation mode, with these tensors as its weights.
 
-    Floats become float32; those that are it already are not copied.
+    Floats become float32; float32 tensors are not copied.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape or type, or has values that are not finite.
@@ -325,7 +325,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, registered: str | None = None) -> dict[str, str]:
-    """Return the hashes of a file that is whole, finite and as it was written.
+    """Verify that a file is whole, finite and unchanged; return its hashes.
 
     Args:
         path: of a tokenizer or model file.
@@ -370,7 +370,7 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if a tensor has a value that is not finite."""
     for name, tensor in tensors.items():
         if math.isfinite(float(tensor.sum())):
-            continue  # one such value would make the sum the like, and a sum is quick
+            continue  # one such value would make the sum not finite, and a sum is fast
         wrong = int((~tensor.isfinite()).sum())
         if wrong:
             raise CheckpointError(
