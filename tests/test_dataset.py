@@ -414,7 +414,7 @@ LEFT_OUT = {
     "keywords": (
         folder_of("all/1.png", "None/1.png"),
         2,
-        ["ask for 0 None, 1 all by number: the name has a meaning of its own"],
+        ["0 None, 1 all must be given by number: the name is a keyword"],
     ),
 }
 

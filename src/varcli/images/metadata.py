@@ -1,4 +1,4 @@
-"""What an image file says of itself besides its pixels, and the chunks of PNG files that say it.
+"""Metadata of image files, and the chunks of PNG files that hold it.
 
 Metadata is a dictionary with any of `dpi`, `aspect` (the shape of a pixel), `icc_profile`, `exif`, `xmp`, `texts` (of a
 PNG: a list of keywords, each with its chunk) and the names of the PNG chunks in `COLOUR_CHUNKS`.
@@ -19,10 +19,10 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 LARGEST_TEXT = 1 << 20
-"""Bytes of a text or a colour profile, unpacked; Pillow refuses files in which one is larger."""
+"""Most bytes of a text or a colour profile, decompressed; Pillow refuses files with a larger one."""
 
 _LARGEST_TEXTS = 32 << 20
-"""Bytes of all texts of a file, unpacked."""
+"""Most bytes of all texts of a file, decompressed."""
 
 _SHORTEST = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9}
 """Least length of chunks that decoders fail on if they are cut off."""
@@ -50,14 +50,14 @@ def chunks(content: bytes) -> Iterator[Chunk]:
 
 
 def readable_png(content: bytes) -> bytes:
-    """Return a PNG file without descriptions that are damaged or unpack to more than a megabyte; others as they are.
+    """Return a PNG file without metadata that is damaged or decompresses to more than a megabyte; others unchanged.
 
-    Viewers pass over them too.
+    Viewers skip it too.
     """
     dropped, texts = [], 0
     for chunk in chunks(content):
         if not chunk.name[:1].islower():
-            continue  # what the image is made of
+            continue  # a critical chunk
         size = _unpacked_size(chunk)
         texts += size
         damaged = zlib.crc32(chunk.name + chunk.data).to_bytes(4, "big") != content[chunk.end - 4 : chunk.end]
@@ -85,7 +85,7 @@ def text_chunks(content: bytes) -> list[tuple[str, Chunk]]:
 
 
 def with_chunks(content: bytes, added: list[tuple[bytes, bytes]]) -> bytes:
-    """Return a PNG file with more chunks, names and contents, behind its header."""
+    """Return a PNG file with chunks, given by name and content, inserted after its header."""
     after_header = next(chunks(content)).end
     packed = b"".join(
         len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big") for name, data in added
@@ -94,7 +94,7 @@ def with_chunks(content: bytes, added: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def text_chunk(keyword: str, text: str) -> tuple[bytes, bytes]:
-    """Return the chunk of a text: tEXt where Latin-1 has all its letters, else iTXt."""
+    """Return the chunk of a text: tEXt where it fits Latin-1, else iTXt."""
     name = keyword.encode("latin-1")
     try:
         return b"tEXt", name + b"\0" + text.encode("latin-1")
@@ -126,7 +126,7 @@ def _unpacked_size(chunk: Chunk) -> int:
 # --- metadata --------------------------------------------------------------------------------------
 
 COLOUR_CHUNKS = ("cICP", "mDCV", "cLLI", "gAMA", "cHRM", "sRGB")
-"""PNG chunks that say which colours the levels stand for, besides a profile."""
+"""PNG chunks about colours, besides a profile."""
 
 _ORIENTATION, _RESOLUTION, _EXIF_IFD = 0x0112, (0x011A, 0x011B, 0x0128), 0x8769
 _PIXEL_SIZE = (0xA002, 0xA003)
@@ -147,11 +147,11 @@ _PER_METRE = 0.0254
 
 
 def read_metadata(opened: Image.Image, upright: Image.Image, content: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return what goes into a PNG, and in words what is left out because it is too large or damaged.
+    """Return the metadata that a PNG can hold, and names of what is left out because it is too large or damaged.
 
     Args:
         opened: the image, loaded.
-        upright: the same, turned as it says.
+        upright: the same, with its EXIF orientation applied.
         content: its file.
     """
     found: dict[str, Any] = {c.name.decode("latin-1"): c.data for c in chunks(content)}
@@ -177,7 +177,7 @@ def read_metadata(opened: Image.Image, upright: Image.Image, content: bytes) -> 
         left_out.append("colour profile (damaged, or larger than 1 MB)")
     try:
         exif = _exif(opened)
-    except Exception:  # what cameras write may be anything
+    except Exception:  # cameras may write anything
         left_out.append("EXIF data (damaged)")
     else:
         info |= {"exif": exif} if exif else {}
@@ -196,7 +196,7 @@ def _resolution(image: Image.Image) -> tuple[float, float] | None:
 
 
 def _aspect(image: Image.Image) -> tuple[int, int] | None:
-    """Return how many pixels are as long as each other in both directions, None where they are square."""
+    """Return the aspect ratio of a pixel as numbers of pixels of equal length, None where pixels are square."""
     pair = image.info.get("aspect") or (image.info.get("jfif_unit") == 0 and image.info.get("jfif_density"))
     if not pair or pair[0] == pair[1] or min(pair) < 1:
         return None
@@ -217,7 +217,7 @@ def _exif(image: Image.Image) -> bytes:
 
 
 def metadata_chunks(info: dict[str, Any]) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
-    """Return the PNG chunks that say it: those about colours, and those that follow the texts."""
+    """Return the PNG chunks of metadata: those about colours, and those that follow the texts."""
     colours = [(name.encode(), info[name]) for name in COLOUR_CHUNKS if name in info]
     if "icc_profile" in info:
         colours = [chunk for chunk in colours if chunk[0] != b"sRGB"]  # the standard allows one of both

@@ -57,13 +57,13 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """What a training run has written about itself."""
+    """Log, settings and samples of a training run."""
 
     name: str
     lines: tuple[Mapping[str, float], ...]
     """Of its metrics log, oldest first."""
     settings: Mapping[str, Any]
-    """All that shaped it; empty where its state is no longer there."""
+    """All that it depends on; empty where its state is gone."""
     sheet: bytes | None
     """The last sheet of sample images, a PNG."""
 
@@ -148,7 +148,7 @@ def measured_name(result: Result) -> str:
 
 
 def label_results(results: Sequence[Result]) -> list[Evaluation]:
-    """Label results by what tells them apart; where nothing does, number them."""
+    """Label results by what distinguishes them; where nothing does, number them."""
     names = [measured_name(result) for result in results]
     labels = [[name] for name in names]
     details = [_details(result) for result in results]
@@ -169,7 +169,7 @@ def label_results(results: Sequence[Result]) -> list[Evaluation]:
 
 
 def _details(result: Result) -> list[str]:
-    """What may tell a result from others of its name, the most telling first; empty where it does not say."""
+    """What may distinguish a result from others of its name, the most useful first; empty where unknown."""
     checkpoint = result.checkpoint or {}
     return [
         result.what,

@@ -15,7 +15,7 @@ from varcli.report.load import Evaluation, TrainingRun
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What stands in one place of a table."""
+    """A cell of a table."""
 
     text: str
     detail: str = ""
@@ -54,7 +54,7 @@ class Table:
 
 
 def without_empty_columns(caption: str, headings: Sequence[str], groups: Sequence[Sequence[Row]]) -> Table:
-    """Make a table of the columns in which something stands."""
+    """Make a table of the columns that are not empty."""
     kept = [i for i in range(len(headings) - 1) if any(not row.cells[i].empty for rows in groups for row in rows)]
     slim = [
         tuple(Row(row.head, tuple(row.cells[i] for i in kept), row.published, row.warnings) for row in rows)
@@ -198,7 +198,7 @@ SETTING_NAMES = {
     "seconds.features": "time for features",
     "version": "varcli",
 }
-"""What settings are called where their names in the result do not say it."""
+"""Names of settings whose names in the result are not clear."""
 SETTINGS = (
     *("checkpoint", "source", "n", "what", "classes", "reference", "extractor", "protocol"),
     *("version", "date", "seconds"),

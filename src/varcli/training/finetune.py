@@ -1,4 +1,4 @@
-"""Fine-tuning a transformer: begin with trained weights, train few of them, or do without guidance afterwards.
+"""Fine-tuning a transformer: start from trained weights, train few of them, or make guidance unnecessary.
 
 Shapes: B images, D channels, C classes, K scales, L tokens of all scales, s_k the side of a scale.
 """
@@ -26,7 +26,7 @@ Sides = tuple[int, ...]
 def warm_start(model: Transformer, classes: ClassTable, trained: Transformer, known: ClassTable) -> int:
     """Give a model the weights of a trained one of the same shape, though it may have other classes or sides.
 
-    Rows of classes that both know are kept, the others begin at the mean of all known classes. Embeddings of
+    Rows of classes that both know are kept, the others start at the mean of all known classes. Embeddings of
     positions and levels are interpolated to other sides.
 
     Args:
@@ -101,7 +101,7 @@ def interpolated_levels(level_KD: Tensor, count: int) -> Tensor:
 ADAPTED = re.compile(r"(attn\.(mat_qkv|proj)|ffn\.fc[12]|ada_lin\.1)$")
 """Linear maps that LoRA adapts: attention, feed-forward and modulation."""
 MODULATION = ("ada_lin.", "ada_gss", "class_emb.")
-"""What the modulation alone consists of, with the class embedding it is computed from."""
+"""Weights of the modulation, with the class embedding that it is computed from."""
 
 
 class LowRank(nn.Module):
@@ -119,7 +119,7 @@ class LowRank(nn.Module):
 
 
 def adapt(model: Transformer, adapter: str) -> None:
-    """Let only an adapter's weights be trained, and the class embedding.
+    """Train only an adapter's weights and the class embedding.
 
     Args:
         model: a plain transformer.
