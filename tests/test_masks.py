@@ -110,7 +110,7 @@ def test_boxes_and_margins():
         (parse_target, "200", "--to must be width x height in pixels, such as 1024x256 (got 200)"),
         (parse_target, "200x40", "--to must be larger than the image's 100x50 (got 200x40)"),
         (parse_target, "100x50", "--to must be larger than"),
-        (parse_target, "99999x99999", "--to 99999x99999 makes 99999 × 99999 pixels; memory is"),
+        (parse_target, "99999x99999", "--to 99999x99999 makes 99999 × 99999 pixels, and memory"),
     ],
 )
 def test_mistakes(parse, text, message):

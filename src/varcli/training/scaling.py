@@ -205,7 +205,7 @@ def linear_fits(terms_GRT: Array, loss_R: Array) -> tuple[Array, Array]:
 
 
 def _reweighted(terms_GRT: Array, loss_R: Array) -> tuple[Array, Array]:
-    """Least squares of relative residuals, reweighted to a Huber loss; infinite cost where a coefficient is negative."""
+    """Least squares of relative residuals, reweighted to a Huber loss; infinite cost where a term is negative."""
     weight_GR = np.ones(terms_GRT.shape[:2])
     for _ in range(REWEIGHTINGS):
         scaled_GRT = terms_GRT * (weight_GR / loss_R)[..., None]
