@@ -404,7 +404,7 @@ def test_jpeg_and_another_size_than_the_reference(measure, tmp_path):
         Image.open(path).resize((32, 32)).save(tmp_path / "large" / f"{path.stem}.jpg")
     found, _ = measure("large", "--fid", "--reference", "small")
     assert any("40 of 40 images are JPEG" in warning for warning in found["warnings"])
-    assert any("32 pixels a side against a reference of 16" in warning for warning in found["warnings"])
+    assert any("32 pixels per side against a reference of 16" in warning for warning in found["warnings"])
 
 
 def test_block_of_text(measure, tmp_path, capsys):

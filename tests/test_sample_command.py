@@ -343,7 +343,7 @@ def test_values_that_are_not_finite_are_told_before_an_image_is_made(model, monk
     assert cli.run(words) == 4
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "3 values of t" in err and "are not finite: train or convert again" in err
+    assert "3 values in t" in err and "that are not finite: train or convert again" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors", "hole.png"]
 
 
@@ -353,7 +353,7 @@ def test_an_archive_of_an_earlier_run_is_replaced_with_a_word(sample, capsys, na
     sample("-c", "207", "-n", 3, "-o", name, "--dtype", "fp32", "--resume")
     assert capsys.readouterr().err == ""
     sample("-c", "207", "-o", name, "--dtype", "fp32")
-    assert f"{name} is of an earlier run and will be replaced; --resume would" in capsys.readouterr().err
+    assert f"{name} is from an earlier run and will be replaced; --resume would" in capsys.readouterr().err
     Path(name).rename(f"{name}.part")  # as a run that was stopped leaves it
     sample("-c", "207", "-o", name, "--dtype", "fp32")
     assert f"{name}.part is of an earlier run" in capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_foreign_file(tmp_path, name):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.safetensors")
     for read in (load_tensors, load_header):
-        with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: it is no file"):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: it is not a file"):
             read(tmp_path / "x.safetensors")
 
 

@@ -226,7 +226,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--freeze", "nothing.*"], 2, "--freeze nothing.* matches no weight; names are such as "),
         (["--freeze", "*"], 2, "--freeze * leaves no weight to train"),
         (["--device", "cuda:9"], 2, "no device cuda:9"),
-        (["--sides", "1"], 2, "--gan must be 0 for images of fewer than 8 pixels a side"),
+        (["--sides", "1"], 2, "--gan must be 0 for images of fewer than 8 pixels per side"),
     ],
 )
 def test_bad_options_end_in_one_line(more, code, message, data, tmp_path, capsys):
