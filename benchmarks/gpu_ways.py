@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from gpu_book import Book
 
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_blocks import GpuBlock
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, Wanted, raster_scan
@@ -61,7 +62,7 @@ def random_models(depth: int, quick: bool) -> Models:
 @contextmanager
 def plain_blocks() -> Iterator[None]:
     """Sample with the transformer's own blocks."""
-    with mock.patch.object(scale_model, "fastest", lambda transformer: (transformer, KeyValueCache)):
+    with mock.patch.object(scale_model, "fastest_blocks", lambda transformer: (transformer, KeyValueCache)):
         yield
 
 
@@ -72,7 +73,7 @@ def torch_operations(tokenizer: Tokenizer) -> Iterator[None]:
     with ExitStack() as patches:
         for norm in norms:
             patches.enter_context(mock.patch.object(norm, "kernel", None))
-        patches.enter_context(mock.patch.object(scale_model, "gpu_block", lambda device, dtype: GpuBlock))
+        patches.enter_context(mock.patch.object(dispatch, "gpu_block", lambda device, dtype: GpuBlock))
         yield
 
 
@@ -84,7 +85,7 @@ def requests(models: Models, count: int, first: int) -> list[Wanted]:
 def sampling(run: Run, models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:
     """Return what makes images as `var sample` does, with or without graphs."""
     used = BatchSampler(*models, config, batch, run.book.told)
-    used.recorder = used.recorder if graphs else None
+    used.new_capture = used.new_capture if graphs else None
 
     def make(count: int, first: int) -> None:
         for _ in used.images(requests(models, count, first)):
@@ -133,11 +134,11 @@ def twin(run: Run, depth: int) -> Make:
 
 def raster(run: Run, models: Models, batch: int) -> Make:
     """Return the baseline in raster order."""
-    contestant = raster_scan(models, CONFIG, run.precision, batch, run.book.told)
+    sampler = raster_scan(models, CONFIG, run.precision, batch, run.book.told)
 
     def make(count: int, first: int) -> None:
-        for seed in range(first, first + count, contestant.batch):
-            contestant.make(range(seed, seed + contestant.batch), lambda phase: None)
+        for seed in range(first, first + count, sampler.batch):
+            sampler.make(range(seed, seed + sampler.batch), lambda phase: None)
 
     return make
 

@@ -8,11 +8,12 @@ import torch
 from support import reference
 from support.fake_cuda import Watch, pretended
 from test_cuda_graphs import Phases, never, released, taped
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_graphs import GraphRunner
 from varcli.config import APPROXIMATIONS, SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling import approximations, sampler, scale_model
+from varcli.sampling import approximations, sampler
 from varcli.sampling.approximations import ApproximateScaleModel, pivotal, resized_map
 from varcli.sampling.sampler import generate
 from varcli.sampling.scale_model import ScaleModel
@@ -47,8 +48,8 @@ def logits(model, inputs):
     return [model.logits(scale, given) for scale, given in enumerate(inputs)]
 
 
-def tokens_of(models, config, rows=(0, 3), seeds=(5, 6), **options):
-    return [result.tokens.clone() for result in generate(*models, list(rows), list(seeds), config, **options)]
+def tokens_of(models, config, labels=(0, 3), seeds=(5, 6), **options):
+    return [result.tokens.clone() for result in generate(*models, list(labels), list(seeds), config, **options)]
 
 
 def test_nothing_is_approximated_unless_asked_for(small, monkeypatch):
@@ -131,11 +132,11 @@ def test_every_other_key_of_middle_scales_is_forgotten(small, inputs):
 
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 @pytest.mark.parametrize("approximate", SOME)
-def test_recorded_approximations_draw_the_same_tokens(small, approximate, kind, monkeypatch):
+def test_captured_approximations_draw_the_same_tokens(small, approximate, kind, monkeypatch):
     config, expected = SampleConfig(approximate=approximate), []
     for seed in range(3):
         expected.append(tokens_of(small, config, (seed, 4), (seed, 9)))
-    monkeypatch.setattr(scale_model, "for_gpu", lambda transformer: kind == "fused")
+    monkeypatch.setattr(dispatch, "for_gpu", lambda transformer: kind == "fused")
     runner = GraphRunner(taped, never)
     for seed in range(3):
         drawn = tokens_of(small, config, (seed, 4), (seed, 9), runner=runner)

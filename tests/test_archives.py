@@ -306,7 +306,7 @@ def test_full_disk_keeps_what_is_done(whole, here):
     resource = pytest.importorskip("resource")
     out, content = whole
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(RunError, match=r"x\.\w+\.part, --resume goes on from there$") as caught:
+    with pytest.raises(RunError, match=r"x\.\w+\.part, and --resume continues$") as caught:
         try:
             with open_sink(out, several=True) as output:
                 for seed in range(6):
@@ -316,7 +316,7 @@ def test_full_disk_keeps_what_is_done(whole, here):
                     output.add(image(seed), made(seed))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(caught.value).startswith(f"output: {out} cannot be written; File too large; ")
+    assert str(caught.value).startswith(f"{out} cannot be written: File too large; ")
     assert out not in listing(here)
     assert put(out, range(6), resume=True) == [3, 4, 5]
     assert (here / out).read_bytes() == content
@@ -359,7 +359,7 @@ def test_file_systems_without_locks_are_one_line(here, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    with pytest.raises(RunError, match=r"cannot be locked \(.*\); choose a folder on another file system"):
+    with pytest.raises(RunError, match=r"cannot be locked \(.*\): choose a folder on another file system"):
         put("x.tar", [0])
     assert listing(here) == []
 

@@ -83,7 +83,7 @@ def test_json_is_one_object(bench, model):
         "operations",
         "matmul_rate",
         "matmul_fraction",
-        "recorded",
+        "cuda_graphs",
         "stages",
     }
     assert (ours["sampler"], raster["sampler"], ours["precision"]) == ("varcli", "raster", "bf16")
@@ -145,7 +145,7 @@ MISTAKES = [
     (["--quantize", "int8", "--dtype", "bf16"], 2, "--quantize int8 sets the precision, .*"),
     (["--device", "gpu"], 2, r"--device must be auto, cpu, cuda, cuda:1 or mps .got gpu."),
     (["-o", "chart.jpg"], 2, r"--out must be a name ending in \.png \(got chart\.jpg\)"),
-    (["-o", "nowhere/chart.png"], 5, r"output: nowhere/chart\.png cannot be written; there is no folder nowhere"),
+    (["-o", "nowhere/chart.png"], 5, r"nowhere/chart\.png cannot be written: there is no folder nowhere"),
     (
         ["-m", "absent.safetensors"],
         4,

@@ -16,7 +16,15 @@ from varcli.benchmarking import samplers, timing
 from varcli.benchmarking.flops import decoder_operations, transformer_operations
 from varcli.benchmarking.results import BenchPlan, panels, percentile, run_benchmark, sampler_timings
 from varcli.benchmarking.samplers import BenchSampler, naive_sampler, raster_scan, varcli
-from varcli.benchmarking.timing import Contest, Lap, Round, Stopwatch, matmul_rate, run_once, take_turns
+from varcli.benchmarking.timing import (
+    InterleavedTimings,
+    Lap,
+    Round,
+    Stopwatch,
+    matmul_rate,
+    run_once,
+    time_interleaved,
+)
 from varcli.charts import png
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.errors import RunError
@@ -56,7 +64,7 @@ def clock(monkeypatch):
 
 
 def runner(name, clock, journal, seconds, batch=1):
-    """Return a contestant of two steps that takes as long as it says: the given seconds, more each time."""
+    """Return a sampler of two steps that takes as long as it says: the given seconds, more each time."""
 
     def make(seeds, mark):
         journal.append((name, list(seeds)))
@@ -148,11 +156,11 @@ def test_a_gpu_is_not_waited_for_between_phases(monkeypatch):
 # --- rounds ----------------------------------------------------------------------------------------
 
 
-def test_contestants_take_turns_and_the_machine_is_measured_in_between(clock, monkeypatch):
+def test_samplers_are_timed_in_turns_and_the_machine_is_measured_in_between(clock, monkeypatch):
     journal, rates = [], iter([5.0, 50.0, 7.0])
     monkeypatch.setattr(timing, "matmul_rate", lambda device, precision: journal.append("matmul") or next(rates))
     steps = []
-    contest = take_turns(
+    timed = time_interleaved(
         [runner("one", clock, journal, 1.0, batch=2), runner("two", clock, journal, 3.0)],
         CPU,
         rounds=3,
@@ -169,8 +177,8 @@ def test_contestants_take_turns_and_the_machine_is_measured_in_between(clock, mo
         ("two", [2]),
         "matmul",
     ]
-    assert [[turn.seconds for turn in each] for each in contest.rounds] == [[5.0] * 3, [15.0] * 3]
-    assert contest.matmul_rates == [7.0, 7.0]
+    assert [[turn.seconds for turn in each] for each in timed.rounds] == [[5.0] * 3, [15.0] * 3]
+    assert timed.matmul_rates == [7.0, 7.0]
     assert len(steps) == 6
 
 
@@ -193,11 +201,11 @@ def test_what_does_not_fit_into_memory_is_said(clock):
     def broken(*_):
         raise RuntimeError("shapes cannot be multiplied")
 
-    contestant = runner("raster", clock, [], 1.0, batch=64)
-    with pytest.raises(RunError, match=r"^memory: raster with 64 images at a time does not fit; fewer with"):
-        run_once(replace(contestant, make=full), CPU, 0)
+    sampler = runner("raster", clock, [], 1.0, batch=64)
+    with pytest.raises(RunError, match=r"^raster with 64 images at a time does not fit into memory; use a smaller"):
+        run_once(replace(sampler, make=full), CPU, 0)
     with pytest.raises(RuntimeError, match="multiplied"):
-        run_once(replace(contestant, make=broken), CPU, 0)
+        run_once(replace(sampler, make=broken), CPU, 0)
 
 
 # --- figures ---
@@ -211,7 +219,7 @@ def turns(*lengths):
 
 def test_figures_are_of_one_image_and_medians(clock):
     both = [runner("varcli", clock, [], 0, batch=4), runner("naive", clock, [], 0)]
-    first, second = sampler_timings(both, Contest([turns(2, 4, 12), turns(3, 30, 3)], [200, 50]))
+    first, second = sampler_timings(both, InterleavedTimings([turns(2, 4, 12), turns(3, 30, 3)], [200, 50]))
     assert (first.seconds_per_image, first.images_per_second, first.times_varcli) == (1.0, 1.0, 1.0)
     assert (second.seconds_per_image, second.times_varcli) == (3.0, 3.0)
     assert first.latency == {"p50": 4, "p90": pytest.approx(10.4), "p99": pytest.approx(11.84)}
@@ -233,41 +241,41 @@ def test_percentiles():
 # --- real ones -------------------------------------------------------------------------------------
 
 
-def test_contestants_make_images_and_mark_every_phase():
+def test_samplers_make_images_and_mark_every_phase():
     config, models = SampleConfig(), made()
     plain = naive_sampler(made(), config)
     prepare(*models, CPU, "fp32")
     ours, raster = varcli(models, config, "fp32", 3), raster_scan(models, config, "fp32", 3)
-    for contestant, steps in ((ours, 3), (plain, 3), (raster, 16)):
+    for sampler, steps in ((ours, 3), (plain, 3), (raster, 16)):
         marks = []
-        images = contestant.make([5, 9], marks.append)
+        images = sampler.make([5, 9], marks.append)
         assert [image.shape for image in images] == [(16, 16, 3)] * 2
-        assert len(contestant.steps) == steps
+        assert len(sampler.steps) == steps
         assert set(marks) == {"transformer", "drawing", "decoder"} and marks[-1] == "decoder"
-        assert marks.count("transformer") == marks.count("drawing") == 2 * steps or contestant is raster
-        assert set(contestant.operations) == {("decoder", ""), *(("transformer", step) for step in contestant.steps)}
+        assert marks.count("transformer") == marks.count("drawing") == 2 * steps or sampler is raster
+        assert set(sampler.operations) == {("decoder", ""), *(("transformer", step) for step in sampler.steps)}
     assert ours.batch == raster.batch == plain.batch == 1  # on a CPU images are made one by one
 
 
-def test_a_recording_that_fails_is_told_of(monkeypatch):
+def test_a_capture_that_fails_is_reported(monkeypatch):
     def refused(step):
         raise RuntimeError("operation not permitted\n when stream is capturing")
 
-    class Recording(BatchSampler):
+    class Capturing(BatchSampler):
         def __init__(self, *given):
             super().__init__(*given)
-            self.recorder = lambda: refused
+            self.new_capture = lambda: refused
 
-    monkeypatch.setattr(samplers, "BatchSampler", Recording)
+    monkeypatch.setattr(samplers, "BatchSampler", Capturing)
     for made_by in (varcli, raster_scan):
         told, models = [], made()
-        contestant = made_by(models, SampleConfig(), "bf16", 1, told.append)
-        assert contestant.recorded()
+        sampler = made_by(models, SampleConfig(), "bf16", 1, told.append)
+        assert sampler.cuda_graphs()
         for seed in range(3):
-            contestant.make([seed], lambda phase: None)
-        assert not contestant.recorded()
+            sampler.make([seed], lambda phase: None)
+        assert not sampler.cuda_graphs()
         (line,) = told
-        assert line.startswith("CUDA graphs: cannot be recorded here") and "permitted when stream" in line
+        assert line.startswith("CUDA graphs cannot be captured here") and "permitted when stream" in line
 
 
 def test_varcli_and_plain_draw_the_same_images():

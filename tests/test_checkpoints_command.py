@@ -194,7 +194,7 @@ def other_weights(path, mini):
         (half, "cannot be read: it has"),
         (tokenizer_alone, "holds a tokenizer instead of var-d16"),
         (other_depth, "another model than var-d16: depth 1 and 10 classes"),
-        (other_weights, "another model than the one that was downloaded as var-d16"),
+        (other_weights, "another model than the one downloaded as var-d16"),
     ],
 )
 def test_what_is_wrong_under_a_downloaded_name_is_told_with_the_way_out(var, cached, mini, change, line):
@@ -218,8 +218,8 @@ def test_verify_finds_what_changed(var, model_file, tmp_path):
 
     cases = [
         (add_one("transformer.head.bias"), False, "changed since it was written"),
-        (add_one("tokenizer.quant_conv.bias"), False, "the tokenizer in it is damaged or another"),
-        (spoil, True, "1 values of transformer.head.bias are not finite"),
+        (add_one("tokenizer.quant_conv.bias"), False, "has a damaged tokenizer, or another"),
+        (spoil, True, "1 values in transformer.head.bias that are not finite"),
     ]
     for change, rehash, line in cases:
         assert_refused(var("verify", changed(model_file, tmp_path, change, rehash)), 4, line)
@@ -252,15 +252,15 @@ def assert_refused(answer, code, line):
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c", "--sides", "2,1"], 2, "sides must begin with 1 and grow"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c", "--sides", "1,2"], 2, "make 5 tokens"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/c"], 3, "give the sides with --sides"),
-        (["convert", "{vae}", "{vae}", "--out", "{tmp}/c"], 4, "transformer: none in"),
+        (["convert", "{vae}", "{vae}", "--out", "{tmp}/c"], 4, "there is no transformer in"),
         (["convert", "{vae}", "{var}", "--out", "{tmp}/no/c", "--sides", SIDES], 5, "cannot be written"),
-        (["convert", "{vae}", "{var}", "--out", "{tmp}", "--sides", SIDES], 5, "cannot be written; it is a folder"),
+        (["convert", "{vae}", "{var}", "--out", "{tmp}", "--sides", SIDES], 5, "cannot be written: it is a folder"),
         (
             ["convert", "{vae}", "{var}", "--out", "{tmp}/c.pth"],
             2,
             "--out must be a .safetensors file",
         ),
-        (["convert", "{vae}", "--out", "{tmp}/c"], 3, "scales: 4 belong to no published grid"),
+        (["convert", "{vae}", "--out", "{tmp}/c"], 3, "no published grid has 4 scales"),
         (["verify", "{vae}"], 4, "vae.pth must be converted first: var checkpoints convert"),
         (["show", "{tmp}"], 4, "is a folder; give the file of a model"),
         (["show", "{run}"], 4, "is a folder; its model is {run}/model.safetensors"),

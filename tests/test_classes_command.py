@@ -39,9 +39,7 @@ def test_a_released_checkpoint_need_not_be_here(capsys):
 
 def test_nothing_found(model, capsys):
     assert cli.run(["classes", "zeppelin", "-m", model]) == 3
-    assert capsys.readouterr().err == (
-        "var: error: no class name has the words zeppelin; fewer or shorter words find more\n"
-    )
+    assert capsys.readouterr().err == ("var: error: no class name has the words zeppelin: try fewer or shorter words\n")
 
 
 def test_a_tokenizer_has_no_classes(tmp_path, capsys, model):

@@ -151,9 +151,9 @@ def test_version(capsys):
         (
             ["sample", "-c", "1", "-q", "-o", "/dev/full"],
             5,
-            "output: /dev/full cannot be written; No space left on device",
+            "/dev/full cannot be written: No space left on device",
         ),
-        (["sample", "-c", "1", "-o", "{foreign}/x.png"], 5, "output: {foreign}/x.png cannot be written; "),
+        (["sample", "-c", "1", "-o", "{foreign}/x.png"], 5, "{foreign}/x.png cannot be written: "),
         (["report", "{foreign}"], 3, "evaluation result {foreign} is not JSON at line 1"),
         (["report", "{foreign}", "-o", "report.pdf"], 2, "--out must end in .html or .md (got report.pdf)"),
         (["show", "{foreign}"], 3, "{foreign} is not an image: give a PNG that var sample wrote"),
@@ -270,7 +270,7 @@ def test_a_closed_pipe_ends_help_quietly(arguments):
 def test_a_full_standard_output_is_one_line_and_exit_code_5(arguments):
     with Path("/dev/full").open("w") as full, var(*arguments, stdout=full) as process:
         told = process.stderr.read()
-        assert told == "var: error: output: standard output cannot be written; No space left on device\n"
+        assert told == "var: error: standard output cannot be written: No space left on device\n"
         assert process.wait() == RunError.exit_code
 
 
@@ -282,7 +282,7 @@ def test_images_on_full_streams(model, tmp_path, arguments):
         words = [sys.executable, "-m", "varcli", "sample", "-c", "1", "-m", str(model), *arguments]
         done = subprocess.run(words, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert done.returncode == RunError.exit_code and "Traceback" not in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("var: error: output: ")
+        assert done.stderr.splitlines()[-1].startswith("var: error: standard output cannot be written: ")
         done = subprocess.run(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=full, check=False)
         assert done.returncode == 0 and done.stdout
 
@@ -348,7 +348,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model, tmp_path):
 def test_old_option_names_work_for_one_version(old, new, capsys):
     assert cli.with_new_names(old) == new
     (note,) = capsys.readouterr().err.splitlines()
-    assert note.startswith("var: --") and note.endswith("the old name goes in the next version")
+    assert note.startswith("var: --") and note.endswith("the old name will be removed in the next version")
 
 
 @pytest.mark.parametrize("words", [["sample", "-c", "1"], ["--best", "most"], ["--", "--draft"]])

@@ -17,7 +17,7 @@ PRESET = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "approximate
         (comparability.imbalance([0, 0, 1, 2], NAMES), "not balanced: 2 images of tench, 1 of goldfish"),
         (comparability.imbalance([0, 1], NAMES), "1 of 3 classes have no image"),
         (comparability.lossy(3, 10), "3 of 10 images are JPEG"),
-        (comparability.other_size(64, 256), "images of 64 pixels a side against a reference of 256"),
+        (comparability.other_size(64, 256), "images of 64 pixels per side against a reference of 256"),
         (
             comparability.other_settings(PRESET | {"cfg": 4.0}, PRESET),
             "cfg 4.0 instead of 1.5: not the settings for measuring",

@@ -147,5 +147,5 @@ def test_a_full_stderr_is_no_reason_to_stop_and_a_full_stdout_is_one(monkeypatch
     console.failure("what")
     monkeypatch.setattr(sys, "stdout", Full())
     for write in (lambda: console.result("x"), lambda: console.table(("a",), [("x",)])):
-        with pytest.raises(RunError, match="standard output cannot be written; No space left on device"):
+        with pytest.raises(RunError, match="standard output cannot be written: No space left on device"):
             write()

@@ -10,7 +10,7 @@ from support import small
 from support.images import write_folder
 from varcli.checkpoints.store import load_model
 from varcli.cli import run
-from varcli.training.contrastive import contrastive_loss, other_labels
+from varcli.training.finetune import contrastive_loss, other_labels
 from varcli.training.parallel import Rows
 
 

@@ -7,12 +7,12 @@ import torch
 
 from support import reference
 from varcli.acceleration.cuda_blocks import FusedBlocks
-from varcli.acceleration.dispatch import prepare
+from varcli.acceleration.dispatch import fastest_blocks, prepare
 from varcli.acceleration.int8 import quantize
 from varcli.acceleration.onednn import STEEP, CpuBlock, GrowingCache, for_cpu, gather
 from varcli.config import SampleConfig, TransformerConfig
 from varcli.models.transformer import KeyValueCache, Transformer
-from varcli.sampling.scale_model import ScaleModel, fastest
+from varcli.sampling.scale_model import ScaleModel
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 SIDES = (1, 2, 3, 4, 6)
@@ -104,7 +104,7 @@ def test_they_stand_in_where_bf16_is_computed_in(precision, stand_in):
     else:
         model = transformer(dtype={"fp32": torch.float32, "bf16": BF16, "fp16": torch.float16}[precision])
     assert for_cpu(model) == stand_in
-    blocks, cache = fastest(model)
+    blocks, cache = fastest_blocks(model)
     assert isinstance(blocks, FusedBlocks) == stand_in
     assert (cache is GrowingCache) == stand_in
 

@@ -1,4 +1,4 @@
-"""The GPU path without a GPU: recorded steps on the CPU, and on CUDA tensors that hold nothing."""
+"""The GPU path without a GPU: captured steps on the CPU, and on CUDA tensors that hold nothing."""
 
 import math
 from contextlib import contextmanager, nullcontext
@@ -13,14 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from support import reference
 from support.fake_cuda import CUDA, Watch, pretended, tensors
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_blocks import FusedBlocks, GpuBlock, ScaleCache, for_gpu
-from varcli.acceleration.cuda_graphs import GraphRunner, cuda_recorder
+from varcli.acceleration.cuda_graphs import GraphRunner, cuda_capture
 from varcli.acceleration.dispatch import prepare
 from varcli.acceleration.int8 import quantize
 from varcli.config import GRID_256, GRID_512, SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import KeyValueCache, Transformer
-from varcli.sampling import batching, naive, scale_model, token_sampling
+from varcli.sampling import batching, naive, token_sampling
 from varcli.sampling.batching import BatchSampler, batch_bytes, model_bytes, padded_size
 from varcli.sampling.sampler import decode_on_device, generate
 from varcli.sampling.scale_model import ScaleModel
@@ -85,7 +86,7 @@ def test_the_cache_of_scales_forgets_only_what_no_scale_needs(small):
     assert torch.equal(cache.until(1, config.length)[:, :, :, :-last], cache.kv[1])
 
 
-# --- recorded steps --------------------------------------------------------------------------------
+# --- captured steps --------------------------------------------------------------------------------
 
 
 class Tape(TorchDispatchMode):
@@ -100,7 +101,7 @@ class Tape(TorchDispatchMode):
         self.operations.append((func, args, kwargs or {}, made))
         return made
 
-    def play(self):
+    def replay(self):
         for func, args, kwargs, made in self.operations:
             given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
             places = [t for t in tensors(made) if t.untyped_storage().data_ptr() not in given]
@@ -112,7 +113,7 @@ class Tape(TorchDispatchMode):
 
 
 def taped(step):
-    """Record a step; what it returns holds nothing of value before it is played, as on a GPU."""
+    """Capture a step; what it returns holds nothing of value before it is replayed, as on a GPU."""
     with Tape() as tape, mock.patch.object(token_sampling, "best", Tensor.topk):  # on a processor numpy finds them
         result = step()
     for _, args, kwargs, made in tape.operations:
@@ -120,7 +121,7 @@ def taped(step):
         for tensor in tensors(made):
             if tensor.untyped_storage().data_ptr() not in given:
                 tensor.zero_()
-    return tape.play, result
+    return tape.replay, result
 
 
 def never(error):
@@ -136,9 +137,9 @@ RECORDED = [
 
 @pytest.mark.parametrize("config", RECORDED, ids=["guided", "free", "refined"])
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-def test_recorded_steps_draw_the_twins_tokens_batch_after_batch(small, config, kind, monkeypatch):
+def test_captured_steps_draw_the_twins_tokens_batch_after_batch(small, config, kind, monkeypatch):
     """Nothing of a batch stays for the next: not its classes, not its numbers, not its cache."""
-    monkeypatch.setattr(scale_model, "for_gpu", lambda transformer: kind == "fused")
+    monkeypatch.setattr(dispatch, "for_gpu", lambda transformer: kind == "fused")
     runner, refiner = GraphRunner(taped, never), small[1] if config.refiner else None
     for turn, rows in enumerate(([0, 4, 2], [1, 1, 5], [3, 0, 2], [5, 4, 1])):
         seeds = [7 * turn, 1, 2]
@@ -148,37 +149,37 @@ def test_recorded_steps_draw_the_twins_tokens_batch_after_batch(small, config, k
             for scale, expected in enumerate(tokens):
                 assert torch.equal(results[scale][i], expected), f"batch {turn} image {i} scale {scale}"
     refining = {"refiner class", "refiner prefix"} if config.refiner else set()
-    assert set(runner.recordings) == {"class"} | refining | {
+    assert set(runner.graphs) == {"class"} | refining | {
         f"{phase} {k}" for k in range(5) for phase in ("transformer", "drawing")
     }
 
 
-def test_single_batches_are_not_recorded(small):
+def test_single_batches_are_not_captured(small):
     runner = GraphRunner(None, never)  # would fail if it were called
     assert len(list(generate(*small, [1], [2], SampleConfig(), runner=runner))) == 5
 
 
 @pytest.mark.parametrize("broken", ["class", "drawing 0", "transformer 3"])
-def test_what_cannot_be_recorded_runs_as_it_is(small, broken):
+def test_what_cannot_be_captured_runs_as_it_is(small, broken):
     told, steps = [], []
 
-    def record(step):
+    def capture(step):
         steps.append(step)
-        if len(runner.recordings) == order.index(broken):
+        if len(runner.graphs) == order.index(broken):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         return taped(step)
 
-    runner = GraphRunner(record, told.append)
+    runner = GraphRunner(capture, told.append)
     order = ["class", *(f"{phase} {k}" for k in range(5) for phase in ("transformer", "drawing"))]
     for seed in range(4):
         results = [r.tokens.clone() for r in generate(*small, [1], [seed], SampleConfig(), runner=runner)]
         tokens, _ = naive.sample(*small, 1, seed, SampleConfig())
         assert all(torch.equal(ours[0], expected) for ours, expected in zip(results, tokens, strict=True))
     assert len(told) == 1 and len(steps) == order.index(broken) + 1
-    assert runner.recordings == {}
+    assert runner.graphs == {}
 
 
-def test_graphs_are_recorded_and_played_on_their_own_device(monkeypatch):
+def test_graphs_are_captured_and_replayed_on_their_own_device(monkeypatch):
     """With `--device cuda:1` the current device is another one."""
     events = []
 
@@ -188,7 +189,7 @@ def test_graphs_are_recorded_and_played_on_their_own_device(monkeypatch):
         yield
         events.append(("leave", *name))
 
-    def graph(recorded, *, pool, stream, capture_error_mode):
+    def graph(captured, *, pool, stream, capture_error_mode):
         return entered(pool, stream, capture_error_mode)
 
     class Graph:
@@ -203,8 +204,8 @@ def test_graphs_are_recorded_and_played_on_their_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
     second = torch.device("cuda:1")
-    play, result = cuda_recorder(second)(lambda: events.append("step") or 7)
-    play()
+    replay, result = cuda_capture(second)(lambda: events.append("step") or 7)
+    replay()
     captured = ("pool", "stream of cuda:1", "thread_local")
     assert result == 7
     inside = [(second,), ("current of cuda:1",), captured]
@@ -214,7 +215,7 @@ def test_graphs_are_recorded_and_played_on_their_own_device(monkeypatch):
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_after_a_failed_recording_the_stream_is_as_before_and_idle(monkeypatch, ended):
+def test_after_a_failed_capture_the_stream_is_as_before_and_idle(monkeypatch, ended):
     """Some versions of torch do not restore it where the capture cannot be ended."""
     streams, waits = ["own"], []
 
@@ -227,7 +228,7 @@ def test_after_a_failed_recording_the_stream_is_as_before_and_idle(monkeypatch, 
             streams[0] = before
 
     @contextmanager
-    def graph(recorded, *, pool, stream, capture_error_mode):
+    def graph(captured, *, pool, stream, capture_error_mode):
         streams[0] = stream
         try:
             yield
@@ -258,7 +259,7 @@ def test_after_a_failed_recording_the_stream_is_as_before_and_idle(monkeypatch, 
         raise RuntimeError("operation not permitted")
 
     with pytest.raises(RuntimeError, match="not permitted"):  # what went wrong, not what followed from it
-        cuda_recorder(CUDA)(step)
+        cuda_capture(CUDA)(step)
     assert streams == ["own"] and waits == [(CUDA, "own")] and given_back == [(0, "pool")]
 
 
@@ -266,50 +267,50 @@ def test_after_a_failed_recording_the_stream_is_as_before_and_idle(monkeypatch, 
 
 
 @pytest.fixture
-def recording(small, monkeypatch):
+def capturing(small, monkeypatch):
     """A sampler that records, in batches of four; on the CPU it need not wait for images."""
     monkeypatch.setattr(batching, "independent", lambda transformer: False)
     made = BatchSampler(*small, SampleConfig(), 4)
-    made.recorder, made.ahead = lambda: taped, 1
+    made.new_capture, made.ahead = lambda: taped, 1
     return made
 
 
-def test_batches_are_padded_and_recorded_for_each_size(small, recording):
-    recording.ahead = 0  # on the CPU nothing is copied: what is yielded is where the next batch will be
+def test_batches_are_padded_and_captured_for_each_size(small, capturing):
+    capturing.ahead = 0  # on the CPU nothing is copied: what is yielded is where the next batch will be
     for count in (4, 9, 3, 6, 1):
         wanted = [Wanted(seed % 6, seed) for seed in range(count)]
-        images = [(w, pixels.copy()) for w, pixels in recording.images(wanted)]
+        images = [(w, pixels.copy()) for w, pixels in capturing.images(wanted)]
         assert [w for w, _ in images] == wanted
         for w, pixels in images:
             _, expected = naive.sample(*small, w.label, w.seed, SampleConfig())
             assert (torch.from_numpy(pixels).int() - expected.int()).abs().max() <= 1
-    assert set(recording.runners) == {1, 4}
-    assert set(recording.runners[4].recordings) >= {"class", "decoder"} and not recording.runners[1].recordings
+    assert set(capturing.runners) == {1, 4}
+    assert set(capturing.runners[4].graphs) >= {"class", "decoder"} and not capturing.runners[1].graphs
 
 
-def test_the_next_batch_begins_before_images_are_waited_for(recording):
+def test_the_next_batch_begins_before_images_are_waited_for(capturing):
     read = []
-    images = recording.images(read.append(seed) or Wanted(0, seed) for seed in range(12))
+    images = capturing.images(read.append(seed) or Wanted(0, seed) for seed in range(12))
     next(images)
     assert read == list(range(8))
 
 
-def test_recordings_are_given_up_before_batches_are_halved(small, recording, monkeypatch):
+def test_graphs_are_given_up_before_batches_are_halved(small, capturing, monkeypatch):
     freed, sizes, tight = [], [], [True]
 
     def full(*given, runner, **_):
         sizes.append(len(given[2]))
-        if len(recording.runners) > 1 or (sizes[-1] > 2 and tight[0]):
+        if len(capturing.runners) > 1 or (sizes[-1] > 2 and tight[0]):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return generate(*given, runner=runner)
 
     monkeypatch.setattr(batching, "generate", full)
-    monkeypatch.setattr(batching, "free_memory", lambda device: freed.append(len(recording.runners)))
-    assert len(list(recording.images(Wanted(0, seed) for seed in range(4)))) == 4
-    assert sizes == [4, 2, 2] and freed == [0] and recording.batch_size == 2
+    monkeypatch.setattr(batching, "free_memory", lambda device: freed.append(len(capturing.runners)))
+    assert len(list(capturing.images(Wanted(0, seed) for seed in range(4)))) == 4
+    assert sizes == [4, 2, 2] and freed == [0] and capturing.batch_size == 2
     sizes.clear(), freed.clear()
-    assert len(list(recording.images([Wanted(0, 1)]))) == 1
-    assert sizes == [1, 1] and freed == [0] and recording.batch_size == 2
+    assert len(list(capturing.images([Wanted(0, 1)]))) == 1
+    assert sizes == [1, 1] and freed == [0] and capturing.batch_size == 2
 
 
 @pytest.mark.parametrize(
@@ -320,12 +321,12 @@ def test_recordings_are_given_up_before_batches_are_halved(small, recording, mon
     ],
     ids=["memory", "other"],
 )
-def test_recording_is_given_up_once_for_all(recording, monkeypatch, error, sizes, tried):
-    """Where memory ran out a smaller batch may be recorded still; only the last one is made as it is."""
-    made, recorded, told = [], [], []
+def test_capturing_is_given_up_once_for_all(capturing, monkeypatch, error, sizes, tried):
+    """Where memory ran out a smaller batch may be captured still; only the last one is made as it is."""
+    made, captured, told = [], [], []
 
-    def record(step):
-        recorded.append(step)
+    def capture(step):
+        captured.append(step)
         raise error
 
     def noted(*given, **options):
@@ -333,33 +334,33 @@ def test_recording_is_given_up_once_for_all(recording, monkeypatch, error, sizes
         return generate(*given, **options)
 
     monkeypatch.setattr(batching, "generate", noted)
-    recording.recorder, recording.note = lambda: record, told.append
+    capturing.new_capture, capturing.note = lambda: capture, told.append
     wanted = [Wanted(seed % 6, seed) for seed in range(24)]
-    assert [w for w, _ in recording.images(wanted)] == wanted
-    assert made == sizes and len(recorded) == tried
+    assert [w for w, _ in capturing.images(wanted)] == wanted
+    assert made == sizes and len(captured) == tried
     (line,) = told
-    assert line.startswith("CUDA graphs: cannot be recorded here")
-    assert recording.recorder is None and recording.runners == {}
+    assert line.startswith("CUDA graphs cannot be captured here")
+    assert capturing.new_capture is None and capturing.runners == {}
 
 
-def test_a_last_batch_is_as_large_as_those_before_it(recording, monkeypatch):
+def test_a_last_batch_is_as_large_as_those_before_it(capturing, monkeypatch):
     """In 16 bits an image depends on the size of its batch, and should not on its position."""
     sizes = []
     monkeypatch.setattr(batching, "generate", lambda *given, **_: sizes.append(len(given[2])) or generate(*given))
-    recording.recorder = None
-    assert len(list(recording.images(Wanted(0, seed) for seed in range(5)))) == 5
-    assert len(list(recording.images(Wanted(0, seed) for seed in range(3)))) == 3
+    capturing.new_capture = None
+    assert len(list(capturing.images(Wanted(0, seed) for seed in range(5)))) == 5
+    assert len(list(capturing.images(Wanted(0, seed) for seed in range(3)))) == 3
     assert sizes == [4, 4, 3]
 
 
-def test_what_was_begun_is_handed_over_before_an_error(recording):
+def test_what_was_begun_is_handed_over_before_an_error(capturing):
     def wanted():
         yield from (Wanted(0, seed) for seed in range(9))
         raise OSError("the list ends here")
 
     found = []
     with pytest.raises(OSError, match="ends here"):
-        found.extend(w.seed for w, _ in recording.images(wanted()))
+        found.extend(w.seed for w, _ in capturing.images(wanted()))
     assert found == list(range(8))
 
 
@@ -383,12 +384,12 @@ def released(depth, blocks=None, sides=GRID_256, **changes):
 
 @dataclass
 class Phases:
-    """A runner that watches what is to be recorded, as a recorded batch would hold it."""
+    """A runner that watches what is to be captured, as a captured batch would hold it."""
 
     watch: Watch
     held: list
 
-    def admit(self, name, given, device):
+    def copy_in(self, name, given, device):
         return torch.empty(given.shape, dtype=given.dtype, device=device)
 
     def run(self, name, step):
@@ -429,7 +430,7 @@ def test_the_largest_released_model_runs_too(monkeypatch):
 @pytest.mark.parametrize("kind", ["fused", "plain", "int8"])
 def test_memory_is_as_planned(monkeypatch, depth, count, kind):
     if kind == "plain":
-        for module in (scale_model, batching):
+        for module in (dispatch, batching):
             monkeypatch.setattr(module, "for_gpu", lambda transformer: False)
     models = released(depth, 3)
     if kind == "int8":

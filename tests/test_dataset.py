@@ -414,12 +414,12 @@ LEFT_OUT = {
     "keywords": (
         folder_of("all/1.png", "None/1.png"),
         2,
-        ["ask for 0 None, 1 all by number: the name has a meaning of its own"],
+        ["0 None, 1 all must be given by number: the name has another meaning"],
     ),
     "a number of another class": (
         folder_of("1/1.png", "-/1.png"),
         2,
-        ["ask for 0 1, 1 - by number: the name has a meaning of its own"],
+        ["0 1, 1 - must be given by number: the name has another meaning"],
     ),
     "numbers of their own": (folder_of("00/1.png", "007/1.png"), 2, []),
 }

@@ -129,19 +129,19 @@ def test_part_that_had_all_but_its_name(server, tmp_path, size):
 def test_a_damaged_part_is_not_believed(server, tmp_path, left):
     (tmp_path / "x.npz.part").write_bytes(left)
     if len(left) < SIZE:
-        with pytest.raises(CheckpointError, match=r"x\.npz: wrong sha256 [0-9a-f]{64}; it should be .*; bring it"):
+        with pytest.raises(CheckpointError, match=r"x\.npz has sha256 [0-9a-f]{64} instead of .*; bring it"):
             get(server, tmp_path)
     assert get(server, tmp_path).read_bytes() == CONTENT
 
 
 def test_other_bytes_than_known_are_refused_and_not_kept(server, tmp_path):
-    with pytest.raises(CheckpointError, match="wrong sha256"):
+    with pytest.raises(CheckpointError, match="has sha256"):
         get(server, tmp_path, sha256="0" * 64)
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == []
 
 
 def test_another_length_than_known_is_refused_before_the_transfer(server, tmp_path):
-    with pytest.raises(CheckpointError, match=rf"x\.npz is another file; {SIZE} bytes, known are 5"):
+    with pytest.raises(CheckpointError, match=rf"x\.npz is another file: it has {SIZE} bytes instead of 5"):
         get(server, tmp_path, size=5)
     assert server.log == []
 
@@ -161,14 +161,14 @@ def test_unknown_hash_is_recorded_at_the_first_download(server, tmp_path):
     assert json.loads((tmp_path / "sha256.json").read_text()) == {"x.npz": SHA256}
     path.unlink()
     server.files["x.npz"] = CONTENT[::-1]
-    with pytest.raises(CheckpointError, match=f"wrong sha256 .* should be {SHA256}"):
+    with pytest.raises(CheckpointError, match=f"has sha256 .* instead of {SHA256}"):
         get(server, tmp_path, sha256=None)
 
 
 def test_file_that_changed_here_is_noticed(server, tmp_path):
     path = get(server, tmp_path)
     path.write_bytes(b"changed")
-    with pytest.raises(CheckpointError, match=r"wrong sha256 .*; delete .*x\.npz to download it again"):
+    with pytest.raises(CheckpointError, match=r"has sha256 .*; delete .*x\.npz to download it again"):
         get(server, tmp_path)
 
 
@@ -192,7 +192,9 @@ def test_full_disk(server, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(downloads, "_receive", full)
-    with pytest.raises(RunError, match=r"cannot store x\.npz: No space left on device; what came so far is kept"):
+    with pytest.raises(
+        RunError, match=r"cannot store x\.npz: No space left on device; the bytes received so far are kept"
+    ):
         get(server, tmp_path)
 
 

@@ -218,7 +218,7 @@ def test_what_cannot_be_used(bad, message):
 
 def test_what_memory_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(decode, "most_pixels", lambda: 30)
-    with pytest.raises(InputError, match=r"cannot be read: it has 6 × 6 pixels, and memory is enough for"):
+    with pytest.raises(InputError, match=r"cannot be read: it has 6 × 6 pixels, and memory suffices for"):
         source_image(content(Image.new("L", (6, 6))), "it")
 
 

@@ -358,10 +358,10 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Projection, "features", interrupted)
     assert cli.run(["eval", "-n", str(COUNT), "-r", str(reference), "--dtype", "fp32", "--device", "cpu"]) == 130
     assert sum(seen) == 24
-    assert "stopped after 24 images; the same command goes on from there" in capsys.readouterr().err
+    assert "stopped after 24 images; the same command resumes from there" in capsys.readouterr().err
     monkeypatch.setattr(Projection, "features", whole)
     found, err = measure("--num-images", COUNT, "--reference", reference, "--seed", 0)
-    assert f"images: going on after 24 of {COUNT}" in err
+    assert f"images: resuming after 24 of {COUNT}" in err
     assert found["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9)
     assert not list((tmp_path / "cache").rglob("measurements/*"))
 
@@ -430,7 +430,7 @@ def test_jpeg_and_another_size_than_the_reference(measure, tmp_path):
         Image.open(path).resize((32, 32)).save(tmp_path / "large" / f"{path.stem}.jpg")
     found, _ = measure("large", "--fid", "--reference", "small")
     assert any("40 of 40 images are JPEG" in warning for warning in found["warnings"])
-    assert any("32 pixels a side against a reference of 16" in warning for warning in found["warnings"])
+    assert any("32 pixels per side against a reference of 16" in warning for warning in found["warnings"])
 
 
 def test_block_of_text(measure, tmp_path, capsys):
@@ -531,7 +531,7 @@ def test_without_a_cache_it_measures_all_the_same(measure, tmp_path, below):
     found, err = measure("one", "--fid", "--is", "--reference", "two")
     assert found["metrics"] == kept["metrics"]
     assert err.count("measuring the reference two first, without keeping it: ") == 1
-    assert err.count("measuring without keeping what is done: ") == 2
+    assert err.count("measuring without saving progress: ") == 2
 
 
 def test_a_reference_of_photographs_is_resized(measure, tmp_path):

@@ -106,5 +106,5 @@ def test_offline_says_what_to_do(tmp_path, monkeypatch, find, option):
 
 def test_installation_without_the_shipped_reference(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "checkpoints" / "materials.py"))
-    with pytest.raises(CheckpointError, match=r"tiny64_reference\.zip; missing from this installation"):
+    with pytest.raises(CheckpointError, match=r"tiny64_reference\.zip is missing from this installation"):
         find_reference("tiny64")

@@ -133,7 +133,7 @@ def test_a_damaged_file_is_said_and_made_anew(tmp_path, whole, content):
     path = tmp_path / "measurement.safetensors"
     path.write_bytes(content)
     again = FeaturePass(PLAN, SHAPE, "same", path)
-    assert again.notice == f"{path} is damaged: measuring anew"
+    assert again.notice == f"{path} is damaged: measuring from the start"
     again.run(make, Sums())
     assert_equal(again, whole)
     assert FeaturePass(PLAN, SHAPE, "same", path).statistics.count == COUNT
@@ -143,7 +143,7 @@ def test_a_truncated_file_is_said(tmp_path):
     path = tmp_path / "measurement.safetensors"
     FeaturePass(PLAN, SHAPE, "same", path).run(make, Sums())
     path.write_bytes(path.read_bytes()[:-9])
-    assert FeaturePass(PLAN, SHAPE, "same", path).notice == f"{path} is damaged: measuring anew"
+    assert FeaturePass(PLAN, SHAPE, "same", path).notice == f"{path} is damaged: measuring from the start"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_another_measurements_file_is_not_gone_on_with(tmp_path, plan, identity)
     path = tmp_path / "measurement.safetensors"
     FeaturePass(PLAN, SHAPE, "same", path).run(make, Sums())
     other = FeaturePass(plan, SHAPE, identity, path)
-    assert other.notice == f"{path} is of another measurement: measuring anew"
+    assert other.notice == f"{path} is of another measurement: measuring from the start"
     assert other.statistics.count == 0
 
 
@@ -167,7 +167,7 @@ def test_without_a_place_to_keep_it_nothing_is_kept(whole, tmp_path, place):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     found = FeaturePass(PLAN, SHAPE, "same", tmp_path / place)
-    assert found.notice.startswith("measuring without keeping what is done: ")
+    assert found.notice.startswith("measuring without saving progress: ")
     assert found.path is None
     found.run(make, Sums())
     assert_equal(found, whole)

@@ -142,13 +142,13 @@ def test_a_damaged_half_file_is_not_believed(server, files, tmp_path, left):
     blobs.mkdir(parents=True)
     (blobs / f"{server.etag('vae.pth')}.incomplete").write_bytes(left)
     if len(left) < len(files["vae.pth"]):
-        with pytest.raises(CheckpointError, match=r"vae\.pth: wrong sha256"):
+        with pytest.raises(CheckpointError, match=r"vae\.pth has sha256"):
             download(entry())
     assert load_model(download(entry())).path.exists()
 
 
 def test_hub_has_another_file_than_the_registry_knows(server):
-    with pytest.raises(CheckpointError, match=r"var\.pth: the hub has another file"):
+    with pytest.raises(CheckpointError, match=r"the hub has another file var\.pth"):
         download(entry(var="0" * 64))
     assert server.log == [("vae.pth", None)]
     assert not entry().path.exists()
@@ -156,7 +156,7 @@ def test_hub_has_another_file_than_the_registry_knows(server):
 
 def test_bytes_are_not_what_the_hub_reports(server, files):
     server.etags["vae.pth"] = hashlib.sha256(b"other").hexdigest()
-    with pytest.raises(CheckpointError, match=r"vae\.pth: wrong sha256"):
+    with pytest.raises(CheckpointError, match=r"vae\.pth has sha256"):
         download(entry())
     server.etags["vae.pth"] = "5" * 40  # no sha256: a file outside of large file storage
     known = hashlib.sha256(files["vae.pth"]).hexdigest()
@@ -166,7 +166,7 @@ def test_bytes_are_not_what_the_hub_reports(server, files):
 @pytest.mark.parametrize("etag", ["../../../x", "/tmp/x", "x", "a" * 31, "a" * 65, "A" * 40, "a" * 40 + "/../x"])
 def test_a_server_does_not_choose_where_files_go(server, tmp_path, etag):
     server.etags["vae.pth"] = etag
-    with pytest.raises(CheckpointError, match="gives no ETag that is a hash, it is no hub"):
+    with pytest.raises(CheckpointError, match="is not on a hub: its ETag is no hash"):
         download(entry())
     assert server.log == []
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["download.lock"]
@@ -193,7 +193,7 @@ def test_file_changed_since_its_first_download(server, tmp_path, monkeypatch):
     download(entry()).unlink()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     server.files["var.pth"] += b" "
-    with pytest.raises(CheckpointError, match=r"var\.pth: the hub has another file"):
+    with pytest.raises(CheckpointError, match=r"the hub has another file var\.pth"):
         download(entry())
 
 
@@ -201,7 +201,7 @@ def test_changed_file_in_the_cache(server, tmp_path):
     download(entry()).unlink()
     blob = tmp_path / "hub" / "models--FoundationVision--var" / "blobs" / server.etag("vae.pth")
     blob.write_bytes(b"changed")
-    with pytest.raises(CheckpointError, match=r"vae\.pth: wrong sha256 .* to download it again"):
+    with pytest.raises(CheckpointError, match=r"vae\.pth has sha256 .* to download it again"):
         download(entry())
 
 
@@ -249,5 +249,5 @@ def test_endpoint_of_the_environment_and_a_wrong_hash(server, files, tmp_path):
     server.files["vae_ch160v4096z32.pth"] = files["vae.pth"]
     done = run_var(["checkpoints", "download", "var-d16"], tmp_path, HF_ENDPOINT=server.url)
     assert done.returncode == 4
-    assert "vae_ch160v4096z32.pth: the hub has another file" in done.stderr
+    assert "the hub has another file vae_ch160v4096z32.pth" in done.stderr
     assert done.stderr.count("\n") == 1

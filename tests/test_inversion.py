@@ -61,8 +61,8 @@ def test_strength_goes_from_the_image_to_the_sample(mini):
     tokenizer, transformer = mini
     tokens = encode(tokenizer, NOISE)
 
-    def repainted(strength, from_row=10):
-        return [r.tokens for r in repaint(tokenizer, transformer, tokens, 3, from_row, 5, strength, CONFIG)]
+    def repainted(strength, from_label=10):
+        return [r.tokens for r in repaint(tokenizer, transformer, tokens, 3, from_label, 5, strength, CONFIG)]
 
     sample = [r.tokens for r in generate(tokenizer, transformer, [3], [5], CONFIG)]
     assert all(equal(repainted(0.0), tokens))

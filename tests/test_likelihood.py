@@ -78,7 +78,7 @@ def test_without_pruning_classes_are_in_the_order_of_their_likelihoods():
     count = transformer.config.class_count
     expected = log_probabilities(tokenizer, transformer, tokens, range(count)).sum(1)
     ranked = rank_classes(tokenizer, transformer, tokens, ())
-    assert [each.row for each in ranked] == expected.argsort(descending=True).tolist()
+    assert [each.label for each in ranked] == expected.argsort(descending=True).tolist()
     assert [each.nats for each in ranked] == pytest.approx((-expected).sort().values.tolist())
     assert {each.scales for each in ranked} == {len(tokens)}
 
@@ -94,7 +94,7 @@ def test_pruning_goes_down_to_the_last_candidates():
     by_three = sorted(by_two[:5], key=lambda row: -log_RL[row, : until[2]].sum())
     by_all = sorted(by_three[:2], key=lambda row: -log_RL[row].sum())
     ranked = rank_classes(tokenizer, transformer, tokens, (5, 2))
-    assert [each.row for each in ranked] == by_all + by_three[2:] + by_two[5:]
+    assert [each.label for each in ranked] == by_all + by_three[2:] + by_two[5:]
     assert [each.scales for each in ranked] == [4] * 2 + [3] * 3 + [2] * (count - 5)
     assert len(rank_classes(tokenizer, transformer, tokens, (1000, 999))) == count
 
@@ -117,5 +117,5 @@ def test_further_encodings_have_noise():
     log_3 = torch.stack(
         [log_probabilities(tokenizer, transformer, [t[i : i + 1] for t in tokens], [3]).sum() for i in range(3)]
     )
-    nats = next(each.nats for each in rank_classes(tokenizer, transformer, tokens, ()) if each.row == 3)
+    nats = next(each.nats for each in rank_classes(tokenizer, transformer, tokens, ()) if each.label == 3)
     assert nats == pytest.approx(-float(log_3.mean()), rel=1e-5)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from varcli.errors import CheckpointError
-from varcli.models import lpips
-from varcli.models.lpips import LINEAR_FILE, LPIPS, VGG_FILE
+from varcli.models import perceptual
+from varcli.models.perceptual import LINEAR_FILE, LPIPS, VGG_FILE
 
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def distance(folder, monkeypatch):
     digits = hashlib.sha256((folder / VGG_FILE).read_bytes()).hexdigest()[:8]
-    monkeypatch.setattr(lpips, "VGG_SHA256", digits)
+    monkeypatch.setattr(perceptual, "VGG_SHA256", digits)
     return LPIPS(folder)
 
 
@@ -49,7 +49,7 @@ def reference(folder):
         layers = vgg16(weights=None, init_weights=False).features
     vgg = torch.load(folder / VGG_FILE, weights_only=True)
     layers.load_state_dict({name.removeprefix("features."): t for name, t in vgg.items()}, assign=True)
-    for i, (first, last) in enumerate(lpips.STAGES):
+    for i, (first, last) in enumerate(perceptual.STAGES):
         setattr(features, f"slice{i + 1}", layers[first:last])
     return theirs, features
 
@@ -79,11 +79,11 @@ def test_equal_images_have_no_distance_and_others_a_gradient(distance):
 
 
 def test_damaged_and_missing_weights_are_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="are damaged"):
         LPIPS(folder)
-    with pytest.raises(CheckpointError, match=r"is missing; put https://"):
+    with pytest.raises(CheckpointError, match=r"are missing: put https://"):
         LPIPS(tmp_path)
-    monkeypatch.setattr(lpips, "VGG_SHA256", hashlib.sha256(b"not a file of torch").hexdigest()[:8])
+    monkeypatch.setattr(perceptual, "VGG_SHA256", hashlib.sha256(b"not a file of torch").hexdigest()[:8])
     (tmp_path / VGG_FILE).write_bytes(b"not a file of torch")
     with pytest.raises(CheckpointError, match="cannot be read"):
         LPIPS(tmp_path)

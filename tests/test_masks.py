@@ -56,7 +56,7 @@ def speckled(side, colours):
         (speckled(20, [1, 254]).astype(np.uint16) * 257, ""),
         (np.dstack([speckled(20, [0, 255])] * 3), ""),
         (np.dstack([np.full((20, 20), 255, np.uint8), speckled(20, [0, 0, 255])[:, :, 0]]), ""),  # white on nothing
-        (speckled(20, range(256)), "mask.png hardly looks like a mask: its brightness marks 46% of the image"),
+        (speckled(20, range(256)), "mask.png does not look like a mask: its brightness marks 46% of the image"),
         (
             np.dstack([np.full((20, 20), 255, np.uint8), speckled(20, [0, 255, 255, 255])[:, :, 0]]),
             "of the image; --alpha fills where it is transparent",
@@ -106,11 +106,11 @@ def test_boxes_and_margins():
         (parse_box, "0,0,100%,50", "--box 0,0,100%,50 is the whole image"),
         (parse_margins, "0,0,0,0", "--pad must be 0 or more on each side, and more than 0 on one (got 0,0,0,0)"),
         (parse_margins, "-1,0,2,0", "--pad must be 0 or more"),
-        (parse_margins, "0,0,0,99999999", "--pad 0,0,0,99999999 makes 100 × 100000049 pixels; memory is enough for"),
+        (parse_margins, "0,0,0,99999999", "--pad 0,0,0,99999999 makes 100 × 100000049 pixels, and memory suffices for"),
         (parse_target, "200", "--to must be width x height in pixels, such as 1024x256 (got 200)"),
         (parse_target, "200x40", "--to must be larger than the image's 100x50 (got 200x40)"),
         (parse_target, "100x50", "--to must be larger than"),
-        (parse_target, "99999x99999", "--to 99999x99999 makes 99999 × 99999 pixels; memory is"),
+        (parse_target, "99999x99999", "--to 99999x99999 makes 99999 × 99999 pixels, and memory"),
     ],
 )
 def test_mistakes(parse, text, message):

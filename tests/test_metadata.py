@@ -15,7 +15,7 @@ from varcli.errors import InputError
 from varcli.images import decode
 from varcli.images.decode import decode_image, open_image
 from varcli.images.editable import source_image
-from varcli.images.png_chunks import LARGEST_TEXT, chunks, png_texts, text_chunks
+from varcli.images.metadata import LARGEST_TEXT, chunks, png_texts, text_chunks
 from varcli.images.provenance import png_bytes
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(np.uint8)

@@ -251,7 +251,7 @@ def test_device_takes_images_and_stays_a_device():
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("several", [True, False])
 def test_full_device_is_one_line(several):
-    with pytest.raises(RunError, match=r"^output: /dev/full cannot be written; No space left on device$"):
+    with pytest.raises(RunError, match=r"^/dev/full cannot be written: No space left on device$"):
         put("/dev/full", [0], several)
 
 

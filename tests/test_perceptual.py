@@ -9,9 +9,9 @@ from torch import nn
 from support.reference_images import reference_images
 from varcli.classes import imagenet
 from varcli.errors import CheckpointError
+from varcli.models import perceptual
 from varcli.models.efficientnet import EfficientNetLite0
-from varcli.training import perceptual
-from varcli.training.perceptual import RESNET50_FILE, ClassifierDistance, ResNet50, moved, perceptual_distance
+from varcli.models.perceptual import RESNET50_FILE, ClassifierDistance, ResNet50, moved, perceptual_distance
 
 
 class Tiny(nn.Module):
@@ -92,12 +92,12 @@ def test_resnet50_is_torchvisions(tmp_path, monkeypatch):
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
     assert [m.shape[1] for m in maps] == [256, 512, 1024, 2048]
     (tmp_path / name).write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="is damaged; download it again"):
+    with pytest.raises(CheckpointError, match="are damaged: download them again"):
         ResNet50(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lpips", "resnet50"])
 def test_missing_weights_say_where_they_are_published(name, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is missing; put https://download\.pytorch\.org/"):
+    with pytest.raises(CheckpointError, match=r"are missing: put https://download\.pytorch\.org/"):
         perceptual_distance(name, tmp_path)
     assert RESNET50_FILE.endswith(".pth")

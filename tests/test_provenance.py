@@ -183,7 +183,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, fa
         patch.setattr(Path, failing, fail)
         write_atomically(path, b"new")
     if error is FULL:
-        assert str(caught.value) == f"output: {path} cannot be written; No space left on device"
+        assert str(caught.value) == f"{path} cannot be written: No space left on device"
     assert path.read_bytes() == b"old"
     assert listing(tmp_path) == ["x.png"]
 

@@ -5,13 +5,13 @@ import torch
 
 from support import reference
 from test_cuda_graphs import never, taped
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_graphs import GraphRunner
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import RasterModel, scan
 from varcli.config import SampleConfig, TokenizerConfig, TransformerConfig
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer, normalize
-from varcli.sampling import scale_model
 from varcli.sampling.sampler import decode
 
 SIDES = (1, 2, 4)
@@ -65,7 +65,7 @@ def test_fused_blocks_compute_the_same(models, monkeypatch):
     """As on a GPU, whose cache leaves out the last scale."""
     found = []
     for fused in (False, True):
-        monkeypatch.setattr(scale_model, "for_gpu", lambda transformer, fused=fused: fused)
+        monkeypatch.setattr(dispatch, "for_gpu", lambda transformer, fused=fused: fused)
         found.append(scan(*models, [1, 4], [2, 3], SampleConfig()))
     torch.testing.assert_close(*found)
 
@@ -101,10 +101,10 @@ def test_models_made_ready_for_sampling_compute_the_same(models, precision):
     assert scan(*models, [1], [0], SampleConfig()).dtype == torch.float32
 
 
-def test_recorded_steps_draw_the_same(models):
-    """As on a GPU: the first batch as it is, the second recorded, the third played."""
+def test_captured_steps_draw_the_same(models):
+    """As on a GPU: the first batch as it is, the second captured, the third replayed."""
     runner = GraphRunner(taped, never)
     for seed in range(3):
         recorded = scan(*models, [1, 3], [seed, 7], SampleConfig(), runner=runner).clone()
         assert torch.equal(recorded, scan(*models, [1, 3], [seed, 7], SampleConfig()))
-    assert len(runner.recordings) == 1 + 2 * TOKENS
+    assert len(runner.graphs) == 1 + 2 * TOKENS

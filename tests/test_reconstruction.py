@@ -190,20 +190,20 @@ GOOD = {f"tokens.{k}": torch.zeros(1, side, side, dtype=torch.int32) for k, side
 @pytest.mark.parametrize(
     ("change", "metadata", "code", "message"),
     [
-        ({"tokens.0": torch.zeros(1, 1, 1)}, {}, 3, "scale 1 must be whole numbers (got torch.float32)"),
+        ({"tokens.0": torch.zeros(1, 1, 1)}, {}, 3, "must be whole numbers (got torch.float32 at scale 1)"),
         (
             {"tokens.1": torch.zeros(1, 3, 3, dtype=torch.int32)},
             {},
             3,
-            "scale 2 must be images × 2 × 2 (got 1 × 3 × 3)",
+            "must be images × 2 × 2 at scale 2 (got 1 × 3 × 3)",
         ),
-        ({"tokens.1": torch.full((1, 2, 2), 64)}, {}, 3, "scale 2 has numbers beyond the codebook's, 0 to 63"),
-        ({"tokens.1": torch.full((1, 2, 2), -1)}, {}, 3, "beyond the codebook's"),
+        ({"tokens.1": torch.full((1, 2, 2), 64)}, {}, 3, "must be rows of the codebook, 0 to 63 (scale 2 has others)"),
+        ({"tokens.1": torch.full((1, 2, 2), -1)}, {}, 3, "must be rows of the codebook"),
         (
             {"tokens.1": torch.zeros(2, 2, 2, dtype=torch.int32)},
             {},
             3,
-            "each scale must have as many images, at least one",
+            "must have the same number of images at every scale, at least one",
         ),
         (
             {"tokens.3": torch.zeros(1, 8, 8, dtype=torch.int32)},

@@ -39,7 +39,7 @@ def test_what_is_saved_is_read_again(saved):
     assert (reference.count, reference.pixels, reference.extractor) == (50, 64, "a" * 64)
     assert (reference.name, reference.sha256) == ("ours.npz", file_sha256(saved))
     assert read_reference(saved, "imagenet-256").name == "imagenet-256"
-    assert reference.images() is None
+    assert reference.path is None
 
 
 def test_equal_statistics_make_equal_files(saved, tmp_path):
@@ -66,7 +66,7 @@ def test_batches_as_adm_has_them(tmp_path):
     reference = read_reference(tmp_path / "adm.npz")
     assert reference.mean.dtype == np.float64
     assert (reference.count, reference.extractor, reference.pool) == (None, None, None)
-    images = reference.images()
+    images = open_images([reference.path])
     assert (len(images), images.side) == (5, 8)
     assert reference.pixels == 8
     reference.check_extractor("inception", "b" * 64, SHAPE)  # nothing is known against it
@@ -130,31 +130,31 @@ def test_rounding_makes_no_covariance_wrong(tmp_path):
     ("make", "words"),
     [
         (lambda path: path, "cannot be read: No such file"),
-        (lambda path: path.write_bytes(b"no zip") and path, "is no .npz of statistics"),
-        (lambda path: path.touch() or path, "is no .npz of statistics"),
+        (lambda path: path.write_bytes(b"no zip") and path, "is not an .npz of statistics"),
+        (lambda path: path.touch() or path, "is not an .npz of statistics"),
         (lambda path: write(path, sigma=COVARIANCE), "has no mu;"),
         (lambda path: write(path, arr_0=MEAN), "has no mu and no sigma;"),
         (lambda path: write(path, mu=MEAN[:64], sigma=COVARIANCE), "not floats (64, 64)"),
         (lambda path: write(path, mu=MEAN, sigma=MEAN), "has a sigma of float64 (2048,)"),
         (lambda path: write(path, mu=MEAN.astype(int), sigma=COVARIANCE), "has a mu of int64"),
         (lambda path: write(path, mu=MEAN.astype("U5"), sigma=COVARIANCE), "has a mu of <U5"),
-        (lambda path: write(path, mu=MEAN.astype(object), sigma=COVARIANCE), "is no .npz of statistics"),
-        (lambda path: write(path, mu=holed(MEAN), sigma=COVARIANCE), "has a mu with values that are no numbers"),
-        (lambda path: write(path, mu=MEAN, sigma=holed(COVARIANCE)), "has a sigma with values that are no numbers"),
+        (lambda path: write(path, mu=MEAN.astype(object), sigma=COVARIANCE), "is not an .npz of statistics"),
+        (lambda path: write(path, mu=holed(MEAN), sigma=COVARIANCE), "has a mu with values that are not finite"),
+        (lambda path: write(path, mu=MEAN, sigma=holed(COVARIANCE)), "has a sigma with values that are not finite"),
         (lambda path: write(path, **GOOD, pool=FEATURES[:, 1:]), "has a pool of float32 (50, 2047)"),
-        (lambda path: write(path, **GOOD, pool=holed(FEATURES)), "has a pool with values that are no numbers"),
-        (lambda path: write(path, **GOOD, pool=np.float32(1)), "is no .npz of statistics"),
-        (lambda path: write(path, **GOOD, n="many"), "is no .npz of statistics"),
+        (lambda path: write(path, **GOOD, pool=holed(FEATURES)), "has a pool with values that are not finite"),
+        (lambda path: write(path, **GOOD, pool=np.float32(1)), "is not an .npz of statistics"),
+        (lambda path: write(path, **GOOD, n="many"), "is not an .npz of statistics"),
         (lambda path: write(path, **GOOD, n=-1), "is of -1 images"),
-        (lambda path: write(path, **GOOD, mu_s=MEAN[:9], sigma_s=-np.eye(9)), "has a sigma_s that is no covariance"),
+        (lambda path: write(path, **GOOD, mu_s=MEAN[:9], sigma_s=-np.eye(9)), "has a sigma_s that is not a covariance"),
         (lambda path: write(path, mu=MEAN, sigma=-COVARIANCE), "has negative variances"),
         (lambda path: write(path, mu=MEAN, sigma=COVARIANCE + np.eye(POOL)[::-1] * 2), "has negative variances"),
         (lambda path: write(path, mu=MEAN, sigma=np.triu(np.ones((POOL, POOL)))), "sigma that is not symmetric"),
-        (lambda path: damaged(write(path, **GOOD), flag=1), "is no .npz of statistics"),
-        (lambda path: damaged(write(path, **GOOD), method=77), "is no .npz of statistics"),
-        (lambda path: damaged(write(path, **GOOD), spoil=True), "is no .npz of statistics"),
-        (lambda path: with_header(path, "mu", "(1000000000000,)"), "is no .npz of statistics"),
-        (lambda path: with_header(path, "sigma", "(2048, -1)"), "is no .npz of statistics"),
+        (lambda path: damaged(write(path, **GOOD), flag=1), "is not an .npz of statistics"),
+        (lambda path: damaged(write(path, **GOOD), method=77), "is not an .npz of statistics"),
+        (lambda path: damaged(write(path, **GOOD), spoil=True), "is not an .npz of statistics"),
+        (lambda path: with_header(path, "mu", "(1000000000000,)"), "is not an .npz of statistics"),
+        (lambda path: with_header(path, "sigma", "(2048, -1)"), "is not an .npz of statistics"),
     ],
 )
 def test_what_is_no_reference(tmp_path, make, words):
@@ -174,7 +174,7 @@ def test_it_is_written_whole_or_not_at_all(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(RunError, match=r"ours\.npz cannot be written; No space left"):
+    with pytest.raises(RunError, match=r"ours\.npz cannot be written: No space left"):
         save_reference(saved, MOMENTS, pixels=64, extractor="a" * 64)
     assert saved.read_bytes() == before
     with pytest.raises(RunError, match="there is no folder"):
@@ -193,7 +193,7 @@ def test_images_and_statistics_are_told_apart(saved, tmp_path):
     assert held == {"ours.npz": False, "images.npz": True, "adm.npz": False, "half.npz": False}
     assert holds_images(tmp_path)
     assert holds_images(tmp_path / "x.zip")
-    for name, words in (("bad.npz", "is no .npz of statistics"), ("absent.npz", "cannot be read: No such file")):
+    for name, words in (("bad.npz", "is not an .npz of statistics"), ("absent.npz", "cannot be read: No such file")):
         with pytest.raises(InputError, match=f"{name} {words}"):
             holds_images(tmp_path / name)
     assert len(open_images([tmp_path / "images.npz"])) == 3

@@ -330,7 +330,7 @@ def test_one_result_or_many_as_lines_or_not(encoding, separator):
 
 def test_an_error_says_where_the_wrong_result_is():
     content = "\n".join(map(json.dumps, (evaluation(), evaluation() | {"n": "many"})))
-    with pytest.raises(InputError, match=r"^evaluation result x, line 2: n must be a whole number"):
+    with pytest.raises(InputError, match=r"^the evaluation result x, line 2: n must be a whole number"):
         parse(content.encode(), "x")
 
 
@@ -357,7 +357,7 @@ def test_a_file_of_an_absurd_size_is_refused(monkeypatch):
     ids=lambda content: repr(content[:10]),
 )
 def test_files_that_hold_no_results(content):
-    with pytest.raises(InputError, match=r"^evaluation result x[, ]"):
+    with pytest.raises(InputError, match=r"^the evaluation result x[, ]"):
         parse(content, "x")
 
 
@@ -404,18 +404,18 @@ def test_a_run_under_way(tmp_path):
     [
         ("metrics.jsonl", None, "has no metrics.jsonl"),
         ("metrics.jsonl", b"", "has no figures yet"),
-        ("metrics.jsonl", b'{"step": 50, "images_seen": 800}\n[]\n{}\n', "line 2 must be figures as"),
-        ("metrics.jsonl", b'{"step": 50}\n{"step": 50, "images_seen": 9}\n', "line 1 must be figures as"),
+        ("metrics.jsonl", b'{"step": 50, "images_seen": 800}\n[]\n{}\n', "must have figures in line 2, as"),
+        ("metrics.jsonl", b'{"step": 50}\n{"step": 50, "images_seen": 9}\n', "must have figures in line 1, as"),
         (
             "metrics.jsonl",
             b'{"step": NaN, "images_seen": 9}\n{"step": 1, "images_seen": 9}\n',
-            "line 1 must be figures as",
+            "must have figures in line 1, as",
         ),
-        ("metrics.jsonl", b'{"step": 5, "images_seen": 8, "loss": "low"}\n\n', "line 1 must be figures as"),
+        ("metrics.jsonl", b'{"step": 5, "images_seen": 8, "loss": "low"}\n\n', "must have figures in line 1, as"),
         (
             "metrics.jsonl",
             b'{"step": 5, "images_seen": 8, "loss": 1%s}\n\n' % (b"0" * 400),
-            "line 1 must be figures as",
+            "must have figures in line 1, as",
         ),
         ("state.safetensors", b"cut", "state.safetensors is damaged"),
         ("state.safetensors", save({}, {"identity": "[" * 100_000}), "state.safetensors is damaged"),

@@ -67,9 +67,9 @@ def test_a_pipe_is_a_file_like_others(here, monkeypatch):
         (["newer.json"], 3, "evaluation result newer.json, line 1 must have format 1 (got 2)"),
         (["run/samples"], 3, "training run run/samples has no metrics.jsonl"),
         (["-"], 3, "evaluation result standard input is empty"),
-        (["one.json", "-o", "none/x.html"], 5, "output: none/x.html cannot be written; there is no folder none"),
-        (["one.json", "-o", "one.json/x.md"], 5, "output: one.json/x.md cannot be written; "),
-        (["one.json", "-o", "folder.html"], 5, "output: folder.html cannot be written; it is a folder"),
+        (["one.json", "-o", "none/x.html"], 5, "none/x.html cannot be written: there is no folder none"),
+        (["one.json", "-o", "one.json/x.md"], 5, "one.json/x.md cannot be written: "),
+        (["one.json", "-o", "folder.html"], 5, "folder.html cannot be written: it is a folder"),
     ],
     ids=lambda mistake: " ".join(mistake[0]),
 )
@@ -100,7 +100,7 @@ def test_a_failure_leaves_the_last_page(here, capsys):
 def test_a_full_disk(here, capsys):
     Path("full.html").symlink_to("/dev/full")
     assert cli.run(["report", "one.json", "-o", "full.html"]) == 5
-    assert "full.html cannot be written; No space left on device" in capsys.readouterr().err
+    assert "full.html cannot be written: No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("out", "unneeded"), [("x.html", ["torch", "scipy"]), ("x.md", ["torch", "matplotlib"])])

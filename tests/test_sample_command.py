@@ -211,7 +211,7 @@ def test_nothing_left_to_do_is_said(sample, capsys):
         for quiet in ((), ("--quiet",)):
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--quiet")
             sample("-c", "1,207", "--out", out, "--dtype", "fp32", "--resume", *quiet)
-            said = "" if quiet else "var: nothing left to do: 2 images asked for, none missing\n"
+            said = "" if quiet else "var: nothing left to do: 2 images requested, none missing\n"
             assert capsys.readouterr() == (f"{out}\n" if Path(out).is_file() and not quiet else "", said)
 
 
@@ -345,7 +345,7 @@ def test_values_that_are_not_finite_are_told_before_an_image_is_made(model, monk
     assert cli.run(words) == 4
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "3 values of t" in err and "are not finite: train or convert again" in err
+    assert "3 values in t" in err and "that are not finite: train or convert again" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors", "hole.png"]
 
 
@@ -355,7 +355,7 @@ def test_an_archive_of_an_earlier_run_is_replaced_with_a_word(sample, capsys, na
     sample("-c", "207", "-n", 3, "-o", name, "--dtype", "fp32", "--resume")
     assert capsys.readouterr().err == ""
     sample("-c", "207", "-o", name, "--dtype", "fp32")
-    assert f"{name} is of an earlier run and will be replaced; --resume would" in capsys.readouterr().err
+    assert f"{name} is from an earlier run and will be replaced; --resume would" in capsys.readouterr().err
     Path(name).rename(f"{name}.part")  # as a run that was stopped leaves it
     sample("-c", "207", "-o", name, "--dtype", "fp32")
     assert f"{name}.part is of an earlier run" in capsys.readouterr().err
@@ -364,7 +364,7 @@ def test_an_archive_of_an_earlier_run_is_replaced_with_a_word(sample, capsys, na
 def test_images_nobody_asked_for_this_time_are_told_of(sample, capsys):
     sample("-c", "207", "-n", 3, "-o", "several.npz")
     sample("-c", "207", "-n", 1, "-o", "several.npz", "--resume")
-    assert "several.npz also holds 2 images of an earlier run, not asked for now" in capsys.readouterr().err
+    assert "several.npz also holds 2 images of an earlier run that were not requested" in capsys.readouterr().err
 
 
 # --- rejection -------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_the_best_go_on_too(sample, redness, capsys):
     sample(*asked)
     before = Path("best.npz").read_bytes()
     sample(*asked, "--resume")
-    assert "nothing left to do: 4 images asked for, none missing" in capsys.readouterr().err
+    assert "nothing left to do: 4 images requested, none missing" in capsys.readouterr().err
     assert Path("best.npz").read_bytes() == before
 
 

@@ -169,6 +169,6 @@ def test_interrupt_reaches_all_and_says_how_to_go_on(here):
     assert process.returncode == 130 and out == b""
     kept, interrupted = err.decode().splitlines()
     assert interrupted == "var: interrupted"
-    assert re.search(r"x\.npz\.part keeps \d+ images?; the same command with --resume goes on from there$", kept)
+    assert re.search(r"x\.npz\.part keeps \d+ images?; the same command with --resume continues$", kept)
     assert not any(Path(f"/proc/{pid}").exists() for pid in others)
     assert listing(Path()) == ["x.npz.part", "x.npz.part.jsonl"]

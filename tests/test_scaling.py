@@ -178,7 +178,7 @@ def test_a_run_without_its_figures_is_refused(ladder, tmp_path, capsys):
         tensors, metadata = load_tensors(model)
         save_tensors(model, tensors, metadata | {"run": json.dumps(change.get("run", change))})
         assert run(["scaling", "fit", *map(str, ladder), str(odd), "--no-intervals"]) in (3, 4)
-        assert re.search(r"has no held-out figures|its metadata cannot be used", capsys.readouterr().err)
+        assert re.search(r"has no held-out figures|the metadata of the checkpoint", capsys.readouterr().err)
 
 
 def test_repeated_images_are_told_apart_from_new_ones(ladder, tmp_path, capsys):

@@ -150,12 +150,12 @@ def test_inputs_that_are_no_longer_what_they_were(tmp_path, capsys, monkeypatch)
         _, out, _ = told(tmp_path, capsys, **edited(command, [digest, "00"][: 2 if "--mask" in command else 1]))
         assert f"\ninput      {said}, sha256 {digest}\n" in out
     assert (
-        "\ninput      b.png, sha256 00; there is no such file here now\n"
+        "\ninput      b.png, sha256 00; there is no such file now\n"
         in told(tmp_path, capsys, **edited(["edit", "a.png", "--mask", "b.png"], [digest, "00"]))[1]
     )
     (tmp_path / "a.png").write_bytes(b"second")
     _, out, _ = told(tmp_path, capsys, **edited(["inpaint", "a.png"], [digest]))
-    assert "; the file of this name is another one now" in out
+    assert "; the file of this name has changed" in out
     for name in ("-", "/dev/fd/63"):
         _, out, _ = told(tmp_path, capsys, **edited(["inpaint", "a.png", name], [digest, "00"]))
         assert f"input      {name}, sha256 00; it had no name, so the command is incomplete" in out

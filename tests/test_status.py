@@ -174,7 +174,7 @@ def test_status_reads_the_state_before_a_damaged_one(images, tmp_path, capsys):
 def test_a_state_that_says_nothing_is_one_line(tmp_path, capsys):
     write_run(tmp_path)
     assert run(["train", "status", str(tmp_path)]) == 3
-    assert "state.safetensors does not say how it is trained" in capsys.readouterr().err
+    assert "state.safetensors that does not say how it is trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,10 @@ def test_a_tokenizer_of_another_shape_begins_with_the_weights_that_fit(data, tok
     command = ["train", "tokenizer", str(data), "--out", str(tmp_path), "--init", str(tokenizer), *PACE]
     still = ["--perceptual", "none", "--base-lr", "1e-30", "--weight-decay", "0"]  # what is trained stays as it began
     assert run([*command, "--sides", "1,2,8", "--multipliers", "1,2", *still]) == 0
-    assert "tensors are those of --init; the quantizer and what has another shape begin anew" in capsys.readouterr().err
+    assert (
+        "tensors are those of --init; the quantizer and tensors of another shape start from random weights"
+        in capsys.readouterr().err
+    )
     before, after = (load_tokenizer(path) for path in (tokenizer, tmp_path / "tokenizer.safetensors"))
     assert (after.config.codebook_size, after.config.sides) == (before.config.codebook_size, (1, 2, 8))
     begun, ended = before.state_dict(), after.state_dict()
@@ -217,13 +220,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--epochs", "inf"], 2, "--epochs must be a finite number (got inf)"),
         (["--grad-accum", "3"], 2, "--grad-accum must divide the batch of 4 (got 3)"),
         (["--perceptual", "lpips", "--lpips-weights", "nowhere"], 4, "or train with another --perceptual"),
-        (["--perceptual", "resnet50", "--lpips-weights", "nowhere"], 4, "resnet50-11ad3fa6.pth is missing; put https"),
+        (["--perceptual", "resnet50", "--lpips-weights", "nowhere"], 4, "resnet50-11ad3fa6.pth are missing: put https"),
         (["--perceptual", "vgg"], 2, "--perceptual must be one of lpips, resnet50, efficientnet-lite0, none (got vgg)"),
         (["--init", "nobody"], 4, "there is no checkpoint nobody"),
         (["--freeze", "nothing.*"], 2, "--freeze nothing.* matches no weight; names are such as "),
         (["--freeze", "*"], 2, "--freeze * leaves no weight to train"),
         (["--device", "cuda:9"], 2, "no device cuda:9"),
-        (["--sides", "1"], 2, "--gan must be 0 for images of fewer than 8 pixels a side"),
+        (["--sides", "1"], 2, "--gan must be 0 for images of fewer than 8 pixels per side"),
     ],
 )
 def test_bad_options_end_in_one_line(more, code, message, data, tmp_path, capsys):

@@ -140,7 +140,7 @@ def test_a_signal_saves_first(tmp_path, images, number, ended):
     with pytest.raises(ended) as caught:
         train(stage, run(tmp_path, validate_every=2, note=notes.append))
     assert ended is KeyboardInterrupt or caught.value.code == 143
-    assert notes == ["stopped after step 2 of 6, with the state saved; the same command goes on"]
+    assert notes == ["stopped after step 2 of 6, with the state saved; the same command resumes it"]
     assert load_tensors(tmp_path / "state.safetensors")[1]["step"] == "2"
 
 
@@ -279,7 +279,7 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, images):
     notes = []
     last = train(tokenizer_stage(images), run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))
     assert last["step"] == 6
-    assert notes == ["going on from step 3 of 1 epochs, by the learning rates of 2 epochs"]
+    assert notes == ["resuming at step 3 of 1 epochs, with the learning rates of 2 epochs"]
     with pytest.raises(UsageError, match=r"has come to step 6, and 1 epochs end at step 3; give more --epochs"):
         train(tokenizer_stage(images), run(tmp_path, 3, identity={"a": 1, "epochs": 1.0}))
     with pytest.raises(UsageError, match=r"begun with a 1 \(now 2\), epochs 2\.0 \(now 3\.0\)"):
@@ -296,7 +296,7 @@ def test_a_run_under_way_takes_fewer_epochs(tmp_path, images):
     apply = shorter.apply_gradients
     shorter.apply_gradients = lambda step, of: (steps.append((step, of)), apply(step, of))
     assert train(shorter, run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))["step"] == 6
-    assert notes == ["going on from step 3 of 3 epochs, by the learning rates of 2 epochs"]
+    assert notes == ["resuming at step 3 of 3 epochs, with the learning rates of 2 epochs"]
     assert steps == [(3, 6), (4, 6), (5, 6)]
 
 
@@ -371,7 +371,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path, images, damag
         state.unlink()  # as a kill leaves it, while a new one is written
     notes = []
     train(tokenizer_stage(images, gan=0.0), run(tmp_path / "run", 9, note=notes.append))
-    told = [] if damage == "away" else [f"{state} is damaged; going on from the state before it, of step 3"]
+    told = [] if damage == "away" else [f"{state} is damaged; resuming from the state before it, at step 3"]
     assert notes == told
     for name in ("state.safetensors", "state-previous.safetensors", "tokenizer.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -404,7 +404,7 @@ def test_file_systems_without_locks_are_one_line(tmp_path, images, monkeypatch, 
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    with pytest.raises(RunError, match=r"cannot be locked \(.*\); choose a folder on another file system"):
+    with pytest.raises(RunError, match=r"cannot be locked \(.*\): choose a folder on another file system"):
         train(tokenizer_stage(images), run(tmp_path))
     assert not (tmp_path / "lock").exists()
 

@@ -1,7 +1,7 @@
 """Charts of numbers, as PNG files or as SVG for a web page. matplotlib is imported only where one is drawn.
 
-A chart is one or more panels, one above the other. Every axis names its unit, and the colours can be told apart
-by people who do not see all of them (Okabe and Ito's palette).
+A chart is one or more panels, one above the other. Every axis names its unit, and colour-blind people can
+distinguish the colours (Okabe and Ito's palette).
 """
 
 import io

@@ -1,8 +1,7 @@
 """Classes a model knows, and what a user may type for one. No torch here.
 
-A class has an id, which users type and file names carry, and a row, its place in the transformer's
-class table. For ImageNet's thousand both are the ImageNet index; a model of fewer classes keeps the
-ids and has fewer rows.
+A class has an id, which users type and file names have, and a label, its index in the transformer's class table. For
+ImageNet's thousand both are the ImageNet index; a model of fewer classes keeps the ids and has fewer labels.
 """
 
 import json
@@ -20,7 +19,7 @@ from varcli.files import parse_json
 
 
 def plain(text: str) -> str:
-    """Return a name as it is compared: small letters, single spaces for whatever separates words."""
+    """Return a name as it is compared: lower case, with single spaces between words."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
@@ -72,7 +71,7 @@ def nearest(wanted: "ClassEntry", entries: "Sequence[ClassEntry]", count: int = 
 
     Shared words of the names count first (another retriever for a retriever), above all the last word
     of a name. Then the index, among things of one kind: ImageNet's animals stand in the order of WordNet's
-    tree, so that neighbours are kin.
+    tree, so that neighbours are related.
     """
 
     def likeness(entry: "ClassEntry") -> tuple[int, bool, int]:
@@ -84,12 +83,12 @@ def nearest(wanted: "ClassEntry", entries: "Sequence[ClassEntry]", count: int = 
 
 
 def _kind(entry: "ClassEntry") -> int:
-    """Which stretch of ImageNet's indices a class lies in."""
+    """Which range of ImageNet's indices a class is in."""
     return bisect(_KIND_STARTS, entry.id)
 
 
 _KIND_STARTS = (398, 924, 970, 981, 984)
-"""Where animals give way to things, these to food, places, people, plants."""
+"""First indices of things, food, places, people and plants, after the animals."""
 
 
 def _long_words(entry: "ClassEntry") -> set[str]:
@@ -120,34 +119,34 @@ class ClassEntry:
 
 
 RANDOM = ClassEntry(-1, "random", "random")
-"""Stands for a class drawn anew for every image; `random_class` says which."""
+"""Stands for a random class for each image, which `random_class` chooses."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassTable:
-    """The classes of a model or data set; the position of an entry is its row."""
+    """The classes of a model or data set; the index of an entry is its label."""
 
     entries: tuple[ClassEntry, ...]
-    _rows: dict[int, int] = field(init=False, repr=False, compare=False)
+    _labels: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_rows", {entry.id: row for row, entry in enumerate(self.entries)})
+        object.__setattr__(self, "_labels", {entry.id: label for label, entry in enumerate(self.entries)})
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __contains__(self, class_id: int) -> bool:
-        return class_id in self._rows
+        return class_id in self._labels
 
     def label(self, class_id: int) -> int:
-        """Return the row of the class with this id.
+        """Return the label of the class with this id.
 
         Raises:
             InputError: no class has this id.
         """
-        if class_id not in self._rows:
+        if class_id not in self._labels:
             raise InputError(f"there is no class {class_id}: {_extent(self)}")
-        return self._rows[class_id]
+        return self._labels[class_id]
 
     def by_id(self, class_id: int) -> ClassEntry:
         """Return the class with this id.
@@ -168,7 +167,7 @@ class ClassTable:
         )
 
     def to_json(self) -> str:
-        """Return the table as JSON: a list of [id, wnid, [names]] in the order of the rows."""
+        """Return the table as JSON: a list of [id, wnid, [names]] in the order of the labels."""
         return json.dumps([[entry.id, entry.wnid, list(entry.names)] for entry in self.entries], ensure_ascii=False)
 
     @staticmethod
@@ -195,14 +194,14 @@ def _first_and_rest(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def imagenet() -> ClassTable:
-    """Return the thousand classes of ImageNet, whose row is their index."""
+    """Return the thousand classes of ImageNet, whose label is their index."""
     lines = (files("varcli") / "imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()[1:]
     fields = (line.split("\t") for line in lines)
     return ClassTable(tuple(ClassEntry(int(i), wnid, *_first_and_rest(names.split(", "))) for i, wnid, names in fields))
 
 
 def random_class(table: ClassTable, seed: int) -> ClassEntry:
-    """Return the class an image of this seed gets when its class is left to chance."""
+    """Return the class that an image of this seed gets with `--class random`."""
     number = int.from_bytes(sha256(f"class of {seed}".encode()).digest()[:8], "big")
     return table.entries[number % len(table)]
 
@@ -217,19 +216,19 @@ def parse_classes(
     hint: str = "",
     note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[ClassEntry | None]:
-    """Return the classes meant, in order; None is "no class" and `RANDOM` one drawn for each image.
+    """Return the classes meant, in order; None is "no class" and `RANDOM` a random one for each image.
 
     A spec is an index, a name (whole, or a part that only one class has), a range such as 10-20 with
     both ends (unless that is a class's name), a list of these with commas, ``all``, ``none``, ``random``, or ``-``
-    for one spec a line of `lines`. All but the lines are checked before this returns; a line is read when its turn
-    comes.
+    for one spec per line of `lines`. All but the lines are checked before this returns; a line is read when the
+    iterator reaches it.
 
     Args:
         specs: what was typed, e.g. ["207", "tabby,none"].
         table: the classes the model knows.
         lines: where ``-`` reads; blank lines are passed over.
         hint: ends the message about an ImageNet class that the table lacks: which checkpoint has it.
-        note: takes a remark about each class that was known by a part of its name.
+        note: takes a remark about each class that was found by a part of its name.
 
     Raises:
         UsageError: a range runs backwards, or a spec is empty.
@@ -312,20 +311,20 @@ def _is_part_of_imagenet(table: ClassTable) -> bool:
 
 
 def _lacking(wanted: Sequence[ClassEntry], table: ClassTable, hint: str) -> InputError:
-    """Return the error about ImageNet classes that the table lacks: the nearest it has, and who has them."""
+    """Return the error for ImageNet classes that the table lacks: the nearest it has, and which checkpoint has all."""
     known = f"the nearest of the {len(table)} it knows are {_listing(nearest(wanted[0], table.entries))}"
     return InputError(f"this checkpoint does not know {_listing(wanted)}; {known}" + (f"; {hint}" if hint else ""))
 
 
 def _closest(word: str, table: ClassTable) -> str:
-    """Return advice on what might have been meant by a name nothing has."""
+    """Return advice on what an unknown name might have meant."""
     close = close_to(table.entries, word)
     return f"close to it: {_listing(close)}" if close else _extent(table)
 
 
 def _extent(table: ClassTable) -> str:
-    """Return in words which ids a table has, and what lists them."""
-    ids = sorted(table._rows)
+    """Describe which ids a table has, and how to list them."""
+    ids = sorted(table._labels)
     known = f"{len(ids)} classes between {ids[0]} and {ids[-1]}"
     if ids == list(range(len(ids))):
         known = f"0 to {len(ids) - 1}"

@@ -37,7 +37,7 @@ COMMANDS = {
     "train": ("train", "train_app", "Train a tokenizer, then a transformer on its tokens."),
     "scaling": ("scaling", "scaling_app", "Train models of several sizes and fit scaling laws to them."),
 }
-"""Module, name and purpose of each command, in the order of the help; imported only when it is needed."""
+"""Module, name and purpose of each command, in the order of the help; a module is imported only when needed."""
 
 RENAMED: dict[str, tuple[str, Callable[[float], float] | None]] = {
     "--accumulate": ("--grad-accum", None),
@@ -52,25 +52,25 @@ RENAMED: dict[str, tuple[str, Callable[[float], float] | None]] = {
     "--scales": ("--growth", None),
     "--store": ("--save-dtype", None),
 }
-"""Options of the version before, the option that each is now, and how its value converts; gone in the next version."""
+"""Options of the previous version, their new names, and how a value converts; removed in the next version."""
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
-"""What a shell reports of a program that Ctrl-C or a closed pipe ended."""
+"""Exit codes as a shell reports them, for programs that Ctrl-C or a closed pipe ended."""
 
 
 class Commands(TyperGroup):
-    """The commands of `COMMANDS`, each imported when it is asked for."""
+    """The commands of `COMMANDS`, each imported when it is used."""
 
     listing = False
     """Whether commands are only named, for the help."""
 
     def __init__(self, **settings: Any) -> None:
-        """Name the commands, for the help and for what to suggest where a name is none of them."""
+        """Name the commands, for the help and for suggestions where a name is unknown."""
         super().__init__(**settings)
         self.commands = {name: TyperCommand(name, help=purpose) for name, (_, _, purpose) in COMMANDS.items()}
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, for which no command need be imported."""
+        """Write the help without importing any command."""
         self.listing = True
         super().format_help(ctx, formatter)
         self.listing = False
@@ -110,7 +110,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _ending_quietly() -> Iterator[None]:
-    """End without a word where the reader of our output went away."""
+    """End quietly where the reader of our output closed the pipe."""
     try:
         try:
             yield
@@ -119,7 +119,7 @@ def _ending_quietly() -> Iterator[None]:
                 sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
-            raise  # rich, which lays out the help, makes of the one the other
+            raise  # rich, which prints the help, turns the one into the other
         console.discard_results()
         raise typer.Exit(CLOSED_PIPE) from error
 
@@ -173,7 +173,7 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
         i = words.index("--features")
         if words[i + 1 : i + 2] not in (["inception-v3-compat"], ["dinov2"], ["efficientnet-lite0"], ["none"]):
             words[i] = "--keep-features"
-            console.note("--features is now --keep-features; the old name goes in the next version")
+            console.note("--features is now --keep-features; the old name will be removed in the next version")
     for i, word in enumerate(words[: words.index("--")] if "--" in words else words):
         flag, joined, value = word.partition("=")
         if flag not in RENAMED:
@@ -181,17 +181,17 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
         name, convert = RENAMED[flag]
         words[i] = f"{name}{joined}{value}"
         if convert is None:
-            console.note(f"{flag} is now {name}; the old name goes in the next version")
+            console.note(f"{flag} is now {name}; the old name will be removed in the next version")
             continue
         try:
             changed = f"{convert(float(value if joined else words[i + 1])):g}"
         except (ValueError, ArithmeticError, IndexError):
-            continue  # for the new option to refuse
+            continue  # the new option will refuse it
         if joined:
             words[i] = f"{name}={changed}"
         else:
             words[i + 1] = changed
-        console.note(f"{flag} is now {name} {changed}; the old name goes in the next version")
+        console.note(f"{flag} is now {name} {changed}; the old name will be removed in the next version")
     return words
 
 

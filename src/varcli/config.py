@@ -60,7 +60,7 @@ def sides_of_length(length: int) -> tuple[int, ...]:
     for grid in (GRID_256, GRID_512, GRID_1024):
         if sequence_length(grid) == length:
             return grid
-    raise InputError(f"token count: {length} belongs to no published grid; give the sides with --sides 1,2,3,…")
+    raise InputError(f"no published grid has {length} tokens: give the sides with --sides 1,2,3,…")
 
 
 LARGEST_SIDE, MOST_TOKENS = 256, 16384
@@ -93,7 +93,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_types(config: Any) -> None:
-    """Hold each value to its field's type: a file or a caller may give anything."""
+    """Check each value against its field's type: a file or a caller may give anything."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         name = field.name.replace("_", "-")
@@ -112,11 +112,11 @@ _KINDS: dict[Any, tuple[type, str]] = {
     float: (numbers.Real, "a number"),
     str: (str, "text"),
 }
-"""What a field of each type takes, NumPy's numbers among them, and how to say so."""
+"""The values that a field of each type takes, NumPy's among them, and their name in messages."""
 
 
 def _require_counts(config: Any, **largest: int) -> None:
-    """Hold numbers to a range: a small file must not ask for a model that no computer can hold."""
+    """Check that numbers are in range: a small file must not ask for a model that no computer can hold."""
     for name, most in largest.items():
         value = getattr(config, name)
         words = name.replace("_", " ")
@@ -185,7 +185,7 @@ class TransformerConfig:
     class_count: int = 1000
     """Rows of the class table, without the one for "no class"."""
     shared_adaln: bool = False
-    """One modulation for all blocks (d36) instead of one a block."""
+    """One modulation for all blocks (d36) instead of one per block."""
 
     def __post_init__(self) -> None:
         _require_types(self)
@@ -298,7 +298,7 @@ class SampleConfig:
 
     @property
     def guided_scales(self) -> range:
-        """Scales that are guided, from 0; those that a model has not do no harm."""
+        """Scales that are guided, from 0; the range may go beyond the last scale of a model."""
         if not self.cfg_scales:
             return range(LARGEST_SIDE)
         found = re.fullmatch(r"([1-9][0-9]{0,2})-([1-9][0-9]{0,2})", self.cfg_scales)
@@ -329,7 +329,7 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """What both training stages ask. Everything here shapes the result, so a resumed run must agree."""
+    """Settings of both training stages. Everything here affects the result, so a resumed run must have the same."""
 
     epochs: float = option(200, "Passes over the training images.", shown=RECIPE_S)
     batch: int = option(768, "Images per step.", "--batch-size", shown=RECIPE_S)
@@ -463,7 +463,7 @@ class TransformerTrainingConfig(TrainingConfig):
     crops: int = option(
         4, "Cached random crops per image, used in turn by the epochs; 1 is the centre alone.", shown=RECIPE_S
     )
-    """Differs: the released recipe draws a new crop every time, and computes tokens anew for it."""
+    """Differs: the released recipe draws a new crop every time, and computes its tokens."""
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
@@ -524,8 +524,8 @@ def from_json(kind: type[Config], text: str) -> Config:
     """
     given = parse_json(text)
     if not isinstance(given, dict):
-        raise ValueError(f"{kind.__name__}: {text[:40]}; a JSON object")
+        raise ValueError(f"{kind.__name__} must be a JSON object (got {text[:40]})")
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if given.keys() != names:
-        raise ValueError(f"{kind.__name__} fields: {', '.join(sorted(given.keys() ^ names))} missing or unknown")
+        raise ValueError(f"{kind.__name__} has missing or unknown fields: {', '.join(sorted(given.keys() ^ names))}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

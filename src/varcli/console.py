@@ -12,7 +12,7 @@ from varcli.errors import InputError, RunError
 
 
 def prepare_streams() -> None:
-    """Make the standard streams fit for any text, and those that the caller closed lead nowhere."""
+    """Make the standard streams accept any text, and replace those that the caller closed by the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for good
@@ -49,17 +49,17 @@ def result(line: str) -> None:
 
 
 def note(line: str) -> None:
-    """Write one line about the run to stderr, if that can be written: no reason to stop if not."""
+    """Write one line about the run to stderr; an error in doing so is ignored."""
     shown = readable(line)
     if len(shown) > LONGEST:
-        shown = f"{shown[: LONGEST * 2 // 3]} … {shown[-LONGEST // 3 :]}"  # what would be right stands at the end
+        shown = f"{shown[: LONGEST * 2 // 3]} … {shown[-LONGEST // 3 :]}"  # the end says what would be right
     with suppress(OSError):
         sys.stderr.write(f"var: {shown}\n")
         sys.stderr.flush()
 
 
 LONGEST = 500
-"""Characters of a note or an error; what a file holds may be of any length."""
+"""Most characters of a note or an error; quoted file contents may be of any length."""
 
 
 def counted(number: float, noun: str) -> str:
@@ -69,7 +69,7 @@ def counted(number: float, noun: str) -> str:
 
 
 def notes(quiet: bool) -> Callable[[str], None]:
-    """Return `note`, or what says nothing to those who want errors only."""
+    """Return `note`, or with `quiet` a function that prints nothing."""
     return (lambda line: None) if quiet else note
 
 
@@ -101,9 +101,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def readable(text: str) -> str:
-    r"""Return text with what would steer a terminal, or could not be seen, as escapes such as ``\x1b``.
+    r"""Return text with characters that control a terminal, or are invisible, as escapes such as ``\x1b``.
 
-    Those are control characters and line breaks, marks that change the direction of text, and half characters.
+    Those are control characters and line breaks, marks that change the direction of text, and lone surrogates.
     """
     if text.isprintable():
         return text
@@ -114,7 +114,7 @@ def readable(text: str) -> str:
 
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode's categories of control, format and half characters, and of breaks of lines and paragraphs."""
+"""Unicode's categories of control and format characters, surrogates, and line and paragraph separators."""
 
 
 def _write_results(line: str) -> None:
@@ -125,7 +125,7 @@ def _write_results(line: str) -> None:
 
 @contextmanager
 def writing_results() -> Iterator[None]:
-    """Turn what goes wrong with stdout into an error, unless its reader went away.
+    """Turn a failure of stdout into an error, unless its reader closed the pipe.
 
     Raises:
         RunError: it cannot be written.
@@ -136,21 +136,21 @@ def writing_results() -> Iterator[None]:
         raise
     except OSError as error:
         discard_results()
-        raise RunError(f"output: standard output cannot be written; {error.strerror}") from error
+        raise RunError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def discard_results() -> None:
-    """Let what still waits to be written to stdout lead nowhere: it would fail again when the interpreter ends."""
+    """Redirect stdout to the null device, as buffered output would fail again when the interpreter ends."""
     with suppress(OSError):  # a stream of a test has no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """Yield what to call after one of `total` steps, or with how many were made: it moves a bar on stderr.
+    """Yield a function that moves a progress bar on stderr by one of `total` steps, or by as many as it is given.
 
-    A second argument is the text behind the bar.
-    There is no bar where stderr is no terminal, where `quiet` is asked for, or where the total is unknown.
+    Its second argument is a text after the bar. There is no bar with `quiet`, where stderr is no terminal, or where the
+    total is unknown.
     """
     if quiet or total is None or not sys.stderr.isatty():
         yield lambda count=1, text="": None

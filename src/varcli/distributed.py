@@ -51,7 +51,7 @@ _NUMBERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 
 def remember_command_line(words: Sequence[str]) -> None:
-    """Remember the command line, for `launch`."""
+    """Store the command line for `launch`."""
     _command_line[:] = words
 
 
@@ -98,11 +98,11 @@ def launch(count: int) -> int:
 
 
 _RENDEZVOUS, _KEY = "VARCLI_RENDEZVOUS", "VARCLI_KEY"
-"""The variables in which the launcher gives its ranks their meeting place, and the key for what they send."""
+"""The variables in which the launcher gives its ranks the rendezvous file, and the key that signs what they send."""
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """The variable that says where a rank leaves its error; torchrun's name for it, as the file is in its format."""
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
-"""The interface on which nothing outside this machine can be reached, by system."""
+"""The loopback interface, by system."""
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _first_failure(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    """End the ranks that still run, with a signal or, where that is not enough, without asking."""
+    """End the ranks that still run: with a signal, then, after a while, by killing them."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(number) if os.name != "nt" else rank.terminate()
@@ -164,12 +164,12 @@ def _exit_code(rank: int, count: int, code: int, error: Path) -> int:
 
 
 def report_error(message: str) -> bool:
-    """Leave an error for the launcher; False where there is none, and the error must be printed here."""
-    place = os.environ.get(_ERROR_FILE)
-    if not launched() or not place:
+    """Hand an error to the launcher; False where there is none, and the error must be printed here."""
+    file = os.environ.get(_ERROR_FILE)
+    if not launched() or not file:
         return False
     details = {"timestamp": str(int(time.time())), "py_callstack": message}
-    Path(place).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
+    Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
     return True
 
 
@@ -180,9 +180,8 @@ def report_error(message: str) -> bool:
 class ProcessGroup:
     """The ranks that work on one command.
 
-    What they exchange is to be exchanged by all of them: each calls `sum`, `gather`, `broadcast` and `barrier`
-    as often as the others and in the same order. Objects are pickled on the way, and unpickled only if signed
-    with the launcher's key; none of that is stored.
+    Exchanges are collective: all ranks must call `sum`, `gather`, `broadcast` and `barrier` equally often and in the
+    same order. Objects are pickled on the way, and unpickled only if signed with the launcher's key; nothing is stored.
     """
 
     rank: int = 0
@@ -200,7 +199,7 @@ class ProcessGroup:
     def device(self, name: str) -> str:
         """Return the name of this process's device: of several GPUs, each process has its own.
 
-        They share them if they are more. A launcher may show each its own alone, as the only one there is.
+        With more processes than GPUs they share them. A launcher may make only one GPU visible to each.
         """
         if self.world_size == 1 or name not in ("auto", "cuda"):
             return name
@@ -309,17 +308,17 @@ def process_group() -> Iterator[ProcessGroup]:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(group.device("cuda"))
     end_with_parent()
-    place = os.environ.get(_RENDEZVOUS)
+    rendezvous = os.environ.get(_RENDEZVOUS)
     store: Store | None = None
     try:
-        if place:  # ours; torchrun says in other variables where its ranks meet
-            store = dist.FileStore(place, group.world_size)  # type: ignore[attr-defined]  # public all the same
+        if rendezvous:  # ours; torchrun uses other variables
+            store = dist.FileStore(rendezvous, group.world_size)  # type: ignore[attr-defined]  # public all the same
             store.set_timeout(_PATIENCE)
         elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = _store_of_this_start(group)
         dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=group.rank, world_size=group.world_size)
         yield group
-        group.barrier()  # whoever leaves earlier takes the connection along
+        group.barrier()  # a rank that ended earlier would close the connection
         dist.destroy_process_group()
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "NCCL", "TCPStore", "onnect")):
@@ -329,7 +328,7 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 _PATIENCE = timedelta(days=1)
-"""How long one process waits for another: for good, the launcher notices sooner when one fails."""
+"""How long one process waits for another: practically forever, as the launcher notices sooner when one fails."""
 
 
 def _store_of_this_start(group: ProcessGroup) -> "Store":
@@ -360,7 +359,7 @@ def _store_of_this_start(group: ProcessGroup) -> "Store":
 
 
 _GRACE = 30.0
-"""Seconds in which a launcher should have noticed, which looks often; and those a rank has to end when asked to."""
+"""Seconds in which the launcher should notice a failure, and in which a rank must end when told to."""
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:

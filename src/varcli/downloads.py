@@ -1,7 +1,7 @@
-"""Files with a known address: resumed after a break, checked, there whole or not at all.
+"""Downloads of files with a known address: resumed, checked, and complete or absent.
 
-Requests go through the Hugging Face hub's client, which knows proxies, whatever host they are for. Its own transfer is
-not used: it writes in steps of 10 MB, and forgets what came of one when the line breaks.
+Requests to any host go through the Hugging Face hub's client, which handles proxies. Its own transfer is not used: it
+writes in steps of 10 MB, and loses the current one when the connection breaks.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from varcli.files import file_sha256, parse_json, replacing
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 TIMEOUT = 30.0
-"""Seconds in which a server has to say something."""
+"""Seconds in which a server must answer."""
 BUSY = (429, 500, 502, 503, 504)
-"""Answers of a server that may have a better one later."""
+"""Status codes after which a later try may succeed."""
 WAITS = (1, 2, 4, 8)
 """Seconds before each further try."""
 LARGEST = 64 * 10**9
-"""Bytes that are taken where nobody says how many there are; the largest released checkpoint has 9 GB."""
+"""Most bytes of a file of unknown size; the largest released checkpoint has 9 GB."""
 
 Answer = TypeVar("Answer")
 
@@ -38,14 +38,14 @@ Answer = TypeVar("Answer")
 def fetch(
     address: str, path: Path, *, size: int | None, sha256: str | None, advice: str, progress: bool = True
 ) -> Path:
-    """Return `path`, having downloaded it from `address` if it was not there, checked either way.
+    """Download `path` from `address` unless it exists; check it either way, and return it.
 
     Args:
         address: where it comes from.
-        path: where it belongs, with the name it is known by.
+        path: where to store it.
         size: in bytes, None where not known.
-        sha256: of its bytes; None takes that of its first download here, which is kept beside it.
-        advice: ends the message where it cannot be had: how to bring it otherwise.
+        sha256: of its bytes; None takes that of its first download here, which is recorded beside it.
+        advice: end of the error message: how else to get it.
         progress: show a bar on stderr, if that is a terminal.
 
     Raises:
@@ -72,7 +72,7 @@ def fetch(
 
 
 def transfer(address: str, part: Path, size: int | None, name: str, headers: Mapping[str, str] | None = None) -> None:
-    """Bring a file's bytes to `part`; every byte that came is kept, and the next request asks for the rest.
+    """Download a file's bytes to `part`; received bytes are kept, and the next request is for the rest.
 
     Args:
         address: where it comes from.
@@ -93,9 +93,9 @@ def transfer(address: str, part: Path, size: int | None, name: str, headers: Map
                 patiently(lambda: _receive(address, part, size, dict(headers or {}), bar.update))
             except Exception as error:
                 if isinstance(error, OSError | VarError) or getattr(error, "response", None) is not None:
-                    raise  # neither a line that breaks nor a server that says nothing
+                    raise  # neither a broken connection nor a timeout
                 if part.stat().st_size > before:
-                    waits = iter(WAITS)  # a line that breaks often still gets there
+                    waits = iter(WAITS)  # with a connection that breaks often, it still completes
                 wait = next(waits, None)
                 if wait is None:
                     raise
@@ -108,23 +108,23 @@ def transfer(address: str, part: Path, size: int | None, name: str, headers: Map
 
 
 _PARTIAL = 206
-"""The status of an answer that begins where it was asked to."""
+"""Status code of an answer with the requested range."""
 
 
 def _receive(
     address: str, part: Path, size: int | None, headers: Mapping[str, str], advance: Callable[[int], Any]
 ) -> None:
-    """Add what one request brings to an unfinished file."""
+    """Append the answer of one request to an unfinished file."""
     got = part.stat().st_size
     sent = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={got}-"} if got else {})
     with get_session().stream("GET", address, headers=sent, follow_redirects=True, timeout=TIMEOUT) as answer:
         answer.raise_for_status()
         goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {got}-")
         if answer.status_code == _PARTIAL and not goes_on:
-            raise OSError("the server sends another part than was asked for")
+            raise OSError("the server sends another part than requested")
         with part.open("ab") as file:
             if answer.status_code != _PARTIAL:
-                file.truncate(0)  # the server knows no parts
+                file.truncate(0)  # the server does not support ranges
                 advance(-got)
             for block in answer.iter_bytes():
                 if file.tell() + len(block) > (size or LARGEST):
@@ -136,7 +136,7 @@ def _receive(
 
 
 def patiently(ask: Callable[[], Answer]) -> Answer:
-    """Return what a request brings, asked again after a while if the server is busy."""
+    """Return the answer of a request, which is repeated after a while if the server is busy."""
     for wait in WAITS:
         try:
             return ask()
@@ -150,7 +150,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
 
 
 def recorded(folder: Path) -> dict[str, str]:
-    """Return the sha256 that files had at their first download, by name."""
+    """Return the sha256 of files at their first download, by name."""
     try:
         return dict(parse_json((folder / _RECORD).read_text()))
     except (OSError, ValueError, TypeError):
@@ -176,7 +176,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def translated(name: str, where: str, advice: str) -> Iterator[None]:
-    """Turn what network and disk may raise into one line that says what to do."""
+    """Turn errors of network and disk into one line that says what to do."""
     try:
         yield
     except VarError:
@@ -185,25 +185,25 @@ def translated(name: str, where: str, advice: str) -> Iterator[None]:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         why = str(text).splitlines()[0].rstrip(".")
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise RunError(f"cannot store {name}: {why}; what came so far is kept") from error
+            raise RunError(f"cannot store {name}: {why}; the bytes received so far are kept") from error
         raise CheckpointError(f"cannot download {name} from {where}: {why}; {advice}") from error
 
 
 def _check_hash(there: Path, path: Path, sha256: str | None, advice: str) -> str:
-    """Hold a file's bytes to the sha256 known, or recorded at its first download; return theirs.
+    """Check a file's sha256 against the known one, or that of its first download; return it.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: it differs.
     """
     found = file_sha256(there)
     expected = sha256 or recorded(path.parent).get(path.name)
     if expected and found != expected:
-        raise CheckpointError(f"{path.name}: wrong sha256 {found}; it should be {expected}; {advice}")
+        raise CheckpointError(f"{path.name} has sha256 {found} instead of {expected}; {advice}")
     return found
 
 
 def _size(address: str, known: int | None) -> int | None:
-    """Return a file's size in bytes as its server says, which is asked once: offline it is to be told at once.
+    """Return a file's size in bytes as its server reports it, by a single request: being offline must show at once.
 
     Raises:
         CheckpointError: it is not the size known.
@@ -215,5 +215,5 @@ def _size(address: str, known: int | None) -> int | None:
 
     length = int(patiently(ask).headers.get("Content-Length", known or 0))
     if known and length != known:
-        raise CheckpointError(f"{address} is another file; {length} bytes, known are {known}")
+        raise CheckpointError(f"{address} is another file: it has {length} bytes instead of {known}")
     return length or None

@@ -24,10 +24,9 @@ from varcli.errors import RunError, UsageError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield where to write; give it the final name once the block ends well, else leave nothing.
 
-    What is written lies in a folder of its own meanwhile, each thread's in another, so that several threads
-    and processes may write one name at once: the last to finish has it. What a killed process left goes when
-    the next process writes there. The file is on the disk before it gets the name, and its permissions are
-    those the user's umask gives.
+    Until then the file is in a temporary folder, one per thread, so that several threads and processes may write one
+    name at once: the last to finish wins. What a killed process left is removed when the next process writes there.
+    The file is on the disk before it gets the name, and its permissions follow the user's umask.
 
     Raises:
         OSError: it cannot be written.
@@ -77,7 +76,7 @@ def read_in_pieces(file: BinaryIO, most: int) -> bytes:
 
 
 def file_state(file: Path | int) -> tuple[int, int, int]:
-    """Return what changes when a file, given by path or descriptor, is written to or replaced.
+    """Return inode, size and time of change of a file, by path or descriptor: other ones mean that it was changed.
 
     Raises:
         OSError: there is no such file.
@@ -87,7 +86,7 @@ def file_state(file: Path | int) -> tuple[int, int, int]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what JSON text says, whoever wrote it.
+    """Parse JSON text from any source.
 
     Raises:
         ValueError: it is no JSON, is nested too deeply to be read, or holds half a character (a lone surrogate).
@@ -116,12 +115,12 @@ _TEMPORARY = re.compile(r"\.varcli-[0-9a-f]{16}-(?P<machine>[0-9a-f]{4})-(?P<pro
 def private_folder() -> Iterator[Path]:
     """Yield a new folder, among the system's temporary ones, that only this user can enter; remove it at the end.
 
-    What a killed process left of the kind goes when the next one is made.
+    What a killed process left is removed when the next one is made.
     """
-    place = Path(gettempdir())
-    _clear(place)
-    stem = temporary_name(place / "private").removesuffix(".tmp")
-    with TemporaryDirectory(prefix=f"{stem}_", suffix=".tmp", dir=place) as folder:
+    parent = Path(gettempdir())
+    _clear(parent)
+    stem = temporary_name(parent / "private").removesuffix(".tmp")
+    with TemporaryDirectory(prefix=f"{stem}_", suffix=".tmp", dir=parent) as folder:
         yield Path(folder)
 
 
@@ -131,7 +130,7 @@ def _short(name: str, length: int) -> str:
 
 @cache
 def _clear(folder: Path) -> None:
-    """Remove the temporary files of processes that are no more; once, as there may be many files to look through."""
+    """Remove the temporary files of ended processes; once per folder, which may hold many files."""
     with suppress(OSError):  # what cannot be read is left as it is
         for temporary in folder.iterdir():
             if _abandoned(temporary):
@@ -151,7 +150,7 @@ def _abandoned(folder: Path) -> bool:
 def _runs(process: int) -> bool:
     """Whether there is a process of this number on this machine."""
     if os.name == "nt":
-        return True  # to ask as below would end it
+        return True  # os.kill would end it
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -162,7 +161,7 @@ def _runs(process: int) -> bool:
 
 
 _LONGEST = 24 * 3600
-"""Seconds after which no file is still being written."""
+"""Seconds after which a temporary file counts as abandoned."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -241,13 +240,13 @@ def machine_memory() -> int | None:
 
 
 def cannot_write(path: Path, error: OSError, advice: str = "") -> RunError:
-    """Return the error about an output that the system refuses."""
+    """Return the error for an output that the system refuses."""
     missing = isinstance(error, FileNotFoundError) and not path.parent.exists()
     reason = f"there is no folder {path.parent}" if missing else error.strerror or str(error)
-    return RunError(f"output: {path} cannot be written; {reason}" + (f"; {advice}" if advice else ""))
+    return RunError(f"{path} cannot be written: {reason}" + (f"; {advice}" if advice else ""))
 
 
 def cannot_lock(folder: Path, error: OSError | NotImplementedError) -> RunError:
-    """Return the error about a folder on a file system without locks, which keep a second process out."""
+    """Return the error for a folder on a file system without locks, which keep a second process out."""
     reason = getattr(error, "strerror", None) or "its file system has no locks"
-    return RunError(f"output: {folder} cannot be locked ({reason}); choose a folder on another file system")
+    return RunError(f"{folder} cannot be locked ({reason}): choose a folder on another file system")

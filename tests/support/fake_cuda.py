@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_blocks import GpuBlock
-from varcli.sampling import scale_model
 
 CUDA = torch.device("cuda", 0)
 
@@ -31,7 +31,7 @@ def pretended(monkeypatch, *models):
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.Tensor.pin_memory", lambda self: self)
     # On a machine with a GPU kernels would be started on memory that is not there.
-    monkeypatch.setattr(scale_model, "gpu_block", lambda device, dtype: GpuBlock)
+    monkeypatch.setattr(dispatch, "gpu_block", lambda device, dtype: GpuBlock)
     with FakeTensorMode():
         for model in models:
             _move(model)

@@ -1,7 +1,7 @@
 """A block's branches for a GPU in 16 bits.
 
-A GPU has finished the products of matrices soon, so that passes over memory count. Here each does all it can, writes
-in the precision that is wanted next, and where that is a place in the cache, there.
+On a GPU matrix products are fast, so passes over memory matter. Here each pass does all it can, and writes in the
+precision that is needed next, straight into the cache where the result belongs there.
 
 Shapes: B rows of the batch, l tokens of this call, L tokens of all scales, D width, h heads of c = 64 channels.
 """
@@ -18,11 +18,11 @@ from varcli.config import HEAD_WIDTH, TransformerConfig
 from varcli.models.transformer import Block, KeyValueCache, Transformer
 
 Branch = tuple[Tensor, Tensor]
-"""What a block's attention or feed-forward part returned, (B, l, D), and the γ it is gated with, (B, 1, D)."""
+"""The output of a block's attention or feed-forward part, (B, l, D), and its gate γ, (B, 1, D)."""
 
 
 class BlockBranches(Protocol):
-    """What a block adds to the residual stream, from and to the precision of its weights."""
+    """What a block adds to the residual stream; input and output have the precision of its weights."""
 
     dtype: torch.dtype
 
@@ -31,17 +31,17 @@ class BlockBranches(Protocol):
     def advance(
         self, x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Return as `advanced` does what goes into the next product, having changed the residual stream in place."""
+        """Change the residual stream in place and return the input of the next product, as `advanced` does."""
 
     def attend(self, x_BlD: Tensor, number: int, cache: Any) -> Tensor:
-        """What each token gathers from its own scale and those before it, (B, l, D)."""
+        """Return the attention branch, (B, l, D): over the token's own scale and those before it."""
 
     def feed(self, x_BlD: Tensor) -> Tensor:
         """Return the feed-forward branch, (B, l, D)."""
 
 
 class FusedBlocks:
-    """All blocks of a transformer, to be called as the transformer itself is."""
+    """All blocks of a transformer, called like the transformer itself."""
 
     def __init__(self, transformer: Transformer, kind: type[BlockBranches]) -> None:
         self.transformer = transformer
@@ -58,7 +58,7 @@ class FusedBlocks:
         return found
 
     def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: KeyValueCache) -> Tensor:
-        """Return the residual stream of one scale after all blocks, in the memory of what was given."""
+        """Return the residual stream of one scale after all blocks, computed in place."""
         branch: Branch | None = None
         for i, (block, ada_B16D) in enumerate(zip(self.blocks, modulations, strict=True)):
             gamma1, gamma2, factor1, factor2, shift1, shift2 = ada_B16D.unbind(2)
@@ -84,7 +84,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class ScaleCache(KeyValueCache):
-    """Keys and values of all scales but the last, of all blocks; the last scale's are needed in their own block alone.
+    """Keys and values of all scales but the last, for all blocks; a block needs its last scale's only while it runs.
 
     The last scale of the published grids has more than a third of all tokens.
     """
@@ -97,7 +97,7 @@ class ScaleCache(KeyValueCache):
         self.filled = 0
 
     def until(self, block: int, end: int) -> Tensor:
-        """Where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
+        """A view of a block's keys and values of the first `end` tokens, to read or to write: (2, B, h, end, c)."""
         if end <= self.kv[block].shape[3]:
             return super().until(block, end)
         self.whole_2BhLc[:, :, :, : self.filled] = super().until(block, self.filled)
@@ -111,9 +111,9 @@ class ScaleCache(KeyValueCache):
 
 
 def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc: Tensor) -> Tensor:
-    """Put unit-length keys, and the values, where they belong; return queries as long as their temperature.
+    """Store unit-length keys, and the values; return queries whose length is their temperature.
 
-    The queries, (B, h, l, c), take the place of those given.
+    The queries, (B, h, l, c), overwrite the input.
     """
     length_Bl2h1 = torch.linalg.vector_norm(qkv_Bl3hc[:, :, :2], dim=-1, keepdim=True, dtype=torch.float32)
     length_Bl2h1.clamp_min_(1e-12)
@@ -124,7 +124,7 @@ def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc
 
 
 class GpuBlock:
-    """One block's two branches, from and to the precision of its weights."""
+    """One block's two branches; input and output have the precision of its weights."""
 
     advance = staticmethod(advanced)
     normalize = staticmethod(normalized)
@@ -137,7 +137,7 @@ class GpuBlock:
         self.temperature_h1 = attn.temperature_h1
 
     def attend(self, x_BlD: Tensor, number: int, cache: ScaleCache) -> Tensor:
-        """What each token gathers from its own scale and those before it, (B, l, D)."""
+        """Return the attention branch, (B, l, D): over the token's own scale and those before it."""
         start, end = cache.filled, cache.filled + x_BlD.shape[1]
         qkv_Bl3hc = F.linear(x_BlD, self.qkv.weight, self.bias).unflatten(2, (3, self.heads, HEAD_WIDTH))
         k_BhLc, v_BhLc = cache.until(number, end)
@@ -151,15 +151,15 @@ class GpuBlock:
 
 
 def linear_gelu(x_BlD: Tensor, layer: nn.Linear) -> Tensor:
-    """Return GELU (tanh form) of a linear map; on CUDA the product's own kernel applies it."""
-    if not x_BlD.is_cuda:  # elsewhere the fused operation is the other form of GELU
+    """Return GELU (tanh form) of a linear map; on CUDA one kernel does both."""
+    if not x_BlD.is_cuda:  # elsewhere the fused operation has the exact form of GELU
         return F.gelu(layer(x_BlD), approximate="tanh")
     x_ND = torch._addmm_activation(layer.bias, x_BlD.flatten(0, 1), layer.weight.T, use_gelu=True)
     return x_ND.unflatten(0, x_BlD.shape[:2])
 
 
 def for_gpu(transformer: Transformer) -> bool:
-    """Whether these blocks can stand in for a transformer's own: in 16 bits on CUDA, and nothing replaced."""
+    """Whether these blocks can replace a transformer's own: in 16 bits on CUDA, with plain linear layers."""
     blocks = list(cast("Iterable[Block]", transformer.blocks))
     layers = [layer for b in blocks for layer in (b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
     plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in layers)

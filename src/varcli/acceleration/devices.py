@@ -1,4 +1,4 @@
-"""Where and in which precision to sample."""
+"""Devices: choice, precision, memory."""
 
 import contextlib
 import ctypes
@@ -52,7 +52,7 @@ def pick_dtype(name: str, device: torch.device) -> str:
 def cpu_computes_bf16() -> bool:
     """Whether the processor has instructions for bf16 (AVX512-BF16, AMX or Arm's) and torch uses them.
 
-    oneDNN's own answer will not do on x86: it is yes where AVX-512 emulates bf16, which is slower than float32.
+    On x86 oneDNN's own answer is of no use: it is yes where AVX-512 emulates bf16, which is slower than float32.
     """
     if not torch.backends.mkldnn.is_available():
         return False
@@ -69,7 +69,7 @@ def trains_in_bf16(device: torch.device, *, on_cpu: bool) -> bool:
 
 
 def precision_note(precision: str, device: torch.device) -> str | None:
-    """Return a line for people where images depend on the batch, as "auto" chose 16 bits on a GPU; None elsewhere."""
+    """Return a note where images depend on the batch, as "auto" chose 16 bits on a GPU; None elsewhere."""
     if device.type == "cpu" or precision == "fp32":
         return None
     return f"computing on {device} in {precision}, where images depend on the batch size; --dtype fp32 avoids it"
@@ -100,7 +100,7 @@ _OUT_OF_MEMORY = (
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what torch keeps for later, so that smaller batches find it in one piece."""
+    """Empty torch's cache of free memory, which avoids fragmentation when batches get smaller."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -108,14 +108,14 @@ def free_memory(device: torch.device) -> None:
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """Return the whole memory of a device, whatever of it is in use, in bytes; None where it is unknown."""
+    """Return the total memory of a device in bytes, None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return machine_memory()
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the most memory the process has used so far: on CUDA the GPU's, else its own; None where it is unknown."""
+    """Return the peak memory of the process in bytes: on CUDA the GPU's, else its own; None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -127,7 +127,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -137,8 +137,8 @@ def synchronize(device: torch.device) -> None:
 def independent(transformer: Transformer) -> bool:
     """Whether images must be computed one by one to come out the same in any batch.
 
-    In float32 that is promised; on a CPU it costs nothing. On a GPU in 16 bits batches are what makes
-    it fast, and the shape of a batch changes the rounding.
+    In float32 that is promised, and on a CPU it costs nothing. On a GPU in 16 bits batches make it fast, and the batch
+    size changes the rounding.
     """
     weight = block_weight(transformer)
     return weight.device.type == "cpu" or weight.dtype == torch.float32
@@ -146,21 +146,21 @@ def independent(transformer: Transformer) -> bool:
 
 @cache
 def keep_freed_memory() -> None:
-    """Tell glibc, where it is the C library, to keep large blocks that are freed instead of giving them back.
+    """Make glibc, if it is the C library, keep large freed blocks instead of returning them to the system.
 
-    The same sizes are asked for over and over, and each page from the system costs a fault and its zeros.
+    The same sizes are allocated again and again, and each page from the system costs a page fault and zeroing.
     """
     if sys.platform != "linux":
         return
     with contextlib.suppress(AttributeError):  # other C libraries have no such setting
         settings = ctypes.CDLL(None).mallopt
-        # Before 2.35 it takes no more than 32 MiB; where it takes nothing its own moving thresholds are best.
+        # Before 2.35 it accepts at most 32 MiB; where it accepts neither, its own dynamic thresholds are best.
         if settings(_MMAP_THRESHOLD, 2**30) or settings(_MMAP_THRESHOLD, 2**25):
             settings(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Of malloc.h."""
+"""From malloc.h."""
 
 
 def block_weight(transformer: Transformer) -> Tensor:

@@ -1,8 +1,8 @@
-"""The one place that chooses the fast path: `prepare` makes plain models fast for a device.
+"""The one place that chooses the fast path: `prepare` and `fastest_blocks` make plain models fast for a device.
 
 Triton kernels are used where they work, and torch's operations elsewhere. Triton comes with torch wherever CUDA does on
-Linux; it needs a compiler, a driver and a GPU that is not too old, and nobody can try all combinations. So each kernel
-is tried on the spot, once per process.
+Linux; it needs a compiler, a driver and a GPU that is not too old, in more combinations than can be tested. So each
+kernel is tried on the spot, once per process.
 
 Shapes: B images or batch entries, l tokens, L tokens of all scales, D width, h heads of c channels, C channels, H and W
 rows and columns.
@@ -11,19 +11,27 @@ rows and columns.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from varcli.acceleration.cuda_blocks import GpuBlock
-from varcli.acceleration.devices import DTYPES, check_int8, keep_freed_memory, out_of_memory, pick_dtype
+from varcli.acceleration.cuda_blocks import FusedBlocks, GpuBlock, ScaleCache, for_gpu
+from varcli.acceleration.devices import (
+    DTYPES,
+    block_weight,
+    check_int8,
+    keep_freed_memory,
+    out_of_memory,
+    pick_dtype,
+)
 from varcli.acceleration.int8 import quantize
-from varcli.acceleration.onednn import pack
+from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu, pack
 from varcli.config import HEAD_WIDTH
 from varcli.errors import RunError
 from varcli.models.autoencoder import NormSilu, Upsample
 from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import Transformer
+from varcli.models.transformer import KeyValueCache, Transformer
 
 NormKernel = Callable[[nn.GroupNorm, Tensor], Tensor]
 
@@ -31,12 +39,12 @@ NormKernel = Callable[[nn.GroupNorm, Tensor], Tensor]
 def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device, precision: str) -> None:
     """Make both models ready for sampling: evaluation mode, device, precision by name, memory layout.
 
-    In 16 bits only what takes the time is: the blocks' linear maps and the decoder. The residual
-    stream, the token embeddings, the logits and the draws stay in float32.
+    Only the linear layers of the blocks and the decoder, which take the time, are in 16 bits. The residual stream, the
+    token embeddings, the logits and the sampling of tokens stay in float32.
 
-    With "int8" the linear maps take that, and everything else what "auto" takes here.
+    With "int8" the linear layers have int8, and everything else the precision of "auto".
 
-    Once done, the models stay where they are: layouts of a processor can neither be changed nor copied.
+    Afterwards the models cannot be moved or copied: their weights have the layout of the device.
 
     Raises:
         RunError: the device's memory cannot hold the models.
@@ -62,7 +70,7 @@ def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device
             elif isinstance(part, Upsample) and device.type == "cpu":
                 part.split()
         if device.type == "cuda":
-            settle_cuda()
+            fix_cuda_settings()
         elif device.type == "cpu":
             pack(transformer)
             keep_freed_memory()
@@ -74,21 +82,41 @@ def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device
         ) from error
 
 
-def settle_cuda() -> None:
-    """Decide what torch decides otherwise from one version to the next: images and speed depend on it."""
-    torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 shall be one
-    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention here, and plans each shape for long
+def fix_cuda_settings() -> None:
+    """Fix settings whose defaults differ between versions of torch: images and speed depend on them."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions in full precision
+    torch.backends.cuda.enable_cudnn_sdp(False)  # slower than flash attention here, and slow to plan each shape
 
 
 @contextmanager
 def cuda_settings_restored() -> Iterator[None]:
-    """Set back at the end what `settle_cuda` changes for the whole process."""
+    """Restore at the end what `fix_cuda_settings` changes for the whole process."""
     tf32, cudnn_sdp = torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
     try:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cuda.enable_cudnn_sdp(cudnn_sdp)
+
+
+class Blocks(Protocol):
+    """A transformer's blocks: its own, or faster ones in their place."""
+
+    def modulations(self, class_BD: Tensor) -> list[Tensor]:
+        """What the class does in each block."""
+
+    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
+        """Return the residual stream of one scale after all blocks, having stored what later scales need."""
+
+
+def fastest_blocks(transformer: Transformer) -> tuple[Blocks, type[KeyValueCache]]:
+    """Return the fastest blocks for a transformer's device and precision, and the cache that they use."""
+    weight = block_weight(transformer)
+    if for_gpu(transformer):
+        return FusedBlocks(transformer, gpu_block(weight.device, weight.dtype)), ScaleCache
+    if for_cpu(transformer):
+        return FusedBlocks(transformer, CpuBlock), GrowingCache
+    return transformer, KeyValueCache
 
 
 @cache
@@ -98,7 +126,7 @@ def gpu_block(device: torch.device, dtype: torch.dtype) -> type[GpuBlock]:
         from varcli.acceleration.triton_kernels import KernelBlock
 
         agree = _close(_between_products(GpuBlock, device, dtype), _between_products(KernelBlock, device, dtype))
-    except Exception:  # Triton has many ways to say what it lacks
+    except Exception:  # Triton raises many kinds of errors
         return GpuBlock
     return KernelBlock if agree else GpuBlock
 
@@ -121,7 +149,7 @@ def norm_kernel(device: torch.device, dtype: torch.dtype) -> NormKernel | None:
 
 
 def _between_products(kind: type[GpuBlock], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Return all that a kind of block computes between its products: of 2 rows, 5 tokens and 3 heads."""
+    """Return all that a kind of block computes between its products, for 2 rows, 5 tokens and 3 heads."""
     width = 3 * HEAD_WIDTH
     x_BlD = torch.linspace(-2, 3, 2 * 5 * width, device=device).sin_().view(2, 5, width)
     ada_B13D = torch.linspace(0, 9, 2 * 3 * width, device=device).cos_().view(2, 1, 3, width)

@@ -1,9 +1,9 @@
-"""Linear layers and convolutions packed for the processor, by oneDNN.
+"""Linear layers and convolutions with weights packed for the CPU, by oneDNN.
 
-The results are the same, twice as fast in float32 and more in 16 bits.
+The results are the same, in float32 twice as fast, in 16 bits faster still.
 
-A weight is brought once into the order in which the processor's kernels read it, which torch otherwise does not do
-(float32) or does anew each time (16 bits). `nn.Linear` is the specification.
+A weight is packed once into the order in which the CPU's kernels read it, which torch otherwise does not do (float32)
+or does again in each call (16 bits). `nn.Linear` is the specification.
 
 Shapes: N rows, I and O features in and out; B images, C and O channels, K × L the kernel; ... any dimensions.
 """
@@ -22,14 +22,14 @@ from varcli.config import HEAD_WIDTH, TransformerConfig
 from varcli.models.transformer import Block, KeyValueCache, Transformer
 
 ROWS_EXPECTED = 512
-"""For how many rows a layout is best; others may come."""
+"""Number of rows that the packing is optimized for; inputs may have others."""
 
 
 class PackedLinear(nn.Module):
-    """A linear map whose weight the processor finds in its own order; it computes in the weight's precision."""
+    """A linear layer with a packed weight; it computes in the weight's precision."""
 
     def __init__(self, linear: nn.Linear, bias_O: Tensor | None = None, *, gelu: bool = False) -> None:
-        """Take a linear map over, and its bias unless one is given; `gelu`: its tanh form follows in the same pass."""
+        """Pack a linear layer, with its bias unless one is given; `gelu` fuses the tanh form of GELU."""
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS_EXPECTED)
         bias_O = linear.bias if bias_O is None else bias_O
@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedConvolution:
-    """A convolution with ReLU whose float32 weight the processor finds in its own order.
+    """A convolution with ReLU and a packed float32 weight.
 
     The order depends on the shape of the input, so the weight is packed for the first one.
     """
@@ -79,7 +79,7 @@ def packing_works(dtype: torch.dtype) -> bool:
 
 
 def pack(transformer: Transformer) -> None:
-    """Replace the linear maps that take the time by packed ones, where that works; each plain weight is let go."""
+    """Replace the linear layers that take the time by packed ones, where that works; plain weights are freed."""
     model: Any = transformer  # its parts change their types
     if _packable(model.head):
         model.head = PackedLinear(model.head)
@@ -95,7 +95,7 @@ def pack(transformer: Transformer) -> None:
 
 
 def _packable(layer: nn.Module) -> bool:
-    """Whether a layer is a linear map that was not replaced yet, and can be."""
+    """Whether a layer is a plain linear layer that can be packed."""
     return isinstance(layer, nn.Linear) and packing_works(layer.weight.dtype)
 
 
@@ -103,12 +103,12 @@ def _packable(layer: nn.Module) -> bool:
 
 
 STEEP = 64
-"""Temperatures up to this leave 2^score within 2^±93, so that in bf16 (2^±127) there is room for sums over thousands
-of tokens, weighted with values up to millions."""
+"""Up to this temperature 2^score is within 2^±93, so that bf16 (2^±127) has room for sums over thousands of tokens,
+weighted with values up to millions."""
 
 
 class GrowingCache(KeyValueCache):
-    """Keys and values of a block in one piece at every scale, as products want them; other layouts are copied first."""
+    """Keys and values of each block, contiguous at every scale, as matrix products need them without a copy."""
 
     def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         nothing_2Bh0c = torch.empty((2, batch, config.heads, 0, HEAD_WIDTH), device=device, dtype=dtype)
@@ -116,7 +116,7 @@ class GrowingCache(KeyValueCache):
         self.filled = 0
 
     def until(self, block: int, end: int) -> Tensor:
-        """Return new memory for a block's first `end` tokens with those there are: (2, B, h, end, c)."""
+        """Return new memory for a block's first `end` tokens, with those stored so far: (2, B, h, end, c)."""
         before_2BhLc = self.kv[block]
         self.kv[block] = before_2BhLc.new_empty((*before_2BhLc.shape[:3], end, HEAD_WIDTH))
         self.kv[block][:, :, :, : self.filled] = before_2BhLc[:, :, :, : self.filled]
@@ -124,7 +124,7 @@ class GrowingCache(KeyValueCache):
 
 
 class CpuBlock:
-    """One block's two branches, from and to the precision of its weights."""
+    """One block's two branches; input and output have the precision of its weights."""
 
     advance = staticmethod(advanced)
 
@@ -137,11 +137,11 @@ class CpuBlock:
             self.qkv = partial(F.linear, weight=attn.mat_qkv.weight, bias=attn.bias.to(self.dtype))
         temperature_h1 = attn.temperature_h1
         self.steep = bool(temperature_h1.max() > STEEP)
-        # Queries and keys are brought to their lengths in one pass: to the temperature, in base 2, and to 1.
+        # One pass scales queries to the temperature, in base 2, and keys to length 1.
         self.factor_2h1 = torch.stack([temperature_h1 * math.log2(math.e), torch.ones_like(temperature_h1)])
 
     def attend(self, x_BlD: Tensor, number: int, cache: KeyValueCache) -> Tensor:
-        """What each token gathers from its own scale and those before it, (B, l, D)."""
+        """Return the attention branch, (B, l, D): over the token's own scale and those before it."""
         qkv_Bl3hc = self.qkv(x_BlD).unflatten(2, (3, self.heads, HEAD_WIDTH))
         qk_Bl2hc = qkv_Bl3hc[:, :, :2].float()
         length_Bl2h1 = torch.linalg.vector_norm(qk_Bl2hc, dim=-1, keepdim=True)
@@ -156,8 +156,8 @@ class CpuBlock:
 def gather(q_Nlc: Tensor, k_NLc: Tensor, v_NLc: Tensor, *, steep: bool) -> Tensor:
     """Return softmax(q·kᵀ·ln 2)·v, (N, l, c): attention with the logarithm's base in the queries.
 
-    A softmax takes the largest score from all others lest the exponential overflow. Queries and keys of unit length
-    bound their scores by the temperature, so that this is left out unless one is `steep`. Scores are rounded to bf16,
+    A softmax subtracts the largest score so that the exponential does not overflow. Queries and keys of unit length
+    bound the scores by the temperature, so this is left out unless one is `steep`. Scores are rounded to bf16,
     which torch's own attention does not do: at high temperatures that costs precision.
     """
     weight_NlL = q_Nlc @ k_NLc.mT
@@ -168,6 +168,6 @@ def gather(q_Nlc: Tensor, k_NLc: Tensor, v_NLc: Tensor, *, steep: bool) -> Tenso
 
 
 def for_cpu(transformer: Transformer) -> bool:
-    """Whether these blocks can stand in for a transformer's own: in bf16, or int8 with it, on a processor."""
+    """Whether these blocks can replace a transformer's own: in bf16, or int8 with bf16, on a CPU."""
     biases = [cast("Tensor", block.attn.proj.bias) for block in cast("Iterable[Block]", transformer.blocks)]
     return all(bias.device.type == "cpu" and bias.dtype == torch.bfloat16 for bias in biases)

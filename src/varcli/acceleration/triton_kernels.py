@@ -1,7 +1,6 @@
-"""What lies between the products of a block, as two Triton kernels: each reads and writes everything once.
+"""Triton kernels for the work between matrix products, each of which reads and writes everything once.
 
-Torch's operations, three and six of them, are the specification: `models.fused.advanced` and
-`models.fused_gpu.normalized`.
+Torch's operations are the specification: `cuda_blocks.advanced`, `cuda_blocks.normalized` and `NormSilu`.
 
 Shapes: B rows of the batch, l tokens of this call, L tokens of all scales so far, D width, h heads of c = 64 channels.
 """
@@ -30,14 +29,14 @@ def _advance(
     block: tl.constexpr,
     adds: tl.constexpr,
 ) -> None:
-    """One program a token: x += h·γ where it `adds`, out = LN(x)·factor + shift."""
+    """One program per token: x += h·γ where it `adds`, out = LN(x)·factor + shift."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width
     vector = token // length * vector_stride + column
     place = token * width + column
     value = tl.load(x + place, mask=inside, other=0.0)
-    multiplied = tl.load(factor + vector, mask=inside, other=0.0)  # asked for before the sums have to be waited for
+    multiplied = tl.load(factor + vector, mask=inside, other=0.0)  # loaded before the sums are waited for
     moved = tl.load(shift + vector, mask=inside, other=0.0)
     if adds:
         added = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
@@ -61,7 +60,7 @@ def _normalize(
     block: tl.constexpr,
     channels: tl.constexpr,
 ) -> None:
-    """One program a token: unit queries times their temperature stay, unit keys and the values go into the cache."""
+    """One program per token: unit queries times their temperature stay, unit keys and the values go into the cache."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, block)[:, None]
     channel = tl.arange(0, channels)[None, :]
@@ -82,7 +81,7 @@ def _normalize(
 def advanced(
     x_BlD: Tensor, branch: tuple[Tensor, Tensor] | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """What `models.fused.advanced` does, (B, l, D), and change x as it does."""
+    """Do what `cuda_blocks.advanced` does: change x in place and return (B, l, D)."""
     assert x_BlD.is_contiguous(), "kernels count tokens one after the other"
     rows, length, width = x_BlD.shape
     out_BlD = torch.empty_like(x_BlD, dtype=dtype)
@@ -107,7 +106,7 @@ def advanced(
 
 
 def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc: Tensor) -> Tensor:
-    """Return queries as `models.fused_gpu.normalized` does, (B, h, l, c), and put keys and values where it does."""
+    """Do what `cuda_blocks.normalized` does: return queries (B, h, l, c), and store keys and values."""
     assert qkv_Bl3hc.is_contiguous(), "kernels count tokens one after the other"
     rows, length, _, heads, channels = qkv_Bl3hc.shape
     assert k_Bhlc.stride() == v_Bhlc.stride() and k_Bhlc.stride()[2:] == (channels, 1), "of one cache"
@@ -139,9 +138,9 @@ class KernelBlock(GpuBlock):
 
 
 PARTS = 512
-"""Into how many parts the positions of an image are divided, at most, so that a single one keeps a GPU busy."""
+"""Most parts that the positions of an image are divided into, so that a single image keeps a GPU busy."""
 SMALLEST_PART = 64
-"""Positions; fewer are not worth a program."""
+"""Least number of positions per program."""
 AT_ONCE = 4096
 """Values that a program holds at a time."""
 
@@ -156,7 +155,7 @@ def _channel_sums(
     block: tl.constexpr,
     at_once: tl.constexpr,
 ) -> None:
-    """One program an image and part of its positions: sums of each channel, and of its squares."""
+    """One program per image and part of its positions: sums of each channel, and of its squares."""
     image, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, block)[None, :]
     total = tl.zeros([at_once, block], dtype=tl.float32)
@@ -186,7 +185,7 @@ def _group_factors(
     block: tl.constexpr,
     parts_block: tl.constexpr,
 ) -> None:
-    """One program an image and group: what each channel of the group is multiplied with, and what is added."""
+    """One program per image and group: factor and shift of each channel of the group."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     member = tl.arange(0, block)[None, :]
     part = tl.arange(0, parts_block)[:, None]
@@ -215,7 +214,7 @@ def _silu(
     block: tl.constexpr,
     at_once: tl.constexpr,
 ) -> None:
-    """One program some positions and an image: SiLU(x·factor + shift)."""
+    """One program per image and part of its positions: SiLU(x·factor + shift)."""
     image = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, block)[None, :]
     position = tl.program_id(0) * at_once + tl.arange(0, at_once)[:, None]
@@ -228,17 +227,17 @@ def _silu(
 
 
 def norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
-    """Return SiLU(norm(x)) of maps whose channels lie together (channels_last)."""
-    images, width, height, breadth = x_BCHW.shape
-    positions, size, block = height * breadth, width // norm.num_groups, triton.next_power_of_2(width)
+    """Return SiLU(norm(x)) of maps in channels_last."""
+    images, channels, height, width = x_BCHW.shape
+    positions, size, block = height * width, channels // norm.num_groups, triton.next_power_of_2(channels)
     part = max(SMALLEST_PART, triton.next_power_of_2(triton.cdiv(positions, PARTS)))
     parts, at_once = triton.cdiv(positions, part), max(1, AT_ONCE // block)
-    sums = torch.empty((images, parts, 2, width), device=x_BCHW.device)
-    factors = torch.empty((images, 2, width), device=x_BCHW.device)
+    sums = torch.empty((images, parts, 2, channels), device=x_BCHW.device)
+    factors = torch.empty((images, 2, channels), device=x_BCHW.device)
     out_BCHW = torch.empty_like(x_BCHW)
     with device_of(x_BCHW):
         _channel_sums[images, parts](
-            x_BCHW, sums, positions, part, width, block, min(at_once, part), enable_fp_fusion=True
+            x_BCHW, sums, positions, part, channels, block, min(at_once, part), enable_fp_fusion=True
         )
         _group_factors[images, norm.num_groups](
             sums,
@@ -247,14 +246,14 @@ def norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
             factors,
             positions,
             parts,
-            width,
+            channels,
             size,
             triton.next_power_of_2(size),
             triton.next_power_of_2(parts),
             enable_fp_fusion=True,
         )
         _silu[triton.cdiv(positions, at_once), images](
-            x_BCHW, out_BCHW, factors, positions, width, block, at_once, enable_fp_fusion=True
+            x_BCHW, out_BCHW, factors, positions, channels, block, at_once, enable_fp_fusion=True
         )
     return out_BCHW
 

@@ -1,8 +1,8 @@
-"""Floating-point operations of an image, counted from the configurations. No torch here.
+"""Floating-point operations per image, counted from the configurations. No torch here.
 
-A product of matrices (a, b) and (b, c) is 2·a·b·c operations. They are those of the models as they are defined,
-also where a device or an approximation gets by with fewer. What adds little is left out: normalization, what follows
-from the class alone, the draws, the residual step.
+A product of matrices (a, b) and (b, c) is 2·a·b·c operations. They are counted for the models as they are defined, also
+where a device or an approximation needs fewer. Small parts are left out: normalization, modulations (which depend on
+the class alone), drawing tokens, the residual step.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from varcli.config import TokenizerConfig, TransformerConfig
 
 
 def transformer_operations(config: TransformerConfig, counts: Sequence[int], rows: int) -> list[int]:
-    """What the transformer needs for each step of one image.
+    """Operations of the transformer in each step of one image.
 
     Args:
         config: of the transformer.
@@ -31,7 +31,7 @@ def transformer_operations(config: TransformerConfig, counts: Sequence[int], row
 
 
 def decoder_operations(config: TokenizerConfig) -> int:
-    """What the decoder needs for one image."""
+    """Operations of the decoder for one image."""
     widths = [config.base_width * multiplier for multiplier in config.multipliers]
     before, positions = widths[-1], config.sides[-1] ** 2
     products = _convolution(config.codebook_width, config.codebook_width) * positions
@@ -48,12 +48,12 @@ def decoder_operations(config: TokenizerConfig) -> int:
 
 
 def _convolution(width_in: int, width_out: int) -> int:
-    """Return the products a position of a 3×3 convolution."""
+    """Return the products per position of a 3×3 convolution."""
     return 9 * width_in * width_out
 
 
 def _block(width_in: int, width_out: int) -> int:
-    """Return the products a position of a residual block."""
+    """Return the products per position of a residual block."""
     shortcut = width_in * width_out if width_in != width_out else 0
     return _convolution(width_in, width_out) + _convolution(width_out, width_out) + shortcut
 

@@ -1,4 +1,4 @@
-"""One benchmark from beginning to end: models, samplers, rounds, figures, chart."""
+"""A benchmark from beginning to end: models, samplers, rounds, figures, chart."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ import torch
 from varcli.acceleration.devices import peak_bytes
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.samplers import Models, naive_sampler, raster_scan, varcli
-from varcli.benchmarking.timing import hardware, take_turns, warm_up, warm_ups
+from varcli.benchmarking.timing import hardware, time_interleaved, warm_up, warm_ups
 from varcli.charts import Bars, digits
 from varcli.config import SampleConfig
 
 if TYPE_CHECKING:
     from varcli.benchmarking.samplers import BenchSampler
-    from varcli.benchmarking.timing import Contest, Round
+    from varcli.benchmarking.timing import InterleavedTimings, Round
 
 
 PHASES = ("transformer", "drawing", "decoder", "PNG")
-"""In the order of the work. PNGs are encoded after the pixels are there, so that they are in no sum."""
+"""In the order of the work. PNGs are encoded after the last pixel, so no sum includes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class StageTiming:
     operations: int | None
     """Floating-point; None where they are too few to count."""
     matmul_fraction: float | None
-    """Operations a second, as a fraction of the matmul rate."""
+    """Operations per second, as a fraction of the matmul rate."""
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ class StageTiming:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerTimings:
-    """What one way to make an image costs."""
+    """What a sampler costs."""
 
     sampler: str
     precision: str
@@ -53,42 +53,42 @@ class SamplerTimings:
     seconds_per_image: float
     """Median over the rounds, from the first number to the last pixel; no PNG yet."""
     images_per_second: float
-    """Of batches with nothing else under way: the inverse of that. One after the other they overlap, and give more."""
+    """The inverse of that: of batches one at a time. Batches in a row overlap, and give more."""
     latency: Mapping[str, float]
     """Seconds until a batch is there: p50, p90 and p99 over the rounds."""
     times_varcli: float
-    """Seconds an image, as a multiple of varcli's."""
+    """Seconds per image, as a multiple of varcli's."""
     operations: int
-    """Floating-point operations an image."""
+    """Floating-point operations per image."""
     matmul_rate: float
-    """Floating-point operations a second of plain matrix products in this precision, measured in every round."""
+    """Floating-point operations per second of plain matrix products in this precision, measured in every round."""
     matmul_fraction: float
-    """Operations a second, as a fraction of that."""
-    recorded: bool
-    """Whether its steps were played as CUDA graphs."""
+    """Operations per second, as a fraction of that."""
+    cuda_graphs: bool
+    """Whether its steps were replayed as CUDA graphs."""
     stages: Sequence[StageTiming]
-    """For one image. Each time is a median of its own, so that they add up to the whole only about."""
+    """For one image. Each time is a median of its own, so that their sum is only about the whole."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the value below which this many percent lie, between two values in proportion."""
+    """Return a percentile, interpolated linearly between two values."""
     rising, place = sorted(values), (len(values) - 1) * percent / 100
     below = int(place)
     above = min(below + 1, len(rising) - 1)
     return rising[below] + (place - below) * (rising[above] - rising[below])
 
 
-def sampler_timings(contestants: Sequence["BenchSampler"], contest: "Contest") -> list[SamplerTimings]:
-    """What each contestant costs; the first one is varcli's own sampler."""
+def sampler_timings(samplers: Sequence["BenchSampler"], timed: "InterleavedTimings") -> list[SamplerTimings]:
+    """What each sampler costs; the first one is varcli's own."""
     found: list[SamplerTimings] = []
-    for contestant, rounds, rate in zip(contestants, contest.rounds, contest.matmul_rates, strict=True):
+    for sampler, rounds, rate in zip(samplers, timed.rounds, timed.matmul_rates, strict=True):
         latencies = [turn.seconds for turn in rounds]
-        seconds, operations = median(latencies) / contestant.batch, sum(contestant.operations.values())
+        seconds, operations = median(latencies) / sampler.batch, sum(sampler.operations.values())
         found.append(
             SamplerTimings(
-                sampler=contestant.name,
-                precision=contestant.precision,
-                batch_size=contestant.batch,
+                sampler=sampler.name,
+                precision=sampler.precision,
+                batch_size=sampler.batch,
                 seconds_per_image=seconds,
                 images_per_second=1 / seconds,
                 latency={f"p{percent}": percentile(latencies, percent) for percent in (50, 90, 99)},
@@ -96,41 +96,41 @@ def sampler_timings(contestants: Sequence["BenchSampler"], contest: "Contest") -
                 operations=operations,
                 matmul_rate=rate,
                 matmul_fraction=operations / seconds / rate,
-                recorded=contestant.recorded(),
-                stages=_stage_timings(contestant, rounds, rate),
+                cuda_graphs=sampler.cuda_graphs(),
+                stages=_stage_timings(sampler, rounds, rate),
             )
         )
     return found
 
 
-def _stage_timings(contestant: "BenchSampler", rounds: Sequence["Round"], rate: float) -> list[StageTiming]:
+def _stage_timings(sampler: "BenchSampler", rounds: Sequence["Round"], rate: float) -> list[StageTiming]:
     """Return the parts of the work on an image, in the order of the phases."""
-    parts = [_parts(contestant, turn) for turn in rounds]
+    parts = [_parts(sampler, turn) for turn in rounds]
     found = []
     for phase, step in sorted(parts[0], key=lambda part: PHASES.index(part[0])):
         seconds = median(each[phase, step] for each in parts)
-        operations = contestant.operations.get((phase, step))
+        operations = sampler.operations.get((phase, step))
         fraction = None if operations is None else operations / seconds / rate
         found.append(StageTiming(phase, step, seconds, operations, fraction))
     return found
 
 
-def _parts(contestant: "BenchSampler", turn: "Round") -> Mapping[tuple[str, str], float]:
-    """Return the seconds an image of each phase and, of the transformer's, each step."""
-    seconds: dict[tuple[str, str], float] = {("PNG", ""): turn.encoding / contestant.batch}
+def _parts(sampler: "BenchSampler", turn: "Round") -> Mapping[tuple[str, str], float]:
+    """Return the seconds per image of each phase and, of the transformer's, each step."""
+    seconds: dict[tuple[str, str], float] = {("PNG", ""): turn.encoding / sampler.batch}
     for lap in turn.laps:
-        part = (lap.phase, contestant.steps[lap.number] if lap.phase == "transformer" else "")
-        seconds[part] = seconds.get(part, 0) + lap.seconds / contestant.batch
+        part = (lap.phase, sampler.steps[lap.number] if lap.phase == "transformer" else "")
+        seconds[part] = seconds.get(part, 0) + lap.seconds / sampler.batch
     return seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """What was found."""
+    """Results of a benchmark."""
 
     hardware: str
     peak_bytes: int | None
-    """Memory at most while varcli's own sampler ran: the GPU's on CUDA, else the process's; None where not told."""
+    """Peak memory while varcli's own sampler ran: the GPU's on CUDA, else the process's; None where unknown."""
     samplers: Sequence[SamplerTimings]
     """varcli's own first."""
 
@@ -140,52 +140,52 @@ class BenchPlan:
     """What to benchmark, and how."""
 
     load: Callable[[], Models]
-    """Gives the models anew each time, on the CPU."""
+    """Loads the models anew each time, on the CPU."""
     config: SampleConfig
     device: torch.device
     precision: str
     batch: int
-    """Images at a time, where several are made at a time."""
+    """Images at a time, where several are sampled at a time."""
     others: Sequence[str]
     """What to compare with: "naive", "raster"."""
     rounds: int
 
     @property
     def batches(self) -> int:
-        """How many there will be, the uncounted ones included."""
+        """Number of batches, those of the warm-up included."""
         return (1 + len(self.others)) * (warm_ups(self.device) + self.rounds)
 
 
 def run_benchmark(
     plan: BenchPlan, advance: Callable[[], None], note: Callable[[str], None] = lambda line: None
 ) -> Benchmark:
-    """What an image costs.
+    """Measure what an image costs.
 
     Args:
-        plan: what to run_benchmark.
+        plan: what to benchmark.
         advance: called after each batch.
-        note: told, in a line, what makes this slower than it might be.
+        note: takes a line about what makes this slower than it might be.
 
     Raises:
         RunError: memory does not suffice.
     """
     models = plan.load()
     prepare(*models, plan.device, plan.precision)
-    contestants = [varcli(models, plan.config, plan.precision, plan.batch, note)]
-    warm_up(contestants[0], plan.device, advance)
+    samplers = [varcli(models, plan.config, plan.precision, plan.batch, note)]
+    warm_up(samplers[0], plan.device, advance)
     most = peak_bytes(plan.device)
     for other in plan.others:
         if other == "naive":
-            contestants.append(naive_sampler(as_loaded(plan), plan.config))
+            samplers.append(naive_sampler(as_loaded(plan), plan.config))
         else:
-            contestants.append(raster_scan(models, plan.config, plan.precision, plan.batch, note))
-        warm_up(contestants[-1], plan.device, advance)
-    contest = take_turns(contestants, plan.device, plan.rounds, advance)
-    return Benchmark(hardware=hardware(plan.device), peak_bytes=most, samplers=sampler_timings(contestants, contest))
+            samplers.append(raster_scan(models, plan.config, plan.precision, plan.batch, note))
+        warm_up(samplers[-1], plan.device, advance)
+    timed = time_interleaved(samplers, plan.device, plan.rounds, advance)
+    return Benchmark(hardware=hardware(plan.device), peak_bytes=most, samplers=sampler_timings(samplers, timed))
 
 
 def as_loaded(plan: BenchPlan) -> Models:
-    """Return the models once more, on the device and otherwise untouched."""
+    """Return the models once more, on the device and otherwise unchanged."""
     tokenizer, transformer = plan.load()
     return tokenizer.to(plan.device), transformer.to(plan.device)
 
@@ -200,20 +200,20 @@ def panels(title: str, samplers: Sequence[SamplerTimings]) -> list[Bars]:
 
 
 def _stages(title: str, sampler: SamplerTimings) -> Bars:
-    """Return a bar a stage, coloured by its phase."""
+    """Return one bar per stage, coloured by its phase."""
     parts = {
         phase: [1000 * stage.seconds if stage.phase == phase else 0 for stage in sampler.stages] for phase in PHASES
     }
     labels = [stage.step or stage.phase for stage in sampler.stages]
-    return Bars(title=title, unit="milliseconds an image", labels=labels, parts=parts)
+    return Bars(title=title, unit="milliseconds per image", labels=labels, parts=parts)
 
 
 def _totals(samplers: Sequence[SamplerTimings]) -> Bars:
-    """Return a bar a sampler."""
+    """Return one bar per sampler."""
     parts = {
         phase: [sum(stage.seconds for stage in each.stages if stage.phase == phase) for each in samplers]
         for phase in PHASES[:-1]  # as `seconds_per_image` is without the PNG
     }
     notes = [f"{digits(each.seconds_per_image)} s, {digits(each.times_varcli)} ×" for each in samplers]
     labels = [f"{each.sampler}, {each.precision}" for each in samplers]
-    return Bars(title="In comparison", unit="seconds an image", labels=labels, parts=parts, notes=notes)
+    return Bars(title="In comparison", unit="seconds per image", labels=labels, parts=parts, notes=notes)

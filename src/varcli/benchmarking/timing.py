@@ -1,4 +1,4 @@
-"""The machine: what it is, how fast it multiplies matrices when it has nothing else to do, how much memory was used.
+"""Timing samplers in turns, and the machine: what it is, and how fast it multiplies matrices.
 
 Shapes: N rows, I features of each.
 """
@@ -23,7 +23,7 @@ from varcli.images.provenance import png_bytes
 
 
 class Stopwatch:
-    """Runs from when it is made; on CUDA it marks moments in the stream, so that nothing waits for it."""
+    """Starts when it is made; on CUDA it records events in the stream, so that nothing waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -70,28 +70,28 @@ class Round:
     laps: Sequence[Lap]
     """From the first number to the last pixel."""
     encoding: float
-    """Seconds of making PNGs of it afterwards."""
+    """Seconds to encode it as PNGs afterwards."""
 
     @property
     def seconds(self) -> float:
-        """Return the time from the first number to the last pixel."""
+        """Time from the first number to the last pixel."""
         return sum(lap.seconds for lap in self.laps)
 
 
-def run_once(contestant: BenchSampler, device: torch.device, seed: int) -> Round:
-    """What a batch takes whose seeds count up from `seed`.
+def run_once(sampler: BenchSampler, device: torch.device, seed: int) -> Round:
+    """Time one batch, whose seeds count up from `seed`.
 
     Raises:
         RunError: it does not fit into memory.
     """
     watch = Stopwatch(device)
     try:
-        images = contestant.make(range(seed, seed + contestant.batch), watch.mark)
+        images = sampler.make(range(seed, seed + sampler.batch), watch.mark)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        what = f"{contestant.name} with {contestant.batch} images at a time does not fit"
-        raise RunError(f"memory: {what}; fewer with --batch-size, or a smaller checkpoint") from error
+        what = f"{sampler.name} with {sampler.batch} images at a time does not fit into memory"
+        raise RunError(f"{what}; use a smaller --batch-size or checkpoint") from error
     laps = [
         Lap(phase, watch.phases[:number].count(phase), seconds)
         for number, (phase, seconds) in enumerate(zip(watch.phases, watch.seconds(), strict=True))
@@ -103,53 +103,53 @@ def run_once(contestant: BenchSampler, device: torch.device, seed: int) -> Round
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
-    """What several contestants took, and what the machine did in between."""
+class InterleavedTimings:
+    """What several samplers took, and how fast the machine was in between."""
 
     rounds: Sequence[Sequence[Round]]
-    """Of each contestant."""
+    """Of each sampler."""
     matmul_rates: Sequence[float]
-    """Operations a second of plain matrix products in its precision, the median of one measurement a round."""
+    """Operations per second of plain matrix products in its precision, the median of one measurement per round."""
 
 
-def take_turns(
-    contestants: Sequence[BenchSampler], device: torch.device, rounds: int, advance: Callable[[], None]
-) -> Contest:
-    """What everybody took: in each round all make a batch, one after the other, from the same seed on."""
-    taken: list[list[Round]] = [[] for _ in contestants]
-    rates: dict[str, list[float]] = {contestant.precision: [] for contestant in contestants}
+def time_interleaved(
+    samplers: Sequence[BenchSampler], device: torch.device, rounds: int, advance: Callable[[], None]
+) -> InterleavedTimings:
+    """Time the samplers in turns: in each round all sample a batch, one after the other, from the same seed."""
+    taken: list[list[Round]] = [[] for _ in samplers]
+    rates: dict[str, list[float]] = {sampler.precision: [] for sampler in samplers}
     for turn in range(rounds):
-        for contestant, found in zip(contestants, taken, strict=True):
-            found.append(run_once(contestant, device, seed=turn * contestant.batch))
+        for sampler, found in zip(samplers, taken, strict=True):
+            found.append(run_once(sampler, device, seed=turn * sampler.batch))
             advance()
         for precision, measured in rates.items():
             measured.append(matmul_rate(device, precision))
-    return Contest(taken, [median(rates[contestant.precision]) for contestant in contestants])
+    return InterleavedTimings(taken, [median(rates[sampler.precision]) for sampler in samplers])
 
 
-def warm_up(contestant: BenchSampler, device: torch.device, advance: Callable[[], None]) -> None:
-    """Make the batches that nobody counts: libraries are loaded, and a GPU's graphs are recorded."""
+def warm_up(sampler: BenchSampler, device: torch.device, advance: Callable[[], None]) -> None:
+    """Sample the batches that are not counted: libraries are loaded, and CUDA graphs are captured."""
     for turn in range(warm_ups(device)):
-        run_once(contestant, device, seed=turn)
+        run_once(sampler, device, seed=turn)
         advance()
 
 
 def warm_ups(device: torch.device) -> int:
-    """How many batches those are."""
+    """How many batches a warm-up has."""
     return 3 if device.type == "cuda" else 1
 
 
 CPU_SIZE, GPU_SIZE = 1024, 8192
 """Rows and columns of the matrices: enough to keep the machine busy, not long to wait for."""
-WHILE = 0.05
-"""Seconds for which each way to multiply is repeated; the fastest time counts."""
+REPEAT_SECONDS = 0.05
+"""Seconds for which each kind of product is repeated; the fastest time counts."""
 
 
 @torch.inference_mode()
 def matmul_rate(device: torch.device, precision: str) -> float:
     """Return floating-point operations a second in this precision: the better of torch's products, plain and packed.
 
-    For "int8" those of the precision that everything else is in, the decoder for one.
+    For "int8" it is the rate of the precision that everything else has, such as the decoder.
     """
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     dtype = DTYPES[pick_dtype("auto", device) if precision == "int8" else precision]
@@ -164,7 +164,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 def _fastest(device: torch.device, product: Callable[[], Tensor]) -> float:
     """Return the seconds of the fastest of several runs."""
     taken: list[float] = []
-    while sum(taken) < WHILE or len(taken) == 1:  # the first one may load a library
+    while sum(taken) < REPEAT_SECONDS or len(taken) == 1:  # the first one may load a library
         synchronize(device)
         begin = time.perf_counter()
         product()
@@ -174,7 +174,7 @@ def _fastest(device: torch.device, product: Callable[[], Tensor]) -> float:
 
 
 def hardware(device: torch.device) -> str:
-    """What computes, in words."""
+    """Name of the hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -1,8 +1,8 @@
 """From `.pth` files to one safetensors file of ours, the configuration inferred from the tensors.
 
-A state dict is known by a tensor that only this kind of model has, wherever in the file it lies: alone, as
-released, or under any key of a training checkpoint. Nothing in a file is run: settings beside the tensors, of
-the few kinds that training scripts keep there, are read as inert objects, and anything else is refused.
+A state dict is recognized by a tensor that only this kind of model has, wherever in the file it is: alone, as released,
+or under any key of a training checkpoint. No code in a file is run: settings beside the tensors, of the few kinds that
+training scripts save, are read as inert objects, and anything else is refused.
 """
 
 import re
@@ -41,7 +41,7 @@ TELLTALE = {"tokenizer": "quantize.embedding.weight", "transformer": "pos_1LC"}
 DEEPEST = 2
 """Levels of keys above a state dict; the original code's are under `trainer`, `vae_local`."""
 SETTINGS = re.compile(r"(argparse|pathlib|datetime|types|numpy|omegaconf|easydict|yacs|ml_collections)\..*")
-"""Names in a pickle that stand for settings, dates, paths and the like, and are read as inert objects."""
+"""Types in a pickle that hold settings, dates, paths and the like, and are read as inert objects."""
 LONGEST_PICKLE = 100_000_000
 """Bytes of the part of a `.pth` that says what is in it; released ones have some thousands."""
 WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
@@ -66,7 +66,7 @@ class Part:
         """
         tensor = self.state.get(name)
         if tensor is None or tensor.ndim != dimensions or not tensor.numel():
-            raise CheckpointError(f"checkpoint: {self.path}; tensor {name} is missing or of no known shape")
+            raise CheckpointError(f"the checkpoint {self.path} has no tensor {name}, or one of an unknown shape")
         return tuple(tensor.shape)
 
     def count(self, prefix: str) -> int:
@@ -101,7 +101,7 @@ def convert(
         out: the file to write.
         sides: of the token maps; None where the file or the number of tokens tells them.
         run: facts to keep about where the weights come from; the names of the files if None.
-        class_names: a text file with a name a line, in the order of the rows, or a folder of class folders.
+        class_names: a text file with one name per line, in the order of the rows, or a folder of class folders.
         note: takes remarks for the user.
 
     Raises:
@@ -146,11 +146,13 @@ def find_parts(paths: Sequence[Path], note: Callable[[str], None] = lambda line:
         for kind, mapped in states(path, content, note).items():
             state = _copied(path, opened, mapped)
             if kind in parts and tensors_sha256(parts[kind].state) != tensors_sha256(state):
-                raise CheckpointError(f"{kind}: another one in {path}; it has to be that of {parts[kind].path}")
+                raise CheckpointError(
+                    f"{path} holds another {kind} than {parts[kind].path}: give files that belong together"
+                )
             parts[kind] = Part(path, state, recorded_sides(content))
     for kind in TELLTALE:
         if kind not in parts and (kind == "tokenizer" or len(paths) > 1):
-            raise CheckpointError(f"{kind}: none in {', '.join(map(str, paths))}; give its file too")
+            raise CheckpointError(f"there is no {kind} in {', '.join(map(str, paths))}: give its file too")
     return parts
 
 
@@ -180,7 +182,7 @@ def read_pth(path: Path) -> Any:
     while True:
         try:
             with reading(path), warnings.catch_warnings(), torch.serialization.safe_globals(inert):
-                warnings.simplefilter("ignore")  # which pickle protocol it is concerns nobody: it loads or is refused
+                warnings.simplefilter("ignore")  # the pickle protocol does not matter: the file loads or is refused
                 _check_sizes(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except CheckpointError:
@@ -207,7 +209,7 @@ def _check_sizes(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             longest = max((i.file_size for i in archive.infolist() if i.filename.endswith(".pkl")), default=0)
         if longest > LONGEST_PICKLE:
-            raise CheckpointError(f"the checkpoint {path} was refused: the list of its contents has {longest} bytes")
+            raise CheckpointError(f"the checkpoint {path} was refused: its table of contents has {longest} bytes")
 
 
 def states(path: Path, content: Any, note: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, Tensor]]:
@@ -224,11 +226,11 @@ def states(path: Path, content: Any, note: Callable[[str], None] = lambda line: 
         where, found[kind] = min(candidates, key=lambda candidate: "ema" not in candidate[0].lower())
         if len(candidates) > 1:
             others = ", ".join(key for key, _ in candidates if key != where)
-            note(f"{path}: the {kind} is that of {where}; {others} has one too")
+            note(f"{path}: the {kind} is taken from {where}; {others} has one too")
     if not found:
         keys = ", ".join(sorted(map(str, content))[:20]) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
-            f"checkpoint: {path}; neither a VAR tokenizer nor a VAR transformer; it holds {keys or 'nothing'}"
+            f"the checkpoint {path} has neither a VAR tokenizer nor a VAR transformer; it holds {keys or 'nothing'}"
         )
     for name, tensor in ((name, tensor) for state in found.values() for name, tensor in state.items()):
         _check_plain(path, name, tensor)
@@ -254,11 +256,13 @@ def _candidates(content: Any, telltale: str, where: str = "") -> Iterator[tuple[
 def _check_plain(path: Path, name: str, tensor: Any) -> None:
     """Raise CheckpointError unless a value is a tensor, with all of its values in the file."""
     if not isinstance(tensor, Tensor):
-        raise CheckpointError(f"checkpoint: {path}; {name} is no tensor")
+        raise CheckpointError(f"the checkpoint {path} was refused: {name} is not a tensor")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise CheckpointError(f"checkpoint: {path}; tensor {name} is no plain tensor")
+        raise CheckpointError(
+            f"the checkpoint {path} was refused: tensor {name} is sparse, quantized or without values"
+        )
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"checkpoint: {path}; tensor {name} is {_words(tensor.shape)}, its values are fewer")
+        raise CheckpointError(f"the checkpoint {path} was refused: tensor {name} has fewer values than its shape")
 
 
 def recorded_sides(content: Any) -> tuple[int, ...] | None:
@@ -293,7 +297,9 @@ def build_transformer(part: Part, sides: Sequence[int] | None) -> Transformer:
     built = build(part.path, Transformer, config, state)
     levels = part.state.get("lvl_1L")
     if levels is not None and not torch.equal(levels.long(), built.lvl_1L):
-        raise UsageError(f"sides: {_words(config.sides)}; the transformer was trained on others")
+        raise UsageError(
+            f"the transformer was trained on other sides than {_words(config.sides)}: give them with --sides"
+        )
     return built
 
 
@@ -305,7 +311,7 @@ def build_tokenizer(part: Part, sides: tuple[int, ...]) -> Tokenizer:
         UsageError: it has another number of scales.
     """
     if HITS in part.state and (scales := part.shape(HITS, 2)[0]) != len(sides):
-        raise UsageError(f"sides: {_words(sides)}; the tokenizer of {part.path} has {scales} scales")
+        raise UsageError(f"the tokenizer of {part.path} has {scales} scales, and the sides are {_words(sides)}")
     return build(part.path, Tokenizer, tokenizer_config(part, sides), part.state)
 
 
@@ -322,8 +328,9 @@ def infer_sides(part: Part, sides: Sequence[int] | None) -> tuple[int, ...]:
         return sides_of_length(length)
     check_sides(sides)
     if sequence_length(sides) != length:
-        tokens = f"{sequence_length(sides)} tokens"
-        raise UsageError(f"sides: {_words(sides)} make {tokens}; the transformer has {length}")
+        raise UsageError(
+            f"the sides {_words(sides)} make {sequence_length(sides)} tokens, and the transformer has {length}"
+        )
     return tuple(sides)
 
 
@@ -343,11 +350,11 @@ def tokenizer_sides(part: Part, sides: Sequence[int] | None, note: Callable[[str
         if len(grid) == scales:
             note(f"the tokenizer has {scales} scales, taken to be {_words(grid)}; --sides says otherwise")
             return grid
-    raise InputError(f"scales: {scales} belong to no published grid; give the sides with --sides 1,2,3,…")
+    raise InputError(f"no published grid has {scales} scales: give the sides with --sides 1,2,3,…")
 
 
 HITS = "quantize.ema_vocab_hit_SV"
-"""A tensor with one row a scale."""
+"""A tensor with one row per scale."""
 
 
 def transformer_config(part: Part, sides: tuple[int, ...]) -> TransformerConfig:
@@ -362,7 +369,7 @@ def transformer_config(part: Part, sides: tuple[int, ...]) -> TransformerConfig:
     try:
         return TransformerConfig(sides=sides, shared_adaln="shared_ada_lin.1.weight" in part.state, **numbers)
     except ValueError as error:
-        raise CheckpointError(f"checkpoint: {part.path}; no VAR transformer: {error}") from error
+        raise CheckpointError(f"the checkpoint {part.path} is not a VAR transformer: {error}") from error
 
 
 def tokenizer_config(part: Part, sides: tuple[int, ...]) -> TokenizerConfig:
@@ -381,7 +388,7 @@ def tokenizer_config(part: Part, sides: tuple[int, ...]) -> TokenizerConfig:
             kernel_count=part.count("quantize.quant_resi.qresi_ls"),
         )
     except ValueError as error:
-        raise CheckpointError(f"checkpoint: {part.path}; no VAR tokenizer: {error}") from error
+        raise CheckpointError(f"the checkpoint {part.path} is not a VAR tokenizer: {error}") from error
 
 
 def class_table(count: int) -> ClassTable:
@@ -396,7 +403,7 @@ MOST_BYTES_OF_NAMES = 1 << 26
 
 
 def named_classes(source: Path, count: int) -> ClassTable:
-    """Return classes by their names: of a text file, one a line, or of a folder's folders in order of their names.
+    """Return classes by their names: from a text file, one per line, or the names of a folder's subfolders in order.
 
     If all names are WordNet ids of ImageNet, they are its classes.
 

@@ -1,7 +1,7 @@
 """Released checkpoints from the Hugging Face hub: resumed, checked, converted.
 
-The hub's library keeps no half-finished file for a later process to go on with, so the bytes are
-fetched here, into the place in its cache where they belong.
+The hub's library does not resume a download in another process, so the bytes are fetched here, into their path in its
+cache.
 """
 
 import re
@@ -71,15 +71,15 @@ def fetch(file: SourceFile) -> Path:
 
 
 def _transfer(file: SourceFile) -> Path:
-    """Download a file into the hub's cache, going on where an earlier attempt stopped."""
+    """Download a file into the hub's cache, resuming an earlier attempt."""
     url = hub.hf_hub_url(file.repository, file.name)
     about = patiently(lambda: hub.get_hf_file_metadata(url, timeout=TIMEOUT))
     etag = about.etag or ""
     if not re.fullmatch("[0-9a-f]{32,64}", etag):  # it names a file here
-        raise OSError(f"{url} gives no ETag that is a hash, it is no hub")
+        raise OSError(f"{url} is not on a hub: its ETag is no hash")
     expected = recorded_sha256(file)
     if expected and _is_sha256(etag) and etag != expected:
-        raise CheckpointError(f"{file.name}: the hub has another file; sha256 {etag}, known is {expected}")
+        raise CheckpointError(f"the hub has another file {file.name}: its sha256 is {etag}, not {expected}")
     folder = repo_folder_name(repo_id=file.repository, repo_type="model")
     part = Path(constants.HF_HUB_CACHE) / folder / "blobs" / f"{etag}.incomplete"
     transfer(url, part, about.size, file.name, build_hf_headers())
@@ -95,20 +95,20 @@ def _transfer(file: SourceFile) -> Path:
 
 
 def check(file: SourceFile, path: Path, reported: str) -> str:
-    """Hold a file's bytes to the sha256 known or, failing that, reported by the hub; return theirs.
+    """Check a file's sha256 against the known one or, failing that, the one that the hub reports; return it.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: it differs.
     """
     found = file_sha256(path)
     expected = recorded_sha256(file) or (reported if _is_sha256(reported) else found)
     if found != expected:
-        raise CheckpointError(f"{file.name}: wrong sha256 {found}; it should be {expected}")
+        raise CheckpointError(f"{file.name} has sha256 {found} instead of {expected}")
     return found
 
 
 def recorded_sha256(file: SourceFile) -> str | None:
-    """Return the sha256 a file has to have: the registry's, or that of its first download here."""
+    """Return the expected sha256 of a file: the registry's, or that of its first download here."""
     return file.sha256 or recorded(cache_folder()).get(file.name)
 
 

@@ -1,4 +1,4 @@
-"""A model from two: the weights of one, extrapolated away from those of another (Neon, arXiv 2510.03597)."""
+"""Merging two models: the weights of one, extrapolated away from those of another (Neon, arXiv 2510.03597)."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def merge(reference: Path, tuned: Path, weight: float, out: Path) -> None:
     Args:
         reference: a model file.
         tuned: the same model, fine-tuned: for Neon on its own samples.
-        weight: w; more than 0 leads away from the tuned model, from -1 to 0 lies between both.
+        weight: w; above 0 extrapolates away from the tuned model, from -1 to 0 interpolates.
         out: the .safetensors file to write.
 
     Raises:

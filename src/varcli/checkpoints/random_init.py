@@ -1,4 +1,4 @@
-"""Models with random weights in a checkpoint's shape: they cost what trained ones cost, and need no download."""
+"""Models with random weights in a checkpoint's shape: they cost as much as trained ones, and need no download."""
 
 import torch
 
@@ -11,7 +11,7 @@ from varcli.models.transformer import Transformer
 Models = tuple[Tokenizer, Transformer]
 
 SHARED_DEPTH = 36
-"""The depth at which the released models share one modulation among all blocks."""
+"""Depth of the released model that shares one modulation among all blocks."""
 DEVIATION = 0.02
 """Of the random weights; small enough that nothing overflows in 16 bits."""
 

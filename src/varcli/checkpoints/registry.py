@@ -1,4 +1,4 @@
-"""The checkpoints known by name, from `checkpoints.toml`, and where their files lie. No torch here."""
+"""The checkpoints known by name, from `checkpoints.toml`, and the paths of their files. No torch here."""
 
 import difflib
 import sys
@@ -53,7 +53,7 @@ class Entry:
     fid: float | None = None
     """Published Fréchet inception distance of 50 000 samples."""
     fid_band: tuple[float, float] | None = None
-    """Lowest and highest that others measured of the released weights."""
+    """Lowest and highest that others measured with the released weights."""
     inception_score: float | None = None
     """Published inception score of the same samples."""
     precision: float | None = None
@@ -61,17 +61,17 @@ class Entry:
     recall: float | None = None
     """Published, of the same samples."""
     reference: str | None = None
-    """Name of what its samples are measured against."""
+    """Name of the reference for its samples."""
     bundled: str | None = None
     """File inside the package, for one that ships with it."""
     files: tuple[SourceFile, ...] = ()
     """What to download, for one that does not: tokenizer and transformer."""
     file_sha256: str | None = None
-    """Of the bundled file's bytes; what `sha256` names elsewhere is over what the file means."""
+    """Of the bundled file's bytes; elsewhere `sha256` is over weights, configurations and classes."""
 
     @property
     def path(self) -> Path:
-        """Where its safetensors file lies once it is there."""
+        """Path of its safetensors file, which may not exist yet."""
         if self.bundled:
             return Path(__file__).with_name(self.bundled)
         return cache_folder() / f"{self.name}.safetensors"
@@ -96,7 +96,7 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """Where converted checkpoints are kept, each system's own place for caches."""
+    """Folder of converted checkpoints, in the system's folder for caches."""
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("varcli", appauthor=False))
@@ -179,7 +179,7 @@ def local_checkpoint(checkpoint: str) -> Path:
 
 @contextmanager
 def replaceable(checkpoint: str) -> Iterator[None]:
-    """Say of a downloaded checkpoint whose file cannot be used how to get it anew."""
+    """Add to an error about a downloaded checkpoint how to download it again."""
     try:
         yield
     except CheckpointError as error:

@@ -46,7 +46,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put a file's metadata in order of its keys: the library writes them in any, and equal runs give equal files."""
+    """Sort a file's metadata by its keys, so that equal runs give equal files: the library writes them in any order."""
     with path.open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -60,7 +60,7 @@ def _sort_metadata(path: Path) -> None:
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file.
 
-    The tensors are in memory of their own, so that whatever happens to the file later changes nothing.
+    The tensors are in memory of their own, so that later changes of the file have no effect.
 
     Raises:
         CheckpointError: the file is missing, truncated, of another format, or was changed while it was read.
@@ -112,7 +112,7 @@ LONGEST_HEADER = 100_000_000
 
 
 class _Entry(NamedTuple):
-    """What a header says of a tensor; `start` and `end` are in bytes after the header."""
+    """A tensor's entry in a header; `start` and `end` are in bytes after the header."""
 
     kind: str
     shape: tuple[int, ...]
@@ -121,7 +121,7 @@ class _Entry(NamedTuple):
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Return what a file's header says of its tensors, in the order of their bytes, at which the file then stands.
+    """Read a file's header: the entries of its tensors in the order of their bytes, where the file is then positioned.
 
     Raises:
         SafetensorError: it is no header, or not that of this file.
@@ -150,7 +150,7 @@ def _header(file: BinaryIO) -> tuple[dict[str, _Entry], dict[str, str]]:
 
 
 def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
-    """What a header says of one tensor.
+    """Parse a header's entry of one tensor.
 
     Raises:
         ValueError: it makes no sense.
@@ -185,16 +185,16 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint file is read into CheckpointError; pipes and devices are not opened."""
+    """Turn errors while a checkpoint file is read into CheckpointError; pipes and devices are not opened."""
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise SafetensorError("it is no file")
+            raise SafetensorError("it is not a file")
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {reason(error)}") from error
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return in one line what an operating system or format error says, without the path."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(text).splitlines()[0]

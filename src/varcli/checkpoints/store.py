@@ -35,9 +35,9 @@ from varcli.models.transformer import Transformer
 
 FORMAT_VERSION = "1"
 DERIVED = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias")
-"""Buffers that follow from the configuration: not stored, made anew."""
+"""Buffers that follow from the configuration: not stored, but computed."""
 HASHED = ("kind", "tokenizer_config", "transformer_config", "classes")
-"""Metadata that decides images, as the weights do."""
+"""Metadata that determines images, as the weights do."""
 
 Config = TypeVar("Config", TokenizerConfig, TransformerConfig)
 Module = TypeVar("Module", bound=nn.Module)
@@ -130,12 +130,12 @@ def load_model(path: Path) -> Checkpoint:
 
 
 def check_together(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
-    """Raise CheckpointError unless the tokenizer's codebook and sides are those the transformer speaks."""
+    """Raise CheckpointError unless the tokenizer's codebook and sides are the transformer's."""
     for name in ("sides", "codebook_size", "codebook_width"):
         theirs, ours = getattr(tokenizer, name), getattr(transformer, name)
         if theirs != ours:
-            what = f"tokenizer of another transformer: {name.replace('_', ' ')} {_words(theirs)}"
-            raise CheckpointError(f"{what}; the transformer has {_words(ours)}")
+            what = f"the tokenizer belongs to another transformer: its {name.replace('_', ' ')} is {_words(theirs)}"
+            raise CheckpointError(f"{what}, and the transformer's {_words(ours)}")
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
@@ -162,7 +162,7 @@ def load_contents(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor]
     _check_kind(path, metadata, kinds)
     for name in sorted(tensors):
         if not name.startswith(("tokenizer.", "transformer.")[: 1 + (metadata["kind"] == "model")]):
-            raise CheckpointError(f"checkpoint: {path}; tensor {name} belongs to no part of this model")
+            raise CheckpointError(f"the checkpoint {path} has an unexpected tensor {name}")
     return tensors, metadata
 
 
@@ -210,7 +210,7 @@ def without_initialization() -> Iterator[None]:
 def build(source: Path, module: type[Module], config: Any, state: Mapping[str, Tensor]) -> Module:
     """Return the module of a configuration, in evaluation mode, with these tensors as its weights.
 
-    Floats become float32; those that are it already are not copied.
+    Floats become float32; float32 tensors are not copied.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape or type, or has values that are not finite.
@@ -221,7 +221,7 @@ def build(source: Path, module: type[Module], config: Any, state: Mapping[str, T
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
-        raise CheckpointError(f"checkpoint: {source}; there is no memory for a model of its configuration") from error
+        raise CheckpointError(f"the checkpoint {source} is of a model that does not fit into memory") from error
     check_state(source, built, state)
     floats = {name: tensor.float() for name, tensor in state.items()}
     check_finite(source, {f"{module.__name__.lower()}.{name}": tensor for name, tensor in floats.items()})
@@ -234,17 +234,19 @@ def check_state(source: Path, module: nn.Module, given: Mapping[str, Tensor]) ->
     wanted = {name: t.shape for name, t in module.state_dict().items() if name.rpartition(".")[2] not in DERIVED}
     for name in sorted(wanted.keys() | given.keys()):
         if name not in given:
-            raise CheckpointError(f"checkpoint: {source}; tensor {name} is missing")
+            raise CheckpointError(f"the checkpoint {source} has no tensor {name}")
         if name not in wanted:
-            raise CheckpointError(f"checkpoint: {source}; tensor {name} belongs to no part of this model")
+            raise CheckpointError(f"the checkpoint {source} has an unexpected tensor {name}")
         if given[name].shape != wanted[name]:
             shapes = f"{_words(tuple(given[name].shape)) or 'one number'} instead of {_words(tuple(wanted[name]))}"
-            raise CheckpointError(f"checkpoint: {source}; tensor {name} is {shapes}")
+            raise CheckpointError(f"the checkpoint {source} has a tensor {name} of {shapes}")
         tensor = given[name]
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
             words = "without values" if tensor.is_meta else f"of {str(kind).removeprefix('torch.')}"
-            raise CheckpointError(f"checkpoint: {source}; tensor {name} is {words}; floating-point numbers are needed")
+            raise CheckpointError(
+                f"the checkpoint {source} has a tensor {name} {words}: floating-point numbers are needed"
+            )
 
 
 def read_config(path: Path, metadata: Mapping[str, str], kind: type[Config], key: str) -> Config:
@@ -274,14 +276,16 @@ def _check_kind(path: Path, metadata: Mapping[str, str], kinds: tuple[str, ...])
     if "varcli" not in metadata:
         raise CheckpointError(f"the checkpoint {path} was not written by varcli: see var checkpoints convert")
     if metadata["varcli"] != FORMAT_VERSION:
-        raise CheckpointError(f"checkpoint: {path}; format {metadata['varcli']} needs a newer varcli")
+        raise CheckpointError(f"the checkpoint {path} has format {metadata['varcli']}, which needs a newer varcli")
     if metadata.get("kind") not in kinds:
-        raise CheckpointError(f"checkpoint: {path}; holds a {metadata.get('kind')}, a {kinds[-1]} is needed")
+        raise CheckpointError(f"the checkpoint {path} holds a {metadata.get('kind')}, and a {kinds[-1]} is needed")
 
 
 def _check_classes(classes: ClassTable, config: TransformerConfig) -> None:
     if len(classes.entries) != config.class_count:
-        raise CheckpointError(f"class table: {len(classes.entries)} rows; the transformer has {config.class_count}")
+        raise CheckpointError(
+            f"the class table has {len(classes.entries)} classes, and the transformer {config.class_count}"
+        )
 
 
 @contextlib.contextmanager
@@ -289,7 +293,7 @@ def _parsing(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint: {path}; its metadata cannot be used ({reason(error)})") from error
+        raise CheckpointError(f"the metadata of the checkpoint {path} cannot be used: {reason(error)}") from error
 
 
 def _words(value: Any) -> str:
@@ -321,7 +325,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, registered: str | None = None) -> dict[str, str]:
-    """Return the hashes of a file that is whole, finite and as it was written.
+    """Verify that a file is whole, finite and unchanged; return its hashes.
 
     Args:
         path: of a tokenizer or model file.
@@ -331,14 +335,14 @@ def verify(path: Path, registered: str | None = None) -> dict[str, str]:
         CheckpointError: it is not.
     """
     if registered and registered != file_sha256(path):
-        raise CheckpointError(f"checkpoint: {path}; not the registered file, whose sha256 is {registered}")
+        raise CheckpointError(f"the checkpoint {path} is not the registered file, whose sha256 is {registered}")
     tensors, metadata = load_contents(path, ("tokenizer", "model"))
     hashes = recorded_hashes(tensors, metadata)
     recorded = metadata.get("tokenizer_sha256")
     if hashes["tokenizer_sha256"] != recorded:
-        raise CheckpointError(f"checkpoint: {path}; the tokenizer in it is damaged or another one than {recorded}")
+        raise CheckpointError(f"the checkpoint {path} has a damaged tokenizer, or another one than {recorded}")
     if hashes["sha256"] != metadata.get("sha256"):
-        raise CheckpointError(f"checkpoint: {path}; changed since it was written as {metadata.get('sha256')}")
+        raise CheckpointError(f"the checkpoint {path} was changed since it was written as {metadata.get('sha256')}")
     check_finite(path, tensors)
     load_model(path) if metadata["kind"] == "model" else load_tokenizer(path)
     return hashes
@@ -352,23 +356,23 @@ def check_registered(checkpoint: str, path: Path, metadata: Mapping[str, str]) -
     from varcli.downloads import recorded
 
     if metadata["kind"] != "model":
-        raise CheckpointError(f"checkpoint: {path}; holds a {metadata['kind']} instead of {checkpoint}")
+        raise CheckpointError(f"the checkpoint {path} holds a {metadata['kind']} instead of {checkpoint}")
     config = read_config(path, metadata, TransformerConfig, "transformer_config")
     if (config.depth, config.class_count) != (entry.depth or config.depth, entry.classes):
         found = f"depth {config.depth} and {config.class_count} classes"
-        raise CheckpointError(f"checkpoint: {path}; another model than {checkpoint}: {found}")
+        raise CheckpointError(f"the checkpoint {path} is another model than {checkpoint}: {found}")
     expected = recorded(cache_folder()).get(path.name)
     if expected not in (None, metadata.get("sha256")):
-        raise CheckpointError(f"checkpoint: {path}; another model than the one that was downloaded as {checkpoint}")
+        raise CheckpointError(f"the checkpoint {path} is another model than the one downloaded as {checkpoint}")
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if a tensor has a value that is not finite."""
     for name, tensor in tensors.items():
         if math.isfinite(float(tensor.sum())):
-            continue  # one such value would make the sum the like, and a sum is quick
+            continue  # one such value would make the sum not finite, and a sum is fast
         wrong = int((~tensor.isfinite()).sum())
         if wrong:
             raise CheckpointError(
-                f"checkpoint: {path}; {wrong} values of {name} are not finite: train or convert again"
+                f"the checkpoint {path} has {wrong} values in {name} that are not finite: train or convert again"
             )

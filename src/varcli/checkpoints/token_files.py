@@ -1,8 +1,8 @@
 """Token files: images as token maps in safetensors, for scripts to work on.
 
-``tokens.0`` … ``tokens.K-1`` are int32 of shape (images, side, side), coarse to fine. The metadata tells
-the sides, the codebook's size, the tokenizer's hash and the images' names; a file that scripts made may
-leave all of it out, and the last scales too.
+``tokens.0`` … ``tokens.K-1`` are int32 of shape (images, side, side), coarse to fine. The metadata has
+the sides, the codebook's size, the tokenizer's hash and the images' names; a file that a script wrote may leave all of
+it out, and the last scales too.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
+from varcli.checkpoints.safetensors_io import load_tensors, reason, save_tensors
 from varcli.config import TokenizerConfig
 from varcli.errors import CheckpointError, InputError
 from varcli.files import parse_json
@@ -33,7 +33,7 @@ class TokenFile:
 def save_tokens(
     path: Path, images: Sequence[Sequence[Tensor]], names: Sequence[str], config: TokenizerConfig, sha256: str
 ) -> None:
-    """Write token maps: for each image one a scale, (1, l).
+    """Write token maps: for each image one per scale, (1, l).
 
     Raises:
         RunError: the file cannot be written.
@@ -64,8 +64,8 @@ def load_tokens(path: Path, config: TokenizerConfig, sha256: str, name: str) -> 
     try:
         tensors, metadata = load_tensors(path)
     except CheckpointError as error:
-        reason = str(error).rpartition(" cannot be read: ")[2].rpartition("; ")[2]
-        raise InputError(f"the token file {name} cannot be read: {reason}") from error
+        why = reason(error.__cause__ or error)
+        raise InputError(f"the token file {name} cannot be read: {why}") from error
     unknown = sorted(tensor for tensor in tensors if not re.fullmatch(r"tokens\.[0-9]+", tensor))
     if unknown or not tensors or set(tensors) != {f"tokens.{scale}" for scale in range(len(tensors))}:
         found = unknown[0] if unknown else ", ".join(sorted(tensors)) or "nothing"
@@ -89,11 +89,12 @@ def token_maps(tokens: Sequence[Tensor], config: TokenizerConfig, where: str = "
     """
     if not 1 <= len(tokens) <= len(config.sides):
         raise InputError(
-            f"tokens{where}: one map for each of the first scales, 1 to {len(config.sides)} (got {len(tokens)})"
+            f"the tokens{where} must be one map for each of the first scales, 1 to {len(config.sides)} "
+            f"(got {len(tokens)})"
         )
     maps = [_checked(where, each, scale, config) for scale, each in enumerate(tokens)]
     if len({len(idx_Bl) for idx_Bl in maps}) != 1 or not len(maps[0]):
-        raise InputError(f"tokens{where}: each scale must have as many images, at least one")
+        raise InputError(f"the tokens{where} must have the same number of images at every scale, at least one")
     return maps
 
 
@@ -101,13 +102,15 @@ def _checked(where: str, tokens: Tensor, scale: int, config: TokenizerConfig) ->
     """Return one scale's map as (images, l) int64."""
     side, count = config.sides[scale], config.codebook_size
     if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
-        raise InputError(f"tokens{where}: scale {scale + 1} must be whole numbers (got {tokens.dtype})")
+        raise InputError(f"the tokens{where} must be whole numbers (got {tokens.dtype} at scale {scale + 1})")
     if tuple(tokens.shape[1:]) not in ((side, side), (side * side,)):
         shape = " × ".join(map(str, tokens.shape)) or "a single number"
-        raise InputError(f"tokens{where}: scale {scale + 1} must be images × {side} × {side} (got {shape})")
+        raise InputError(f"the tokens{where} must be images × {side} × {side} at scale {scale + 1} (got {shape})")
     idx_Bl = tokens.to(torch.int64).flatten(1)
     if idx_Bl.numel() and not 0 <= int(idx_Bl.min()) <= int(idx_Bl.max()) < count:
-        raise InputError(f"tokens{where}: scale {scale + 1} has numbers beyond the codebook's, 0 to {count - 1}")
+        raise InputError(
+            f"the tokens{where} must be rows of the codebook, 0 to {count - 1} (scale {scale + 1} has others)"
+        )
     return idx_Bl
 
 

@@ -83,7 +83,7 @@ def bench(
     )
     with progress("batches", plan.batches, quiet) as advance:
         found = run_benchmark(plan, advance, notes(quiet))
-    if out:  # first: whoever reads what is printed may stop reading
+    if out:  # first, as the reader of stdout may close the pipe
         _draw(out, f"{checkpoint}, {plan.precision}, on {found.hardware}", found)
     if as_json:
         facts = {"checkpoint": checkpoint, "random": random, "settings": asdict(config), "rounds": rounds}
@@ -98,7 +98,7 @@ def _others(vs: str | None) -> list[str]:
     """What to compare with, each once."""
     given = [name.strip() for name in vs.split(",")] if vs is not None else []
     if "plain" in given:
-        note("--vs plain is now --vs naive; the old name goes in the next version")
+        note("--vs plain is now --vs naive; the old name will be removed in the next version")
         given = ["naive" if name == "plain" else name for name in given]
     if set(given) - {"naive", "raster"}:
         raise UsageError(f"--vs must be naive, raster, or naive,raster (got {vs})")
@@ -128,7 +128,7 @@ def _check_chart(out: Path | None) -> None:
 
 
 def _report(found: "Benchmark") -> None:
-    """Print a table of what an image costs in all, and one of what its stages take; a column a sampler."""
+    """Print a table of the whole cost of an image, and one of its stages; one column per sampler."""
     names = [each.sampler for each in found.samplers]
     table(("", *names), [_filled(row, 1 + len(names)) for row in _totals(found)])
     table(("milliseconds per image", *names, "GFLOP", "of matmul"), _stages(found.samplers))
@@ -141,7 +141,7 @@ def _totals(found: "Benchmark") -> list[list[str]]:
         ["machine", found.hardware],
         ["precision", *(one.precision for one in each)],
         ["batch size", *(str(one.batch_size) for one in each)],
-        ["CUDA graphs", *("yes" if one.recorded else "no" for one in each)],
+        ["CUDA graphs", *("yes" if one.cuda_graphs else "no" for one in each)],
         ["seconds per image", *(digits(one.seconds_per_image) for one in each)],
         ["times varcli's", *(digits(one.times_varcli) for one in each)],
         ["images per second, one batch alone", *(digits(one.images_per_second) for one in each)],
@@ -154,7 +154,7 @@ def _totals(found: "Benchmark") -> list[list[str]]:
 
 
 def _stages(samplers: Sequence[SamplerTimings]) -> list[list[str]]:
-    """Return a row a stage: milliseconds of each sampler; operations, and their rate in the first that has it."""
+    """Return one row per stage: milliseconds of each sampler; operations, and their rate in the first that has it."""
     columns = [{stage.name: stage for stage in each.stages} for each in samplers]
     phases = {name: PHASES.index(stage.phase) for column in columns for name, stage in column.items()}
     rows = []

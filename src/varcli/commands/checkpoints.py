@@ -42,7 +42,7 @@ ClassNames = Annotated[
     typer.Option(
         "--class-names",
         metavar="FILE|FOLDER",
-        help="Names of the classes: a text file, one a line in the order of the rows, or the folder of class folders "
+        help="Names of the classes: a text file, one per line in the order of the rows, or the folder of class folders "
         "that the model was trained on.",
     ),
 ]
@@ -83,7 +83,7 @@ def show(checkpoint: NameOrFile, as_json: options.Json = False) -> None:
 
 @checkpoints_app.command()
 def download(name: Name) -> None:
-    """Download a released checkpoint and convert it; print where it is. An interrupted download goes on."""
+    """Download a released checkpoint and convert it; print where it is. An interrupted download is resumed."""
     if name not in known.registry():
         raise CheckpointError(f"there is no checkpoint {name}; the names are {', '.join(known.registry())}")
     result(str(known.resolve_checkpoint(name)))

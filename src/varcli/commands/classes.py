@@ -19,7 +19,7 @@ def classes(
     wanted = " ".join(words or [])
     found = _all_around(known).search(wanted) if wanted else known.entries
     if not found:
-        raise InputError(f"no class name has the words {wanted}; fewer or shorter words find more")
+        raise InputError(f"no class name has the words {wanted}: try fewer or shorter words")
     if as_json:
         for entry in found:
             facts = {"id": entry.id, "wnid": entry.wnid, "names": entry.names, "known": entry.id in known}
@@ -30,13 +30,13 @@ def classes(
 
 
 def _all_around(known: ClassTable) -> ClassTable:
-    """Return ImageNet's classes where the known ones are some of them, else the known ones."""
+    """Return ImageNet's classes if the known ones are among them, else the known ones."""
     part = {entry.wnid for entry in known.entries} <= {entry.wnid for entry in imagenet().entries}
     return imagenet() if part else known
 
 
 def _known(checkpoint: str) -> ClassTable:
-    """Return the classes a checkpoint knows; a released one need not be here for that."""
+    """Return the classes that a checkpoint knows; a released one need not be downloaded for that."""
     entry = registry().get(checkpoint)
     if entry and entry.classes == len(imagenet()):
         return imagenet()

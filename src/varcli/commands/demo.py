@@ -38,7 +38,7 @@ def demo(
         if host not in LOOPBACK:
             note(f"the page has no password: anyone who can reach {host} can use it")
         result(address)
-        note("the page is served until Ctrl-C ends it")
+        note("Ctrl-C stops the server")
         try:
             while True:  # unlike a wait for a lock, Ctrl-C ends a sleep on every system
                 sleep(3600)

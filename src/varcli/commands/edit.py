@@ -197,7 +197,7 @@ def edit(
 
 
 def _check(shared: EditOptions, *inputs: str | None) -> None:
-    """Check the options that exclude each other, and that files can be written, before any work is done."""
+    """Check options that exclude each other, and that files can be written, before any work is done."""
     from varcli.outputs.open import check_outputs
 
     options.check_image_outputs(shared.out, shared.as_json, shared.growth, shared.count)
@@ -244,7 +244,7 @@ def _print(path: Path | None, facts: dict[str, Any], shared: EditOptions) -> Non
 
 
 def _scores(edited: "EditResult") -> dict[str, Any]:
-    """What was measured of an edit, and of the candidates it was chosen from."""
+    """Scores of an edit, and of the candidates it was chosen from."""
     chosen = edited.chosen
     if len(edited.candidates) == 1:
         return {"seam": chosen.seam}

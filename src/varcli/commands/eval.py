@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Resize = Annotated[
     int | None,
-    Option("--resize", metavar="SIDE", min=1, help="Crop and resize images to this many pixels a side, as ADM does."),
+    Option("--resize", metavar="SIDE", min=1, help="Crop and resize images to this many pixels per side, as ADM does."),
 ]
 Features = Annotated[
     str,
@@ -117,8 +117,8 @@ def evaluate(
 ) -> None:
     """Measure images: those that a checkpoint samples, 50 per class as in the paper, or those at PATH.
 
-    Without a metric's option: FID and inception score. If it is killed, the same command goes on where it was (except
-    with --tokenizer).
+    Without a metric's option: FID and inception score. If it is killed, the same command resumes where it stopped
+    (except with --tokenizer).
     """
     sampled = not (paths or tokenizer)
     only_sampled = {
@@ -132,7 +132,7 @@ def evaluate(
             raise UsageError(f"--{name.replace('_', '-')} is for images to be sampled, not for images that exist")
     if resize and sampled and not reference:
         raise UsageError(
-            "--resize is for images that exist, and for those of --reference; sampled have the model's size"
+            "--resize is for images that exist, and for those of --reference; sampled ones have the model's size"
         )
     chosen = tuple(name.removeprefix("metric_") for name in metrics)
     if tokenizer and set(chosen) - {"fid", "sfid", "agreement"}:
@@ -256,7 +256,7 @@ def _check_outputs(
 
 
 def _report(found: "Result", out: Path | None, *, as_json: bool, quiet: bool) -> None:
-    """Write and print the result, with what makes it incomparable beside it."""
+    """Write and print the result, and print its warnings."""
     if out:
         from varcli.files import write_atomically
 

@@ -1,4 +1,4 @@
-"""Each option's type, range and help, once. Defaults stand in the configurations. No torch here."""
+"""Type, range and help of each option. Defaults are in the configurations. No torch here."""
 
 import functools
 import inspect
@@ -26,8 +26,8 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option per field of each dataclass among its keyword-only parameters.
 
     A parameter annotated with a dataclass, whose fields are annotated as options, gets an instance of it. One
-    annotated `Annotated[dict[str, Any], Config]` gets a dict of the options that were typed, so that the others
-    keep the value of a preset or recipe; the fields of `Config` are declared with `varcli.config.option`. With names
+    annotated `Annotated[dict[str, Any], Config]` gets a dict of the options that were typed, so that the others keep
+    the values of a preset or recipe; the fields of `Config` are declared with `varcli.config.option`. With names
     of fields after `Config`, these alone become options.
     """
     parameters, build = _expanded(command, inspect.signature(command).parameters.values())
@@ -212,7 +212,7 @@ Processes = Annotated[
         help="Split the work over N processes and the available GPUs.",
     ),
 ]
-Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run left.")]
+Resume = Annotated[bool, Option("--resume", help="Skip images that an earlier run has written.")]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read, instead of stopping.")]
 DEFAULT_FEATURES = "inception-v3-compat"
 InceptionFile = Annotated[
@@ -267,7 +267,7 @@ Classifier = Annotated[
     ),
 ]
 DEFAULT_CLASSIFIER: Final = "resnet101"
-"""torchvision's, the network that VQGAN's rejection sampling used."""
+"""torchvision's, as in VQGAN's rejection sampling."""
 
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -283,7 +283,7 @@ def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def check_image_outputs(out: str | None, as_json: bool, growth: Path | None, count: int) -> None:
-    """Raise UsageError if images written one by one cannot go where they are to go."""
+    """Raise UsageError if single images cannot be written as requested."""
     if out == "-" and as_json:
         raise UsageError(STDOUT_TWICE)
     if growth and count != 1:
@@ -296,7 +296,7 @@ def extractor_weights(features: str, inception: Path | None, dinov2: Path | None
 
 
 def tell_also(*files: Path | None, quiet: bool) -> None:
-    """Say which files were written beside the results, whose names stdout has."""
+    """Note which files were written besides the results, whose names are on stdout."""
     for file in filter(None, files):
         notes(quiet)(f"also written: {file}")
 

@@ -92,8 +92,9 @@ def sample(
         return
     options.tell_also(grid if summary.written else None, growth, quiet=quiet)
     if summary.asked > 0 and summary.written == 0:
-        note(f"nothing left to do: {counted(summary.asked, 'image')} asked for, none missing")
+        note(f"nothing left to do: {counted(summary.asked, 'image')} requested, none missing")
     if summary.unasked:
-        note(f"{summary.archive} also holds {counted(summary.unasked, 'image')} of an earlier run, not asked for now")
+        others = counted(summary.unasked, "image")
+        note(f"{summary.archive} also holds {others} of an earlier run that were not requested")
     if summary.archive and summary.archive.exists() and not as_json and not quiet:
         result(str(summary.archive))

@@ -29,7 +29,7 @@ def run(
     tokenizer: Annotated[str, Option("--tokenizer", metavar="NAME|FILE", help="A tokenizer or model.")],
     out: Annotated[
         Path,
-        Option("--out", "-o", metavar="DIR", help="Folder of the runs; the same command continues stopped ones."),
+        Option("--out", "-o", metavar="DIR", help="Folder of the runs; the same command resumes stopped ones."),
     ],
     depths: Annotated[str, Option("--depths", metavar="2,3,…", help="Depths of the models to train.")] = "2,3,4,5,6",
     passes: Annotated[

@@ -185,7 +185,7 @@ def classify(
                 ]
             advance()
     if rows:
-        table(("image", "label", "place", "class", "nats", "scales"), rows)
+        table(("image", "label", "rank", "class", "nats", "scales"), rows)
     labelled = [image for image in found if image.label]
     if labelled:
         shares = {count: sum(image.hit(count) for image in labelled) / len(labelled) for count in (1, 5)}

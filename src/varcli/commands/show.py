@@ -38,17 +38,17 @@ def show(file: options.ImageFile, as_json: options.Json = False) -> None:
         ),
     ]
     if provenance.batched:
-        facts.append(("exact", "no: in 16 bits on a GPU the batch size changes the rounding, and tokens with it"))
+        facts.append(("exact", "no: in 16 bits on a GPU the batch size changes the rounding, and with it the tokens"))
     facts.append(("command", command))
     for name, value in facts:
         result(f"{name:<11}{readable(str(value))}")
 
 
 def _changed(name: str, digest: str) -> str:
-    """What to know before an input is used again: whether it is the file that the image was made of."""
+    """Whether an input is still the file that the image was made from."""
     if name == "-" or name.startswith("/dev/"):
         return "; it had no name, so the command is incomplete"
     path = Path(name)
     if not path.is_file():
-        return "; there is no such file here now"
-    return "" if file_sha256(path) == digest else "; the file of this name is another one now"
+        return "; there is no such file now"
+    return "" if file_sha256(path) == digest else "; the file of this name has changed"

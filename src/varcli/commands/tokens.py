@@ -93,10 +93,10 @@ def reconstruct(
 
 
 class Sources:
-    """Images that are read one after the other, each with its number; those that cannot be read are passed over."""
+    """Images that are read one after the other, each with its number; unreadable ones are skipped."""
 
     def __init__(self, images: Sequence[str]) -> None:
-        """Read a single image, so that no checkpoint is downloaded for one that cannot be used."""
+        """Read a single image at once, so that no checkpoint is downloaded for an unreadable one."""
         from varcli.images.editable import read_source_image
 
         self._images, self._read, self._failed = images, read_source_image, 0
@@ -111,7 +111,7 @@ class Sources:
                 self._failed += 1
 
     def check(self) -> None:
-        """Raise InputError, once all is done, if an image was passed over."""
+        """Raise InputError, after all others are done, if an image was skipped."""
         if self._failed:
             raise InputError(f"{self._failed} of {len(self._images)} images cannot be used; the others are done")
 

@@ -29,7 +29,7 @@ train_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train a tokenizer, then a transformer on its tokens. A stopped run goes on with the same command.",
+    help="Train a tokenizer, then a transformer on its tokens. The same command resumes a stopped run.",
 )
 
 Data = Annotated[
@@ -37,7 +37,7 @@ Data = Annotated[
     Argument(metavar="DATA...", help="Images with labels: folders of class folders, zips, tar shards or .npz files."),
 ]
 RunFolder = Annotated[
-    Path, Option("--out", "-o", metavar="DIR", help="Folder of the run; the same command goes on with a stopped one.")
+    Path, Option("--out", "-o", metavar="DIR", help="Folder of the run; the same command resumes a stopped one.")
 ]
 
 
@@ -299,7 +299,7 @@ def status(
 
 
 def _report(quiet: bool) -> Any:
-    """What prints figures as they come, one line on stderr; beside a progress bar only those of validations."""
+    """Return a function that prints figures, one line on stderr; with a progress bar only those of validations."""
 
     def report(step: int, steps: int, figures: "Metrics") -> None:
         validated = any(name.startswith("validation_") for name in figures)
@@ -313,7 +313,7 @@ def _report(quiet: bool) -> Any:
 
 
 _IN_THE_LOG_ONLY = re.compile(r"^step$|^images_seen$|^seconds_left$|^memory|_\d+$")
-"""Figures that a line on stderr has no room for: those of single scales among them."""
+"""Figures that are only logged, among them those of single scales."""
 
 
 def _finish(figures: "Metrics", checkpoint: Path, run: RunOptions) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LARGEST_FILE = 20 * 2**20
 """Bytes of an upload."""
 MOST_PIXELS = 16_000_000
-"""Of an upload; telephones make photographs of 12 million."""
+"""Of an upload; photographs of phones have 12 million."""
 CANVAS = 768
 """Pixels of the canvas's longer side."""
 
@@ -42,12 +42,12 @@ def read_photo(upload: str | None) -> SourceImage:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path.name} is not kept any more: upload it again") from error
+        raise InputError(f"{path.name} is no longer stored: upload it again") from error
     with reading_image(path.name), open_image(content) as opened:
         width, height = opened.size
     if width * height > MOST_PIXELS:
         raise InputError(f"{path.name} has {width} × {height} pixels: give an image of {MOST_PIXELS:,} pixels at most")
-    return source_image(content, path.name.lstrip("-"))  # which would make it an option of the command
+    return source_image(content, path.name.lstrip("-"))  # a leading - would make it an option of the command
 
 
 def canvas(photo: SourceImage) -> PIL.Image.Image:
@@ -82,12 +82,12 @@ def save_image(image: Image, folder: Path) -> Path:
 
 
 def save_frame(image: Image, folder: Path) -> Path:
-    """Write an image that still grows; return its path. It has no provenance: no command ends with it."""
+    """Write an unfinished image; return its path. It has no provenance: no command reproduces it."""
     return _save(png_bytes(image.array), "frame.png", folder)
 
 
 def save_mask(mask: SourceImage, folder: Path) -> Path:
-    """Write a mask under its name, and with the bytes whose hash is in the provenance of the edit; return its path."""
+    """Write a mask under its name, with the bytes whose hash is in the provenance of the edit; return its path."""
     return _save(png_bytes(mask.levels), mask.name, folder)
 
 

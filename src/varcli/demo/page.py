@@ -53,7 +53,7 @@ POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
     "frame-ancestors 'none'"
 )
-"""Content security policy: nothing comes from, or goes to, another machine. Gradio's page needs inline scripts."""
+"""Content security policy: nothing is loaded from, or sent to, another machine. Gradio's page needs inline scripts."""
 
 
 class SecurityPolicy:
@@ -88,7 +88,7 @@ def serve(model: Model, folder: Path, host: str, port: int, *, browser: bool = F
     """
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
     page = build(model, folder)
-    # Without the check of names, a site whose name is made to lead to this machine could use the page.
+    # Without this check another site could use the page through a name that resolves to this machine.
     names = [*LOOPBACK] if host in LOOPBACK else ["*"]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(SecurityPolicy)]
     try:
@@ -265,7 +265,7 @@ The refiner is the preset's: visitors of the page must not name files to read, o
 
 
 def _setting_boxes(model: Model, preset: str = "looks") -> list[Any]:
-    """One box per setting, in the order of `FIELDS`; what presets leave alone is folded."""
+    """One box per setting, in the order of `FIELDS`; those without a preset are folded."""
     config = model.settings(preset)
 
     def box(field: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Rejection sampling: a classifier's confidence that an image shows the class it was asked for.
+"""Classifiers for rejection sampling: the confidence that an image shows its class.
 
-Of several images of a class those of highest confidence are kept, as behind the paper's best
-figures (table 1, the rows marked "re"; the idea is VQ-VAE-2's, Razavi et al. 2019).
+Of several images of a class those of highest confidence are kept, as for the paper's best figures (table 1, the rows
+marked "re"; the idea is VQ-VAE-2's, Razavi et al. 2019).
 
 Shapes: B images of P × P pixels, N classes the classifier knows.
 """
@@ -26,7 +26,7 @@ from varcli.models.efficientnet import EfficientNetLite0
 
 
 class Classifier:
-    """Tells how sure a network is that images show given classes."""
+    """A network's confidence that images show given classes."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Classifier:
 
         Raises:
             UsageError: there is no such model or file.
-            CheckpointError: its weights cannot be had, or the file cannot be used.
+            CheckpointError: its weights cannot be downloaded, or the file cannot be used.
         """
         self.name, self.table, self.device = name, table, device
         architecture, separator, weights = name.partition(":")
@@ -74,10 +74,10 @@ class Classifier:
         image_B3PP = torch.from_numpy(pixels_BPP3).to(self.device).permute(0, 3, 1, 2).float() / 255
         try:
             logits_BN = self.network(image_B3PP)
-        except Exception as error:  # whatever a program of the user's raises
+        except Exception as error:  # a program of the user may raise anything
             if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
                 raise
-            why = (str(error).strip() or type(error).__name__).splitlines()[-1]  # TorchScript tells it last
+            why = (str(error).strip() or type(error).__name__).splitlines()[-1]  # TorchScript ends with the reason
             raise CheckpointError(f"the classifier {self.name} failed on an image: {why}") from error
         if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2 or len(logits_BN) != len(labels):
             raise CheckpointError(f"the classifier {self.name} must turn images (B, 3, P, P) into logits (B, classes)")
@@ -153,7 +153,7 @@ def _downloaded(name: str, weights: Any) -> tuple[dict[str, Tensor], str]:
     """Return torchvision's own weights of a classifier, and the sha256 of their file."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        with redirect_stdout(sys.stderr):  # where torch says that it downloads; stdout is for results
+        with redirect_stdout(sys.stderr):  # torch prints that it downloads; stdout is for results
             state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a full disk, a damaged file: torch raises many kinds
         raise CheckpointError(

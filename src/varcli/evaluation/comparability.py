@@ -1,6 +1,6 @@
-"""What makes figures incomparable with the paper's, said in words. Nothing here stops a run.
+"""Warnings about figures that cannot be compared with the paper's. Nothing here stops a run.
 
-Each rule is a trap that users of the released code fell into.
+Each rule is a mistake that users of the released code made.
 """
 
 from collections import Counter
@@ -10,8 +10,8 @@ from typing import Any
 from varcli.console import counted
 
 FEW = 10_000
-"""Fewer images than this bias FID by more than models differ."""
-PAPER = 50_000
+"""With fewer images than this, the bias of FID is larger than the differences between models."""
+PUBLISHED_IMAGES = 50_000
 """Images of every published figure."""
 
 
@@ -20,7 +20,7 @@ def few_images(count: int, bias: float | None) -> Iterable[str]:
     if count < FEW:
         rough = "at most about" if count < 4096 else "about"  # FID∞ of few images is too low
         what = "figures of so few are biased" if bias is None else f"FID is biased upwards, by {rough} {bias:.3g}"
-        yield f"only {counted(count, 'image')}: {what}; published figures are of {PAPER}"
+        yield f"only {counted(count, 'image')}: {what}; published figures are of {PUBLISHED_IMAGES}"
 
 
 def imbalance(labels: Sequence[int], names: Sequence[str]) -> Iterable[str]:
@@ -48,7 +48,7 @@ def lossy(count: int, total: int) -> Iterable[str]:
 def other_size(pixels: int, reference: int | None) -> Iterable[str]:
     """Warn where images and reference differ in size."""
     if reference and pixels != reference:
-        yield f"images of {pixels} pixels a side against a reference of {reference}; FID compares resolutions too"
+        yield f"images of {pixels} pixels per side against a reference of {reference}; FID compares resolutions too"
 
 
 def small_reference(count: int | None) -> Iterable[str]:
@@ -73,7 +73,7 @@ def several_series(counts: Mapping[str, int]) -> Iterable[str]:
 
 
 def other_precision(dtype: str) -> Iterable[str]:
-    """Warn of a precision that changes what is drawn enough to matter."""
+    """Warn of a precision that changes samples enough to matter."""
     if dtype == "int8":
         yield "weights and activations in int8: an approximation, not the model as published"
 

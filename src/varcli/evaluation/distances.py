@@ -1,4 +1,4 @@
-"""The mathematics of the metrics, by torch-fidelity's own functions wherever they take what we have.
+"""The mathematics of the metrics, by torch-fidelity's own functions where possible.
 
 Shapes: P images, N features, S splits of the inception score, V classes of the network.
 """
@@ -18,10 +18,10 @@ from varcli.evaluation.metrics import KID_SUBSET_SIZE, KID_SUBSETS, PRC_NEIGHBOR
 from varcli.evaluation.statistics import SplitSums, Statistics
 
 ENOUGH_FOR_A_LINE = 1000
-"""Images below which nothing is said of FID for any number of them: the line would be drawn through noise."""
+"""Images below which FID∞ is not estimated: the line would be fitted to noise."""
 
 LARGE_TABLE = 10_000
-"""Images from which on all distances are not held at once."""
+"""Number of images above which not all distances are held in memory at once."""
 
 
 class Gaussian(Protocol):
@@ -41,7 +41,7 @@ class Target(Gaussian, Protocol):
 
     @property
     def name(self) -> str:
-        """By which errors speak of it."""
+        """Its name in errors."""
 
     @property
     def pool(self) -> Tensor | NDArray[np.float32] | None:
@@ -69,7 +69,7 @@ def frechet_distance(given: Gaussian, reference: Gaussian) -> float:
     """Return the Fréchet distance of two Gaussians, FID where they are of Inception's features.
 
     Raises:
-        InputError: the reference holds what has no distance.
+        InputError: the distance is not finite.
     """
     sides = [{"mu": side.mean, "sigma": side.covariance} for side in (given, reference)]
     (distance,) = fid_statistics_to_metric(*sides, verbose=False).values()
@@ -77,7 +77,7 @@ def frechet_distance(given: Gaussian, reference: Gaussian) -> float:
 
 
 def frechet_infinity(statistics: Statistics, reference: Gaussian) -> float:
-    """Return FID as it would be of infinitely many images.
+    """Estimate FID of infinitely many images.
 
     A line through FID against 1/n, by least squares, at a quarter, a half and all of the images: its value
     at 0. With fewer images than features that is far too low.
@@ -97,7 +97,7 @@ def frechet_infinity(statistics: Statistics, reference: Gaussian) -> float:
 
 
 NESTED = (((0,), (1,), (2,), (3,)), ((0, 1), (2, 3)), ((0, 1, 2, 3),))
-"""Quarters of which FID is taken, and what they are put together to."""
+"""Quarters of which FID is computed: each alone, in pairs, and all together."""
 
 
 def _root(covariance_NN: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -119,7 +119,7 @@ def _distance_by_root(given: Gaussian, mean_N: NDArray[np.float64], root_NN: NDA
 
 def _finite(distance: float) -> float:
     if not np.isfinite(distance):
-        raise InputError(f"the Fréchet distance is {distance}: the reference's statistics are not those of images")
+        raise InputError(f"the Fréchet distance is {distance}: the reference's statistics cannot be those of images")
     return distance
 
 

@@ -1,4 +1,4 @@
-"""Feature extractors: networks that see images for the metrics. One class each, listed in `EXTRACTORS`.
+"""Feature extractors: networks that compute the features of metrics. One class each, listed in `EXTRACTORS`.
 
 Shapes: B images, H × W pixels, N features, V classes of the network's own, F spatial features, O × C × K × L the
 weights of a convolution.
@@ -25,17 +25,17 @@ from varcli.evaluation.statistics import FeatureShape
 from varcli.models.efficientnet import EfficientNetLite0
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # whatever is deprecated in what it imports is not our user's affair
+    warnings.simplefilter("ignore")  # deprecations in its imports do not concern our user
     from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 Pixels = NDArray[np.uint8]
 """uint8, (B, H, W, 3)."""
 
 SIDE = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
-"""Pixels a side that the network sees."""
+"""Pixels per side of the network's input."""
 
 BATCHES = {"cpu": 4}
-"""Images at a time by kind of device: on a CPU as many as its caches like."""
+"""Images at a time by kind of device: on a CPU as many as fit its caches."""
 
 LARGE_BATCH = 128
 """Images at a time elsewhere."""
@@ -43,14 +43,14 @@ LARGE_BATCH = 128
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the metrics see of some images, float32, on the device where it was computed."""
+    """Features of some images, float32, on the device where they were computed."""
 
     pool_BN: Tensor
     """For Fréchet distances, KID, precision and recall."""
     logits_BV: Tensor | None = None
     """Class scores without the bias: for the inception score."""
     spatial_BF: Tensor | None = None
-    """Features that tell places apart: for sFID."""
+    """Features with their positions: for sFID."""
 
 
 class Extractor(Protocol):
@@ -82,11 +82,11 @@ class Extractor(Protocol):
 
 
 class Inception:
-    """torch-fidelity's InceptionV3, the port of TensorFlow's that published figures rest on.
+    """torch-fidelity's InceptionV3, a port of the TensorFlow network behind published figures.
 
-    The network is torch-fidelity's; what runs it is faster: normalization is folded into the convolutions, which
-    on a CPU are oneDNN's with weights packed beforehand, and the resizing is done one axis after the other. The
-    features agree to float32's rounding, the figures to six digits and more.
+    The network is torch-fidelity's, but runs faster: normalization is folded into the convolutions, which on a CPU are
+    oneDNN's with packed weights, and images are resized one axis after the other. The features agree within float32
+    rounding, the figures to six digits and more.
 
     Its spatial features are ADM's: the first 7 channels of the 1 × 1 branch of the 17 × 17 block Mixed_6d, which
     TensorFlow's graph calls mixed_6/conv, in the order of that graph, row by row and channels last (arXiv 2103.03841).
@@ -138,7 +138,7 @@ def resized(pixels_BHW3: Tensor) -> Tensor:
     """Return images at the network's size, levels from 0 to 255, by TensorFlow 1's bilinear rule.
 
     Equal to the last bit to torch-fidelity's `interpolate_bilinear_2d_like_tensorflow1x`, which gathers all
-    four neighbours of each pixel; along the width first, then along the height, is the same with less.
+    four neighbours of each pixel; along the width first, then along the height, gives the same with less work.
     """
     for axis in (2, 1):
         size = pixels_BHW3.shape[axis]
@@ -168,7 +168,7 @@ class FoldedConvolution(nn.Module):
         self.packed = PackedConvolution(self.weight_OCKL, self.bias_O, self.stride, self.padding)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The result, by oneDNN on a CPU that has it."""
+        """The output, by oneDNN on a CPU that has it."""
         if x_BCHW.device.type == "cpu" and torch.backends.mkldnn.is_available():
             return self.packed(x_BCHW)
         return F.relu_(F.conv2d(x_BCHW, self.weight_OCKL, self.bias_O, self.stride, self.padding))
@@ -227,7 +227,7 @@ class DinoV2:
     shape = FeatureShape(pool=1024)
     downloaded = True
     side: ClassVar = 224
-    """Pixels a side that the network sees."""
+    """Pixels per side of the network's input."""
     patch: ClassVar = 14
 
     def __init__(self, weights: Path, device: torch.device) -> None:
@@ -299,7 +299,7 @@ def _interpolated(position_1LD: Tensor, side: int) -> Tensor:
 class EfficientNet:
     """EfficientNet-lite0, whose weights are a package: for class agreement, and for FD where nothing can be downloaded.
 
-    Its features are those its last layer sees: 1280 averages over the image.
+    Its features are the input of its last layer: 1280 averages over the image.
     """
 
     name = "efficientnet-lite0"
@@ -329,7 +329,7 @@ class EfficientNet:
 
 
 class NoFeatures:
-    """No network: for what a tokenizer keeps of images, PSNR, SSIM and LPIPS, which is measured on pixels."""
+    """No network: for a tokenizer's PSNR, SSIM and LPIPS, which are measured on pixels."""
 
     name = "none"
     figure = "fid"

@@ -1,7 +1,7 @@
 """The loop from images to statistics: in rounds, by one or several processes, and resumable.
 
-Whoever makes or reads images is asked for them by rank and yields them in batches of any size. What a
-round's processes found comes together in the first of them, which keeps the statistics and their file.
+The source of images is called with ranks and yields these images in batches of any size. The results of all processes
+in a round are gathered in the main one, which keeps the statistics and their file.
 
 Shapes: R images of a round, N features of the network's last pooling, V its classes.
 """
@@ -31,20 +31,20 @@ Batch = tuple[Sequence[int], Pixels, Sequence[int]]
 """Ranks, pixels (B, H, W, 3), and labels, -1 where no class is known."""
 
 Make = Callable[[Sequence[int]], Iterable[Batch]]
-"""Yields the images of given ranks, in any order; one that cannot be had may be missing."""
+"""Yields the images of given ranks, in any order; unreadable ones may be missing."""
 
 ROUNDS = {"cpu": 64}
-"""Images a process measures in a round, by kind of device: what a killed run loses at most, with the next."""
+"""Images that a process measures in a round, by kind of device; a killed run loses two rounds at most."""
 
 LARGE_ROUND = 512
-"""The same elsewhere: batches are large there, and quick."""
+"""The same elsewhere, where batches are large and fast."""
 
 SAVE_SECONDS, SAVE_IMAGES = 60, 4000
 """The file is written after this time or this number of images."""
 
 
 def fingerprint(**facts: Any) -> str:
-    """Return the sha256 of all facts, as JSON, that decide a measurement's figures."""
+    """Return the sha256 of all facts, as JSON, that determine a measurement's figures."""
     return sha256(dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -59,21 +59,21 @@ class FeaturePass:
         path: Path | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        """Begin, or go on where an earlier run left the file.
+        """Start, or resume from the file of an earlier run.
 
         Args:
-            plan: what is to be measured.
+            plan: what to measure.
             shape: how many features the extractor has.
-            identity: a fingerprint of the images, the extractor and all else that decides the figures. A file
-                with another one is not gone on with.
-            path: where to keep what is done; without it, or where it cannot be written, a killed run begins anew.
+            identity: a fingerprint of the images, the extractor and all else that determines the figures. A file
+                with another one is not resumed.
+            path: file for progress; without it, or where it cannot be written, a killed run starts over.
             group: the processes that share the work.
         """
         self.plan, self.path, self.group = plan, path, group or ProcessGroup()
         self.statistics = Statistics(plan, shape)
         self.seconds = {"images": 0.0, "features": 0.0}
         self.notice = ""
-        """Why the file there is not gone on with, or none is kept, if so; for the user."""
+        """Why the file is not resumed, or progress is not saved, if so; for the user."""
         self._facts = {
             "kind": KIND,
             "format": FORMAT,
@@ -88,7 +88,7 @@ class FeaturePass:
                 check_writable(path)
             except (OSError, RunError) as error:
                 self.path = None
-                self.notice = f"measuring without keeping what is done: {error}"
+                self.notice = f"measuring without saving progress: {error}"
 
     def run(
         self,
@@ -99,13 +99,13 @@ class FeaturePass:
     ) -> None:
         """Measure the images that are missing.
 
-        To be called by all processes. What was done is saved when this ends, however it ends.
+        To be called by all processes. Progress is saved however this ends.
 
         Args:
             make: yields images.
             extractor: computes their features.
             advance: called with how many each round added.
-            unit: how many images of neighbouring rank are best computed together, by one process.
+            unit: how many images of neighbouring rank are best processed together.
 
         Raises:
             VarError: images cannot be had, features are not finite, or the file cannot be written.
@@ -119,7 +119,7 @@ class FeaturePass:
                 mine = ranks[self.group.rank * share : (self.group.rank + 1) * share]
                 self._add(ranks, self.group.sum(self._measure(ranks, mine, make, extractor)), advance)
         except BaseException:
-            with suppress(VarError):  # what ended the run is to be reported
+            with suppress(VarError):  # the error that ended the run should be reported
                 self.save()
             raise
         self.save()
@@ -168,7 +168,7 @@ class FeaturePass:
         pool_RN, logits_RV, spatial_RF, label_R = (
             round_[name][there_R] for name in ("pool_RN", "logits_RV", "spatial_RF", "label_R")
         )
-        unsaved, self._unsaved = self._unsaved + len(label_R), 0  # half-added sums are not to be saved
+        unsaved, self._unsaved = self._unsaved + len(label_R), 0  # half-added sums must not be saved
         self.statistics.add(torch.tensor(ranks)[there_R].tolist(), label_R.tolist(), pool_RN, logits_RV, spatial_RF)
         self._unsaved = unsaved
         advance(len(label_R))
@@ -178,7 +178,7 @@ class FeaturePass:
     # --- the file ----------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write what is done, if it is more than the file has.
+        """Save progress, if there is any since the last save.
 
         Raises:
             RunError: it cannot be written.
@@ -193,7 +193,7 @@ class FeaturePass:
         self._unsaved, self._saved_at = 0, time.monotonic()
 
     def _resume(self, path: Path) -> None:
-        """Take over what the file has, if it is this very measurement's."""
+        """Load the file, if it belongs to this measurement."""
         if not path.exists():
             return
         try:
@@ -201,10 +201,10 @@ class FeaturePass:
                 facts = file.metadata()
             tensors = load_file(path)
         except (OSError, SafetensorError):
-            self.notice = f"{path} is damaged: measuring anew"
+            self.notice = f"{path} is damaged: measuring from the start"
             return
         if facts != self._facts or not self.statistics.fits(tensors):
-            self.notice = f"{path} is of another measurement: measuring anew"
+            self.notice = f"{path} is of another measurement: measuring from the start"
             return
         self.statistics.load(tensors)
 

@@ -27,7 +27,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """A row: everything that is to be known of a metric."""
+    """A row: everything about a metric."""
 
     name: str
     """As users type it: the option is `--` and this."""
@@ -39,11 +39,11 @@ class Metric:
     compute: Callable[["Statistics", "Target | None"], dict[str, float]]
     """Its figures of statistics, against a reference."""
     least: int = 2
-    """Images that it takes at least."""
+    """Least number of images."""
     reference: bool = True
     """Whether it is measured against a reference."""
     protocol: Callable[[], dict[str, Any]] = dict
-    """What else decides its figures."""
+    """What else determines its figures."""
 
 
 def _fid(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
@@ -247,7 +247,7 @@ def check_read(statistics: "Statistics", reference: "Target | None") -> None:
 
 
 def figures(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
-    """All figures of a plan's metrics by name, against a reference that `check` let pass.
+    """All figures of a plan's metrics by name, against a reference that passed `check`.
 
     Raises:
         InputError: one is not finite.
@@ -259,12 +259,12 @@ def figures(statistics: "Statistics", reference: "Target | None") -> dict[str, f
     for name, value in found.items():
         if not math.isfinite(value):
             against = f" or of the reference {reference.name}" if reference else ""
-            raise InputError(f"{name} is {value}: the features of these images{against} allow no such figure")
+            raise InputError(f"{name} is {value}: it cannot be computed from the features of these images{against}")
     return found
 
 
 def protocol(names: Collection[str]) -> dict[str, Any]:
-    """What decides the figures of metrics beside images, reference and network."""
+    """What determines the figures of metrics besides images, reference and network."""
     decided: dict[str, Any] = {}
     for name, metric in METRICS.items():
         if name in names:

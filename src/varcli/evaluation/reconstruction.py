@@ -1,4 +1,4 @@
-"""How much of images a tokenizer keeps: PSNR, SSIM, LPIPS, and how much of its codebook it uses.
+"""Quality of a tokenizer's reconstructions: PSNR, SSIM, LPIPS, and codebook usage.
 
 Shapes: B images of P × P pixels, l tokens of one scale.
 """
@@ -26,7 +26,7 @@ class Reconstructions:
         distance: Distance | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - it does not change
     ) -> None:
-        """Begin with no image; without a distance, which computes on a device, there will be no LPIPS."""
+        """Start without images; LPIPS needs a distance, which computes on a device."""
         self.distance, self.device = distance, device
         self.count = 0
         self.sums = dict.fromkeys(("psnr", "ssim", *(("lpips",) if distance else ())), 0.0)
@@ -46,7 +46,7 @@ class Reconstructions:
             self.used[scale, idx_Bl.cpu().numpy()] = True
 
     def join(self, group: ProcessGroup) -> None:
-        """Collect what other ranks summed up in the main one; to be called by all."""
+        """Add the sums of other ranks to those of the main rank; to be called by all."""
         others = group.gather((self.count, self.sums, self.used))
         for count, sums, used in others[1:]:
             self.count += count

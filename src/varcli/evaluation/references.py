@@ -1,4 +1,4 @@
-"""What images are measured against: mean and covariance of features, in a file or of images at hand."""
+"""References that images are measured against: mean and covariance of features, from a file."""
 
 import stat
 import zipfile
@@ -16,13 +16,12 @@ from varcli.checkpoints.registry import cache_folder, listed
 from varcli.errors import CheckpointError, InputError
 from varcli.evaluation.statistics import FeatureShape, Moments
 from varcli.files import cannot_write, file_sha256, replacing
-from varcli.images.dataset import ImageSet, open_images
 from varcli.images.sources import ARCHIVE_ERRORS, PIXELS, square_side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asset:
-    """A file that measuring takes: a reference, or the weights of the network that sees for us."""
+    """A file for evaluation: a reference, or the weights of a feature extractor."""
 
     name: str
     note: str = ""
@@ -38,11 +37,11 @@ class Asset:
     sha256: str | None = None
     """Of its bytes; None where it is not known before the first download."""
     option: str = "--reference FILE"
-    """How a user gives it instead."""
+    """The option that gives it instead."""
 
     @property
     def path(self) -> Path:
-        """Where it lies once it is there."""
+        """Its path, where it may not exist yet."""
         if self.bundled:
             return Path(__file__).parents[1] / "evaluation" / self.bundled
         return cache_folder() / str(self.address).rpartition("/")[2]
@@ -55,7 +54,7 @@ def references() -> Mapping[str, Asset]:
 
 
 def weights(extractor: str) -> Asset:
-    """What is known of the weights of a feature extractor."""
+    """The file of a feature extractor's weights."""
     return Asset(name=extractor, **listed()["weights"][extractor])
 
 
@@ -93,7 +92,7 @@ def find_weights(extractor: str, given: Path | None = None, progress: bool = Tru
 
 def _fetched(material: Asset, option: str, progress: bool) -> Path:
     if material.bundled and not material.path.exists():
-        raise CheckpointError(f"{material.path.name}; missing from this installation, install varcli again")
+        raise CheckpointError(f"{material.path.name} is missing from this installation: install varcli again")
     if material.address is None:
         return material.path
     from varcli.downloads import fetch
@@ -110,12 +109,12 @@ def _fetched(material: Asset, option: str, progress: bool) -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """One side of every comparison."""
+    """Statistics that images are measured against."""
 
     name: str
     """As users know it."""
     sha256: str
-    """Of its file, or what else tells it from others of that name."""
+    """Of its file, or another fingerprint."""
     mean: NDArray[np.float64]
     """Of the features, (N,)."""
     covariance: NDArray[np.float64]
@@ -133,11 +132,7 @@ class Reference:
     agreement: tuple[float, float] | None = None
     """Class agreement of its images, top-1 and top-5 among their classes; None where it was not measured."""
     path: Path | None = None
-    """Its file, where images are in it too: ADM's batches have statistics of all and images of some."""
-
-    def images(self) -> ImageSet | None:
-        """Return the images in its file, None where it has none."""
-        return open_images([self.path]) if self.path else None
+    """Its file, if it holds images too: ADM's batches have statistics of all and images of some."""
 
     def check_extractor(self, name: str, sha256: str, shape: FeatureShape) -> None:
         """Check that features of a network with these weights may be compared with it.
@@ -257,7 +252,7 @@ def _shares(path: Path, found: NDArray[Any]) -> tuple[float, float]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what a file that is no .npz raises into one line."""
+    """Turn the errors of a file that is not an .npz into one line."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"the reference {path} is a pipe or device; expected a file or a folder of images")
@@ -267,7 +262,7 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"the reference {path} cannot be read: {error.strerror or error}") from error
     except ARCHIVE_ERRORS as error:
-        raise _unusable(path, "is no .npz of statistics") from error
+        raise _unusable(path, "is not an .npz of statistics") from error
 
 
 def _numbers(path: Path, key: str, values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -275,7 +270,7 @@ def _numbers(path: Path, key: str, values: NDArray[Any], shape: tuple[int, ...])
     if values.shape != shape or not np.issubdtype(values.dtype, np.floating):
         raise _unusable(path, f"has a {key} of {values.dtype} {values.shape}, not floats {shape}")
     if not np.isfinite(values).all():
-        raise _unusable(path, f"has a {key} with values that are no numbers")
+        raise _unusable(path, f"has a {key} with values that are not finite")
     return values if key == "pool" else values.astype(np.float64)
 
 
@@ -288,7 +283,7 @@ def _covariance(path: Path, key: str, values: NDArray[Any], size: int) -> NDArra
     try:
         np.linalg.cholesky(sigma_NN + 1e-3 * scale * np.eye(len(sigma_NN)))
     except np.linalg.LinAlgError as error:
-        raise _unusable(path, f"has a {key} that is no covariance: it has negative variances") from error
+        raise _unusable(path, f"has a {key} that is not a covariance: it has negative variances") from error
     return sigma_NN
 
 

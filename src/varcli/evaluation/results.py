@@ -1,10 +1,10 @@
-"""The result of an evaluation: as JSON both ways, as lines to read, with thumbnails for a report. No torch here."""
+"""The result of an evaluation: JSON in both directions, lines to print, thumbnails for a report. No torch here."""
 
 import dataclasses
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from io import BytesIO
 from types import UnionType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KIND, FORMAT = "varcli-eval", 1
 """What marks a result's JSON, and its version."""
 LARGEST = 1e15
-"""No number of a result is as large; larger ones are a mistake."""
+"""All numbers of a result must be smaller."""
 SETTINGS = (*(option.name for option in fields(SampleConfig)), "seed", "device", "dtype")
 """Sampling settings that a result shows."""
 
@@ -34,10 +34,11 @@ Settings = Mapping[str, Setting | Sequence[Setting]]
 
 FIGURES: dict[str, Figure] = {
     **{name: figure for metric in METRICS.values() for name, figure in metric.figures.items()},
-    "rfid": Figure("rFID", 2, lower_is_better=True),
-    "rfd_dinov2": Figure("rFD-DINOv2", 2, lower_is_better=True),
-    "rfd_efficientnet": Figure("rFD-EfficientNet", 3, lower_is_better=True),
-    "rsfid": Figure("rsFID", 2, lower_is_better=True),
+    **{
+        f"r{name}": replace(figure, title=f"r{figure.title}")  # of reconstructions
+        for metric in ("fid", "sfid")
+        for name, figure in METRICS[metric].figures.items()
+    },
     "psnr": Figure("PSNR, dB", 2),
     "ssim": Figure("SSIM", 4),
     "lpips": Figure("LPIPS", 4, lower_is_better=True),
@@ -48,7 +49,7 @@ FIGURES: dict[str, Figure] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """A named file that takes part: its name and sha256."""
+    """Name and sha256 of a file that was used."""
 
     name: str
     sha256: str
@@ -109,7 +110,7 @@ class Result:
     reference: ReferenceOrigin | None
     extractor: Origin
     protocol: Settings
-    """Everything else that decides the figures."""
+    """Everything else that determines the figures."""
     metrics: Mapping[str, float | Sequence[float]]
     """Figures by name; those of `FIGURES` are shown."""
     published: Published | None
@@ -135,7 +136,7 @@ class Result:
         Raises:
             InputError: they are something else, or a field is wrong; the message names it.
         """
-        where = f"evaluation result {origin}"
+        where = f"the evaluation result {origin}"
         if not isinstance(facts, dict) or facts.get("kind") != KIND:
             raise InputError(f"{where} must be what `var eval --out` or `--json` writes")
         if facts.get("format") != FORMAT:
@@ -151,7 +152,7 @@ class Result:
         return result
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """Yield what to show of it, name and value: the figures, then all that decides them."""
+        """Yield lines to print, name and value: the figures, then all that determines them."""
         yield from _figures(self.metrics)
         yield "images", f"{self.n}, {counted(self.classes, 'class')}" if self.classes else str(self.n)
         if self.checkpoint:
@@ -203,7 +204,7 @@ def _published(published: Published) -> str:
 
 
 def _renamed(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Give everything that earlier versions called otherwise its present name."""
+    """Replace names of earlier versions by the present ones."""
 
     def rename(part: Any, old: str, new: str) -> Any:
         if not isinstance(part, dict) or old not in part or new in part:
@@ -221,7 +222,7 @@ def _wrong(value: Any, where: str, expected: str) -> NoReturn:
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """Read a JSON value as what a field's annotation says; numbers must be finite.
+    """Read a JSON value by a field's annotation; numbers must be finite.
 
     Raises:
         InputError: it is something else.
@@ -277,7 +278,7 @@ def _json_type(kind: Any) -> Any:
 
 def _expected(kind: Any) -> str:
     """An annotation in words."""
-    words = {str: "a text", bool: "true or false", int: "a whole number of at least 0", float: "a number"}
+    words = {str: "a string", bool: "true or false", int: "a whole number of at least 0", float: "a number"}
     return words.get(kind) or {list: "a list", dict: "an object"}[_json_type(kind)]
 
 
@@ -304,11 +305,11 @@ class Gallery:
         self.found: dict[int, str] = {}
 
     def open(self, count: int) -> None:
-        """Wait for some of `count` images; those that an earlier run measured will not come."""
+        """Choose some of `count` images; those that an earlier run measured will be missing."""
         self.wanted = set(np.linspace(0, count - 1, min(THUMBNAILS, count)).astype(int).tolist())
 
     def watched(self, batches: "Iterable[Batch]") -> "Iterator[Batch]":
-        """Yield batches as they are, having looked at them."""
+        """Yield batches unchanged, keeping thumbnails of some images."""
         for positions, pixels_BHW3, labels in batches:
             for position, pixels_HW3 in zip(positions, pixels_BHW3, strict=True):
                 if position in self.wanted:

@@ -1,8 +1,7 @@
-"""Sums over images from which the figures follow, streamed in float64: no table of all features is needed.
+"""Sums over images, from which the figures are computed, streamed in float64: no table of all features is needed.
 
-An image is known by its rank, its place in the order of the images' names. Which split of the inception
-score and which quarter it belongs to follows from that alone, so that no figure depends on the order in which
-images come.
+An image is known by its rank, its position in the order of the images' names. Its split of the inception score and its
+quarter follow from the rank alone, so that no figure depends on the order in which images come.
 
 Shapes: B images of a batch, P images of the plan, N features of the network's last pooling, V its classes,
 F spatial features, S splits of the inception score, Q quarters, C classes of the checkpoint.
@@ -20,12 +19,12 @@ from varcli.errors import CheckpointError, InputError
 from varcli.evaluation.metrics import METRICS, SPLIT_SEED, SPLITS, needs
 
 QUARTERS = 4
-"""Random parts of the images: how FID depends on the number of images is seen from one to all of them."""
+"""Random parts of the images; FID of one, two and all of them shows how it depends on the number of images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureShape:
-    """How many features an extractor has of an image."""
+    """Numbers of features of an extractor."""
 
     pool: int
     """N, of its last pooling or class token."""
@@ -39,16 +38,16 @@ class FeatureShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalPlan:
-    """What is to be measured, known before the first image."""
+    """What to measure, known before the first image."""
 
     count: int
     """Images in all; their ranks are 0 to count - 1."""
     metrics: tuple[str, ...] = ("fid", "is")
     """Some of METRICS."""
     classes: int = 0
-    """Size of the class table whose spreads are wanted, 0 for none."""
+    """Size of the class table for the spreads, 0 for none."""
     scored: tuple[int, ...] = ()
-    """Of each class of that table, which of the network's it is; for class agreement alone."""
+    """The network's class for each class of that table; for class agreement alone."""
 
     def __post_init__(self) -> None:
         """Raise InputError if there are fewer images than a metric of sums needs."""
@@ -122,7 +121,7 @@ class Statistics:
 
     @property
     def count(self) -> int:
-        """How many images have been added."""
+        """Number of images added."""
         return int(self.present.sum())
 
     def add(
@@ -133,7 +132,7 @@ class Statistics:
         logits_BV: Tensor,
         spatial_BF: Tensor | None = None,
     ) -> None:
-        """Add images; some hundred at once cost least.
+        """Add images; some hundred at a time are fastest.
 
         Args:
             ranks: of the images, none of which was added before.
@@ -192,11 +191,6 @@ class Statistics:
         self._sums["class_CN"].index_add_(0, label_B, pool_BN)
         self._sums["square_C"].index_add_(0, label_B, pool_BN.square().sum(1))
 
-    @property
-    def quarters(self) -> list[int]:
-        """How many images each quarter has."""
-        return [int(count) for count in self._sums["quarter_Q"]]
-
     def moments(self, quarters: Sequence[int] = range(QUARTERS)) -> Moments:
         """Return mean and covariance of the images in some quarters, of all by default; there must be two."""
         chosen = list(quarters)
@@ -241,7 +235,7 @@ class Statistics:
         return {name: (tuple(sums.shape), sums.dtype) for name, sums in tensors.items()} == _sums(self.plan, self.shape)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from sums that `tensors` returned."""
+        """Restore sums that `tensors` returned."""
         assert self.fits(tensors)
         self._sums = {name: sums.clone() for name, sums in tensors.items()}
 

@@ -1,4 +1,4 @@
-"""Seams between old and new: soft edges, levels that match, and what stands in for the unknown.
+"""Blending old and new pixels: feathering, level matching, and filling of unknown pixels.
 
 Shapes are written out: masks and weights are (height, width), pixels (height, width, 3).
 """
@@ -10,20 +10,20 @@ from PIL import Image
 from varcli.images.png16 import Levels, Mask, Numbers
 
 _KNOWN_SHARE = 0.2
-"""Of a cell's pixels: with fewer known ones it counts as unknown."""
+"""Fraction of a cell's pixels; with fewer known ones the cell counts as unknown."""
 
 
 def feather_mask(mask: Mask, feather: int) -> Numbers:
     """How much of the new shows: 1 in the mask, falling to 0 within `feather` pixels outside of it.
 
-    The way is measured as the larger of both directions', so that it is exact: 0 from there on.
+    The distance is the larger of those in both directions, so the range is exact: 0 beyond it.
     """
     grown = _box_sums(mask, (feather + 1) // 2) > 0
     return (_box_sums(grown, feather // 2) / (2 * (feather // 2) + 1) ** 2).astype(np.float32)
 
 
 def _box_sums(mask: Mask, radius: int) -> NDArray[np.int64]:
-    """How many marks lie in the square of 2·radius + 1 pixels around each pixel, edges going on beyond."""
+    """Count the marks in the square of 2·radius + 1 pixels around each pixel; edges are repeated beyond the image."""
     sums = mask.astype(np.int64)
     for axis in (0, 1):
         total = np.cumsum(np.pad(sums, [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)], "edge"), axis)
@@ -36,7 +36,7 @@ def pull_push_fill(pixels: Numbers, known: Mask) -> Numbers:
     """Return pixels (height, width, channels) whose unknown ones continue the known around them, smoothly.
 
     They depend on the known ones alone, and are grey where there are none. Each unknown pixel takes the mean over
-    the smallest of ever larger blocks that knows anything.
+    the smallest block around it with known pixels.
 
     Source: the pull-push algorithm (Gortler et al. 1996, section 3.4).
     """
@@ -65,10 +65,10 @@ def _quarter(values: Numbers) -> Numbers:
 
 
 def match_levels(given: Levels, made: Levels, hole: Mask, cells: int) -> Levels:
-    """Return new pixels brought to the level of the old around a hole, and less and less so further inside.
+    """Match the levels of new pixels to those of the old around a hole, less and less further inside.
 
-    How far both differ where the old is known is averaged over cells, continued smoothly into the hole,
-    where it falls to 1/e within two cells, and added.
+    The difference where the old is known is averaged over cells, continued smoothly into the hole, where it falls to
+    1/e within two cells, and added.
 
     Args:
         given: a square image, unknown in the hole.
@@ -100,7 +100,7 @@ def _resized_levels(values: Numbers, side: int, how: Image.Resampling) -> Number
 
 
 def _depth(inside: Mask) -> Numbers:
-    """How many cells lie between each and the known ones, 0 for those beside them."""
+    """Number of cells between each cell and the known ones, 0 for those beside them."""
     depth = np.zeros(inside.shape, np.float32)
     while inside.any():
         inside = _box_sums(~inside, 1) == 0
@@ -117,4 +117,4 @@ def tinted(pixels: Levels, share: Numbers) -> Levels:
 
 
 _BLUE, _ORANGE = np.array([0, 114, 178]), np.array([213, 94, 0])
-"""Of the palette that `charts` has: they can be told apart by people who do not see all colours."""
+"""Of the palette of `charts`, which colour-blind people can distinguish."""

@@ -1,6 +1,6 @@
-"""Sheets of many images to look at, and images that grow scale by scale.
+"""Contact sheets of many images, and images that grow scale by scale.
 
-Small images are shown larger, each pixel as a block, so that nothing is smoothed away.
+Small images are enlarged, each pixel to a block, so that nothing is smoothed away.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 MAX_IMAGES = 1024
-"""A contact sheet takes no more: it would be too large to look at."""
+"""Most images of a contact sheet; more would be too small to look at."""
 
 _SMALLEST, _LARGEST = 192, 256
 _PAPER, _INK = (255, 255, 255), (60, 60, 60)
@@ -33,7 +33,7 @@ def contact_sheet(images: Sequence["Pixels"], labels: Sequence[str], columns: in
 
     Args:
         images: of one size or several; smaller ones are centred in their places.
-        labels: one an image; long ones take two lines, longer ones are cut.
+        labels: one per image; long ones take two lines, longer ones are cut.
         columns: how many in a row; None fills the rows well and makes the sheet at most twice as wide as high.
     """
     shown = [_shown(pixels) for pixels in images]
@@ -69,7 +69,7 @@ def _shown(pixels: "Pixels") -> Image.Image:
 
 
 def _columns(count: int) -> int:
-    """How many columns leave the fewest places empty, between a square and two squares beside each other."""
+    """Return the number of columns that leaves the fewest cells empty, for a shape between 1:1 and 2:1."""
     candidates = range(isqrt(count - 1) + 1, isqrt(2 * count - 1) + 2)
     return min(candidates, key=lambda columns: (-count % columns, columns))
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class Header(NamedTuple):
-    """What the beginning of an image file says."""
+    """What the header of an image file says."""
 
     size: tuple[int, int]
     """Width and height in pixels."""
@@ -99,7 +99,7 @@ class ImageSet:
         self.skipped = list(skipped)
         """Names of the unreadable images skipped so far, each with the reason."""
         self.account = list(account)
-        """What was found, and what was left out and why: lines for the user, to be said before work begins."""
+        """What was found, and what was left out and why: lines for the user, before work begins."""
         self._images = images
         self._resize = resize
         self._skip_bad = skip_bad
@@ -186,8 +186,7 @@ class ImageSet:
     def fingerprint(self) -> str:
         """sha256 by which a run recognizes its images, wherever they have been moved.
 
-        Over names, sizes in bytes and what opening has read: headers, else classes. Reading all files would take
-        too long.
+        Over names, sizes in bytes and headers or, without headers, classes. Reading all files would take too long.
         """
         evaluated = any(image.header for image in self._images)
         digest = sha256(f"{self._resize}\n".encode() if evaluated else self.classes.to_json().encode())
@@ -202,8 +201,8 @@ class ImageSet:
     def copies(self, most: int = 1000) -> float:
         """The part of the images that equal an earlier one byte for byte.
 
-        Only files of equal size can, so only those are read: `most` at most, drawn by whole groups of one size, from
-        which the rest is estimated. An image that was encoded anew is not found.
+        Only files of equal size are compared: `most` of them at most, in groups of one size chosen at random, from
+        which the rest is estimated. An image that was encoded again is not found.
         """
         of_size: dict[int, list[int]] = {}
         for i, image in enumerate(self._images):
@@ -396,7 +395,7 @@ def _check_apart(names: Sequence[str], folders: Sequence[str]) -> None:
 def _list_images(
     source: Source, require_labels: bool, left_out: dict[str, list[str]], remarks: list[str]
 ) -> list[_Listed]:
-    """The images of a source that have what is required; what is left out is added to `left_out` by its kind."""
+    """The images of a source that have what is required; others are added to `left_out` by kind."""
     members = list(source.members())
 
     def leave_out(kind: str, inside: Iterable[str]) -> None:
@@ -461,7 +460,7 @@ def _empty_classes(source: Source, names: Sequence[str], layout: Layout, chosen:
     return sorted(beside - used, key=natural_key)
 
 
-# --- what is said before work begins -----------------------------------------------------------------
+# --- lines for the user -------------------------------------------------------------------------------
 
 
 def _found(classes: ClassTable, labels: Sequence[int]) -> str:
@@ -478,14 +477,14 @@ def _in_lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _unnamable(classes: ClassTable) -> list[str]:
-    """A line about classes with names that mean something else where a class is asked for."""
+    """A line about classes whose names are keywords of `--class`, or other classes' numbers."""
     names = [
         str(entry)
         for entry in classes.entries
         if entry.name.lower() in {"-", *KEYWORDS}
         or (entry.name.isdecimal() and (entry.name.lstrip("0") or "0") != str(entry.id))
     ]
-    return [f"ask for {in_words(names)} by number: the name has a meaning of its own"] if names else []
+    return [f"{in_words(names)} must be given by number: the name has another meaning"] if names else []
 
 
 def in_words(names: Sequence[str], most: int = 5) -> str:
@@ -496,7 +495,7 @@ def in_words(names: Sequence[str], most: int = 5) -> str:
 # --- headers -----------------------------------------------------------------------------------------
 
 _HEADER_BYTES = 8192
-"""So many bytes of a file nearly always hold its header."""
+"""Bytes that nearly always hold the header of a file."""
 
 
 def _read_headers(listed: Sequence[_Listed], skip_bad: bool) -> tuple[list[_Listed], list[str]]:
@@ -524,7 +523,7 @@ def _read_headers(listed: Sequence[_Listed], skip_bad: bool) -> tuple[list[_List
 
 
 def _with_header(file: ImageFile, label: Label, limit: int) -> tuple[ImageFile, Label]:
-    """An image with the header in its first `limit` bytes, and its label, which a PNG of ours has inside."""
+    """An image with the header in its first `limit` bytes, and its label, which is in our own PNGs."""
     with reading_image(file.name):
         content = file.source.read(file.member, limit)
         with open_image(content) as image:

@@ -1,6 +1,6 @@
 """Decode image files to RGB; resize and crop images to squares.
 
-Shapes: P pixels a side.
+Shapes: P pixels per side.
 """
 
 import logging
@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from varcli.errors import InputError
 from varcli.files import machine_memory, read_in_pieces
-from varcli.images.png_chunks import readable_png
+from varcli.images.metadata import readable_png
 
 
 class UnreadableImage(InputError):  # noqa: N818 - what it is, said by its name
@@ -92,21 +92,21 @@ def _eight_bits(image: Image.Image, any_range: bool) -> Image.Image:
 # --- formats ---------------------------------------------------------------------------------------
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
-"""Formats that are read, whatever a file is called. Others may start programs, as PostScript does Ghostscript."""
+"""Formats that are read, whatever a file is called. Others may start programs, as PostScript starts Ghostscript."""
 
 _BYTES_PER_PIXEL = 40
-"""Memory that an edit takes at its height."""
+"""Peak memory of an edit."""
 
 _MOST_PIXELS = 1 << 29
-"""Pixels of an image on any machine."""
+"""Most pixels of an image on any machine."""
 
 _OPENING = Lock()
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs about damaged files is no line of ours
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs about damaged files, which our own messages cover
 
 
 def open_image(content: bytes) -> ImageFile.ImageFile:
-    """Open an image file; its pixels are decoded when they are asked for.
+    """Open an image file; its pixels are decoded when they are accessed.
 
     Raises:
         UnidentifiedImageError: it is of none of the formats.
@@ -115,7 +115,7 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
     """
     Image.init()
     with _OPENING:
-        # Pillow's limit of 89 million is the same for every machine, and less than telephones make.
+        # Pillow's limit of 89 million is less than some phones' photographs have.
         pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(BytesIO(readable_png(content)), formats=[name for name in FORMATS if name in Image.OPEN])
@@ -124,7 +124,7 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
     width, height = image.size
     if width * height > most_pixels():
         raise ValueError(
-            f"it has {width} × {height} pixels, and memory is enough for {most_pixels() / 10**6:.0f} million"
+            f"it has {width} × {height} pixels, and memory suffices for {most_pixels() / 10**6:.0f} million"
         )
     return image
 
@@ -133,7 +133,7 @@ def read_image_file(file: BinaryIO, name: str) -> bytes:
     """Return the content of an image file.
 
     Raises:
-        InputError: it is empty, or so long that it has no end, perhaps.
+        InputError: it is empty, or longer than a gigabyte.
         OSError: it cannot be read.
     """
     content = read_in_pieces(file, _MOST_BYTES + 1)
@@ -145,11 +145,11 @@ def read_image_file(file: BinaryIO, name: str) -> bytes:
 
 
 _MOST_BYTES = 1 << 30
-"""Length of an image file."""
+"""Most bytes of an image file."""
 
 
 def most_pixels() -> int:
-    """How many pixels an image may have: what fits into this machine's memory, at most 537 million."""
+    """Return the most pixels an image may have: as many as this machine's memory holds, at most 537 million."""
     return min((machine_memory() or 8 << 30) // _BYTES_PER_PIXEL, _MOST_PIXELS)
 
 
@@ -197,9 +197,9 @@ def adm_crop(image: Image.Image, pixels: int) -> NDArray[np.uint8]:
 def _resized_crop(
     image: Image.Image, size: tuple[int, int], pixels: int, left: int, top: int, how: Image.Resampling
 ) -> NDArray[np.uint8]:
-    """A square of the image as it is in another size."""
+    """Resize an image and crop a square."""
     width, height = size
-    if width * height > _RESIZED_WHOLE:  # a very long image, of which a thousandth may be asked for
+    if width * height > _RESIZED_WHOLE:  # a very long image, of which only a small part is needed
         across, down = image.width / width, image.height / height
         box = left * across, top * down, (left + pixels) * across, (top + pixels) * down
         return np.asarray(image.resize((pixels, pixels), how, box))
@@ -209,4 +209,4 @@ def _resized_crop(
 
 
 _RESIZED_WHOLE = 1 << 26
-"""Pixels up to which an image is resized before it is cropped, as always; beyond, rounding may differ by a level."""
+"""Up to this number of pixels an image is resized before it is cropped; beyond, rounding may differ by a level."""

@@ -1,4 +1,4 @@
-"""Images in, to be edited: read whatever their kind, and put back as they were where nothing changed.
+"""Images to be edited: read in any format, and written back unchanged outside the edit.
 
 Pixels are uint8 arrays, height × width × 3, as everywhere below the sampler; a photograph's own levels may be
 grey, transparent or of 16 bits, and come out so again.
@@ -20,9 +20,8 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from varcli.errors import InputError
 from varcli.images.blending import pull_push_fill
 from varcli.images.decode import open_image, read_image_file
-from varcli.images.metadata import read_metadata
+from varcli.images.metadata import read_metadata, readable_png
 from varcli.images.png16 import Levels, Mask, read_png, to_8_bits
-from varcli.images.png_chunks import readable_png
 from varcli.images.provenance import Raster
 from varcli.images.tiling import bounds
 
@@ -49,9 +48,9 @@ class SourceImage:
     sha256: str
     """Of the file."""
     info: dict[str, Any] = field(default_factory=dict)
-    """What else the file says of it, as `read_metadata` returns it."""
+    """Its metadata, as `read_metadata` returns it."""
     notes: tuple[str, ...] = ()
-    """Sentences about what of the file is not here."""
+    """Sentences about parts of the file that were left out."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -61,11 +60,11 @@ class SourceImage:
 
     @property
     def colours(self) -> int:
-        """How many channels it has besides alpha: 1 or 3."""
+        """Number of channels besides alpha: 1 or 3."""
         return 3 if self.levels.shape[2] > 2 else 1
 
     def seen(self) -> Levels:
-        """What one sees of it, (height, width, 3), in its own bits; on white where it is transparent."""
+        """The image as it is seen, (height, width, 3), in its own bits; on white where it is transparent."""
         colours = self.levels[:, :, : self.colours]
         if self.levels.shape[2] == self.colours:
             return np.repeat(colours, 3 // self.colours, axis=2)
@@ -77,14 +76,14 @@ class SourceImage:
         return np.repeat(mixed, 3 // self.colours, axis=2)
 
     def paint(self) -> Levels:
-        """Its colours whatever their transparency, (height, width, 3), in its own bits; white where nothing is seen."""
+        """Its colours without transparency, (height, width, 3), in its own bits; white where fully transparent."""
         colours = self.levels[:, :, : self.colours]
         if self.levels.shape[2] > self.colours:
             colours = np.where(self.levels[:, :, -1:] == 0, np.iinfo(colours.dtype).max, colours).astype(colours.dtype)
         return colours if self.colours == 3 else np.repeat(colours, 3, axis=2)
 
     def pixels(self) -> "Pixels":
-        """What one sees of it in 8 bits."""
+        """The image as it is seen, in 8 bits."""
         return to_8_bits(self.seen())
 
     def alpha(self) -> "Pixels | None":
@@ -148,8 +147,8 @@ def grey_levels(levels: Levels) -> Levels:
 def read_source_image(source: str) -> SourceImage:
     """Return the image of a file, or of standard input for ``-``.
 
-    It is turned upright as its camera meant it. Palettes, ink and other colour spaces become RGB, by
-    the file's profile where inks have one.
+    It is turned upright by its EXIF orientation. Palettes and other colour spaces become RGB; CMYK does so by the
+    file's profile where there is one.
 
     Raises:
         InputError: it cannot be read, is no image, is cut off, has several frames, or would take too
@@ -209,7 +208,7 @@ def _levels(image: Image.Image, name: str) -> Levels:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn whatever a decoder makes of bad bytes into one line."""
+    """Turn any error of a decoder into one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata does no harm to pixels
@@ -228,7 +227,7 @@ def _for_png(image: Image.Image, name: str) -> Image.Image:
     """Return an image in a mode that PNGs hold, without loss where it has one."""
     if image.mode == "F":
         raise InputError(f"the image {name} has floating-point pixels of unknown range: give one of 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits a pixel, also where held in 32
+    if image.mode.startswith("I"):  # 16 bits per pixel, also where stored in 32
         return Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
     if image.mode == "CMYK":
         return _from_inks(image)

@@ -1,4 +1,4 @@
-"""An image with what determined it, as Python users get it."""
+"""Images with their provenance, for Python users."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ class Image:
     provenance: Provenance
     """All that determines it."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Resolution, colour profile, EXIF and the like of the image that an edit started from."""
+    """Metadata of the image that an edit started from: resolution, colour profile, EXIF."""
 
     def __repr__(self) -> str:
         """The class, the seed and the size, without the pixels."""

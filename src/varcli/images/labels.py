@@ -1,4 +1,4 @@
-"""The class of an image, from its folder, its file name or the files beside it."""
+"""Labels of images: from class folders, file names or files beside the images."""
 
 import operator
 import os
@@ -36,19 +36,19 @@ class Layout(NamedTuple):
     folders: list[str | None]
     """The class folder of each path, None for one that is in none."""
     insides: list[str]
-    """The rest of each path, inside of its class folder."""
+    """The rest of each path, inside its class folder."""
     splits: list[str | None]
     """The split of each path, such as "train"; None for all where there are no splits."""
     level: int
-    """How many folders are around the class folders."""
+    """Number of folders above the class folders."""
 
 
 def class_folders(members: Sequence[str]) -> Layout:
     """Find the class folder of each path.
 
     Class folders are inside whatever single folder holds everything, and inside the folders of splits such as
-    train and val. A folder with a WordNet id holds no classes, nor does one with more images in itself than
-    below. Folders that count a thousand images each, as EDM and StyleGAN write them, are no classes.
+    train and val. A folder with a WordNet id holds no classes, nor does one with more images in itself than in its
+    subfolders. Numbered folders of a thousand images each, as EDM and StyleGAN write them, are no classes.
     """
     paths = [path_parts(member) for member in members]
     splits: list[str | None] = [None] * len(paths)

@@ -1,4 +1,4 @@
-"""What to fill of an image: masks, boxes and margins, as users give them.
+"""Masks, boxes and margins, as users give them.
 
 A mask is a boolean array, height × width, True where to fill. Boxes and margins are left, top, right,
 bottom in pixels.
@@ -17,13 +17,13 @@ _HALF = 128
 
 
 def grey_mask(given: SourceImage) -> Mask:
-    """Where an image is white rather than black; whatever is transparent counts as black."""
+    """Mask of the white parts of an image; transparent parts count as black."""
     grey, alpha = to_8_bits(grey_levels(given.levels[:, :, : given.colours])), given.alpha()
     return (grey if alpha is None else grey.astype(np.uint32) * alpha // 255) >= _HALF
 
 
 def transparent_mask(given: SourceImage) -> Mask:
-    """Where an image is more transparent than opaque.
+    """Mask of the parts of an image that are more transparent than opaque.
 
     Raises:
         InputError: it has no alpha channel.
@@ -61,7 +61,7 @@ def fitted_mask(mask: Mask, size: tuple[int, int], name: str, fit: bool) -> Mask
 
 
 def check_mask_image(given: SourceImage, marks: Mask) -> str:
-    """Return a sentence about an image that hardly is a mask, empty if it may well be one.
+    """Return a warning about an image that is hardly a mask, empty if it may be one.
 
     Args:
         given: the image, whose brightness says what to fill.
@@ -82,14 +82,14 @@ def check_mask_image(given: SourceImage, marks: Mask) -> str:
     share = marks.mean()
     if not greys and not (see_through and share > 1 / 2):
         return ""
-    return f"{given.name} hardly looks like a mask: its brightness marks {share:.0%} of the image{advice}"
+    return f"{given.name} does not look like a mask: its brightness marks {share:.0%} of the image{advice}"
 
 
 _COLOURED, _FEW = 32, 0.01
-"""How far apart the levels of a colour are, and which share of pixels may have one."""
+"""Least difference between the levels of a colour, and the share of pixels that may have one."""
 
 _DARK, _MANY = 32, 0.25
-"""Levels up to which a grey counts as black (or as white, from the other end), and which share may be between."""
+"""Levels up to which a grey counts as black (and as white, from the other end), and the share that may be between."""
 
 
 def check_mask(mask: Mask, name: str) -> None:
@@ -119,7 +119,7 @@ def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def parse_margins(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What to add to an image of this size on each side, from ``l,t,r,b`` in pixels or percent.
+    """Return margins to add to an image of this size, from ``l,t,r,b`` in pixels or percent.
 
     Raises:
         UsageError: they are no margins, or all are 0.
@@ -152,7 +152,7 @@ def _check_canvas(option: str, text: str, width: int, height: int) -> None:
     most = most_pixels()
     if width * height > most:
         raise UsageError(
-            f"{option} {text} makes {width} × {height} pixels; memory is enough for {most / 10**6:.0f} million"
+            f"{option} {text} makes {width} × {height} pixels, and memory suffices for {most / 10**6:.0f} million"
         )
 
 
@@ -173,7 +173,7 @@ def _four(option: str, text: str, size: tuple[int, int]) -> tuple[int, int, int,
 
 
 def marked(pixels: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
-    """Return an image (height, width, 3) with the masked part in a colour that few images have."""
+    """Return an image (height, width, 3) with the masked part in magenta."""
     shown = pixels.copy()
     shown[mask] = (255, 0, 255)
     return shown

@@ -1,4 +1,4 @@
-"""Sixteen bits a channel: how such levels relate to those of eight, and the PNGs of them that Pillow cuts short.
+"""Images of 16 bits per channel: conversion to and from 8 bits, and PNGs, which Pillow reads with 8.
 
 Levels are (height, width, channels), 0 to 255 as uint8 or 0 to 65535 as uint16; both ends mean the same.
 """
@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 Numbers = NDArray[np.float32]
 
 _STEP = 257
-"""Of 16 bits, between neighbours of 8."""
+"""Difference in 16 bits between neighbouring levels of 8 bits."""
 
 
 def step(levels: Levels) -> int:
@@ -28,7 +28,7 @@ def step(levels: Levels) -> int:
 
 
 def as_deep_as(pixels: "Pixels", levels: Levels) -> Levels:
-    """Return levels of 8 bits in as many as the others have."""
+    """Convert levels of 8 bits to the bits of others."""
     return pixels.astype(np.uint16) * np.uint16(_STEP) if levels.dtype == np.uint16 else pixels
 
 
@@ -43,7 +43,7 @@ def to_8_bits(levels: Levels) -> "Pixels":
 
 
 def read_png(content: bytes) -> Levels:
-    """What a PNG of 16 bits a channel holds: grey, grey and alpha, RGB or RGBA.
+    """Read a PNG of 16 bits per channel: grey, grey and alpha, RGB or RGBA.
 
     A colour marked as transparent becomes an alpha channel.
 

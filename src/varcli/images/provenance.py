@@ -1,4 +1,4 @@
-"""Provenance of images: what determines one, in its PNG file and its file name.
+"""Provenance of images: all that determines one, in its PNG file and its file name.
 
 Pixels are uint8 arrays, height × width × 3, as everywhere below the sampler.
 """
@@ -22,8 +22,7 @@ from PIL import Image
 from varcli.config import SampleConfig
 from varcli.errors import InputError
 from varcli.images.decode import open_image, read_image_file
-from varcli.images.metadata import metadata_chunks
-from varcli.images.png_chunks import chunks, png_texts, text_chunk, with_chunks
+from varcli.images.metadata import chunks, metadata_chunks, png_texts, text_chunk, with_chunks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,12 +45,12 @@ class Raster:
     levels: "Levels"
     """(height, width, channels): grey, grey and alpha, RGB or RGBA, of 8 or 16 bits."""
     info: dict[str, Any]
-    """What its file says of it, as `read_metadata` returns it."""
+    """Its metadata, as `read_metadata` returns it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """All that determines an image: bit for bit on the machine that made it, unless it is `batched`."""
+    """All that determines an image: bit for bit on the same machine, unless it is `batched`."""
 
     checkpoint: str
     """Name or path as given."""
@@ -60,7 +59,7 @@ class Provenance:
     class_id: int | None
     """None is "no class"."""
     class_name: str
-    """For people; "none" for no class."""
+    """For display; "none" for no class."""
     seed: int
     """Of this image alone."""
     settings: SampleConfig
@@ -72,7 +71,7 @@ class Provenance:
     version: str
     """Of varcli."""
     refiner_sha256: str = ""
-    """As `checkpoint_sha256`, of the model that drew the fine scales; "" where one model drew all."""
+    """As `checkpoint_sha256`, of the model that sampled the fine scales; "" where one model sampled all."""
 
     def to_dict(self) -> dict[str, Any]:
         """All facts by name, the settings among them."""
@@ -85,14 +84,14 @@ class Provenance:
 
     @property
     def batched(self) -> bool:
-        """Whether it was made among others, whose number changes the rounding: in 16 bits on a GPU."""
+        """Whether it was sampled in a batch, whose size changes the rounding: in 16 bits on a GPU."""
         return self.device != "cpu" and self.dtype != "fp32"
 
     def identity(self) -> "Provenance":
-        """The same without where the checkpoint lay and what computed the image.
+        """The same without the checkpoint's path, the device and the version.
 
-        Two of these are equal if the same image is meant, which is how `--resume` knows what is done; another
-        device or version may still round differently.
+        Two of these are equal if they mean the same image, by which `--resume` finds finished ones; another device or
+        version may still round differently.
         """
         settings = replace(self.settings, refiner=self.refiner_sha256 or self.settings.refiner)
         return replace(self, checkpoint="", settings=settings, class_name="", device="", version="")
@@ -110,9 +109,9 @@ class EditProvenance(Provenance):
     """All that determines an image made from another one."""
 
     command: tuple[str, ...]
-    """The words after `var` that make it again, but for where to put it."""
+    """The arguments of `var` that reproduce it, without the output."""
     source: str
-    """What it was made from, for its file's name."""
+    """Name of its input, for its file name."""
     inputs: tuple[str, ...]
     """sha256 of the files it was made from, in the order of the command."""
 
@@ -132,7 +131,7 @@ def provenance_from_json(text: str | bytes, name: str) -> Provenance:
         InputError: the text is no provenance.
     """
     try:
-        facts = dict(json.loads(text))  # names of files may hold half characters, which `parse_json` refuses
+        facts = dict(json.loads(text))  # file names may hold lone surrogates, which `parse_json` refuses
         if "draft" in facts:  # the name of `approximate` in early files
             facts["approximate"] = facts.pop("draft")
         facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
@@ -165,10 +164,10 @@ def _typed(kind: type, name: str, value: Any) -> Any:
 
 
 def read_provenance(path: str | Path) -> Provenance:
-    """What a PNG says about how it was made; "-" is one on standard input.
+    """Read the provenance of a PNG; "-" is one on standard input.
 
     Raises:
-        InputError: the file is no image, or says nothing.
+        InputError: the file is no image, or has no provenance.
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
@@ -203,7 +202,7 @@ def input_files(provenance: Provenance) -> dict[str, str]:
 
 
 def reproduction_command(provenance: Provenance) -> str:
-    """Return the command that makes an image again, quoted for this system's shell."""
+    """Return the command that reproduces an image, quoted for this system's shell."""
     if isinstance(provenance, EditProvenance):
         words = ["var", *provenance.command]
     else:
@@ -212,7 +211,7 @@ def reproduction_command(provenance: Provenance) -> str:
 
 
 def setting_options(provenance: Provenance) -> list[str]:
-    """Options that stand for an image's class, seed and settings."""
+    """Options for an image's class, seed and settings."""
     options: dict[str, Any] = {
         "class": "none" if provenance.class_id is None else provenance.class_id,
         "seed": provenance.seed,
@@ -234,7 +233,7 @@ def setting_options(provenance: Provenance) -> list[str]:
 def png_bytes(pixels: "PixelsOrRaster", provenance: Provenance | None = None) -> bytes:
     """Return an image as a PNG file's content, with its provenance as text where it has one.
 
-    A raster also keeps its bits, and what its `info` says of it but for an earlier provenance.
+    A raster keeps its bits and its metadata, except for an earlier provenance.
     """
     texts = {"Title": "", "Software": "", KEYWORD: ""}
     if provenance is not None:
@@ -264,7 +263,7 @@ _COMPRESSION = 3
 def image_filename(provenance: Provenance) -> str:
     """Return the file name of an image, fit for every file system.
 
-    It is made of class id, class name and seed; of an edit of the given image's name, command and seed.
+    It has class id, class name and seed; for an edit the input's name, the command and the seed.
     """
     if isinstance(provenance, EditProvenance):
         return f"{file_words(provenance.source) or 'image'}-{provenance.command[0]}-{provenance.seed}.png"
@@ -277,16 +276,16 @@ def image_filename(provenance: Provenance) -> str:
 
 
 def own_path(path: Path, provenance: Provenance) -> Path:
-    """Return a path for an image at which no other file is lost.
+    """Return a path for an image that does not overwrite another file.
 
-    A file that holds this very image is replaced, as running a command again means it. If another file has the name,
-    digits of a hash of all that determines the image follow it.
+    A file with this very image is replaced, since the command was run again. If another file has the name, digits of a
+    hash of all that determines the image are appended.
     """
     digest = sha256(provenance.identity().to_json().encode()).hexdigest()
     names = [path, *(path.with_name(f"{path.stem}-{digits}{path.suffix}") for digits in (digest[:8], digest))]
     free = []
     for name in names:
-        # Each name is looked at once: another thread may write this very image meanwhile.
+        # Each name is checked once: another thread may be writing this very image.
         if not name.exists():
             free.append(name)
         elif is_image(name, provenance):
@@ -309,4 +308,4 @@ def file_words(name: str) -> str:
 
 
 _LONGEST_NAME = 120
-"""Bytes of a class name in a file name; file systems take 255 for the whole."""
+"""Most bytes of a class name in a file name; file systems allow 255 for the whole."""

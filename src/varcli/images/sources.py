@@ -1,6 +1,6 @@
-"""Where images are stored: a folder, a zip, tar or .npz read without unpacking, or a list of files.
+"""Sources of images: a folder, a zip, tar or .npz read without unpacking, or a list of files.
 
-A source may be read by several threads at once, and it pickles: each process opens its archive for itself.
+Several threads may read a source at once, and it can be pickled: each process opens its archive for itself.
 
 Shapes: N images of H × W pixels.
 """
@@ -38,29 +38,29 @@ IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
-"""File name endings taken for images; other files are counted and left out."""
+"""File name endings of images; other files are counted and left out."""
 
 
 MOST_BYTES = 1 << 30
-"""Largest image file that is read, in bytes; a longer one is no image, or one that unpacks without end."""
+"""Largest image file that is read, in bytes; longer ones are no images, or decompress without end."""
 
 _DESCRIPTIONS = (
     *(".cls", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl"),
     *(".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"),
 )
-"""Endings of files that lie beside images as a matter of course; they are not worth a word."""
+"""Endings of files that are usual beside images; they are not mentioned."""
 
 DATASET_JSON = "dataset.json"
 """File in which StyleGAN's and EDM's data sets keep their labels."""
 
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
-"""First bytes of image files, by which those without an ending are known."""
+"""First bytes of image files, by which those without an ending are recognized."""
 
 _RUN_FILES = {
     *("metrics.jsonl", "state.safetensors", "state-previous.safetensors"),
     *("model.safetensors", "tokenizer.safetensors"),
 }
-"""Any of these makes a folder one of `var train`, whose previews are no training images."""
+"""Any of these marks a folder of `var train`, whose previews are no training images."""
 
 
 class Source(ABC):
@@ -70,11 +70,11 @@ class Source(ABC):
         self.name = name
         """Its name in messages, without the folders above it."""
         self.left_out: dict[str, list[str]] = {}
-        """What is not read, by its kind in words ("files named .heic"), once `members` has been run through."""
+        """Files that are not read, by kind in words ("files named .heic"); complete once `members` is exhausted."""
         self.remarks: list[str] = []
-        """What else is to be said of it by then."""
+        """Other remarks for the user, complete by then."""
         self.folders: set[str] = set()
-        """Paths of the folders inside, as far as they are known by then, also of those without images."""
+        """Paths of the folders inside that are known by then, also of those without images."""
 
     @abstractmethod
     def members(self) -> Iterator[tuple[str, int]]:
@@ -89,7 +89,7 @@ class Source(ABC):
         """Content of an image file, or its first `limit` bytes.
 
         Raises:
-            ValueError: it is longer than `MOST_BYTES`, and all of it was asked for.
+            ValueError: it is longer than `MOST_BYTES`, and `limit` is not given.
         """
 
     def sidecar(self, member: str, suffix: str) -> bytes | None:
@@ -113,7 +113,7 @@ class Source(ABC):
     def _is_image(self, member: str) -> bool:
         """Whether a file is an image by its name, or without a proper ending by its first bytes.
 
-        What is not is counted in `left_out`, unless it is hidden or describes images.
+        Others are counted in `left_out`, unless they are hidden or describe images.
         """
         if _is_hidden(member):
             return False
@@ -192,7 +192,7 @@ class FolderSource(Source):
         """Yield the path below the root, with forward slashes, and the size in bytes of each image.
 
         Links are followed, but each folder is read once: by its own path if that is below the root, else by the
-        first link. So links in circles end. Pipes, devices and folders of training runs are left out.
+        first link. So circular links end. Pipes, devices and folders of training runs are left out.
         """
         seen: set[tuple[int, int]] = set()
         folders, links = deque([""]), deque[str]()
@@ -545,7 +545,7 @@ PIXELS, LABELS, PROVENANCE = "arr_0.npy", "arr_1.npy", "provenance.jsonl"
 
 
 MOST_IMAGES = 2_000_000
-"""Images in an .npz; a few kilobytes could unpack to any number of one pixel each."""
+"""Most images in an .npz; a few kilobytes could decompress to any number of one pixel each."""
 
 
 def square_side(path: Path) -> int | None:
@@ -653,7 +653,7 @@ def npz_provenances(stored: zipfile.ZipFile, path: Path) -> list[Provenance]:
 
 
 _LONGEST_PROVENANCE = 1 << 16
-"""Bytes of an image's provenance in an .npz; it has some 600."""
+"""Most bytes of an image's provenance in an .npz; it has some 600."""
 
 
 _DIGESTED = 1 << 22

@@ -1,4 +1,4 @@
-"""Which squares of an image go through the model, in which order, and how they go there and back."""
+"""Tiles: which squares of an image go through the model, in which order, and how they are resized."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 CONTEXT = 2.0
-"""Side of the square around a hole, as a multiple of the hole's size: what the model sees besides it."""
+"""Side of the square around a hole, as a multiple of the hole's size: the context that the model sees."""
 
 LARGEST = 4
-"""Side of the largest square, as a multiple of the model's: beyond it what is filled has no texture."""
+"""Side of the largest square, as a multiple of the model's: with larger ones the fill has no texture."""
 
 _LENGTH = 1.5
-"""How many times as long as thick a hole is taken for one piece; a disc is 1.41 times its inner square."""
+"""Largest ratio of length to thickness of a hole that is filled at once; a disc is 1.41 times its inner square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Tile:
     top: int
     side: int
     group: int
-    """Which of the plan's groups of holes it fills."""
+    """Number of the group of holes that it fills."""
 
     @property
     def slices(self) -> tuple[slice, slice]:
@@ -43,12 +43,12 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The squares that fill a mask together."""
+    """The squares that together fill a mask."""
 
     waves: list[list[Tile]]
     """Squares of one wave do not overlap; each wave comes after those before it have been filled."""
     padding: tuple[tuple[int, int], tuple[int, int]]
-    """What a narrow image is continued by, mirrored, above and below, left and right; squares count from there."""
+    """Mirrored padding of a narrow image, above and below, left and right; squares have coordinates with it."""
     mask: Mask
     """What to fill, without the padding."""
     groups: NDArray[np.int32]
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def count(self) -> int:
-        """How many squares there are."""
+        """Number of squares."""
         return sum(map(len, self.waves))
 
     def fills(self, tile: Tile) -> Mask:
@@ -183,8 +183,8 @@ def _thickness(hole: Mask, most: int) -> int:
 def _squares(hole: Mask, left: int, top: int, side: int, shape: tuple[int, ...], group: int) -> Iterator[Tile]:
     """Yield squares that cover a hole together, each when those before it have been filled.
 
-    One is enough where the hole fits in with some context. Others overlap by half, and the next is always that which
-    knows most of itself: from the known outwards, and from the edges of a hole inwards.
+    One is enough where the hole fits in with some context. Others overlap by half, and the next is always the one
+    with the most known pixels: from the edges of a hole inwards.
 
     Args:
         hole: cut out close to it.
@@ -220,7 +220,7 @@ def _squares(hole: Mask, left: int, top: int, side: int, shape: tuple[int, ...],
 
 
 _NEAR = (-2, -1, 0, 1, 2)
-"""How far apart squares are in their order along an axis that may overlap."""
+"""Offsets of squares along an axis that may overlap."""
 
 
 def _starts(first: int, last: int, side: int, whole: int) -> list[int]:
@@ -232,7 +232,7 @@ def _starts(first: int, last: int, side: int, whole: int) -> list[int]:
     return [first + (last - first - side) * step // max(steps, 1) for step in range(steps + 1)]
 
 
-# --- there and back --------------------------------------------------------------------------------
+# --- resizing --------------------------------------------------------------------------------------
 
 
 def shrunk(pixels: Numbers, side: int) -> Numbers:

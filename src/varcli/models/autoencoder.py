@@ -18,7 +18,7 @@ class NormSilu(nn.GroupNorm):
     """The normalization used everywhere in the tokenizer, in 32 groups, and SiLU: x·sigmoid(x)."""
 
     kernel: Callable[[nn.GroupNorm, Tensor], Tensor] | None
-    """What does both in one go for maps in `channels_last`, where a device has it and no gradient is asked for."""
+    """Fused kernel that does both, for maps in `channels_last`, where the device has one and no gradient is needed."""
 
     def __init__(self, width: int) -> None:
         super().__init__(32, width, eps=1e-6)
@@ -29,7 +29,7 @@ class NormSilu(nn.GroupNorm):
         learning = torch.is_grad_enabled()
         if self.kernel is not None and not learning and x_BCHW.is_contiguous(memory_format=torch.channels_last):
             return self.kernel(self, x_BCHW)
-        # In place where no gradient will ask for what went in, for the sake of memory traffic.
+        # In place where no gradient needs the input, which saves memory traffic.
         return F.silu(super().forward(x_BCHW), inplace=not learning)
 
 
@@ -98,19 +98,19 @@ class Upsample(nn.Module):
         """Return the map at twice the rows and columns."""
         if not self.kernels:
             return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
-        (batch, width, height, breadth), layout = x_BCHW.shape, torch.channels_last
-        wide_BCHW = torch.empty((batch, width, 2 * height, 2 * breadth), dtype=x_BCHW.dtype, memory_format=layout)
+        (batch, channels, height, width), layout = x_BCHW.shape, torch.channels_last
+        wide_BCHW = torch.empty((batch, channels, 2 * height, 2 * width), dtype=x_BCHW.dtype, memory_format=layout)
         for row, column, kernel_OI22 in self.kernels:
             h_BCHW = F.conv2d(x_BCHW, kernel_OI22, self.conv.bias, padding=1)
-            wide_BCHW[:, :, row::2, column::2] = h_BCHW[:, :, row : row + height, column : column + breadth]
+            wide_BCHW[:, :, row::2, column::2] = h_BCHW[:, :, row : row + height, column : column + width]
         return wide_BCHW
 
     @torch.no_grad()
     def split(self) -> None:
-        """Go over to four 2×2 convolutions, one for each place within a pixel: the same with 4/9 of the work.
+        """Switch to four 2×2 convolutions, one per position within a pixel: the same with 4/9 of the work.
 
-        Of the three rows under the kernel two came from one row of x, so that their weights add up; columns alike.
-        For weights that stay as they are, on a CPU: a GPU is slower with four.
+        Of the three rows under the kernel two come from the same row of x, so their weights are added; columns alike.
+        For frozen weights on a CPU: on a GPU four convolutions are slower.
         """
         weight_OIHW = self.conv.weight
         self.kernels = [
@@ -210,7 +210,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to pixels, the encoder's mirror with one more block a level."""
+    """Features to pixels, the encoder's mirror with one more block per level."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The tokenizer: images to token maps and back.
 
-Shapes: B images, C codebook channels, H = W = s_K, P = H · downsampling pixels a side,
+Shapes: B images, C codebook channels, H = W = s_K, P = H · downsampling pixels per side,
 l tokens of one scale.
 """
 
@@ -18,7 +18,7 @@ from varcli.models.autoencoder import Decoder, Encoder
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What quantizing a feature map gives."""
+    """Result of quantizing a feature map."""
 
     tokens: list[Tensor]
     """Token map of each scale, (B, l) int64."""
@@ -85,7 +85,7 @@ class Quantizer(nn.Module):
         return h_BCHW if f_hat_BCHW is None else f_hat_BCHW + h_BCHW
 
     def next_input(self, f_hat_BCHW: Tensor, scale: int) -> Tensor:
-        """What the transformer sees of f_hat when it predicts `scale`: (B, l, C)."""
+        """Return the transformer's input for `scale`, from f_hat: (B, l, C)."""
         return self.shrink(f_hat_BCHW, scale).flatten(2).transpose(1, 2)
 
     def shrink(self, f_BCHW: Tensor, scale: int) -> Tensor:
@@ -186,5 +186,5 @@ class Tokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(f_hat_BCHW))
 
     def decode(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Return pixels in [-1, 1] of token maps, one a scale."""
+        """Return pixels in [-1, 1] of token maps, one per scale."""
         return self.decode_features(self.quantize.f_hats(tokens)[-1]).clamp(-1, 1)

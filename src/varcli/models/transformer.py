@@ -28,7 +28,7 @@ class KeyValueCache:
         self.filled = 0
 
     def until(self, block: int, end: int) -> Tensor:
-        """Where a block's keys and values of the first `end` tokens are, or are to be put: (2, B, h, end, c)."""
+        """A view of a block's keys and values of the first `end` tokens, to read or to write: (2, B, h, end, c)."""
         return self.kv[block][:, :, :, :end]
 
     def append(self, block: int, k_Bhlc: Tensor, v_Bhlc: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,14 +49,14 @@ class KeyValueCache:
         return part
 
     def halve(self, start: int, end: int) -> None:
-        """Forget every other token from `start` to `end`; those that are left begin at `start`."""
+        """Drop every other token from `start` to `end`; the remaining ones begin at `start`."""
         for kv_2BhLc in self.kv:
             left_2Bhlc = kv_2BhLc[:, :, :, start:end:2].clone()
             kv_2BhLc[:, :, :, start : start + left_2Bhlc.shape[3]] = left_2Bhlc
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with cosine similarity and one learned temperature a head."""
+    """Multi-head attention with cosine similarity and one learned temperature per head."""
 
     zero_k_bias: Tensor
 
@@ -73,12 +73,12 @@ class SelfAttention(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """Return the bias of queries, keys and values, (3 D,)."""
+        """The bias of queries, keys and values, (3 D,)."""
         return torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
 
     @property
     def temperature_h1(self) -> Tensor:
-        """How long each head's queries are made, at most 100."""
+        """The attention scale of each head, (h, 1), capped at 100: the length of its queries."""
         return self.scale_mul_1H11.clamp(max=math.log(100.0)).exp().view(-1, 1)
 
     def joint(self, x_BlD: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class SelfAttention(nn.Module):
 
 
 LABEL_DROP = 0.1
-"""Probability that training shows "no class" instead of the label, so that guidance has something to guide from."""
+"""Probability that training shows "no class" instead of the label, so that guidance has an unconditional prediction."""
 
 
 class FeedForward(nn.Module):
@@ -132,7 +132,7 @@ class Modulation(nn.Sequential):
 
     @property
     def linear(self) -> nn.Linear:
-        """Return the linear map."""
+        """The linear map."""
         return cast("nn.Linear", self[1])
 
     def forward(self, class_BD: Tensor) -> Tensor:
@@ -264,8 +264,8 @@ class Transformer(nn.Module):
         Args:
             label_B: rows of the class table.
             input_BLC: `Quantizer.teacher_input` of all scales, or of the first few; (B, L - 1, C).
-            read: takes the head and its input (B, L, D), for logits too many to be there at once; what it returns is
-                returned instead of logits.
+            read: takes the head and its input (B, L, D), for logits too many for memory; its result is returned
+                instead of logits.
         """
         length = 1 + input_BLC.shape[1]
         bias_11LL = self.attn_bias_for_masking[:, :, :length, :length]
@@ -290,7 +290,7 @@ class StochasticDepth(nn.Module):
     """Drop the gate of a residual branch for whole samples in training (Huang et al. 2016), keeping its expectation."""
 
     rows: tuple[int, int] | None = None
-    """The first row and the number of rows of the whole batch, where what comes is a part of one."""
+    """The first row and the number of rows of the whole batch, where the input is a part of one."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()

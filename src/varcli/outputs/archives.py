@@ -1,4 +1,4 @@
-"""Images as a WebDataset shard: a tar with three files for each."""
+"""Archives of images: an .npz for FID toolkits, and a tar as a WebDataset shard. Both can be resumed."""
 
 import os
 import shutil
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
 
 class ArchiveSink(Sink):
-    """What both kinds share: the part, what is in it, and its way to the final name.
+    """What both kinds share: the unfinished file (the part), what is in it, and how it gets the final name.
 
-    Of a finished archive that is taken up again only the provenance is read at first; it turns back into
-    a part when an image is to be added.
+    To resume a finished archive only its provenance is read at first; it becomes a part again when an image is added.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +67,7 @@ class ArchiveSink(Sink):
         return True
 
     def unasked(self) -> int:
-        """How many images an earlier run left here that `has` was not asked for."""
+        """Number of images of an earlier run that `has` was not called for."""
         return self._done.total()
 
     def put(self, prepared: bytes, provenance: Provenance) -> None:
@@ -88,7 +87,7 @@ class ArchiveSink(Sink):
             self._count += 1
 
     def close(self) -> None:
-        """Give the archive its final name; without any image there is no archive."""
+        """Give the archive its final name; without images there is no archive."""
         try:
             with self._reported():
                 if self._growing and self._count > 0:
@@ -106,10 +105,10 @@ class ArchiveSink(Sink):
         super().__exit__(kind, error, at)
         if kind is KeyboardInterrupt and self._growing and self._count > 0:
             count = counted(self._count, "image")
-            note(f"{self._part} keeps {count}; the same command with --resume goes on from there")
+            note(f"{self._part} keeps {count}; the same command with --resume continues")
 
     def _keep_others_out(self) -> None:
-        """Hold the archive until its files are closed; two processes would tear it.
+        """Hold the archive until its files are closed; two processes would corrupt it.
 
         Raises:
             RunError: another one holds it.
@@ -120,7 +119,7 @@ class ArchiveSink(Sink):
         try:
             lock.acquire()
         except Timeout:
-            what = f"output: {self.archive} is being written by another process"
+            what = f"{self.archive} is being written by another process"
             raise RunError(f"{what}; wait for it, or use another name") from None
         except (OSError, NotImplementedError) as error:
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -138,8 +137,8 @@ class ArchiveSink(Sink):
         self._like = self._like or _in_common(provenance)
         if _in_common(provenance) != self._like:
             raise InputError(
-                f"output: {self.archive} holds images of another checkpoint or other settings; "
-                "another name, or no --resume to begin anew"
+                f"{self.archive} holds images of another checkpoint or other settings: "
+                "use another name, or leave out --resume to start over"
             )
 
     @contextmanager
@@ -149,7 +148,7 @@ class ArchiveSink(Sink):
             yield
         except OSError as error:
             self._close_files()
-            kept = f"what is done is kept in {self._part}, --resume goes on from there"
+            kept = f"what is done is kept in {self._part}, and --resume continues"
             raise cannot_write(self.archive, error, kept if self._count and self._part.exists() else "") from error
         except InputError:
             self._close_files()
@@ -196,7 +195,7 @@ def foreign(path: Path) -> InputError:
 
 
 class NpzSink(ArchiveSink):
-    """``arr_0``, uint8 (images, height, width, 3), and ``provenance.jsonl``, one line an image.
+    """``arr_0``, uint8 (images, height, width, 3), and ``provenance.jsonl``, one line per image.
 
     The part is the array as .npy, whose header leaves room for any count, with its lines beside it.
     """
@@ -254,7 +253,7 @@ class NpzSink(ArchiveSink):
             self._shape = shape
             self._file.write(_npy_header(0, self._shape))
         if shape != self._shape:
-            raise InputError(f"output: {self.archive} holds images of {self._shape}, not {shape}; another name")
+            raise InputError(f"{self.archive} holds images of shape {self._shape}, not {shape}: use another name")
         self._file.write(memoryview(prepared)[_HEADER_BYTES:])
         self._file.flush()
         self._lines.write(provenance.to_json().encode() + b"\n")  # behind the pixels: a line without them means nothing

@@ -1,7 +1,7 @@
-"""Images on their way into a sink, while the next ones are sampled.
+"""Writing images to a sink while the next ones are sampled.
 
-Worker threads encode them (zlib lets others compute meanwhile), and one more thread puts them down in the
-order in which they came. Few enough are under way that memory stays flat.
+Worker threads encode them (zlib releases the interpreter lock), and one more thread writes them in the order in which
+they came. Their number is limited, so that memory stays flat.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,9 @@ class AsyncWriter(Generic[Item]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        deadline = None if kind is None else monotonic() + _GRACE  # what was made is kept, unless nobody takes it
+        deadline = (
+            None if kind is None else monotonic() + _GRACE
+        )  # finished images are written, unless nothing reads the pipe
         with suppress(Full):
             self._waiting.put(None, timeout=_left(deadline))
         self._thread.join(_left(deadline))

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Sink:
-    """Where images are written; a context manager, to be left before its results count as finished.
+    """Where images are written; a context manager, whose results are finished once it exits.
 
-    An image goes there in two steps. `prepare` does the work that needs no order, in any thread and, with
-    an output that is not open, in any process. `put` is called by one thread of the process that opened it.
+    An image is written in two steps. `prepare` does the work that needs no order, in any thread, and in any process
+    with a sink that is not open. `put` is called by one thread of the process that opened the sink.
     """
 
     archive: Path | None = None
@@ -36,21 +36,21 @@ class Sink:
             resume: keep what an earlier run left here.
 
         Raises:
-            UsageError: the place cannot take images.
+            UsageError: images cannot be written here.
             RunError: it cannot be written.
             InputError: with `resume`, what lies there was not written by varcli.
         """
 
     def left(self) -> Path | None:
-        """What an earlier run left that is lost unless this one continues it; to be asked before `open`."""
+        """The file of an earlier run that is lost unless this one resumes it; call it before `open`."""
         return None
 
     def has(self, provenance: Provenance) -> bool:
-        """Whether an earlier run left this image here; to be asked once for each image, before `add`."""
+        """Whether an earlier run left this image here; call it once for each image, before `add`."""
         return False
 
     def unasked(self) -> int:
-        """How many images an earlier run left here that `has` was not asked for."""
+        """Number of images of an earlier run that `has` was not called for."""
         return 0
 
     def add(self, pixels: "PixelsOrRaster", provenance: Provenance) -> Path | None:
@@ -62,7 +62,7 @@ class Sink:
         return self.put(self.prepare(pixels, provenance), provenance)
 
     def prepare(self, pixels: "PixelsOrRaster", provenance: Provenance) -> Any:
-        """Return an image as `put` takes it; its content as a PNG, if a kind of place does not say otherwise."""
+        """Return an image as `put` takes it: the content of a PNG, unless a kind of sink overrides it."""
         return png_bytes(pixels, provenance)
 
     def put(self, prepared: Any, provenance: Provenance) -> Path | None:
@@ -70,7 +70,7 @@ class Sink:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Finish: after this the output is whole."""
+        """Finish the output."""
 
     def abandon(self) -> None:
         """Leave the output unfinished, for `--resume` or for good."""
@@ -175,7 +175,7 @@ class StreamSink(Sink):
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Turn what the system refuses into one line; a pipe closed by its reader is no mistake and passes."""
+        """Turn what the system refuses into one line; a pipe closed by its reader is not an error here."""
         try:
             yield
         except BrokenPipeError:
@@ -197,7 +197,7 @@ def _standard_output() -> BinaryIO:
 
 
 def tar_member(name: str, content: bytes) -> bytes:
-    """Return a file as it stands in a tar; it bears no date, so that equal images make equal tars."""
+    """Return a file as it stands in a tar; without a date, so that equal images make equal tars."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     return header.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE)

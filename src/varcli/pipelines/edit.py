@@ -1,4 +1,4 @@
-"""Editing: an image and what to fill of it in, the edited image out."""
+"""Editing: from an image and a region to the edited image."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ ImageInput = str | Path | PIL.Image.Image | np.ndarray[Any, Any] | Image | Sourc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditTask:
-    """What is to be edited, and where."""
+    """What to edit, and where."""
 
     words: tuple[str, ...]
     """The command, its image and its region, as a user types them."""
@@ -63,7 +63,7 @@ class EditTask:
     inputs: tuple[str, ...]
     """sha256 of the files."""
     notes: tuple[str, ...] = ()
-    """Sentences for the user: what of a file is left out, what may be a mistake."""
+    """Notes for the user: parts of a file that are left out, possible mistakes."""
 
 
 def read_input(image: ImageInput, name: str = "image") -> SourceImage:
@@ -204,13 +204,13 @@ def outpaint_task(
 
 @dataclass(frozen=True, slots=True)
 class EditResult:
-    """An edited image and how good it seems."""
+    """An edited image, and scores of how good it is."""
 
     image: Image
     chosen: Edited
     """Seam and likelihood, and how the image grew."""
     candidates: Sequence[Edited]
-    """What it was chosen from, itself included; where that was decided early, as they were then."""
+    """All candidates, itself included; with `decide_at`, as they were after that scale."""
 
 
 def edit_images(
@@ -230,21 +230,21 @@ def edit_images(
     """Edit an image once per seed.
 
     Args:
-        model: what fills.
+        model: fills the region.
         task: what to fill.
         label: index or name of the class to paint, "random", or None.
         seeds: of each image's first candidate; the candidates' seeds count up from it.
         config: settings of sampling.
-        rule: how the result is put back into the image.
-        plan: what `edit_plan` returned, if it is known.
+        rule: how the result is composited.
+        plan: from `edit_plan`, if known.
         best_of: candidates per image; the one of best seam and likelihood is kept.
-        decide_at: after which scale it is chosen, the coarsest being 1; it alone is then edited to the end. None is
-            after the last.
+        decide_at: scale after which it is chosen, the coarsest being 1; only the chosen one is edited to the end. None
+            is after the last.
         growing: also keep the image after each scale.
         advance: called with how many squares were filled, after each batch of them.
 
     Raises:
-        UsageError: the label means several classes, or candidates cannot be judged after that scale.
+        UsageError: the label means several classes, or candidates cannot be judged after this scale.
         InputError: the model does not know it.
         RunError: memory runs out.
     """
@@ -307,19 +307,19 @@ def edit_to(
     """Edit an image and write the results; yields each with its file, None where it went to standard output.
 
     Args:
-        model: what fills.
+        model: fills the region.
         task: what to fill.
         out: a .png file, a folder, or "-" for standard output; None is the current folder.
         label: index or name of the class to paint, "random", or None.
         config: settings of sampling.
-        rule: how results are put back into the image.
+        rule: how results are composited.
         count: images, each from its own seed.
         seed: of the first candidate; the next ones count up from it.
         best_of: candidates per image.
         decide_at: after which scale the best is chosen, as for `edit_images`.
         grid: also write a contact sheet, .png: what to fill, and the results.
         growth: also write the image growing, .png or .gif.
-        note: takes remarks for the user: what is left out of a file, what may be a mistake.
+        note: takes remarks for the user: parts of a file that are left out, possible mistakes.
         quiet: show no progress bar.
 
     Raises:
@@ -362,7 +362,7 @@ def edit_to(
 
 
 def _save_growth(path: Path, result: EditResult, scales: int) -> None:
-    """Write the image growing: scale by scale, or as a strip of what each of several batches of squares made."""
+    """Write the image growing: scale by scale, or as a strip with one frame per batch of squares."""
     frames = result.chosen.frames
     if len(frames) > scales and path.suffix.lower() == ".png":
         frames = frames[scales - 1 :: scales]
@@ -377,7 +377,7 @@ def check_strength(strength: float | None, from_label: ClassName, of_region: Map
 
     Args:
         strength: None where a region is edited.
-        from_label: class of what the image shows.
+        from_label: class that the image shows.
         of_region: options that only a region has, and whether they were given.
 
     Raises:
@@ -404,16 +404,16 @@ def edit_whole(
     *,
     growing: bool = False,
 ) -> Iterator[tuple[Image, list[Pixels]]]:
-    """Yield, once per seed, an image as another class would have it, and how it grew.
+    """Edit a whole image once per seed; yield each result, and its images after each scale.
 
     Args:
-        model: what edits.
+        model: edits the image.
         image: of any size; the largest square in its middle is edited, in the model's size.
         label: index or name of the class to paint, or None.
         seeds: of the noise.
         config: settings of sampling.
         strength: between 0, the reconstruction, and 1, the sample of this class and seed.
-        from_label: class of what the image shows, or None.
+        from_label: class that the image shows, or None.
         growing: also give the image after each scale; otherwise after the last alone.
 
     Raises:
@@ -422,7 +422,7 @@ def edit_whole(
         InputError: the image cannot be read, or the model does not know a class.
     """
     if config.smooth:
-        raise UsageError("--smooth mixes codebook vectors, so there is no noise that drew them: leave it out")
+        raise UsageError("--smooth mixes codebook vectors, so there is no noise to find: leave it out")
     source = read_input(image)
     entry, from_entry, common = model.one_class(label), model.one_class(from_label), model.provenance(config)
     if from_entry == RANDOM:

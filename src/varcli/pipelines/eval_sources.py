@@ -29,22 +29,22 @@ from varcli.sampling.reconstruction import there_and_back
 from varcli.sampling.sampler import Pixels
 
 BATCH = 32
-"""Images per batch, where nothing else decides."""
+"""Default number of images per batch."""
 
 
 class EvalSource(ABC):
-    """Images to measure, each known by its rank: its place in their order."""
+    """Images to measure, each known by its rank: its position in their order."""
 
     what: str
     """Kind of source, as results name it."""
     side: int
-    """Pixels a side."""
+    """Pixels per side."""
     classes: ClassTable
     """Classes of the images; empty where they are not known."""
     labels: Sequence[int]
     """Index of each image's class in that table, -1 where it is not known."""
     unit = 1
-    """How many images of neighbouring rank are best made together."""
+    """How many images of neighbouring rank are best produced together."""
     checkpoint: Mapping[str, Any] | None = None
     """The checkpoint that sampled or reconstructed them, as results say it."""
     source: Mapping[str, Any] | None = None
@@ -59,7 +59,7 @@ class EvalSource(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the images."""
+        """Everything that determines the images."""
 
     @abstractmethod
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
@@ -71,11 +71,11 @@ class EvalSource(ABC):
 
     @contextmanager
     def ready(self, resumed: bool) -> Iterator[None]:
-        """Wrap the measuring, which goes on where an earlier run was if `resumed`."""
+        """Wrap the measurement, which continues an earlier run if `resumed`."""
         yield
 
     def join(self, group: ProcessGroup) -> None:
-        """Collect what other ranks found in the main one; to be called by all."""
+        """Collect what other ranks found in the main rank; to be called by all."""
         for found in group.gather(self.gallery.found):
             self.gallery.found |= found
 
@@ -115,7 +115,7 @@ class Samples(EvalSource):
         """
         super().__init__()
         self.sampler, self.classes, self.kept = sampler, classes, kept
-        # In the order of their files' names, in which files of them would be measured.
+        # In the order of their file names, as if they were measured from files.
         ordered = {
             label: sorted(requests, key=lambda request: image_filename(request.provenance))
             for label, requests in candidates.items()
@@ -137,17 +137,19 @@ class Samples(EvalSource):
         self._first = {label: rank for rank, label in reversed(list(enumerate(self.labels)))}
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the images, under the names that unfinished runs know."""
+        """Everything that determines the images, under the names that unfinished runs use."""
         known = self.provenance.identity()
         common = known.to_dict()
         common["draft"] = common.pop("approximate")
-        # Runs that were begun before a setting existed did without it; the refiner's hash is among the settings.
+        # Runs that began before a setting existed do not name it; the refiner's hash is among the settings.
         for name in asdict(known.settings).keys() - known.settings.stated().keys() - {"smooth", "approximate"}:
             del common[name]
         del common["refiner_sha256"]
         drawn = {label: len(requests) for label, requests in self.candidates.items()}
         chosen = self.classifier and self.classifier.sha256
-        place = self.save_images and str(Path(self.save_images).resolve())  # another one lacks what is done
+        place = self.save_images and str(
+            Path(self.save_images).resolve()
+        )  # another one lacks the images written so far
         decided = {} if self.decide_at is None else {"decide_at": self.decide_at}
         return {"made": common, "drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place} | decided
 
@@ -181,7 +183,7 @@ class Samples(EvalSource):
 
     @contextmanager
     def ready(self, resumed: bool) -> Iterator[None]:
-        """Keep the sink of the images open while this lasts, if they are to be written."""
+        """Keep the sink of the images open meanwhile, if they are written."""
         if self.save_images is None:
             yield
             return
@@ -202,7 +204,7 @@ class Samples(EvalSource):
 
 
 class ExistingImages(EvalSource):
-    """Images that exist."""
+    """Existing images."""
 
     what = "images"
 
@@ -213,7 +215,7 @@ class ExistingImages(EvalSource):
         self.source = {"paths": list(paths)}
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the images."""
+        """Everything that determines the images."""
         return {"pictures": self.images.fingerprint()}
 
     def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
@@ -252,7 +254,7 @@ class Reconstructed(ExistingImages):
         self.tokenizer, self.reconstructions, self.checkpoint = tokenizer, reconstructions, checkpoint
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the images."""
+        """Everything that determines the images."""
         assert self.checkpoint is not None
         return super().identity() | {"tokenizer": self.checkpoint["sha256"]}
 
@@ -269,5 +271,5 @@ class Reconstructed(ExistingImages):
         self.reconstructions.join(group)
 
     def warnings(self) -> Iterator[str]:
-        """Yield what makes their figures incomparable; JPEG is no fault in a tokenizer's input."""
+        """Yield what makes their figures incomparable; JPEG does no harm as a tokenizer's input."""
         yield from comparability.skipped(self.images.skipped)

@@ -1,4 +1,4 @@
-"""`varcli.evaluate`: images measured against a reference, with everything that is to be known of the figures."""
+"""`varcli.evaluate`: measure images against a reference, and record all that the figures depend on."""
 
 import tempfile
 import time
@@ -41,14 +41,14 @@ from varcli.evaluation.statistics import EvalPlan, Statistics
 from varcli.files import check_writable, file_sha256
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.image import Image
-from varcli.models.lpips import LPIPS
+from varcli.models.perceptual import LPIPS
 from varcli.pipelines.eval_sources import EvalSource, ExistingImages, Reconstructed, Samples
 from varcli.pipelines.model import Model
 from varcli.pipelines.rejection import check_decision, check_one_by_one, open_classifier
 from varcli.pipelines.requests import candidate_count, class_requests
 
 DEFAULT_COUNT = 2_000
-"""Images where neither a paper nor a reference says how many."""
+"""Number of images where neither a paper nor a reference gives one."""
 
 MAX_CACHED_FEATURES = 10_000
 """Up to this number of images a reference's features are cached with its statistics, for KID, precision and recall."""
@@ -86,7 +86,7 @@ def evaluate(
     note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
 ) -> Result:
-    """Measure images against a reference. An interrupted evaluation goes on where it was when called again.
+    """Measure images against a reference. When called again, an interrupted evaluation resumes.
 
     Args:
         source: a model, from which images are sampled; paths of folders, zips, .npz, .tar or image files; or images
@@ -297,7 +297,7 @@ class Evaluator:
     def measure(
         self, source: EvalSource, plan: EvalPlan, label: str, resumable: bool = True
     ) -> tuple[FeaturePass, Path | None]:
-        """Measure all images; returns the pass, and the file from which a killed run goes on.
+        """Measure all images; return the pass, and the file from which a killed run resumes.
 
         To be called by all ranks; the main one has the statistics.
 
@@ -316,7 +316,7 @@ class Evaluator:
         if measured.notice:
             self.note(measured.notice)
         if done:
-            self.note(f"{label}: going on after {done} of {plan.count}")
+            self.note(f"{label}: resuming after {done} of {plan.count}")
         resumed = bool(self.group.broadcast(done))
         with source.ready(resumed), progress(label, plan.count, self.quiet) as advance:
             advance(done)
@@ -325,7 +325,7 @@ class Evaluator:
             except KeyboardInterrupt:
                 if path:
                     count = counted(measured.statistics.count, "image")
-                    self.note(f"stopped after {count}; the same command goes on from there")
+                    self.note(f"stopped after {count}; the same command resumes from there")
                 raise
         source.join(self.group)
         return measured, path
@@ -333,7 +333,7 @@ class Evaluator:
     def images(
         self, paths: Sequence[str | Path], resize: int | None, skip_bad: bool, lines: Iterable[str] = ()
     ) -> ImageSet:
-        """Open images that exist; what stdin lists is read by the main rank, for all of them."""
+        """Open existing images; paths on stdin are read by the main rank, for all ranks."""
         listed = "-" in map(str, paths)
         names = self.group.broadcast(list(lines) if listed and self.group.is_main else [])
         return open_images(paths, resize=resize, skip_bad=skip_bad, lines=names)
@@ -458,7 +458,7 @@ def _reference_sha256(name: str, path: Path, images: ImageSet) -> str:
 
 
 def _paths(source: Any, folder: Path) -> list[str | Path]:
-    """Paths of images that exist; those in memory are put into a file in `folder`.
+    """Paths of existing images; those in memory are written to a file in `folder`.
 
     Raises:
         InputError: those in memory are not uint8 of one size.
@@ -519,11 +519,11 @@ def samples(
 
 
 def _usual_count(model: Model, reference: Reference | None) -> int:
-    """How many images to sample where nobody says: the paper's number, else as many as the reference has."""
+    """Default number of images to sample: the paper's, else as many as the reference has."""
     entry = registry().get(model.name)
     if entry and entry.fid:
-        return comparability.PAPER
-    return min(comparability.PAPER, reference.count or DEFAULT_COUNT) if reference else DEFAULT_COUNT
+        return comparability.PUBLISHED_IMAGES
+    return min(comparability.PUBLISHED_IMAGES, reference.count or DEFAULT_COUNT) if reference else DEFAULT_COUNT
 
 
 def _reconstructed(
@@ -547,7 +547,7 @@ def _reconstructed(
         paths = [known.path]
     images = evaluator.images(paths, resize, skip_bad, lines)
     if images.side != side:
-        raise InputError(f"the tokenizer takes images of {side} pixels a side (got {images.side}): --resize {side}")
+        raise InputError(f"the tokenizer takes images of {side} pixels per side (got {images.side}): --resize {side}")
     config = model.tokenizer_config
     distance = _lpips(lpips_weights, model.device, note)
     losses = Reconstructions(config.codebook_size, len(config.sides), distance, model.device)
@@ -556,7 +556,7 @@ def _reconstructed(
 
 
 def _lpips(folder: Path | None, device: torch.device, note: Callable[[str], None]) -> LPIPS | None:
-    """LPIPS where its weights are there; a folder that was named must have them."""
+    """LPIPS, None where its weights are missing; a folder that the user named must have them."""
     try:
         return LPIPS(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
     except CheckpointError as error:
@@ -580,7 +580,7 @@ def _result(
     resize: int | None,
     seconds: dict[str, float],
 ) -> Result:
-    """Everything that is to be known of the figures."""
+    """The figures, with all that they depend on."""
     sampled = source if isinstance(source, Samples) else None
     entry = registry().get(model.name) if model else None
 

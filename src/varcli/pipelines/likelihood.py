@@ -1,4 +1,4 @@
-"""How likely images are, where they are not, and which class explains them best."""
+"""Likelihood of images, of their parts, and under which class it is highest."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ from varcli.sampling.sampler import Pixels
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely an image is given a class: what its tokens take if the model encodes them."""
+    """Negative log-likelihood of an image's tokens given a class."""
 
     entry: ClassEntry | None
     """The class; None is "no class"."""
@@ -61,7 +61,7 @@ class Score:
 
     @property
     def nats_map(self) -> NDArray[np.float32]:
-        """Nats per token in each place of the image: the mean of the scales of at least half the last side."""
+        """Nats per token at each pixel of the image: the mean of the scales of at least half the last side."""
         size = (len(self.pixels), len(self.pixels))
         layers = [
             PIL.Image.fromarray(self.nats_L[span].reshape(side, side)).resize(size, PIL.Image.Resampling.BILINEAR)
@@ -72,29 +72,29 @@ class Score:
 
 
 def score(model: Model, image: ImageInput, label: ClassName) -> Score:
-    """Return how likely an image is given a class.
+    """Score an image given a class.
 
     Args:
-        model: whose transformer gives the probabilities.
+        model: its transformer gives the probabilities.
         image: an image of any size.
         label: index or name of the class, or None.
 
     Raises:
         InputError: the image cannot be read, or the model does not know the class.
-        UsageError: the label means several classes, or one left to chance.
+        UsageError: the label means several classes, or a random one.
     """
     entry = model.one_class(label)
     if entry == RANDOM:
         raise UsageError("--class takes exactly one class here, or none (got random)")
     pixels = crop(model, read_input(image))
     tokenizer, transformer = model.prepared.tokenizer, model.prepared.transformer
-    row = model.classes.label(entry.id) if entry else transformer.config.null_class
-    log_1L = log_probabilities(tokenizer, transformer, encode(tokenizer, pixels[None]), [row])
+    index = model.classes.label(entry.id) if entry else transformer.config.null_class
+    log_1L = log_probabilities(tokenizer, transformer, encode(tokenizer, pixels[None]), [index])
     return Score(entry, pixels, tokenizer.config.sides, -log_1L[0].cpu().numpy())
 
 
 def save_heatmaps(path: Path, scores: Sequence[Score], names: Sequence[str]) -> None:
-    """Write a contact sheet of images beside where they are unlikely, .png.
+    """Write a contact sheet of images beside maps of their nats per token, .png.
 
     Blue is where an image's tokens take fewest nats, and orange where they take most.
     """
@@ -115,7 +115,7 @@ class ClassScore:
 
     entry: ClassEntry
     nats: float
-    """Negative natural logarithm of the probability of the image's tokens in the scales that were looked at."""
+    """Negative natural logarithm of the probability of the image's tokens in the scales that were scored."""
     scales: int
     """How many of the coarsest scales these are: all for the last candidates."""
 
@@ -139,7 +139,7 @@ def classify_pixels(
     tokenizer, transformer = model.prepared.tokenizer, model.prepared.transformer
     tokens = encodings(tokenizer, pixels_PP3, encoding_count)
     ranked = rank_classes(tokenizer, transformer, tokens, candidates)
-    return [ClassScore(model.classes.entries[each.row], each.nats, each.scales) for each in ranked]
+    return [ClassScore(model.classes.entries[each.label], each.nats, each.scales) for each in ranked]
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def pick_precision(dtype: str, quantize: str | None, device: torch.device) -> st
     """The precision of a model on a device: fp32, bf16, fp16 or int8.
 
     Raises:
-        UsageError: two precisions are asked for, or the device has not the one that is.
+        UsageError: two precisions are given, or the device does not have the one that is.
     """
     if quantize and dtype != "auto":
         raise UsageError(f"--quantize {quantize} sets the precision, so leave --dtype out (got --dtype {dtype})")
@@ -93,7 +93,7 @@ class Model:
         progress: bool = True,
     ) -> None:
         self.name = name
-        """As it was asked for."""
+        """Name or path as given."""
         self.path = path
         self.device = device
         self.dtype = dtype
@@ -102,7 +102,7 @@ class Model:
             self.metadata, _ = read_metadata(path)
             check_registered(name, path, self.metadata)
         self.precision_note = precision_note(dtype, device) if chosen and dtype != "int8" else None
-        """That images depend on the batch in the precision that was chosen; None where not, or if the user chose it."""
+        """A note that images depend on the batch in the chosen precision; None where not, or if the user chose it."""
         self.progress = progress
         """Whether a download shows a bar."""
         self._checkpoint: Checkpoint | None = None
@@ -138,7 +138,7 @@ class Model:
         return tokenizer.to(self.device)
 
     def load_weights(self, config: SampleConfig | None = None) -> None:
-        """Read tokenizer and transformer now, so that a damaged file is found before anything else is done.
+        """Read tokenizer and transformer now, so that a damaged file is found early.
 
         Args:
             config: settings, of which the refiner is read as well.
@@ -155,7 +155,7 @@ class Model:
             self._checkpoint = checkpoint
 
     def _check_unchanged(self) -> None:
-        """Raise CheckpointError if the file is not the one any more whose hash images will name."""
+        """Raise CheckpointError if the file no longer has the hash that images will record."""
         if read_metadata(self.path)[0] != self.metadata:
             raise CheckpointError(f"the checkpoint {self.path} was replaced by another one meanwhile; start again")
 
@@ -179,7 +179,7 @@ class Model:
         Raises:
             TypeError: there is no such setting.
             ConfigError: a value makes no sense, or there is no such preset.
-            UsageError: the model has no scale that is to be guided, or that the refiner is to sample.
+            UsageError: the model does not have the scales to guide, or those that the refiner should sample.
             CheckpointError: the refiner cannot be used with this model.
         """
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
@@ -202,11 +202,11 @@ class Model:
         return config
 
     def refiner(self, config: SampleConfig) -> "Model | None":
-        """The model that draws the fine scales with these settings; None where one model draws all.
+        """The model that samples the fine scales with these settings; None where one model samples all.
 
         Raises:
-            UsageError: the first scale that it is to draw is none of the model's.
-            CheckpointError: there is no such checkpoint, or its tokenizer or classes are others than the model's.
+            UsageError: the model does not have the first scale that the refiner should sample.
+            CheckpointError: there is no such checkpoint, or its tokenizer or classes differ from the model's.
         """
         if not config.refiner:
             return None
@@ -236,7 +236,7 @@ class Model:
         return BatchSampler(models.tokenizer, models.transformer, config, batch_size, note, refiner=fine)
 
     def provenance(self, config: SampleConfig, *, device: str | None = None) -> Provenance:
-        """What all images of these settings have in common; `device` is the name to record."""
+        """The provenance that all images of these settings share; `device` is the name to record."""
         refiner = self.refiner(config)
         return Provenance(
             checkpoint=self.name,
@@ -254,7 +254,7 @@ class Model:
     def one_class(self, name: ClassName, note: Callable[[str], None] = lambda line: None) -> ClassEntry | None:
         """The one class that a name or index means; None is "no class".
 
-        Where only a part of a name is given, `note` takes a remark that says which class it is.
+        If only a part of a name is given, `note` gets a remark that says which class it is.
 
         Raises:
             UsageError: it means several classes.
@@ -320,7 +320,7 @@ class Model:
         return self._images(wanted, config, batch_size)
 
     def grow(self, label: ClassName, *, seed: int = 0, preset: str = "looks", **settings: Any) -> Iterator[Image]:
-        """Sample one image and yield it as it looks after each scale, coarse to fine.
+        """Sample one image and yield it after each scale, coarse to fine.
 
         The last one is the image that `sample` returns; those before it carry its provenance.
 
@@ -420,7 +420,7 @@ class Model:
             label: class to paint.
             mask: where; none of mask, box and alpha for the whole image.
             box: instead of a mask.
-            alpha: instead, where it is transparent.
+            alpha: instead, fill where it is transparent.
             fit_mask: resize a mask of another size.
             seed: of the first candidate.
             best_of: candidates, for a region.
@@ -429,7 +429,7 @@ class Model:
             composite: for a region.
             released_rule: for a region.
             strength: of an edit of the whole image: 0 is the reconstruction, 1 the sample of this class and seed.
-            from_label: with a strength, the class of what the image shows, if it is one.
+            from_label: with a strength, the class that the image shows, if any.
             preset: "looks" or "metrics".
             settings: fields of `SampleConfig`.
 
@@ -603,6 +603,6 @@ def _spec(name: ClassName) -> str:
 
 
 def checkpoint_hint() -> str:
-    """Which checkpoint knows all of ImageNet's classes."""
+    """A hint at a checkpoint that knows all of ImageNet's classes."""
     name = next(entry.name for entry in registry().values() if entry.classes == len(imagenet()))
     return f"{name} knows all {len(imagenet())}: --checkpoint {name}"

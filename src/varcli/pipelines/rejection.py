@@ -1,4 +1,4 @@
-"""Rejection sampling: of a class's candidates, keep those that a classifier is surest of.
+"""Rejection sampling: keep those of a class's candidates that a classifier is most confident of.
 
 Source: VQ-VAE-2 (arXiv 1906.00446), section 3.3; the paper's table 1 marks such figures "-re".
 """
@@ -26,14 +26,14 @@ CLASSIFIER_BATCH = 32
 
 
 class Confidence(Protocol):
-    """What rates how surely an image shows its class."""
+    """Rates how confidently an image shows its class."""
 
     name: str
     sha256: str
     """Of the weights."""
 
     def confidence(self, pixels_BPP3: NDArray[np.uint8], labels: Sequence[int]) -> NDArray[np.float64]:
-        """Return a number for each image, (B,), the larger the surer; only those of one class are compared."""
+        """Return a confidence for each image, (B,); only those of one class are compared."""
 
 
 class SelfClassifier:
@@ -50,11 +50,11 @@ class SelfClassifier:
         self.tokenizer, self.transformer = model.prepared.tokenizer, model.prepared.transformer
 
     def confidence(self, pixels_BPP3: NDArray[np.uint8], labels: Sequence[int]) -> NDArray[np.float64]:
-        """Return how many nats fewer each image takes given its label than without a class, (B,)."""
+        """Return the gain in log-likelihood of each image given its label, over no class, in nats, (B,)."""
         tokens = encode(self.tokenizer, pixels_BPP3)
         without_B = [self.transformer.config.null_class] * len(labels)
         given_BL, without_BL = (
-            log_probabilities(self.tokenizer, self.transformer, tokens, rows) for rows in (labels, without_B)
+            log_probabilities(self.tokenizer, self.transformer, tokens, each) for each in (labels, without_B)
         )
         gain_B: NDArray[np.float64] = (given_BL - without_BL).sum(1).double().cpu().numpy()
         return gain_B
@@ -92,7 +92,7 @@ def check_one_by_one(sampler: BatchSampler) -> None:
 
 
 Candidate = tuple[SampleRequest, Pixels, Iterator[Pixels]]
-"""An image that is asked for, what the classifier is to see of it, and what yields the finished image."""
+"""A request, the pixels that the classifier sees, and an iterator that yields the finished image."""
 
 
 def best_candidates(
@@ -102,21 +102,21 @@ def best_candidates(
     kept: int,
     decide_at: int | None = None,
 ) -> list[tuple[SampleRequest, Iterator[Pixels]]]:
-    """Return the `kept` of a class's candidates of highest confidence, in their order, and what yields each image.
+    """Return the `kept` candidates of highest confidence, in their order, each with an iterator that yields its image.
 
-    Of equally confident ones the first are kept. Memory holds no more images than may be kept.
+    Among equals the first are kept. Memory holds no more images than are kept.
 
     Args:
         sampler: samples the candidates.
         classifier: judges them.
         candidates: all of one class.
         kept: how many to keep.
-        decide_at: after which scale they are judged, the coarsest being 1; the others are then sampled for those
-            kept alone, and when their images are asked for. None judges finished images.
+        decide_at: scale after which they are judged, the coarsest being 1; only those kept are then sampled to the end,
+            when their images are taken. None judges finished images.
     """
     best: list[tuple[float, int, Candidate]] = []
     judged = enumerate(_finished(sampler, candidates) if decide_at is None else _begun(sampler, candidates, decide_at))
-    while part := list(islice(judged, CLASSIFIER_BATCH if decide_at is None else 1)):  # each one begun has a cache
+    while part := list(islice(judged, CLASSIFIER_BATCH if decide_at is None else 1)):  # each candidate has a cache
         pixels_BPP3 = np.stack([pixels for _, (_, pixels, _) in part])
         confidence_B = classifier.confidence(pixels_BPP3, [request.label for _, (request, _, _) in part])
         scored = [(float(sure), -number, one) for sure, (number, one) in zip(confidence_B, part, strict=True)]
@@ -138,7 +138,7 @@ def _begun(sampler: BatchSampler, requests: Iterable[SampleRequest], scale: int)
 
 
 class RejectionSampler:
-    """Samples each class's candidates and gives out the best of them."""
+    """Samples each class's candidates and returns the best of them."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class RejectionSampler:
         group: ProcessGroup,
         decide_at: int | None = None,
     ) -> None:
-        """Take what samples and judges.
+        """Prepare to sample and judge.
 
         Args:
             sampler: samples the candidates.
@@ -190,7 +190,7 @@ class RejectionSampler:
         yield from filter(None, chain.from_iterable(zip_longest(*shares)))
 
     def images(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[SampleRequest, Pixels]]:
-        """Yield kept images: finished where they are at hand, sampled again otherwise."""
+        """Yield kept images: finished where this rank has them, sampled again otherwise."""
         for request in requests:
             if request in self._images:
                 yield request, next(self._images.pop(request))

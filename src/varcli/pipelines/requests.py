@@ -1,4 +1,4 @@
-"""Which images are to be sampled: of which class, from which seed, in order. No torch here."""
+"""Requests for images: class and seed of each, in order. No torch here."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from varcli.images.provenance import Provenance
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One image to be sampled: what the sampler is asked for, and what its file will say."""
+    """One image to be sampled: its label and seed, and the provenance of its file."""
 
     label: int
     """Index in the class table; the number of classes stands for "no class"."""
@@ -24,7 +24,7 @@ def request(entry: ClassEntry | None, seed: int, table: ClassTable, common: Prov
     """Request one image.
 
     Args:
-        entry: its class; None is "no class", and `RANDOM` a class that follows the seed.
+        entry: its class; None is "no class", and `RANDOM` a class chosen by the seed.
         seed: of the image.
         table: the classes the model knows.
         common: provenance that all images of a run share.
@@ -47,7 +47,7 @@ def class_requests(
 ) -> Iterator[list[SampleRequest]]:
     """Request `count` images per class, class after class; each class's seeds count up from `seed`.
 
-    A class that comes up again goes on with the seeds after those it had.
+    A class that is named again continues with the next seeds.
 
     Raises:
         ConfigError: the count is less than 1, or the seed negative.
@@ -62,5 +62,5 @@ def class_requests(
 
 
 def candidate_count(kept: int, best_of: float) -> int:
-    """How many images to sample where `best_of` candidates are wanted for each one kept."""
+    """Number of images to sample for `kept` images with `best_of` candidates each."""
     return ceil(kept * best_of - 1e-9)  # 9 × (1 / 0.9) is a little more than 10

@@ -34,7 +34,7 @@ class RunEvaluation:
         group: ProcessGroup,
         note: Callable[[str], None],
     ) -> None:
-        """Measure the reference, so that whatever is wrong with it shows before training; to be called by all ranks.
+        """Measure the reference, so that errors in it show before training; to be called by all ranks.
 
         Args:
             held: the held-out images.
@@ -79,7 +79,7 @@ class RunEvaluation:
             VarError: its figures are not finite, for example.
         """
         self.group.barrier()
-        with cuda_settings_restored():  # training is to continue as it began
+        with cuda_settings_restored():  # training must continue as before
             model = Model(str(checkpoint), checkpoint, self.device, pick_precision("auto", None, self.device))
             images = self.reconstructions(model) if self.tokenizer else samples(model, self.plan.count, self.group)
             measured, _ = self.evaluator.measure(images, self.plan, "images", resumable=False)

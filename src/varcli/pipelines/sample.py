@@ -1,4 +1,4 @@
-"""`varcli.Model` to files: sampling classes into a folder, an archive or a stream, on any number of ranks."""
+"""Sample classes into a folder, an archive or a stream, on any number of ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     Sampled = Callable[[Iterable[SampleRequest]], Iterator[tuple[SampleRequest, Pixels]]]
 
 WRITE_AHEAD = 8
-"""Images that may wait to be written, or are handed to the main rank at a time, when sampled one by one."""
+"""Images that may wait to be written, or go to the main rank at a time, when sampled one by one."""
 
 Written = Callable[[Provenance, Path | None, Path | None], None]
-"""Called for each image in its place: its provenance, its own file, and the archive that holds it."""
+"""Called for each image that was written: its provenance, its own file, and the archive that holds it."""
 
 
 def check_sheet(count: int) -> None:
@@ -45,16 +45,16 @@ def check_sheet(count: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SampleSummary:
-    """What a run left."""
+    """Outcome of a run."""
 
     asked: int
-    """Images asked for."""
+    """Images requested."""
     written: int
-    """Of these, the images sampled by this run; the others were there."""
+    """Of these, the images sampled by this run; the others existed."""
     archive: Path | None
     """The one file that holds all images, where there is one."""
     unasked: int
-    """Images of an earlier run in the archive that were not asked for."""
+    """Images of an earlier run in the archive that were not requested."""
 
 
 def sample_to(
@@ -81,7 +81,7 @@ def sample_to(
     """Sample images of classes and write each with its provenance, in order, while the next ones are sampled.
 
     Args:
-        model: what samples.
+        model: samples the images.
         classes: as `--class` takes them, e.g. ["207", "tabby,none", "10-20", "all", "random"]; "-" reads `lines`.
         out: a .png file, a folder, .npz, .tar, or "-" for standard output; None is the current folder.
         config: settings of all images.
@@ -89,8 +89,8 @@ def sample_to(
         seed: of each class's first image; the next ones count up from it.
         batch_size: images at a time on a GPU in 16 bits.
         best_of: candidates per image that is kept.
-        decide_at: after which scale candidates are judged, the coarsest being 1; None after the last.
-        classifier: what chooses among candidates.
+        decide_at: scale after which candidates are judged, the coarsest being 1; None after the last.
+        classifier: name of the classifier that chooses among candidates.
         grid: also write a contact sheet of all images, .png.
         growth: also write the one image growing scale by scale, .png or .gif.
         resume: skip images that an earlier run left.
@@ -127,7 +127,7 @@ def sample_to(
     model.load_weights(config)
     if group.is_main:
         if not resume and (left := sink.left()):
-            note(f"{left} is of an earlier run and will be replaced; --resume would go on with it")
+            note(f"{left} is from an earlier run and will be replaced; --resume would continue it")
         sink.open(resume)
     with sink, progress("images", total, quiet) as advance:
         if model.precision_note:
@@ -160,7 +160,7 @@ def sample_to(
 
 
 def _growing(sampler: Any, path: Path) -> "Sampled":
-    """The sampler's images one by one, each shown growing at `path`."""
+    """Sample images one by one, and write each growing scale by scale to `path`."""
 
     def images(requests: Iterable[SampleRequest]) -> "Iterator[tuple[SampleRequest, Pixels]]":
         for request in requests:
@@ -173,7 +173,7 @@ def _growing(sampler: Any, path: Path) -> "Sampled":
 
 
 class _Run:
-    """Takes requests to the open sink, and counts what happens to them."""
+    """Samples requests into the open sink, and counts them."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _Run:
         for request in requests:
             self.asked += 1
             if self.keep_pixels:
-                check_sheet(self.asked)  # nobody knew how many lines stdin has
+                check_sheet(self.asked)  # the number of lines on stdin is unknown
             if self.sink.has(request.provenance):
                 self.advance()
             else:
@@ -205,20 +205,20 @@ class _Run:
     def prepared(
         self, requests: Iterable[SampleRequest], writer: "AsyncWriter[Any]"
     ) -> "Iterator[tuple[SampleRequest | Image, Future[Any]]]":
-        """Yield images as they are sampled, their encoding under way."""
+        """Yield images as they are sampled, each with its encoding as a future."""
         for request, pixels in self.sampled(requests):
             item = Image(pixels, request.provenance) if self.keep_pixels else request
             yield item, writer.prepare(item, pixels)
 
     def write(self, requests: Iterable[SampleRequest], writer: "AsyncWriter[Any]") -> None:
-        """Sample what is missing and hand it to the writer."""
+        """Sample the missing images and pass them to the writer."""
         for item, encoded in self.prepared(self.missing(requests), writer):
             writer.put(item, encoded)
 
     def share(self, requests: Sequence[SampleRequest], writer: "AsyncWriter[Any]", size: int) -> None:
-        """Sample this rank's share of what is missing; the main rank writes all of it in order.
+        """Sample this rank's share of the missing images; the main rank writes all of them in order.
 
-        Ranks hand over a round of images at a time; what they hand over was encoded while they sampled the next.
+        Ranks pass on a round of images at a time, which were encoded while they sampled the next round.
         """
         todo = self.group.broadcast(list(self.missing(requests)) if self.group.is_main else [])
         size = self.group.broadcast(size)
@@ -232,7 +232,7 @@ class _Run:
             late = sampled
 
     def placed(self, item: SampleRequest | Image, path: Path | None) -> None:
-        """Report an image that is in its place now."""
+        """Report an image that was written."""
         self.count += 1
         self.written(item.provenance, path, self.sink.archive)
         if isinstance(item, Image):

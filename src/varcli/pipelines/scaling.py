@@ -52,7 +52,7 @@ def train_ladder(
 ) -> list[Path]:
     """Train a model of every depth for every number of epochs, each to the end of its own schedule.
 
-    A ladder that was stopped goes on when this is called again. All runs share one cache of token maps.
+    A stopped ladder resumes when this is called again. All runs share one cache of token maps.
 
     Args:
         data: images with labels.
@@ -111,7 +111,7 @@ def train_ladder(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingLaws:
-    """What runs say of how loss and error scale."""
+    """Scaling laws fitted to runs."""
 
     runs: list[Trained]
     counted: str
@@ -242,7 +242,7 @@ def _trained(folder: Path, name: str) -> Trained:
 
 
 def predict(laws: ScalingLaws, depth: int, images_seen: int) -> dict[str, float]:
-    """What a model of another depth should come to, after that many images."""
+    """Predict the figures of a model of another depth after that many images."""
     config = replace(laws.runs[0].config, depth=depth, width=64 * depth)
     n = float(count_parameters(config, laws.counted))
     return {name: float(law.predict(n, float(images_seen * config.length))) for name, law in laws.joint.items()}

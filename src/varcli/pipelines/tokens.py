@@ -20,7 +20,7 @@ from varcli.sampling import reconstruction
 from varcli.sampling.sampler import Pixels
 
 NOT_SAMPLED = SampleConfig(cfg=0, top_k=0, top_p=0)
-"""Settings of images that are decoded and not sampled."""
+"""Settings in the provenance of images that are decoded and not sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def reconstruct(model: Model, image: ImageInput, number: int = 0, *, growth: Pat
     Args:
         model: its tokenizer is used.
         image: an image of any size.
-        number: which of several images it is; stands in its file name.
+        number: which of several images it is, for its file name.
         growth: also write the reconstruction growing scale by scale, .png or .gif.
 
     Raises:
@@ -149,7 +149,7 @@ def decode_file(model: Model, path: Path, file: str) -> tuple[int, Iterator[Imag
 def _provenance(
     model: Model, words: tuple[str, ...], source: str, number: int, inputs: tuple[str, ...]
 ) -> EditProvenance:
-    """Provenance of an image that no seed decides."""
+    """Provenance of an image that does not depend on a seed."""
     return EditProvenance(
         checkpoint=model.name,
         checkpoint_sha256=model.sha256,

@@ -37,6 +37,7 @@ from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.provenance import png_bytes
+from varcli.models.perceptual import perceptual_distance
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.pipelines.run_evaluation import RunEvaluation
@@ -58,7 +59,6 @@ from varcli.training.finetune import adapt, merged, warm_start
 from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.parallel import check_batch
-from varcli.training.perceptual import perceptual_distance
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs
 
@@ -98,7 +98,7 @@ def train_tokenizer(
     note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
 ) -> Metrics:
-    """Train a tokenizer (paper, section 3.2); a stopped run goes on when called again.
+    """Train a tokenizer (paper, section 3.2); a stopped run resumes when called again.
 
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
@@ -251,7 +251,7 @@ def _plain_tokenizer(
     """A tokenizer with its first weights, and its adversary.
 
     Of weights of another shape to begin with, it takes those of the encoder and the decoder whose names and shapes are
-    the same. The quantizer then begins anew, since it gets other feature maps.
+    the same. The quantizer then starts from random weights, since it gets other feature maps.
 
     Raises:
         UsageError: images are too small for the adversary.
@@ -259,7 +259,7 @@ def _plain_tokenizer(
     config = config or (begun.config if begun else TokenizerConfig())
     if training.gan > 0 and config.pixels < SMALLEST_PATCH:
         raise UsageError(
-            f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels a side: the adversary judges patches "
+            f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels per side: the adversary judges patches "
             f"of that size (got {training.gan:g} and {config.pixels} pixels)"
         )
     model, adversary = build_tokenizer(config, training.seed)
@@ -271,8 +271,8 @@ def _plain_tokenizer(
         kept = {name: given[name] for name in names if given[name].shape == own[name].shape}
         model.load_state_dict(own | kept)
         note(
-            f"{len(kept)} of {len(own)} tensors are those of --init; the quantizer and what has another shape "
-            "begin anew"
+            f"{len(kept)} of {len(own)} tensors are those of --init; the quantizer and tensors of another "
+            "shape start from random weights"
         )
     optim.freeze(model, training.freeze)
     return model, adversary
@@ -311,7 +311,7 @@ def train_transformer(
     note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
 ) -> Metrics:
-    """Train a transformer on the token maps of a tokenizer (paper, section 3.1); a stopped run goes on.
+    """Train a transformer on the token maps of a tokenizer (paper, section 3.1); a stopped run resumes.
 
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
@@ -451,7 +451,7 @@ def encode_data(
 ) -> None:
     """Write the token maps that transformers are trained on to a folder, for `train_transformer`'s `token_cache`.
 
-    What is there already is not computed again, and a stopped pass goes on.
+    Existing tokens are not computed again, and a stopped pass resumes.
 
     Args:
         data: images with labels: folders of class folders, zips, tar shards or .npz files.
@@ -608,11 +608,11 @@ def _images(data: Sequence[str | Path]) -> ImageSet:
 
 
 FEW_STEPS = 200
-"""Steps below which a run is hardly more than its warm-up."""
+"""Runs of fewer steps are hardly more than a warm-up."""
 
 
 def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: Callable[[str], None]) -> None:
-    """Say what was found in the data and left out of it, and where the recipe is for far more images."""
+    """Note what was found in the data and left out, and whether the recipe is for far more images."""
     for line in account:
         note(f"data: {line}")
     if images == 1:
@@ -648,7 +648,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def _worker_count(workers: int | None, batch_bytes: int, note: Callable[[str], None]) -> int:
-    """How many processes read images ahead: what was asked for, as far as shared memory holds their batches."""
+    """Number of processes that read images ahead: as requested, or as many as shared memory has room for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(8, cores - 1) if workers is None else workers
     if not wanted or not SHARED_MEMORY.is_dir():

@@ -1,4 +1,4 @@
-"""What shows how a training run is doing: a progress bar, TensorBoard, Weights & Biases, and a check of its figures."""
+"""Watching a training run: a progress bar, TensorBoard, Weights & Biases, and checks of its figures."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ Tracker = Callable[[int, Metrics], None]
 
 
 def check_packages(tensorboard: bool, wandb: str | None) -> None:
-    """Check that what is asked for is installed.
+    """Check that the requested packages are installed.
 
     Raises:
         UsageError: it is not.
@@ -41,7 +41,7 @@ def check_packages(tensorboard: bool, wandb: str | None) -> None:
 def watched(
     run: Run, report: Callable[[int, int, Metrics], None], tensorboard: bool, wandb: str | None, quiet: bool
 ) -> Iterator[Run]:
-    """Yield the run with a progress bar, and with figures going to `report` and to the trackers asked for.
+    """Yield the run with a progress bar, and with figures going to `report` and to the requested trackers.
 
     Only the main rank reports, so the trackers begin with the first figures.
     """
@@ -85,7 +85,7 @@ def _bar(run: Run, quiet: bool) -> Iterator[Callable[[int, float], None]]:
 
 
 def _tensorboard(folder: Path, first: int) -> Tracker:
-    """Write for TensorBoard; what a killed run wrote of the step `first` and later ones is gone."""
+    """Write for TensorBoard; figures of a killed run from the step `first` on are removed."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer: Any = SummaryWriter(str(folder), purge_step=first)
@@ -99,10 +99,10 @@ def _tensorboard(folder: Path, first: int) -> Tracker:
 
 
 def _wandb(project: str, run: Run) -> Tracker:
-    """Send to a project of Weights & Biases, always the same run of it for one folder.
+    """Send to a project of Weights & Biases, for one folder always to the same run.
 
     Raises:
-        UsageError: it cannot begin, because nobody is logged in, for example.
+        UsageError: it cannot begin, because no user is logged in, for example.
     """
     import wandb
 
@@ -122,7 +122,7 @@ def _wandb(project: str, run: Run) -> Tracker:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStatus:
-    """How far a run is, and what of it is normal."""
+    """Progress of a run, and its checks."""
 
     stage: str
     step: int
@@ -146,7 +146,7 @@ def run_status(folder: str | Path) -> RunStatus:
     """
     (run,) = read_runs([Path(folder)])
     if not state_files(Path(folder)):
-        raise InputError(f"training run {folder} has no state yet: the first is saved after --save-every steps")
+        raise InputError(f"the training run {folder} has no state yet: the first is saved after --save-every steps")
     state, (_, metadata) = from_newest_state(Path(folder), lambda file: (file, load_header(file)))
     last = dict(run.lines[-1])
     try:
@@ -155,5 +155,5 @@ def run_status(folder: str | Path) -> RunStatus:
         steps = math.ceil(settings["epochs"] * images / settings["batch"]) or int(last["step"])
         checks = check_lines(run.lines, settings, steps, float(metadata["copies"]) if "copies" in metadata else None)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"training run {folder}: {state.name} does not say how it is trained") from error
+        raise InputError(f"the training run {folder} has a {state.name} that does not say how it is trained") from error
     return RunStatus(stage=run.stage, step=int(last["step"]), steps=steps, images=images, figures=last, checks=checks)

@@ -21,7 +21,7 @@ VALIDATION = "validation_"
 
 
 def compared_figures(evaluations: Sequence[Evaluation]) -> list[Bars]:
-    """Bars of each figure that there is something to compare with.
+    """Bars of each figure that can be compared with another.
 
     Distances to different references, or of different features, never stand in one chart.
     """

@@ -57,13 +57,13 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """What a training run has written about itself."""
+    """Log, settings and samples of a training run."""
 
     name: str
     lines: tuple[Mapping[str, float], ...]
     """Of its metrics log, oldest first."""
     settings: Mapping[str, Any]
-    """All that shaped it; empty where its state is no longer there."""
+    """All that it depends on; empty where its state is gone."""
     sheet: bytes | None
     """The last sheet of sample images, a PNG."""
 
@@ -106,7 +106,7 @@ def _read_bytes(path: Path) -> bytes:
             return beginning if b"\0\0" in beginning else beginning + read_in_pieces(file, MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"evaluation result {path} cannot be read: {reason}") from error
+        raise InputError(f"the evaluation result {path} cannot be read: {reason}") from error
 
 
 def parse(content: bytes, origin: str) -> list[Result]:
@@ -116,10 +116,10 @@ def parse(content: bytes, origin: str) -> list[Result]:
         InputError: there is none, or something else; `origin` names it.
     """
     if len(content) > MAX_BYTES:
-        raise InputError(f"evaluation result {origin} must have at most {MAX_BYTES >> 20} MiB")
+        raise InputError(f"the evaluation result {origin} must have at most {MAX_BYTES >> 20} MiB")
     results = [Result.from_json(value, f"{origin}, line {line}") for line, value in _json_values(content, origin)]
     if not results:
-        raise InputError(f"evaluation result {origin} is empty")
+        raise InputError(f"the evaluation result {origin} is empty")
     return results
 
 
@@ -135,7 +135,7 @@ def _json_values(content: bytes, origin: str) -> Iterator[tuple[int, Any]]:
             yield line, value
     except (ValueError, RecursionError) as error:
         place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"evaluation result {origin} is not JSON{place}") from error
+        raise InputError(f"the evaluation result {origin} is not JSON{place}") from error
 
 
 def measured_name(result: Result) -> str:
@@ -148,7 +148,7 @@ def measured_name(result: Result) -> str:
 
 
 def label_results(results: Sequence[Result]) -> list[Evaluation]:
-    """Label results by what tells them apart; where nothing does, number them."""
+    """Label results by what distinguishes them; where nothing does, number them."""
     names = [measured_name(result) for result in results]
     labels = [[name] for name in names]
     details = [_details(result) for result in results]
@@ -169,7 +169,7 @@ def label_results(results: Sequence[Result]) -> list[Evaluation]:
 
 
 def _details(result: Result) -> list[str]:
-    """What may tell a result from others of its name, the most telling first; empty where it does not say."""
+    """What may distinguish a result from others of its name, the most useful first; empty where unknown."""
     checkpoint = result.checkpoint or {}
     return [
         result.what,
@@ -213,15 +213,15 @@ def read_runs(folders: Sequence[Path]) -> list[TrainingRun]:
 def _read_run(folder: Path, name: str) -> TrainingRun:
     log = folder / METRICS_LOG
     if not log.is_file():
-        raise InputError(f"training run {folder} has no {METRICS_LOG}: it must be a folder that `var train` wrote")
+        raise InputError(f"the training run {folder} has no {METRICS_LOG}: it must be a folder that `var train` wrote")
     sheets = sorted(path for path in (folder / "samples").glob("*.png") if path.is_file())  # a pipe would not end
     try:
         lines = tuple(_log_lines(log))
         sheet = sheets[-1].read_bytes() if sheets else None
     except OSError as error:
-        raise InputError(f"training run {folder} cannot be read: {error.strerror}") from error
+        raise InputError(f"the training run {folder} cannot be read: {error.strerror}") from error
     if not lines:
-        raise InputError(f"training run {folder} has no figures yet: the first are logged after 50 steps")
+        raise InputError(f"the training run {folder} has no figures yet: the first are logged after 50 steps")
     return TrainingRun(name, lines, _run_settings(folder), sheet)
 
 
@@ -237,7 +237,9 @@ def _log_lines(log: Path) -> Iterator[Mapping[str, float]]:
         if valid:
             yield figures
         elif number < len(written):
-            raise InputError(f"training run: {log}, line {number} must be figures as `var train` logs them")
+            raise InputError(
+                f"the log {log} of a training run must have figures in line {number}, as `var train` writes them"
+            )
 
 
 LARGEST_LOGGED = 1e300
@@ -260,7 +262,5 @@ def _run_settings(folder: Path) -> Mapping[str, Any]:
         except (OSError, SafetensorError, ValueError, TypeError) as error:
             damaged = error
     if states:
-        raise InputError(
-            f"training run: {state} is damaged; remove it to report without the run's settings"
-        ) from damaged
+        raise InputError(f"{state} is damaged: remove it to report without the run's settings") from damaged
     return {}

@@ -1,4 +1,4 @@
-"""A report put together: tables, charts and images, laid out by the templates beside this file."""
+"""A report: tables, charts and images, laid out by the templates beside this file."""
 
 import re
 from base64 import b64encode

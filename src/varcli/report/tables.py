@@ -6,18 +6,16 @@ from statistics import median
 from typing import Any
 
 from varcli.checkpoints.registry import registry
+from varcli.evaluation.comparability import PUBLISHED_IMAGES
 from varcli.evaluation.results import FIGURES, Result
 from varcli.report import formatting
 from varcli.report.formatting import NONE, decimals, fixed, grouped, heading
 from varcli.report.load import Evaluation, TrainingRun
 
-PUBLISHED_IMAGES = 50_000
-"""Of every published figure."""
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What stands in one place of a table."""
+    """A cell of a table."""
 
     text: str
     detail: str = ""
@@ -56,7 +54,7 @@ class Table:
 
 
 def without_empty_columns(caption: str, headings: Sequence[str], groups: Sequence[Sequence[Row]]) -> Table:
-    """Make a table of the columns in which something stands."""
+    """Make a table of the columns that are not empty."""
     kept = [i for i in range(len(headings) - 1) if any(not row.cells[i].empty for rows in groups for row in rows)]
     slim = [
         tuple(Row(row.head, tuple(row.cells[i] for i in kept), row.published, row.warnings) for row in rows)
@@ -200,7 +198,7 @@ SETTING_NAMES = {
     "seconds.features": "time for features",
     "version": "varcli",
 }
-"""What settings are called where their names in the result do not say it."""
+"""Names of settings whose names in the result are not clear."""
 SETTINGS = (
     *("checkpoint", "source", "n", "what", "classes", "reference", "extractor", "protocol"),
     *("version", "date", "seconds"),

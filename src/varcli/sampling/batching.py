@@ -1,6 +1,6 @@
-"""Many images, in batches as large as memory and reproducibility allow.
+"""Sampling many images, in batches as large as memory and reproducibility allow.
 
-Shapes: B images, P pixels a side.
+Shapes: B images, P pixels per side.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varcli.acceleration.cuda_blocks import for_gpu
-from varcli.acceleration.cuda_graphs import GraphRunner, Record, Runner, cuda_recorder
+from varcli.acceleration.cuda_graphs import Capture, GraphRunner, Runner, cuda_capture
 from varcli.acceleration.devices import block_weight, free_memory, independent, out_of_memory
 from varcli.acceleration.int8 import Int8Linear
 from varcli.config import SampleConfig
@@ -33,10 +33,10 @@ PLANNED = 0.85
 def fitting_batch(
     tokenizer: Tokenizer, transformer: Transformer, config: SampleConfig, refiner: Transformer | None = None
 ) -> int:
-    """How many images should fit into a GPU's memory, a power of two; too many are halved later.
+    """Estimate how many images fit into a GPU's memory, a power of two; too many are halved later.
 
-    It is the whole memory, not what others leave free of it: in 16 bits the images depend on the size of their
-    batch, and are to be the same each time on the same machine.
+    The whole memory counts, not what is free of it: in 16 bits the images depend on the batch size, and must be the
+    same every time on the same machine.
     """
     device, transformers = block_weight(transformer).device, [transformer, *([refiner] if refiner else [])]
     if device.type != "cuda":
@@ -106,16 +106,16 @@ Wanted = TypeVar("Wanted", bound=Request)
 
 @dataclass(frozen=True, slots=True)
 class Underway(Generic[Wanted]):
-    """Images that a GPU is busy with, or has put into the host's memory."""
+    """Images that a GPU is sampling, or has copied to the host's memory."""
 
     group: Sequence[Wanted]
     pixels: Tensor
-    """(B, P, P, 3) uint8 in the host's memory, not there before `arrived`."""
+    """(B, P, P, 3) uint8 in the host's memory, not valid before `arrived`."""
     arrived: torch.cuda.Event | None
-    """None where nothing is waited for."""
+    """None where there is nothing to wait for."""
 
     def images(self) -> Iterator[tuple[Wanted, Pixels]]:
-        """Yield each request with its image, having waited for them."""
+        """Wait for the images, and yield each request with its image."""
         if self.arrived is not None:
             self.arrived.synchronize()
         yield from zip(self.group, self.pixels.numpy(), strict=False)  # a padded batch has more images
@@ -140,7 +140,7 @@ class BatchSampler:
             transformer: predicts the tokens.
             config: settings of all images.
             batch_size: images per batch where there are batches; None means as many as memory seems to hold.
-            note: called with a line that says what makes this run slower than it might be.
+            note: called with a line about what makes this run slower than it could be.
             refiner: predicts the tokens from `config.refine_from` on.
         """
         self.tokenizer, self.transformer, self.config, self.note = tokenizer, transformer, config, note
@@ -148,9 +148,9 @@ class BatchSampler:
         alone, device = independent(transformer), block_weight(transformer).device
         self.batch_size = 1 if alone else batch_size or fitting_batch(tokenizer, transformer, config, refiner)
         self.ahead = 1 if device.type == "cuda" else 0
-        recordable = device.type == "cuda" and not alone and not config.smooth
-        self.recorder: Callable[[], Record] | None = partial(cuda_recorder, device) if recordable else None
-        self.record: Record | None = None
+        capturable = device.type == "cuda" and not alone and not config.smooth
+        self.new_capture: Callable[[], Capture] | None = partial(cuda_capture, device) if capturable else None
+        self.capture: Capture | None = None
         self.runners: dict[int, GraphRunner] = {}
         self.mark: Callable[[str], None] = lambda phase: None
         """For a stopwatch, as `generate` has it."""
@@ -182,30 +182,30 @@ class BatchSampler:
 
         Args:
             request: which image.
-            scales: after which ones, the coarsest being 1; None is all. Each is sampled when it is asked for.
+            scales: after which ones, the coarsest being 1; None is all. Each is sampled when the iterator reaches it.
         """
-        models, row, seed = (self.tokenizer, self.transformer), [request.label], [request.seed]
-        for result in generate(*models, row, seed, self.config, refiner=self.refiner):
+        models, label, seed = (self.tokenizer, self.transformer), [request.label], [request.seed]
+        for result in generate(*models, label, seed, self.config, refiner=self.refiner):
             if scales is None or result.scale + 1 in scales:
                 yield decode(self.tokenizer, result.f_hat)[0]
 
     def _size(self, count: int, several: bool) -> int:
-        """The batch size that is computed for a number of images.
+        """Return the batch size to compute for a number of images.
 
-        In 16 bits that shows in the images, so that the last batch of several is as large as those before it.
+        In 16 bits the images depend on it, so the last of several batches is as large as those before it.
         """
         if several:
             return max(count, self.batch_size)
-        return count if self.recorder is None else padded_size(count, self.batch_size)
+        return count if self.new_capture is None else padded_size(count, self.batch_size)
 
     def _begin(self, group: Sequence[Wanted], size: int) -> Iterator[Underway[Wanted]]:
-        """Yield the group on its way: as one batch or, where memory runs out, as several smaller ones."""
+        """Start a group and yield it: as one batch or, where memory runs out, as several smaller ones."""
         begun = self._attempt(group, size)
-        if begun is None and any(runner.recordings for runner in self.runners.values()):
-            self._forget_recordings()  # those of other sizes, as one that found no memory keeps nothing
+        if begun is None and any(runner.graphs for runner in self.runners.values()):
+            self._drop_graphs()  # of other sizes, as one that ran out of memory keeps none
             begun = self._attempt(group, size)
-        if begun is None and size == 1 and self.recorder is not None:
-            self._stop_recording(RuntimeError("out of memory"))
+        if begun is None and size == 1 and self.new_capture is not None:
+            self._stop_capturing(RuntimeError("out of memory"))
             begun = self._attempt(group, size)
         if begun is not None:
             yield begun
@@ -213,18 +213,18 @@ class BatchSampler:
         if size == 1:
             raise RunError("one image does not fit into memory; use a smaller checkpoint, --dtype bf16 or --device cpu")
         half = self.batch_size = size // 2
-        self._forget_recordings()
+        self._drop_graphs()
         for first in range(0, len(group), half):
             part = group[first : first + half]
             yield from self._begin(part, self._size(len(part), several=True))
 
-    def _forget_recordings(self) -> None:
+    def _drop_graphs(self) -> None:
         self.runners.clear()
-        self.record = None  # and with it the pool, which cannot be used again once it was empty
+        self.capture = None  # and with it the pool, which cannot be used again once it was empty
         free_memory(block_weight(self.transformer).device)
 
     def _attempt(self, group: Sequence[Wanted], size: int) -> Underway[Wanted] | None:
-        """Return the group on its way, or None where memory ran out."""
+        """Start a group and return it, None where memory ran out."""
         try:
             return self._started(group, size)
         except (RuntimeError, MemoryError) as error:  # CUDA's own subclass, Metal and the CPU's allocator alike
@@ -235,50 +235,50 @@ class BatchSampler:
     @torch.inference_mode()
     def _started(self, group: Sequence[Wanted], size: int) -> Underway[Wanted]:
         padded = [*group, *[group[-1]] * (size - len(group))]
-        rows, seeds = [request.label for request in padded], [request.seed for request in padded]
+        labels, seeds = [request.label for request in padded], [request.seed for request in padded]
         runner, models = self._runner(size), (self.tokenizer, self.transformer)
-        scales = generate(*models, rows, seeds, self.config, refiner=self.refiner, mark=self.mark, runner=runner)
+        scales = generate(*models, labels, seeds, self.config, refiner=self.refiner, mark=self.mark, runner=runner)
         last = deque(scales, maxlen=1).pop()  # a list of all would hold the logits of each
         pixels_BPP3 = runner.run("decoder", partial(decode_on_device, self.tokenizer, last.f_hat))
         return fetched(group, pixels_BPP3)
 
     def _runner(self, size: int) -> Runner:
-        """What runs batches of a size: recordings are kept for each size there is."""
-        if self.recorder is None:
+        """The runner of a batch size; each size keeps its graphs."""
+        if self.new_capture is None:
             return EAGER
-        self.record = self.record or self.recorder()
+        self.capture = self.capture or self.new_capture()
         if size not in self.runners:
-            self.runners[size] = GraphRunner(self.record, self._stop_recording)
+            self.runners[size] = GraphRunner(self.capture, self._stop_capturing)
         return self.runners[size]
 
-    def _stop_recording(self, error: RuntimeError) -> None:
-        """Run everything as it is from now on, and say so."""
-        self.recorder = None
-        self._forget_recordings()
-        self.note(not_recorded(error))
+    def _stop_capturing(self, error: RuntimeError) -> None:
+        """Run every step as it is from now on, and say so."""
+        self.new_capture = None
+        self._drop_graphs()
+        self.note(not_captured(error))
 
 
-def not_recorded(error: RuntimeError) -> str:
-    """Return a line for people about a failed recording."""
+def not_captured(error: RuntimeError) -> str:
+    """Return a line for the user about a failed capture."""
     reason = " ".join(str(error).split())
-    return f"CUDA graphs: cannot be recorded here, small batches will be slower ({reason})"
+    return f"CUDA graphs cannot be captured here, so small batches will be slower ({reason})"
 
 
 def padded_size(count: int, largest: int) -> int:
-    """The power of two that a number of images is rounded up to, so that few sizes are captured."""
+    """Round a number of images up to a power of two, so that few sizes are captured."""
     return min(1 << (count - 1).bit_length(), max(largest, count))
 
 
 def fetched(group: Sequence[Wanted], pixels_BPP3: Tensor) -> Underway[Wanted]:
-    """Return images on their way to the host; nothing here waits for a GPU.
+    """Start to copy images to the host, without waiting for a GPU.
 
-    The copy is in the queue of the computation, so that the next batch cannot overwrite what is being
-    copied; it takes a thousandth of a batch's time.
+    The copy is queued in the stream of the computation, so that the next batch cannot overwrite its source; it takes a
+    thousandth of a batch's time.
     """
     if pixels_BPP3.device.type != "cuda":
         return Underway(group, pixels_BPP3.cpu(), None)
     there = torch.empty_like(pixels_BPP3, device="cpu", pin_memory=True)
-    arrived = torch.cuda.Event(blocking=True)  # who waits for it leaves the processor to those who encode
+    arrived = torch.cuda.Event(blocking=True)  # waiting for it leaves the CPU to the threads that encode
     there.copy_(pixels_BPP3, non_blocking=True)
     arrived.record(torch.cuda.current_stream(pixels_BPP3.device))  # which need not be the current device
     return Underway(group, there, arrived)

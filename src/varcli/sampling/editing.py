@@ -1,6 +1,6 @@
 """Zero-shot editing: the scale loop with the tokens that an image keeps (paper, section 5.3).
 
-Shapes: B squares, P pixels a side of the model, H = W = s_K, s the side and l = s² the tokens of one scale.
+Shapes: B squares, P pixels per side of the model's images, H = W = s_K, s the side and l = s² the tokens of one scale.
 Masks are True where to fill, and keep masks True where a token stays.
 """
 
@@ -37,19 +37,19 @@ _BATCH_BYTES = 2 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditConfig:
-    """How an edit is cut out, and put back; with an image, a mask and a SampleConfig it determines the result."""
+    """How an edit is composited; with an image, a mask and a SampleConfig it determines the result."""
 
     feather: int | None = None
     """Width in the image's pixels over which the new fades into the kept; None is half a token."""
     composite: bool = True
-    """Whether kept pixels come from the image; otherwise from the tokenizer's idea of them."""
+    """Whether kept pixels come from the image; otherwise they come from the decoder."""
     released_rule: bool = False
-    """Follow the released rule: the image's tokens as they are, nothing grown, nothing put back."""
+    """Follow the released rule: the image's tokens as they are, the hole is not grown, and nothing is composited."""
 
 
 @dataclass(slots=True)
 class Edited:
-    """What an edit gives, and how good it seems."""
+    """An edited image, and scores of how good it is."""
 
     pixels: Levels
     """(height, width, 3), of as many bits as what was given."""
@@ -57,9 +57,9 @@ class Edited:
     seams: list[float] = field(default_factory=list)
     """Of each region, how far old and new differ where they meet, in grey levels of 255."""
     log_likelihoods: list[float] = field(default_factory=list)
-    """Of each region's new tokens under the model, mean of the natural logarithms; empty if not asked for."""
+    """Of each region's new tokens under the model, mean of the natural logarithms; empty unless requested."""
     frames: list[Pixels] = field(default_factory=list)
-    """The image as it grew; empty if not asked for."""
+    """The image as it grew; empty unless requested."""
 
     @property
     def seam(self) -> float:
@@ -130,7 +130,7 @@ def keep_as_released(hole_PP: Tensor, sides: Sequence[int]) -> list[Tensor]:
 
 @contextmanager
 def _enough_memory() -> Iterator[None]:
-    """Turn memory that runs out into the one line a user can act on."""
+    """Turn an out-of-memory error into one line that a user can act on."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -162,7 +162,7 @@ class Editor:
         self,
         pixels: Levels,
         plan: Plan,
-        row: int,
+        label: int,
         seed: int,
         *,
         scored: bool = False,
@@ -175,7 +175,7 @@ class Editor:
         Args:
             pixels: (height, width, 3), of 8 or 16 bits.
             plan: the mask, and the squares that go through the model.
-            row: row of the class table, `config.null_class` for none.
+            label: index in the class table, `config.null_class` for none.
             seed: of the draws; each square has draws of its own.
             scored: also compute the likelihood, which takes one more pass of the model.
             growing: also give the image after each scale.
@@ -194,7 +194,7 @@ class Editor:
             holes = [marks & plan.fills(tile) for marks, tile in zip(unknowns, batch, strict=True)]
             first, count = len(edited.seams), len(batch)
             keep, tokens = self.keep(given, unknowns), []
-            results = self._scales(row, [seed + (i << 32) for i in range(first, first + count)], keep)
+            results = self._scales(label, [seed + (i << 32) for i in range(first, first + count)], keep)
             for result in islice(results, last + 1):
                 tokens.append(result.tokens)
                 if not growing and result.scale < last:
@@ -209,7 +209,7 @@ class Editor:
             for old, new, hole, marks in zip(given, made, holes, unknowns, strict=True):
                 edited.seams.append(seam(old, new, hole, marks, self._feather(len(hole))))
             if scored:
-                edited.log_likelihoods += log_likelihoods(self.transformer, self.tokenizer, tokens, keep, row)
+                edited.log_likelihoods += log_likelihoods(self.transformer, self.tokenizer, tokens, keep, label)
             for tile, hole in zip(batch, holes, strict=True):
                 unknown[tile.slices] &= ~hole
             advance(count)
@@ -227,10 +227,10 @@ class Editor:
 
     @torch.inference_mode()
     def keep(self, given: Sequence[Levels], unknowns: Sequence[Mask]) -> Keep:
-        """Which tokens of square images stay; they know nothing of what is in the holes.
+        """Which tokens of square images are kept; they do not depend on what is in the holes.
 
-        Differs: the released rule tokenizes the image with what is in the hole, which then shows
-        through in the tokens around it.
+        Differs: the released rule tokenizes the image with the content of the hole, which then shows in the tokens
+        around it.
         """
         config, device = self.tokenizer.config, block_weight(self.transformer).device
         rule = keep_as_released if self.rule.released_rule else keep_by_coverage
@@ -243,20 +243,20 @@ class Editor:
             masks.append(rule(hole_PP, config.sides))
         return Keep(encode(self.tokenizer, np.stack(squares)), [torch.cat(scale) for scale in zip(*masks, strict=True)])
 
-    def _scales(self, row: int, seeds: Sequence[int], keep: Keep) -> Iterator[ScaleResult]:
+    def _scales(self, label: int, seeds: Sequence[int], keep: Keep) -> Iterator[ScaleResult]:
         # Guiding "no class" away from "no class" changes nothing and costs a second pass.
-        guided = self.rule.released_rule or row != self.transformer.config.null_class
+        guided = self.rule.released_rule or label != self.transformer.config.null_class
         config = self.config if guided else replace(self.config, cfg=0)
-        models, rows = (self.tokenizer, self.transformer), [row] * len(seeds)
-        return generate(*models, rows, seeds, config, refiner=self.refiner, keep=keep)
+        models, labels = (self.tokenizer, self.transformer), [label] * len(seeds)
+        return generate(*models, labels, seeds, config, refiner=self.refiner, keep=keep)
 
     def _feather(self, side: int) -> int:
-        """Return over how many pixels of a square of this side the new fades."""
+        """Return the feather width of a square of this side, in pixels."""
         half_token = max(1, round(side / self.tokenizer.config.sides[-1] / 2))
         return half_token if self.rule.feather is None else self.rule.feather
 
     def _matched(self, given: Levels, decoded: Pixels, hole: Mask) -> Levels:
-        """What was made, as large as what was given and, if it is to be put in there, on its level."""
+        """The decoded square at the size of the given one and, for compositing, matched to its levels."""
         made = as_deep_as(enlarged(decoded, len(given)), given)
         return match_levels(given, made, hole, self.tokenizer.config.sides[-1]) if self._composites else made
 
@@ -284,12 +284,12 @@ def seam(given: Levels, made: Levels, hole: Mask, unknown: Mask, feather: int) -
 
 @torch.inference_mode()
 def log_likelihoods(
-    transformer: Transformer, tokenizer: Tokenizer, tokens: Sequence[Tensor], keep: Keep, row: int
+    transformer: Transformer, tokenizer: Tokenizer, tokens: Sequence[Tensor], keep: Keep, label: int
 ) -> list[float]:
     """Return for each square the mean natural logarithm of its new tokens' probabilities, 0 where none is new.
 
     They are given the class and all coarser tokens. The last scales' tokens may be missing.
     """
-    log_BL = log_probabilities(tokenizer, transformer, tokens, [row] * len(tokens[0]))
+    log_BL = log_probabilities(tokenizer, transformer, tokens, [label] * len(tokens[0]))
     new_BL = ~torch.cat(keep.masks[: len(tokens)], dim=1)
     return [float(log_L[new_L].mean()) if new_L.any() else 0.0 for log_L, new_L in zip(log_BL, new_BL, strict=True)]

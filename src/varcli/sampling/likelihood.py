@@ -1,6 +1,6 @@
-"""How likely the tokens of an image are given a class, and which class explains an image best.
+"""Likelihood of an image's tokens given a class, and which class explains an image best.
 
-Shapes: B images, R rows of the transformer's batch, P pixels a side, L tokens of all scales that are given, l of one.
+Shapes: B images, R rows of the transformer's batch, P pixels per side, L tokens of all scales that are given, l of one.
 """
 
 from collections.abc import Sequence
@@ -30,27 +30,27 @@ _BATCH_BYTES = 1 << 30
 
 @torch.inference_mode()
 def log_probabilities(
-    tokenizer: Tokenizer, transformer: Transformer, tokens: Sequence[Tensor], rows: Sequence[int] | Tensor
+    tokenizer: Tokenizer, transformer: Transformer, tokens: Sequence[Tensor], labels: Sequence[int] | Tensor
 ) -> Tensor:
     """Return the natural logarithm of each token's probability given a class and all coarser tokens, (R, L).
 
-    All scales are computed in one pass, and what they see is computed once where all rows are of one image.
+    All scales are computed in one pass, and their input is computed once where all rows are of one image.
 
     Args:
         tokenizer: in evaluation mode, on the transformer's device.
         transformer: in evaluation mode; its blocks compute in the precision of their weights.
         tokens: token maps of all scales, or of the first few: (R, l), or (1, l) for the same image in every row.
-        rows: R rows of the class table, `config.null_class` for "no class".
+        labels: index in the class table for each row, (R,); `config.null_class` for "no class".
 
     Source: paper, equation 4.
     """
     weight = block_weight(transformer)
-    row_R = torch.as_tensor(rows, device=weight.device)
+    label_R = torch.as_tensor(labels, device=weight.device)
     input_BLC, idx_BL = tokenizer.quantize.teacher_input(tokens), torch.cat(list(tokens), dim=1)
-    input_RLC, idx_RL = input_BLC.expand(len(row_R), -1, -1), idx_BL.expand(len(row_R), -1)
+    input_RLC, idx_RL = input_BLC.expand(len(label_R), -1, -1), idx_BL.expand(len(label_R), -1)
     size = _rows_at_once(transformer.config, idx_RL.shape[1])
     found = []
-    for part in zip(row_R.split(size), input_RLC.split(size), idx_RL.split(size), strict=True):
+    for part in zip(label_R.split(size), input_RLC.split(size), idx_RL.split(size), strict=True):
         label_B, part_BLC, part_BL = part
         with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
             logits_BLV = transformer(label_B, part_BLC).float()
@@ -82,8 +82,8 @@ def encodings(tokenizer: Tokenizer, pixels_PP3: Pixels, count: int) -> list[Tens
 class RankedClass(NamedTuple):
     """How well a class explains an image."""
 
-    row: int
-    """Of the class table."""
+    label: int
+    """Index in the class table."""
     nats: float
     """Negative natural logarithm of the tokens' probability; the mean where there are several encodings."""
     scales: int
@@ -113,13 +113,13 @@ def rank_classes(
         given = ",".join(map(str, candidates))
         raise ConfigError(f"--candidates must be falling numbers such as 10,3, or 0 for no pruning (got {given})")
     ranked: list[RankedClass] = []
-    row_R = torch.arange(transformer.config.class_count)
+    label_R = torch.arange(transformer.config.class_count)
     for stage, kept in enumerate((*candidates, 0)):
         scales = max(2, len(tokens) - len(tokens) // 2 ** (stage + 1)) if kept else len(tokens)
         maps = [idx_Bl.split(1) for idx_Bl in tokens[:scales]]
-        log_BR = [log_probabilities(tokenizer, transformer, one, row_R).sum(1) for one in zip(*maps, strict=True)]
+        log_BR = [log_probabilities(tokenizer, transformer, one, label_R).sum(1) for one in zip(*maps, strict=True)]
         nats_R = -torch.stack(log_BR).mean(0).cpu()
         order_R = nats_R.argsort(stable=True)
-        dropped = [RankedClass(int(row_R[i]), float(nats_R[i]), scales) for i in order_R[kept:]]
-        ranked, row_R = dropped + ranked, row_R[order_R[:kept]]
+        dropped = [RankedClass(int(label_R[i]), float(nats_R[i]), scales) for i in order_R[kept:]]
+        ranked, label_R = dropped + ranked, label_R[order_R[:kept]]
     return ranked

@@ -1,7 +1,7 @@
-"""The sampler once more, plain: one image, no cache, nothing clever. It is the specification.
+"""The naive sampler: one image, no cache, nothing clever. It is the specification.
 
-`sampling/sampler` must draw the same tokens, which the tests check; `var bench --vs naive` measures how much
-faster it does.
+`sampling/sampler` must sample the same tokens, which the tests check; `var bench --vs naive` measures how much faster
+it is.
 
 Shapes: l tokens of one scale, D width, C codebook channels, V codebook rows, K candidates of a draw, s the side
 of a scale.
@@ -17,15 +17,14 @@ from torch import Tensor
 from varcli.config import SampleConfig, sequence_length
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.sampling.prefix_guidance import damaged
-from varcli.sampling.spatial_guidance import prior
+from varcli.sampling.guidance import damaged, prior
 
 
 @torch.no_grad()
 def sample(
     tokenizer: Tokenizer,
     transformer: Transformer,
-    row: int,
+    label: int,
     seed: int,
     config: SampleConfig,
     *,
@@ -37,7 +36,7 @@ def sample(
     `refiner` and `mark` are as for the sampler.
     """
     quantizer, sides = tokenizer.quantize, transformer.config.sides
-    source = torch.Generator().manual_seed(image_seed(seed, row))
+    source = torch.Generator().manual_seed(image_seed(seed, label))
     tokens: list[Tensor] = []
     f_hats: list[Tensor] = []
     before_lV: Tensor | None = None
@@ -45,13 +44,13 @@ def sample(
         ratio = scale / max(len(sides) - 1, 1)
         if refiner is not None and scale + 1 == config.refine_from:
             transformer = refiner
-        logits_lV = conditional_lV = scale_logits(tokenizer, transformer, row, f_hats)
+        logits_lV = conditional_lV = scale_logits(tokenizer, transformer, label, f_hats)
         if config.cfg > 0:
             unconditional_lV = scale_logits(tokenizer, transformer, transformer.config.null_class, f_hats)
             t = config.cfg * ratio if scale in config.guided_scales else 0
             logits_lV = (1 + t) * logits_lV - t * unconditional_lV
         if config.vpg > 0:
-            damaged_lV = scale_logits(tokenizer, transformer, row, f_hats, seen=damaged)
+            damaged_lV = scale_logits(tokenizer, transformer, label, f_hats, seen=damaged)
             logits_lV = logits_lV + config.vpg * (conditional_lV - damaged_lV)
         own_lV = logits_lV
         if config.ssg > 0 and before_lV is not None:
@@ -74,25 +73,25 @@ def sample(
     return tokens, ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
 
 
-def image_seed(seed: int, row: int) -> int:
-    """What the image's own generator starts from."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {row}".encode(), digest_size=4).digest(), "little")
+def image_seed(seed: int, label: int) -> int:
+    """Seed of the image's own generator."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {label}".encode(), digest_size=4).digest(), "little")
 
 
 def scale_logits(
     tokenizer: Tokenizer,
     transformer: Transformer,
-    row: int,
+    label: int,
     f_hats: list[Tensor],
     *,
     seen: Callable[[Tensor], Tensor] = lambda input_1lC: input_1lC,
 ) -> Tensor:
     """Return the logits (l, V) of the scale after those given, computed from the whole sequence so far.
 
-    `seen` says what is seen of each scale's input.
+    `seen` maps each scale's input to what the transformer sees of it.
     """
     scale, sides = len(f_hats), transformer.config.sides
-    class_1D = transformer.class_emb(torch.tensor([row], device=transformer.pos_start.device))
+    class_1D = transformer.class_emb(torch.tensor([label], device=transformer.pos_start.device))
     inputs = [None, *(seen(tokenizer.quantize.next_input(f_hat, k + 1)) for k, f_hat in enumerate(f_hats))]
     x_1LD = torch.cat([transformer.scale_input(k, class_1D, input_1lC) for k, input_1lC in enumerate(inputs)], dim=1)
     length = sequence_length(sides[: scale + 1])
@@ -126,7 +125,7 @@ def draw(logits_lV: Tensor, u_l: Tensor, config: SampleConfig) -> Tensor:
 
 
 def smooth_weights(logits_lV: Tensor, config: SampleConfig, ratio: float, source: torch.Generator) -> Tensor:
-    """Return Gumbel-softmax weights of the codebook rows, (l, V), the noise handed out best token first."""
+    """Return Gumbel-softmax weights of the codebook rows, (l, V); the best token gets the first noise."""
     sorted_lV, order_lV = filtered(logits_lV, config).sort(dim=1, descending=True)
     count = min(config.top_k, logits_lV.shape[1]) or logits_lV.shape[1]
     noise_lK = -torch.empty(len(logits_lV), count).exponential_(generator=source).log().to(logits_lV)

@@ -1,6 +1,6 @@
-"""The tokenizer there and back: images to token maps, token maps to images, and what was lost.
+"""The tokenizer alone: images to token maps, token maps to images, and what is lost on the way.
 
-Shapes: B images, P pixels a side, l tokens of one scale. Token maps are (B, l) int64, one a scale.
+Shapes: B images, P pixels per side, l tokens of one scale. Token maps are (B, l) int64, one per scale.
 """
 
 import math
@@ -45,7 +45,7 @@ def rebuilt(tokenizer: Tokenizer, tokens: Sequence[Tensor]) -> Pixels:
 
 @torch.inference_mode()
 def there_and_back(tokenizer: Tokenizer, before_BPP3: Pixels) -> tuple[Pixels, list[Tensor]]:
-    """What the tokenizer makes of images of its size, and the token maps (B, l) between."""
+    """Reconstruct images of the tokenizer's size; also return their token maps (B, l)."""
     quantized = tokenizer.quantize.quantize(features(tokenizer, before_BPP3))
     return decode(tokenizer, quantized.f_hats[-1]), quantized.tokens
 
@@ -57,5 +57,5 @@ def psnr(pixels: Pixels, other: Pixels) -> float:
 
 
 def bits_per_pixel(config: TokenizerConfig) -> float:
-    """What an image's tokens take if each is written as the number of a codebook row, log2 V bits."""
+    """Size of an image's tokens where each is the index of a codebook row, log2 V bits."""
     return sequence_length(config.sides) * math.log2(config.codebook_size) / config.pixels**2

@@ -1,7 +1,7 @@
 """The next-scale loop, once: class and seed to token maps, and feature maps to pixels.
 
 Shapes: B images, s the side and l = s² the tokens of one scale, L tokens of all scales, C codebook
-channels, V codebook rows, K candidates of a draw, H = W = s_K, P pixels a side.
+channels, V codebook rows, K candidates of a draw, H = W = s_K, P pixels per side.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Tokens of a given image that stay where they are while the rest is drawn."""
+    """Tokens of a given image that are kept while the rest is sampled."""
 
     tokens: list[Tensor]
     """The given image's token maps, (B, l) or (1, l)."""
@@ -58,7 +58,7 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class ScaleResult:
-    """What is known after one scale."""
+    """Result of one scale."""
 
     scale: int
     """Which scale, from 0."""
@@ -72,7 +72,7 @@ class ScaleResult:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How one batch gets from logits to tokens, and from tokens to what the next scale sees."""
+    """How a batch gets from logits to tokens, and from tokens to the input of the next scale."""
 
     quantizer: Quantizer
     config: SampleConfig
@@ -81,7 +81,7 @@ class Drawing:
     sources: list[torch.Generator]
     """Each image's own."""
     u_BL: Tensor | None
-    """Their numbers in [0, 1), one a token; none in a smooth run, which asks the sources for more."""
+    """Their random numbers in [0, 1), one per token; None in a smooth run, which draws from the sources itself."""
 
     def step(self, scale: int, logits_BlV: Tensor, f_hat_BCHW: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return a scale's tokens (B, l), f_hat with them, and, if there is a next scale, its input (B, l, C)."""
@@ -122,7 +122,7 @@ class Drawing:
 def generate(
     tokenizer: Tokenizer,
     transformer: Transformer,
-    rows: Sequence[int],
+    labels: Sequence[int],
     seeds: Sequence[int],
     config: SampleConfig,
     *,
@@ -137,29 +137,29 @@ def generate(
     Args:
         tokenizer: in evaluation mode, on the transformer's device.
         transformer: in evaluation mode; its blocks compute in the precision of their weights.
-        rows: row of the class table an image, `config.null_class` for none.
-        seeds: one seed an image; with its row and the settings it determines the image.
+        labels: index of each image's class in the class table, `config.null_class` for none.
+        seeds: one seed per image; with its label and the settings it determines the image.
         config: guidance, filters and how to sample tokens.
         refiner: draws the scales from `config.refine_from` on, made ready as the transformer was.
         keep: tokens of a given image that stay, for editing.
         noise: draws tokens in its masks; not in a smooth run, which draws none.
         mark: called with "transformer" and "drawing" after these phases of each scale, for a stopwatch.
-        runner: how to run the steps. Recorded ones leave their results where the next batch's will be.
+        runner: how to run the steps. Captured ones leave their results where those of the next batch will be.
 
     Source: paper, figure 4 and equation 4; guidance as in its section 4; the refiner is CoDe's, arXiv 2411.17787.
     """
-    device, sources = block_weight(transformer).device, generators(seeds, rows)
-    row_B = runner.admit("rows", torch.tensor(rows), device)
+    device, sources = block_weight(transformer).device, generators(seeds, labels)
+    label_B = runner.copy_in("labels", torch.tensor(labels), device)
     numbers_BL = None if config.smooth else uniforms(sources, transformer.config.length)
-    u_BL = None if numbers_BL is None else runner.admit("numbers", numbers_BL, device)
+    u_BL = None if numbers_BL is None else runner.copy_in("numbers", numbers_BL, device)
     kind = ApproximateScaleModel if config.approximations else ScaleModel
-    model = runner.run("class", lambda: kind(transformer, row_B, config))
+    model = runner.run("class", lambda: kind(transformer, label_B, config))
     drawing = Drawing(tokenizer.quantize, config, keep, noise, sources, u_BL)
     f_hat_BCHW = None
     inputs: list[Tensor | None] = [None]
     for scale in range(len(transformer.config.sides)):
         if refiner is not None and scale + 1 == config.refine_from:
-            coarse, model = model, runner.run("refiner class", lambda: kind(refiner, row_B, config))
+            coarse, model = model, runner.run("refiner class", lambda: kind(refiner, label_B, config))
             runner.run("refiner prefix", partial(model.take_over, coarse, inputs[:-1]))
         logits_BlV = runner.run(f"transformer {scale}", partial(model.logits, scale, inputs[scale]))
         mark("transformer")
@@ -183,7 +183,7 @@ DECODED_AT_ONCE = 16
 
 @torch.inference_mode()
 def decode_on_device(tokenizer: Tokenizer, f_hat_BCHW: Tensor) -> Tensor:
-    """Return the same (B, P, P, 3), where the models are and without waiting for them."""
+    """Return the same (B, P, P, 3) on the models' device, without waiting for it."""
     f_hat_BCHW = f_hat_BCHW.to(tokenizer.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
     parts = [tokenizer.decode_features(part).float() for part in f_hat_BCHW.split(DECODED_AT_ONCE)]
     return torch.cat([in_8_bits(part.clamp(-1, 1)) for part in parts])

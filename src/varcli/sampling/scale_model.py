@@ -1,4 +1,4 @@
-"""The transformer at work on one batch of images, scale after scale.
+"""The transformer during sampling: one batch of images, scale after scale.
 
 Shapes: B images, R rows of the transformer's batch (B, and B more for each guidance: conditional, unconditional, those
 of a damaged prefix), l tokens of one scale, D width, C codebook channels, V codebook rows.
@@ -6,71 +6,48 @@ of a damaged prefix), l tokens of one scale, D width, C codebook channels, V cod
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from varcli.acceleration.cuda_blocks import FusedBlocks, ScaleCache, for_gpu
 from varcli.acceleration.devices import block_weight
-from varcli.acceleration.dispatch import gpu_block
-from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu
+from varcli.acceleration.dispatch import fastest_blocks
 from varcli.config import SampleConfig, progress_ratio, spans
-from varcli.models.transformer import KeyValueCache, Transformer, normalize
-from varcli.sampling import spatial_guidance
-from varcli.sampling.prefix_guidance import damaged
-
-
-class Blocks(Protocol):
-    """A transformer's blocks: its own or such as stand in for them."""
-
-    def modulations(self, class_BD: Tensor) -> list[Tensor]:
-        """What the class does in each block."""
-
-    def step(self, x_BlD: Tensor, modulations: list[Tensor], cache: Any) -> Tensor:
-        """Return the residual stream of one scale after all blocks, having stored what later scales need."""
-
-
-def fastest(transformer: Transformer) -> tuple[Blocks, type[KeyValueCache]]:
-    """Return the fastest blocks for where a transformer is and its precision, and what they remember scales in."""
-    weight = block_weight(transformer)
-    if for_gpu(transformer):
-        return FusedBlocks(transformer, gpu_block(weight.device, weight.dtype)), ScaleCache
-    if for_cpu(transformer):
-        return FusedBlocks(transformer, CpuBlock), GrowingCache
-    return transformer, KeyValueCache
+from varcli.models.transformer import Transformer, normalize
+from varcli.sampling import guidance
 
 
 class ScaleModel:
-    """What is computed once a batch, what is remembered between scales, and the logits of each."""
+    """What is computed once per batch, the cache between scales, and the logits of each scale."""
 
     def __init__(
         self,
         transformer: Transformer,
-        rows: Sequence[int] | Tensor,
+        labels: Sequence[int] | Tensor,
         config: SampleConfig,
         sides: tuple[int, ...] | None = None,
     ) -> None:
-        """Take what a batch is made with and of.
+        """Prepare for a batch.
 
         Args:
             transformer: that `dispatch.prepare` made ready.
-            rows: of the class table; given as a tensor on the model's device nothing here waits for the host.
+            labels: index of each image's class in the class table, `config.null_class` for "no class"; as a tensor on
+                the model's device, nothing here waits for the host.
             config: guidance.
-            sides: of the scales that there is room for in the cache, the last of which it may leave out; None means
-                the transformer's own.
+            sides: of the scales that the cache has room for, of which it may leave out the last; None means the
+                transformer's own.
         """
         model, weight = transformer, block_weight(transformer)
-        self.transformer, self.config, self.count = model, config, len(rows)
+        self.transformer, self.config, self.count = model, config, len(labels)
         self.before_BlV: Tensor | None = None
         """The logits of the scale before, where they guide the next."""
-        row_R = row_B = torch.as_tensor(rows, device=weight.device)
+        label_R = label_B = torch.as_tensor(labels, device=weight.device)
         if config.cfg > 0:
-            row_R = torch.cat([row_R, torch.full_like(row_B, model.config.null_class)])
+            label_R = torch.cat([label_R, torch.full_like(label_B, model.config.null_class)])
         if config.vpg > 0:
-            row_R = torch.cat([row_R, row_B])
-        self.class_RD = model.class_emb(row_R)
-        self.blocks, cache = fastest(model)
+            label_R = torch.cat([label_R, label_B])
+        self.class_RD = model.class_emb(label_R)
+        self.blocks, cache = fastest_blocks(model)
         mixed = self.blocks is model and weight.dtype != torch.float32
         self.low_precision = torch.autocast(weight.device.type, weight.dtype, enabled=mixed, cache_enabled=False)
         with self.low_precision:
@@ -86,20 +63,19 @@ class ScaleModel:
         if self.config.ssg == 0:
             return logits_BlV
         before_BlV, self.before_BlV = self.before_BlV, logits_BlV
-        return spatial_guidance.guided(logits_BlV, before_BlV, self.config.ssg)
+        return guidance.guided(logits_BlV, before_BlV, self.config.ssg)
 
     def take_over(self, other: "ScaleModel", inputs: Sequence[Tensor | None]) -> None:
-        """Go on where another model stopped, having seen the inputs of the scales that it drew.
+        """Continue from another model, after running on the inputs of the scales that it sampled.
 
-        They are seen one scale after the other, as if this model had drawn them: in one pass they would be rounded
-        differently.
+        It runs one scale after the other, as if it had sampled them: one pass over all would round differently.
         """
         for scale, input_BlC in enumerate(inputs):
             self.hidden(scale, input_BlC)
         self.before_BlV = other.before_BlV
 
     def hidden(self, scale: int, input_BlC: Tensor | None) -> Tensor:
-        """What the head is to see of a scale in each row, (R, l, D)."""
+        """Return the head's input for a scale, (R, l, D)."""
         self.cache.filled = spans(self.transformer.config.sides)[scale].start
         return self.normalized(self.through_blocks(self.entering(scale, input_BlC)))
 
@@ -109,7 +85,7 @@ class ScaleModel:
         if input_BlC is not None:
             input_RlC = input_BlC.repeat(len(self.class_RD) // self.count, 1, 1)
             if self.config.vpg > 0:
-                input_RlC[-self.count :] = damaged(input_BlC)
+                input_RlC[-self.count :] = guidance.damaged(input_BlC)
         return self.transformer.scale_input(scale, self.class_RD, input_RlC)
 
     def through_blocks(self, x_RlD: Tensor) -> Tensor:
@@ -118,15 +94,15 @@ class ScaleModel:
             return self.blocks.step(x_RlD, self.modulations, self.cache)
 
     def normalized(self, x_RlD: Tensor) -> Tensor:
-        """What the head is to see of it, (R, l, D)."""
+        """Return the head's input, (R, l, D)."""
         return normalize(x_RlD, self.final_scale, self.final_shift)
 
     def guide(self, h_RlD: Tensor, scale: int) -> Tensor:
         """Return (1 + t)·conditional - t·unconditional, (B, l, D), with t = cfg·k/(K-1).
 
-        With prefix guidance, vpg·(conditional - damaged) comes on top.
+        With prefix guidance, vpg·(conditional - damaged) is added.
 
-        Differs: mixed before the head instead of after it, the same because the head is linear.
+        Differs: mixed before the head instead of after it, which is the same because the head is linear.
         """
         t = self.config.cfg * progress_ratio(scale, len(self.transformer.config.sides))
         t *= scale in self.config.guided_scales

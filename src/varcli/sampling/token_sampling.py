@@ -1,4 +1,4 @@
-"""Draws of tokens, each image from a generator of its own, so that no image knows of its batch.
+"""Sampling tokens, each image with a generator of its own, so that no image depends on its batch.
 
 Shapes: B images, l tokens of one scale, V codebook rows, K tokens that the filters look at (V or top-k).
 """
@@ -22,16 +22,16 @@ class Candidates:
     """Their codebook rows, (B, l, K)."""
 
 
-def generators(seeds: Sequence[int], rows: Sequence[int]) -> list[torch.Generator]:
-    """Return one generator an image, a function of its seed and its class alone.
+def generators(seeds: Sequence[int], labels: Sequence[int]) -> list[torch.Generator]:
+    """Return one generator per image, a function of its seed and its class alone.
 
     The class takes part because images of different classes that share a seed would otherwise share
     all their random numbers, which costs quality over a set of classes. The hash makes seeds beyond
     32 bits count, of which the generator itself would only see the lower half.
     """
     found = []
-    for seed, row in zip(seeds, rows, strict=True):
-        digest = hashlib.blake2b(f"{seed} {row}".encode(), digest_size=4).digest()
+    for seed, label in zip(seeds, labels, strict=True):
+        digest = hashlib.blake2b(f"{seed} {label}".encode(), digest_size=4).digest()
         found.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
     return found
 
@@ -68,8 +68,8 @@ def candidates(logits_BlV: Tensor, top_k: int, top_p: float, temperature: float 
 def best(logits_BlV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest float32 logits, best first, and their codebook rows, (B, l, K) each; NaN comes before all.
 
-    On x86 numpy's vectorized selection and sort of whole numbers are faster than torch's of floats with their places,
-    with AVX-512 three times. So each logit and its place become one number of the same order; not so NaN.
+    On x86 NumPy's vectorized selection and sort of integers are faster than torch's of floats with indices, three times
+    with AVX-512. So each logit and its index are packed into one integer of the same order; NaN has none.
     """
     vectorized = logits_BlV.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if not vectorized or logits_BlV.sum().isnan():
@@ -86,9 +86,9 @@ def best(logits_BlV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_tokens(found: Candidates, u_Bl: Tensor) -> Tensor:
-    """Return one token a position, (B, l), by the inverse of the cumulative distribution at u in [0, 1)."""
+    """Return one token per position, (B, l), by the inverse of the cumulative distribution at u in [0, 1)."""
     total_BlK = found.logits.softmax(-1).cumsum(-1)
-    # u times the rounded total may equal it, which would point behind the last survivor.
+    # u times the rounded total may equal the total, which would point beyond the last candidate.
     last_Bl = found.logits.isfinite().sum(-1) - 1
     target_Bl = u_Bl.to(total_BlK) * total_BlK[..., -1]
     rank_Bl = torch.searchsorted(total_BlK, target_Bl.unsqueeze(-1), right=True).squeeze(-1).minimum(last_Bl)

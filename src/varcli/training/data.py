@@ -1,7 +1,7 @@
-"""Token maps of a whole data set, computed once and kept on disk for the transformer's training.
+"""Training data: crops of images in batches, and token maps of a whole data set, computed once and cached on disk.
 
-A cache is a folder of `tokens.npy` (crops · N, L) and `progress.json`, which also says what it holds; a killed pass
-goes on where it stopped. Its name holds the hash of everything that shapes the tokens.
+A token cache is a folder with `tokens.npy` (crops · N, L) and `progress.json`, which also describes it; a killed pass
+resumes. Its name has the hash of everything that the tokens depend on.
 """
 
 import atexit
@@ -39,14 +39,14 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.training.optim import mixed_seed
 
 TOLERATED = 0.01
-"""Part of the images that may be unreadable."""
+"""Fraction of the images that may be unreadable."""
 VALIDATION_BATCH = 64
 
 _ENDED = ("killed by signal", "exited unexpectedly", "No space left", "unable to open shared memory")
-"""What torch says where the system ended a process that reads ahead, or where shared memory is full."""
+"""Parts of torch's messages where the system ended a worker process, or shared memory is full."""
 
 Draw = tuple[int, int]
-"""An item's number and the epoch it is drawn in."""
+"""Index of an item, and the epoch."""
 
 
 def draws(count: int, batch: int, steps: range, seed: int, group: ProcessGroup | None = None) -> Iterator[list[Draw]]:
@@ -70,7 +70,7 @@ Unread = tuple[str, str]
 
 
 class Unreadable:
-    """The names of images that could not be read, and when they are too many."""
+    """Collects the names of unreadable images, and raises if there are too many."""
 
     def __init__(self, total: int, warn: Callable[[str], None]) -> None:
         self.total = total
@@ -90,8 +90,8 @@ class Unreadable:
         if len(self.reasons) > TOLERATED * self.total:
             name, reason = min(self.reasons.items())
             raise InputError(
-                f"unreadable images: {len(self.reasons)} of {self.total}, {name} ({reason}) among them; "
-                f"fix or remove them: at most {TOLERATED:.0%} are skipped"
+                f"{len(self.reasons)} of {self.total} images are unreadable, {name} ({reason}) among them: "
+                f"fix or remove them, as at most {TOLERATED:.0%} are skipped"
             )
 
 
@@ -109,7 +109,7 @@ class Crops(Dataset[tuple[Tensor, list[Unread]]]):
         self.flip = flip
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, list[Unread]]:
-        """Return an image's crop; the next readable one stands in for those whose names come along."""
+        """Return an image's crop, or the next readable one, with the names of the unreadable ones it replaces."""
         index, epoch = draw
         unreadable: list[Unread] = []
         count = len(self.images)
@@ -134,7 +134,7 @@ class Crops(Dataset[tuple[Tensor, list[Unread]]]):
 
 
 Batch = tuple[Tensor, list[list[Unread]]]
-"""Images as (B, 3, P, P) uint8, and for each the unreadable ones it stands in for."""
+"""Images as (B, 3, P, P) uint8, and for each the unreadable ones it replaces."""
 
 
 def collate(items: list[tuple[Tensor, list[Unread]]]) -> Batch:
@@ -147,7 +147,7 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
 
     Raises:
         InputError: no image can be read.
-        RunError: one of the processes was ended, or cannot hand its images over.
+        RunError: one of the processes was killed, or cannot pass on its images.
     """
     reading = DataLoader(
         crops,
@@ -162,7 +162,7 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
             started = iter(reading)
         _readers.update(set(active_children()) - before)
         yield from started
-    except InputError as error:  # a process that reads ahead sends it with its traceback
+    except InputError as error:  # a worker process sends it with its traceback
         line = str(error).strip().splitlines()[-1]
         raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
     except (RuntimeError, OSError) as error:
@@ -197,25 +197,25 @@ def _reader_failed(reason: str) -> RunError:
 
 
 _readers: WeakSet[BaseProcess] = WeakSet()
-"""The processes that read ahead."""
+"""The worker processes."""
 
 
 @atexit.register
 def _end_readers() -> None:
-    """End the processes that still read ahead when this one ends, as after an error whose traceback keeps the loader.
+    """Kill the worker processes that still run when this one ends, as after an error whose traceback keeps the loader.
 
-    multiprocessing would end them by SIGTERM, which they ignore, and then wait for them for good.
+    multiprocessing would send SIGTERM, which they ignore, and then wait for them forever.
     """
     if left := [reader for reader in _readers if reader.is_alive()]:
         if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as a failure
         for reader in left:
             reader.kill()
 
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM, also from the processes started meanwhile until they ignore them."""
+    """Block Ctrl-C and SIGTERM, also in processes started meanwhile, until these ignore them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -229,7 +229,7 @@ def _signals_held_back() -> Iterator[None]:
 def _follow_parent(worker: int) -> None:
     """Let Ctrl-C and SIGTERM stop the main process alone, which ends its workers itself when it has saved.
 
-    Terminals send the one to all processes of a command, schedulers the other. If the main process is killed, end.
+    Terminals send the first to all processes of a command, schedulers the second. If the main process is killed, end.
     """
     end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -245,12 +245,12 @@ def to_unit(pixels_u8: Tensor, device: torch.device) -> Tensor:
 ENCODE_BATCH = 64
 """Images encoded together; fixed, so that a resumed pass computes the same tokens."""
 FLUSH_EVERY = 32
-"""Batches between two notes of how far the pass is."""
+"""Batches between two writes of the progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSettings:
-    """What shapes the tokens of a data set, besides images and tokenizer."""
+    """What the tokens of a data set depend on, besides images and tokenizer."""
 
     enlarge: float
     crops: int
@@ -296,10 +296,10 @@ def open_cache(
         RunError: the cache cannot be written.
     """
     total = settings.crops * len(images)
-    place = cache_path(folder, tokenizer, images, settings, device)
+    path = cache_path(folder, tokenizer, images, settings, device)
     facts = cache_facts(tokenizer, images, settings, device)
-    done, unreadable = _begin_cache(place, tokenizer, total, facts)
-    tokens = open_memmap(place / "tokens.npy", mode="r+")
+    done, unreadable = _begin_cache(path, tokenizer, total, facts)
+    tokens = open_memmap(path / "tokens.npy", mode="r+")
     skipped = Unreadable(len(images), warn)
     skipped.add((images.name(i), "as an earlier call found") for i in sorted(unreadable))
     progress(done)
@@ -315,14 +315,14 @@ def open_cache(
             progress(len(chunk))
             if done == total or done // ENCODE_BATCH % FLUSH_EVERY == 0:
                 tokens.flush()
-                _write_description(place, done, unreadable, facts)
+                _write_description(path, done, unreadable, facts)
     return TokenCache(tokens, unreadable, images.labels, settings.crops)
 
 
 def cache_path(
     folder: Path, tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device
 ) -> Path:
-    """Return where under `folder` these tokens are, or would be."""
+    """Return the path of a cache under `folder`, which may not exist."""
     given = {name: value for name, value in dataclasses.asdict(settings).items() if name != "flip" or value}
     shaping = [tokenizer_sha256(tokenizer), images.fingerprint(), given, device.type]
     key = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
@@ -330,7 +330,7 @@ def cache_path(
 
 
 def cache_facts(tokenizer: Tokenizer, images: ImageSet, settings: CacheSettings, device: torch.device) -> str:
-    """Say what these tokens are: of how many images, by which options, tokenizer and kind of device."""
+    """Describe a cache: number of images, options, tokenizer and kind of device."""
     flip = ", --flip" if settings.flip else ""
     return (
         f"{len(images)} images, --crops {settings.crops}{flip}, --resize-ratio {settings.enlarge:g}, "
@@ -347,22 +347,22 @@ def list_caches(folder: Path) -> list[str]:
     return found
 
 
-def _begin_cache(place: Path, tokenizer: Tokenizer, total: int, facts: str) -> tuple[int, set[int]]:
-    """How many crops are done and which images cannot be read; make the files of a new cache."""
-    progress, shape = place / "progress.json", (total, sequence_length(tokenizer.config.sides))
+def _begin_cache(cache: Path, tokenizer: Tokenizer, total: int, facts: str) -> tuple[int, set[int]]:
+    """Return how many crops are done and which images are unreadable; create the files of a new cache."""
+    progress, shape = cache / "progress.json", (total, sequence_length(tokenizer.config.sides))
     with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or a damaged one
         note = parse_json(progress.read_bytes())
         done, unreadable = operator.index(note["done"]), {operator.index(i) for i in note["unreadable"]}
-        if 0 <= done <= total and _holds(place / "tokens.npy", shape):
+        if 0 <= done <= total and _holds(cache / "tokens.npy", shape):
             return done, unreadable
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         progress.unlink(missing_ok=True)
-        open_memmap(place / "tokens.npy", mode="w+", dtype=_number_kind(tokenizer), shape=shape)
-        _reserve(place / "tokens.npy")
+        open_memmap(cache / "tokens.npy", mode="w+", dtype=_number_kind(tokenizer), shape=shape)
+        _reserve(cache / "tokens.npy")
     except OSError as error:
-        raise cannot_write(place, error) from error
-    _write_description(place, 0, set(), facts)
+        raise cannot_write(cache, error) from error
+    _write_description(cache, 0, set(), facts)
     return 0, set()
 
 
@@ -380,15 +380,15 @@ def _number_kind(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
 
 
 def _reserve(path: Path) -> None:
-    """Take a file's whole space now: a mapped file that meets a full disk later would kill the process."""
+    """Allocate a file's whole space now: a full disk would kill a process that writes to a mapped file."""
     if hasattr(os, "posix_fallocate"):
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def _write_description(place: Path, done: int, unreadable: set[int], facts: str) -> None:
+def _write_description(cache: Path, done: int, unreadable: set[int], facts: str) -> None:
     note = json.dumps({"done": done, "unreadable": sorted(unreadable), "facts": facts})
-    write_atomically(place / "progress.json", note.encode())
+    write_atomically(cache / "progress.json", note.encode())
 
 
 def _chunks(numbers: range, images: int) -> list[list[Draw]]:

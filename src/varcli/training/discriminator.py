@@ -15,11 +15,11 @@ from varcli.training.parallel import Rows, mean_over_ranks
 
 MAX_WEIGHT = 1e4
 SMALLEST_PATCH = 8
-"""Pixels a side that an image must have to be judged: three convolutions halve it."""
+"""Least pixels per side of an image: three convolutions halve it."""
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of every patch whether it is real (Isola et al. 2017), its gradient kept in bounds by spectral norm."""
+    """Judges whether each patch is real (Isola et al. 2017); spectral norm bounds its gradient."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -30,15 +30,15 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
 
     def forward(self, image_B3PP: Tensor) -> Tensor:
-        """Return one number a patch, (B, 1, h, w), positive where it looks real."""
+        """Return one number per patch, (B, 1, h, w), positive where it looks real."""
         return self.layers(image_B3PP)
 
 
 def augment(image_B3PP: Tensor, part: Rows | None = None) -> Tensor:
     """Return images with random brightness, saturation, contrast, shift and one square cut out.
 
-    The same kind of change to real and made images keeps a discriminator from learning a small data
-    set by heart, and the gradient passes through.
+    The same kind of change to real images and reconstructions keeps a discriminator from memorizing a small data set,
+    and the gradient passes through.
 
     Args:
         image_B3PP: a batch of images, or a part of one.
@@ -78,7 +78,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 def adaptive_weight(
     reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, group: ProcessGroup | None = None
 ) -> Tensor:
-    """How much to multiply the adversarial loss by, so that both losses pull equally at the last layer.
+    """Return the factor of the adversarial loss that gives both losses equal gradients at the last layer.
 
     Source: VQGAN (Esser et al. 2021), equation 7.
     """

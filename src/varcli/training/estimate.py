@@ -1,8 +1,8 @@
-"""What a training run will take, worked out before it begins.
+"""Estimate of what a training run will take, before it begins.
 
-Operations and activation memory are counted by running an image or two forward and backward through the network, not
-guessed; the rate is measured on a few such passes. The optimizer, and for a tokenizer its
-adversary and the perceptual distance, come on top.
+Operations and activation memory are counted on one or two images that go forward and backward through the network; the
+rate is measured on a few such passes. The optimizer, and for a tokenizer the discriminator and the perceptual distance,
+come on top.
 """
 
 import math
@@ -18,14 +18,15 @@ from varcli.acceleration.devices import synchronize
 from varcli.config import TokenizerConfig, TrainingConfig, TransformerConfig, transformer_recipe
 from varcli.errors import RunError
 from varcli.files import machine_memory
+from varcli.training.scaling import PAPER
 
 FLOAT32 = 4
 """Bytes of a weight, its moving average, its gradient and its two moments each."""
 TIMED_PASSES = 3
 TIMED_IMAGES = 4
-"""Images in a timed pass at most: a plan should take seconds, and fit where the run would not."""
+"""Most images in a timed pass: an estimate should take seconds, and fit into memory where the run would not."""
 LONG = 2.0
-"""Seconds after which the first pass is measurement enough."""
+"""Seconds from which on the first pass alone is the measurement."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,7 @@ class TrainingEstimate:
     images_per_second: float
     seconds: float
     expected_loss: float | None = None
-    """Mean cross-entropy in nats a token from the scaling law; transformers on ImageNet only."""
+    """Mean cross-entropy in nats per token from the scaling law; transformers on ImageNet only."""
     expected_loss_last: float | None = None
     """The same over the last scale's tokens."""
 
@@ -54,17 +55,18 @@ class TrainingEstimate:
 # The released d16, N = 0.302, ended at 6.05 mean and 5.31 to 5.35 last (its published log, held-out images).
 # The laws give 1.058 and 1.123 of that: 6.05 - 1.058 = 4.99, and 5.33 - 1.123 = 4.2.
 IRREDUCIBLE = (4.99, 4.2)
-"""Mean and last-scale cross-entropy that no model gets below, about, with the released tokenizer on ImageNet."""
+"""Approximate mean and last-scale cross-entropy that no model can go below, with the released tokenizer on ImageNet."""
 
 
 def expected_losses(depth: int) -> tuple[float, float]:
-    """Return the mean and last-scale cross-entropy, in nats a token, that the scaling laws give a depth.
+    """Return the mean and last-scale cross-entropy, in nats per token, that the scaling laws give a depth.
 
     Source: section 4.2, (2.5 N)^-0.20 and (2.0 N)^-0.23 above the irreducible part, N non-embedding
     parameters in billions.
     """
     billions = 73_728 * depth**3 / 1e9
-    return IRREDUCIBLE[0] + (2.5 * billions) ** -0.20, IRREDUCIBLE[1] + (2.0 * billions) ** -0.23
+    (beta, alpha), (beta_last, alpha_last) = (PAPER["parameters"][name] for name in ("loss", "loss_last"))
+    return IRREDUCIBLE[0] + (beta * billions) ** alpha, IRREDUCIBLE[1] + (beta_last * billions) ** alpha_last
 
 
 IMAGENET = 1_281_167
@@ -75,14 +77,14 @@ PER_LOG_IMAGES = ((6.376 - 6.053) / math.log(200 / 19), (5.738 - 5.308) / math.l
 
 
 def expected_losses_at(config: TransformerConfig, images_seen: float | None = None) -> tuple[float, float] | None:
-    """Return the mean and last-scale cross-entropy, in nats a token, that a transformer should have on ImageNet 256.
+    """Return the mean and last-scale cross-entropy, in nats per token, that a transformer should have on ImageNet 256.
 
     Args:
         config: of the transformer.
         images_seen: so far; None is at the end of its recipe, to which the scaling laws belong.
 
     Returns:
-        None for grids and codebooks they say nothing of, and where chance does as well.
+        None for other grids and codebooks, and where chance does as well.
     """
     published, chance = TokenizerConfig(), math.log(config.codebook_size)
     at_end = expected_losses(config.depth)
@@ -95,7 +97,7 @@ def expected_losses_at(config: TransformerConfig, images_seen: float | None = No
 
 
 class Estimable(Protocol):
-    """A stage whose forward pass can be tried on made-up data."""
+    """A stage whose forward pass can be run on random data."""
 
     device: torch.device
 
@@ -114,7 +116,7 @@ def estimate(
     expected: tuple[float, float] | None = None,
     frozen_copies: int = 0,
 ) -> TrainingEstimate:
-    """Return the plan of a run.
+    """Estimate a run.
 
     Args:
         stage: what is trained.
@@ -147,8 +149,8 @@ def estimate(
 def check_memory(stage: Estimable, training: TrainingConfig) -> None:
     """Check that a batch fits into the memory of this machine; a system without enough of it hangs, or ends the run.
 
-    What is not counted (the adversary, the perceptual distance, images read ahead) makes the need larger. On a GPU
-    torch itself says at the first step that memory does not suffice.
+    The discriminator, the perceptual distance and images read ahead are not counted, and need more. On a GPU torch
+    itself reports at the first step that memory does not suffice.
 
     Raises:
         RunError: it does not fit.
@@ -172,7 +174,7 @@ def check_memory(stage: Estimable, training: TrainingConfig) -> None:
 
 
 COMFORTABLE = 0.5
-"""Part of a machine's memory that a run with the advised settings takes at most."""
+"""Largest fraction of a machine's memory that a run with the advised settings takes."""
 
 
 def _state_bytes(stage: Estimable, frozen_copies: int = 0) -> int:
@@ -199,7 +201,7 @@ def _loss_and_saved_bytes(stage: Estimable, count: int) -> tuple[Tensor, int]:
 
 
 def _rate(stage: Estimable, part: int) -> float:
-    """Return images a second through forward and backward, the first pass counted only if it is long."""
+    """Return images per second through forward and backward; the first pass counts only if it is long."""
     count = min(part, TIMED_IMAGES)
     seconds = _seconds(stage, count, 1)
     if seconds < LONG:
@@ -209,7 +211,7 @@ def _rate(stage: Estimable, part: int) -> float:
 
 
 def _seconds(stage: Estimable, count: int, passes: int) -> float:
-    """How long some passes through that many images take."""
+    """Seconds that some passes through that many images take."""
     synchronize(stage.device)
     begin = time.perf_counter()
     for _ in range(passes):

@@ -1,6 +1,6 @@
-"""Fine-tuning a transformer: begin with trained weights, and train few of them.
+"""Fine-tuning a transformer: start from trained weights, train few of them, or make guidance unnecessary.
 
-Shapes: D channels, C classes, K scales, L tokens of all scales, s_k the side of a scale.
+Shapes: B images, D channels, C classes, K scales, L tokens of all scales, s_k the side of a scale.
 """
 
 import re
@@ -15,6 +15,7 @@ from varcli.classes import ClassTable
 from varcli.config import spans
 from varcli.errors import InputError
 from varcli.models.transformer import Transformer
+from varcli.training.parallel import Rows
 
 Sides = tuple[int, ...]
 
@@ -25,7 +26,7 @@ Sides = tuple[int, ...]
 def warm_start(model: Transformer, classes: ClassTable, trained: Transformer, known: ClassTable) -> int:
     """Give a model the weights of a trained one of the same shape, though it may have other classes or sides.
 
-    Rows of classes that both know are kept, the others begin at the mean of all known classes. Embeddings of
+    Rows of classes that both know are kept, the others start at the mean of all known classes. Embeddings of
     positions and levels are interpolated to other sides.
 
     Args:
@@ -100,7 +101,7 @@ def interpolated_levels(level_KD: Tensor, count: int) -> Tensor:
 ADAPTED = re.compile(r"(attn\.(mat_qkv|proj)|ffn\.fc[12]|ada_lin\.1)$")
 """Linear maps that LoRA adapts: attention, feed-forward and modulation."""
 MODULATION = ("ada_lin.", "ada_gss", "class_emb.")
-"""What the modulation alone consists of, with the class embedding it is computed from."""
+"""Weights of the modulation, with the class embedding that it is computed from."""
 
 
 class LowRank(nn.Module):
@@ -118,7 +119,7 @@ class LowRank(nn.Module):
 
 
 def adapt(model: Transformer, adapter: str) -> None:
-    """Let only an adapter's weights be trained, and the class embedding.
+    """Train only an adapter's weights and the class embedding.
 
     Args:
         model: a plain transformer.
@@ -152,3 +153,36 @@ def merged(model: Transformer) -> Transformer:
     plain = Transformer(model.config)
     plain.load_state_dict(weights)
     return plain.to(model.head.weight.device).train(model.training)
+
+
+# --- condition contrastive alignment ---------------------------------------------------------------
+
+
+def other_labels(label_B: Tensor, classes: int, rows: Rows) -> Tensor:
+    """Return for each label one of the other classes, drawn from torch's global generator for the whole batch."""
+    shift_B = torch.randint(1, max(classes, 2), (rows.total,), device=label_B.device)
+    return (label_B + rows.of(shift_B)) % classes
+
+
+def contrastive_loss(
+    own_BL: Tensor, other_BL: Tensor, own_before_BL: Tensor, other_before_BL: Tensor, weight: float, beta: float
+) -> Tensor:
+    """Return the mean loss of condition contrastive alignment (CCA), after which samples need no guidance.
+
+    It is -log σ(r(x, c)) - λ log σ(-r(x, c')), where r = β log(p_θ(x|c) / p_φ(x|c)), φ are the weights before
+    fine-tuning, and c' is another label.
+
+    Args:
+        own_BL: cross-entropy of each token under the image's label.
+        other_BL: under another label.
+        own_before_BL: under the image's label, by the weights before fine-tuning.
+        other_before_BL: under the other label, by the weights before.
+        weight: λ.
+        beta: β.
+
+    Source: arXiv 2410.09347, equation 12. Differs: divided by 1 + λ, which makes no difference to Adam; c' is drawn
+    uniformly from all other classes, where the paper shuffles the labels of a batch.
+    """
+    own_B = beta * (own_before_BL - own_BL).sum(1)
+    other_B = beta * (other_before_BL - other_BL).sum(1)
+    return (F.softplus(-own_B) + weight * F.softplus(other_B)).mean() / (1 + weight)

@@ -2,7 +2,7 @@
 
 A run lives in a folder:
 
-    state.safetensors    everything needed to go on (removed by nobody; only replaced atomically)
+    state.safetensors    everything needed to resume (never removed, only replaced atomically)
     state-previous.safetensors   the state before that one, in case it is damaged
     metrics.jsonl        one line of figures every so often
     *.safetensors        the checkpoint others use, written by the stage
@@ -39,7 +39,7 @@ from varcli.training.parallel import Rows, gather_on_main, mean_over_ranks, rows
 
 BEFORE = {"perceptual": "lpips", "flip": False, "freeze": "", "adapter": "", "scale_weight": "mean", "init": None}
 BEFORE |= {"commitment": 0.25, "cca": 0.0, "cca_beta": 0.02, "scale_drop": 0.0}
-"""What runs had that were begun before these settings existed."""
+"""Values of these settings in runs that began before the settings existed."""
 
 
 class Stage(Protocol):
@@ -70,10 +70,10 @@ class Stage(Protocol):
         """Let the optimizers step, then the moving average, then what else follows a step."""
 
     def clear_gradients(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
     def observe(self, step: int) -> dict[str, Tensor]:
-        """Return figures of the state after a step that is logged, the same on all ranks; vectors hold one a scale."""
+        """Return figures of the state after a logged step, the same on all ranks; vectors hold one per scale."""
 
     def validate(self) -> Metrics:
         """Return figures of the averaged weights on held-out images, on the main rank. To be called by all."""
@@ -181,7 +181,7 @@ class StopSignal:
             signal.raise_signal(self.received)  # another rank is gone, so no step will end, and a launcher waits
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:  # whoever asks twice does not want to wait
+        if self.received:  # a second signal: the user does not want to wait
             raise KeyboardInterrupt
         self.received = number
 
@@ -302,9 +302,9 @@ def resume(stage: Stage, run: Run) -> int:
     file, step, identity = from_newest_state(run.folder, lambda file: load_state(stage, run, file))
     before, now = identity.get("epochs"), run.identity.get("epochs")
     if before != now:
-        run.note(f"going on from step {step} of {before:g} epochs, by the learning rates of {now:g} epochs")
+        run.note(f"resuming at step {step} of {before:g} epochs, with the learning rates of {now:g} epochs")
     if file != newest:
-        run.note(f"{newest} is damaged; going on from the state before it, of step {step}")
+        run.note(f"{newest} is damaged; resuming from the state before it, at step {step}")
         stage.group.barrier()  # all ranks have read it
         if stage.group.is_main:
             file.replace(newest)  # so that the next save keeps the good one, not the damaged one
@@ -377,7 +377,7 @@ def train(stage: Stage, run: Run) -> Metrics:
 
 
 def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
-    """Take the steps from `start` on; returns the last figures. A finished run has its checkpoint written anew."""
+    """Take the steps from `start` on; returns the last figures. Of a finished run only the checkpoint is written."""
     group = stage.group
     log = MetricsLog(run.folder, start, run.batch) if group.is_main else None
     remaining = range(start, run.steps)
@@ -402,8 +402,8 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
                 log.add(metrics)
             record(stage, run, log, done, observed, stopping)
             if stopping:
-                group.barrier()  # the state is to be saved before any rank ends
-                run.note(f"stopped after step {done} of {run.steps}, with the state saved; the same command goes on")
+                group.barrier()  # the state must be saved before any rank ends
+                run.note(f"stopped after step {done} of {run.steps}, with the state saved; the same command resumes it")
                 raise SystemExit(TERMINATED) if terminated else KeyboardInterrupt
     return group.broadcast(log.last if log else {})
 
@@ -463,7 +463,7 @@ def only_run(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def memory_explained(batch: int) -> Iterator[None]:
-    """Say what to do when memory does not suffice.
+    """Turn an out-of-memory error into advice.
 
     Raises:
         RunError: it did not.

@@ -39,7 +39,7 @@ class MetricsLog:
             self._drop_after(start)
 
     def _drop_after(self, start: int) -> None:
-        """Cut off lines of steps that will be taken again, and a half-written one."""
+        """Remove the lines of steps that will be repeated, and a half-written one."""
         kept = []
         for line in self.path.read_bytes().splitlines():
             try:
@@ -58,7 +58,7 @@ class MetricsLog:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.counts.update(metrics.keys())
         self.steps += 1
-        self.until = time.perf_counter()  # before a validation, which is no part of a step
+        self.until = time.perf_counter()  # before a validation, which is not part of a step
 
     def write(
         self,
@@ -90,6 +90,6 @@ class MetricsLog:
             with self.path.open("a") as file:
                 file.write(json.dumps(figures) + "\n")
         except OSError as error:
-            raise cannot_write(self.path, error, "the same command goes on once it can be") from error
+            raise cannot_write(self.path, error, "the same command resumes once it can be") from error
         self.sums, self.steps, self.since, self.last = {}, 0, time.perf_counter(), figures
         self.counts.clear()

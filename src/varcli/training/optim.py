@@ -1,6 +1,6 @@
-"""What a killed run needs to go on: weights, their average, optimizer moments, all without pickle.
+"""Schedules, initial weights, moving average and optimizer, with state that is saved without pickle.
 
-Randomness needs no saving: every step seeds torch from the run's seed and its own number.
+Random states need no saving: every step seeds torch from the run's seed and its own number.
 """
 
 import copy
@@ -22,7 +22,7 @@ from varcli.models.transformer import Block, Transformer
 from varcli.training.parallel import gather, shard_like
 
 WARM_UP = 0.02
-"""Part of the steps in which the learning rate rises from WARM_UP_FROM to 1."""
+"""Fraction of the steps in which the learning rate rises from WARM_UP_FROM to 1."""
 WARM_UP_FROM = 0.005
 
 
@@ -65,7 +65,7 @@ ADA_FACTOR = 0.5
 
 @torch.no_grad()
 def initialize_transformer(model: Transformer, gamma: float) -> None:
-    """Set all weights anew from torch's global generator.
+    """Initialize all weights from torch's global generator.
 
     Args:
         model: the transformer.
@@ -106,14 +106,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def mixed_seed(seed: int, number: int) -> int:
-    """Return a seed of 32 bits, all that torch's generator on the CPU heeds, for the n-th use of a run's seed."""
+    """Return a seed of 32 bits, all that torch's CPU generator uses, for the n-th use of a run's seed."""
     return (number + seed * 2_654_435_761) % 2**32
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Have CUDA take its deterministic kernels, without which no two runs are equal; a CPU always does.
+    """Make CUDA use its deterministic kernels, without which no two runs are equal; a CPU always does.
 
-    Operations that have none only warn, save masked attention, whose memory-efficient form is left out.
+    Operations without one only warn, except masked attention, whose memory-efficient form is switched off.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -148,19 +148,19 @@ class MovingAverage(Generic[Model]):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move towards `model`, fast at first: a constant decay would remember the random beginning."""
+        """Move towards `model`, fast at first: a constant decay would keep too much of the random start."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        # One launch for all weights on a GPU, not one each.
+        # One kernel launch on a GPU for all weights, not one each.
         get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), 0)
 
     def shard_like(self, model: nn.Module) -> None:
-        """Leave each rank the parts of the average that it has of `model`, which was sharded after it was copied."""
+        """Shard the average like `model`, which was sharded after it was copied."""
         named = zip(self.model.named_parameters(), model.parameters(), strict=True)
         _replace_parameters(self.model, {name: shard_like(own, parameter) for (name, own), parameter in named})
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Put shards together meanwhile, so that the model can be used. To be called by all ranks."""
+        """Gather the shards meanwhile, so that the model can be used. To be called by all ranks."""
         shards = {name: weight for name, weight in self.model.named_parameters() if isinstance(weight, DTensor)}
         _replace_parameters(self.model, {name: gather(weight) for name, weight in shards.items()})
         try:
@@ -170,14 +170,14 @@ class MovingAverage(Generic[Model]):
 
 
 def _replace_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put other tensors in the place of weights, by name."""
+    """Replace weights by other tensors, by name."""
     for name, tensor in tensors.items():
         module, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(module), own_name, nn.Parameter(tensor, requires_grad=False))
 
 
 def freeze(model: nn.Module, patterns: str) -> None:
-    """Leave weights as they are whose names match one of the patterns, such as "encoder.*" (comma-separated).
+    """Freeze the weights whose names match one of the patterns, such as "encoder.*" (comma-separated).
 
     Raises:
         UsageError: a pattern matches no name, or no weight is left to train.
@@ -201,7 +201,7 @@ def _some_names(model: nn.Module) -> str:
 def adamw(model: nn.Module, betas: tuple[float, float], exempt: Iterable[str] = ()) -> torch.optim.AdamW:
     """Return AdamW whose first group decays and whose second does not.
 
-    Without decay go biases, tensors of one dimension, and those whose name contains a part in `exempt`.
+    Biases, tensors of one dimension, and those whose name contains a part in `exempt` do not decay.
     """
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -241,8 +241,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     for name, parameter in model.named_parameters():
         for key, value in tensors.items():
             if key.rpartition(".")[0] == name:
-                # The fused kernel walks memory, so a moment must lie as its parameter does, channels last or not.
-                # Its kernel also wants the count of steps on the parameter's device.
+                # The fused kernel needs moments with the memory layout of their parameter, channels last or not.
+                # It also needs the count of steps on the parameter's device.
                 of_weight = value.shape == parameter.shape
                 like = torch.empty_like(parameter if of_weight else value, device=parameter.device)
                 moment = like.copy_(shard_like(value, parameter) if of_weight else value)
@@ -253,7 +253,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
 
 
 def identity(images: str, device: torch.device, bf16: bool, **configs: Any) -> dict[str, Any]:
-    """Return all that shapes a run's result, by name, for a resumed run to compare.
+    """Return all that a run's result depends on, by name, for a resumed run to compare.
 
     Args:
         images: fingerprint of the training images.

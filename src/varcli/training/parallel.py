@@ -3,8 +3,8 @@
 A transformer that does not fit is sharded besides (FSDP2): each rank has a part of each weight, and of its gradient,
 moments and moving average; a block's weights are gathered while it is computed.
 
-What a step draws at random it draws for all rows of the batch, and each part takes its own rows. So the number of
-ranks, like the number of parts a batch is computed in, changes nothing but rounding.
+A step draws its random numbers for all rows of the batch, and each part takes its own rows. So the number of ranks,
+like the number of parts that a batch is computed in, changes nothing but rounding.
 """
 
 import warnings
@@ -36,7 +36,7 @@ class Rows:
     """Rows of the whole batch."""
 
     def of(self, drawn: Tensor, dim: int = 0) -> Tensor:
-        """The part's share of what was drawn for the whole batch along a dimension."""
+        """The part's share of random numbers for the whole batch, along a dimension."""
         return drawn.narrow(dim, self.first, self.count)
 
 
@@ -47,10 +47,10 @@ def rows_of_part(batch: int, accumulate: int, part: int, group: ProcessGroup) ->
 
 
 def check_batch(batch: int, accumulate: int, group: ProcessGroup) -> None:
-    """Check that a batch comes out even.
+    """Check that a batch can be divided evenly.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it cannot.
     """
     if batch % (accumulate * group.world_size):
         raise UsageError(
@@ -60,14 +60,14 @@ def check_batch(batch: int, accumulate: int, group: ProcessGroup) -> None:
 
 
 def share_rows(model: nn.Module, rows: Rows) -> None:
-    """Tell the layers that draw per row which rows come next."""
+    """Tell layers with random numbers per row which rows come next."""
     for module in model.modules():
         if isinstance(module, StochasticDepth):
             module.rows = (rows.first, rows.total)
 
 
 def data_parallel(module: nn.Module, group: ProcessGroup, device: torch.device, *, unused: bool = False) -> nn.Module:
-    """Return what is to be called in training: the module, or DDP around it where there are several ranks.
+    """Return the module to call in training: the module itself, or DDP around it with several ranks.
 
     Args:
         module: on its device.
@@ -89,7 +89,7 @@ def data_parallel(module: nn.Module, group: ProcessGroup, device: torch.device, 
 
 
 def without_averaging(network: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Keep gradients on their rank until the last part of a batch, when DDP averages what all parts added up to."""
+    """Keep gradients on their rank until the last part of a batch, when DDP averages the sum of all parts."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
 
 
@@ -97,7 +97,7 @@ def without_averaging(network: nn.Module, last: bool) -> AbstractContextManager[
 
 
 def shard(model: Transformer, group: ProcessGroup, device: torch.device, *, bf16: bool) -> None:
-    """Leave of each weight a part on each rank; the model is to be called as before.
+    """Shard each weight over the ranks; the model is called as before.
 
     Args:
         model: a plain transformer; its weights become DTensors.

@@ -19,15 +19,15 @@ from varcli.errors import InputError
 Array = NDArray[np.float64]
 
 HUBER = 1e-3
-"""Where the loss of log residuals turns from squared to absolute (Hoffmann et al. 2022)."""
+"""Threshold of the Huber loss of log residuals (Hoffmann et al. 2022)."""
 EXPONENTS = (0.01, 3.0)
-"""Exponents are looked for between these."""
+"""Range of the exponents."""
 GRID, ZOOMS, REWEIGHTINGS = 25, 8, 12
 """Exponents tried along each axis, times the search narrows, and steps of iterated least squares."""
 NEAR_GRID, NEAR_ZOOMS, NEAR_REACH = 9, 4, 0.7
-"""The same around a law that is known, and how far around in the logarithm of the exponents."""
+"""The same around a known law, and the reach of the search in the logarithm of the exponents."""
 DRAWS = 200
-"""Resamplings of the runs behind an interval."""
+"""Bootstrap samples of the runs per interval."""
 INTERVAL = (2.5, 97.5)
 """Percentiles."""
 
@@ -51,7 +51,7 @@ FIGURES = ("loss", "loss_last", "error", "error_last")
 """Cross-entropy in nats, and the share of tokens not predicted, over all tokens and over the last scale's."""
 
 
-# --- what a law is fitted to -----------------------------------------------------------------------
+# --- size and compute of a run ---------------------------------------------------------------------
 
 
 def block_parameters(config: TransformerConfig) -> int:
@@ -78,7 +78,7 @@ def all_parameters(config: TransformerConfig) -> int:
 
 
 def image_flops(config: TransformerConfig) -> float:
-    """Floating-point operations of one image's forward and backward pass: 6 a weight and token, and the attention's."""
+    """Operations of one image's forward and backward pass: 6 per weight and token, and those of attention."""
     length, width = config.length, config.width
     per_token = 12 * config.depth * width**2 + config.codebook_width * width + width * config.codebook_size
     once = config.depth * 6 * width**2 + 2 * width**2  # the modulations, whose input is the class
@@ -99,7 +99,7 @@ class Trained:
 
     @property
     def tokens(self) -> float:
-        """D, the tokens it was trained on, repeated ones counted again."""
+        """D, the tokens it was trained on, counting repeated ones."""
         return float(self.images_seen * self.config.length)
 
     @property
@@ -143,7 +143,7 @@ def fit_joint(
     Args:
         parameters: N of each run.
         tokens: D of each run.
-        loss: what it came to, in nats or as a share.
+        loss: loss or error of each run, in nats or as a share.
         near: a law of similar runs, around which to search; None searches everywhere.
 
     Raises:
@@ -197,7 +197,7 @@ def linear_fits(terms_GRT: Array, loss_R: Array) -> tuple[Array, Array]:
     """Return for each pair of exponents the Huber loss of the log residuals, and the coefficients, none negative."""
     cost_G, coefficients_GT = _reweighted(terms_GRT, loss_R)
     without_floor_G, rest_GT = _reweighted(terms_GRT[..., 1:], loss_R)
-    # A negative E is none at all.
+    # Where E would be negative it is 0.
     wrong_G = ~np.isfinite(cost_G) & np.isfinite(without_floor_G)
     cost_G = np.where(wrong_G, without_floor_G, cost_G)
     padded_GT = np.concatenate([np.zeros((len(rest_GT), 1)), rest_GT], axis=1)
@@ -205,7 +205,7 @@ def linear_fits(terms_GRT: Array, loss_R: Array) -> tuple[Array, Array]:
 
 
 def _reweighted(terms_GRT: Array, loss_R: Array) -> tuple[Array, Array]:
-    """Least squares of relative residuals, weighted anew so that they become Huber's; infinite cost where negative."""
+    """Least squares of relative residuals, reweighted to a Huber loss; infinite cost where a term is negative."""
     weight_GR = np.ones(terms_GRT.shape[:2])
     for _ in range(REWEIGHTINGS):
         scaled_GRT = terms_GRT * (weight_GR / loss_R)[..., None]
@@ -225,7 +225,7 @@ def _reweighted(terms_GRT: Array, loss_R: Array) -> tuple[Array, Array]:
 def intervals(
     parameters: Sequence[float], tokens: Sequence[float], loss: Sequence[float], seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Return 95 % intervals of E, A, α, B and β by bootstrap over runs; samples that fit no law are drawn anew."""
+    """Return 95 % intervals of E, A, α, B and β by bootstrap over runs; samples that fit no law are redrawn."""
     n_R, d_R, loss_R = (np.asarray(values, np.float64) for values in (parameters, tokens, loss))
     random = np.random.default_rng(seed)
     whole = fit_joint(n_R, d_R, loss_R)

@@ -1,7 +1,7 @@
-"""What is normal in a training run, and what is off in this one: judged from its metrics log alone.
+"""Checks of a training run: what is normal, and what is off in this run, from its metrics log alone.
 
-Each check compares a figure with what a healthy run has. The bounds are wide, and were tried on small runs, healthy
-ones and others with a planted fault (tests/test_status.py): a check that is off is worth a look.
+Each check compares a figure with that of a healthy run. The bounds are wide. They were tried on small runs, healthy
+and with a planted fault (tests/test_status.py): a check that is off is worth a look.
 """
 
 import json
@@ -23,11 +23,11 @@ TRANSFORMER_RATE, TOKENIZER_RATE = 0.019, 4e-4
 """Usual peaks: a transformer's as a multiple of the spread sqrt(1/(3 D)) of its initial weights, which the published
 recipes of all depths share within a third; a tokenizer's as it is, between those of our own runs."""
 LOSS_TOLERANCE = 0.25
-"""Nats a token by which a run on ImageNet may miss the loss of the scaling laws."""
+"""Nats per token by which a run on ImageNet may miss the loss of the scaling laws."""
 LABEL_GAIN = 0.05
-"""What a wrong label should cost at least, as a fraction of ln(classes) nats an image, the entropy of a label."""
+"""Least cost of a wrong label, as a fraction of ln(classes) nats per image, the entropy of a label."""
 OVERFITTING = 0.01, 0.05
-"""How far a held-out loss may be above its best, and above the loss in training, as parts of it."""
+"""How far a held-out loss may be above its best, and above the loss in training, as fractions of these."""
 PSNR_LOSS = 0.3
 """dB by which a held-out PSNR may be below its best."""
 
@@ -58,7 +58,7 @@ def check_lines(lines: Lines, settings: Mapping[str, Any], steps: int, copies: f
         copies: part of its images that are copies of others, None where it is not known.
 
     Returns:
-        What could be checked. A run says more when it is past its warm-up, and with held-out images.
+        What could be checked. There are more checks after the warm-up, and with held-out images.
     """
     found = [_learning_rate(settings)]
     if lines[-1]["step"] > WARM_UP * steps:
@@ -100,7 +100,7 @@ def _learning_rate(settings: Mapping[str, Any]) -> Check:
 
 
 def _collapse(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
-    """Whether each scale makes use of the codebook."""
+    """Whether each scale uses the codebook."""
     if lines[-1]["step"] < RECORDED:
         return
     rows = settings.get("codebook_size", 0)
@@ -138,7 +138,7 @@ def _learned(lines: Lines) -> Iterator[Check]:
 
 
 def _expected_loss(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
-    """Held-out loss beside that of the scaling laws for its depth and images seen, where these speak."""
+    """Held-out loss beside that of the scaling laws for its depth and images seen, where they apply."""
     loss, seen = _last(lines, "validation_loss"), lines[-1]["images_seen"]
     names = TransformerConfig.__dataclass_fields__
     if loss is None or settings.get("class_count") != 1000 or seen < IMAGENET:
@@ -163,7 +163,7 @@ def _labels(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
     most = math.log(classes) / sequence_length(settings["sides"])
     yield Check(
         name="labels",
-        found=f"a wrong label costs {gain:.4f} nats a token",
+        found=f"a wrong label costs {gain:.4f} nats per token",
         normal=f"at least {LABEL_GAIN * most:.4f}",
         off=gain < LABEL_GAIN * most,
         advice="the labels do not help to predict the images: check that each image is in the folder of its class",
@@ -171,7 +171,7 @@ def _labels(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _overfitting(lines: Lines) -> Iterator[Check]:
-    """Whether held-out images do worse than they did, or than those trained on."""
+    """Whether held-out images do worse than before, or than training images."""
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
     psnrs = [line["validation_psnr"] for line in lines if "validation_psnr" in line]
     if losses:

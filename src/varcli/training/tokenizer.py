@@ -1,8 +1,8 @@
-"""Training of the tokenizer, which the authors of VAR never published.
+"""Training of the tokenizer; the authors of VAR published no code for it.
 
 ‖im - im̂‖² + the quantizer's loss + λ_P · perceptual + λ_G · adversarial (paper, equation 5).
 
-Shapes: B images of P × P pixels, C codebook channels, V codebook rows, S scales, l tokens a scale.
+Shapes: B images of P × P pixels, C codebook channels, V codebook rows, S scales, l tokens of one scale.
 """
 
 import itertools
@@ -38,10 +38,10 @@ REVIVE_EVERY = 100
 REVIVE_UNTIL = 0.9
 """Fraction of training after which rows are left alone, to settle."""
 DEAD = 0.01
-"""A row is dead when it is hit less than this part of what even use would give."""
+"""A row is dead when it is hit less often than this fraction of what even use would give."""
 
 COLLAPSED = 0.005
-"""A scale has collapsed when its perplexity is below this part of what it could be; the worst of tiny64's has 0.02."""
+"""A scale has collapsed when its perplexity is below this fraction of the largest possible; tiny64's worst has 0.02."""
 
 
 def collapsed(perplexity: float, codebook_size: int, tokens: int) -> bool:
@@ -50,7 +50,7 @@ def collapsed(perplexity: float, codebook_size: int, tokens: int) -> bool:
     Args:
         perplexity: exp of the entropy of how often each row is used, as many rows as are in even use.
         codebook_size: rows in all.
-        tokens: what was counted; fewer tokens than rows cannot use all.
+        tokens: number of tokens that were counted; fewer than rows cannot use all rows.
     """
     return perplexity < max(FEWEST_ROWS, COLLAPSED * min(codebook_size, tokens))
 
@@ -68,7 +68,7 @@ def build_tokenizer(config: TokenizerConfig, seed: int) -> tuple[Tokenizer, Patc
 
 
 class Reconstruction(nn.Module):
-    """A tokenizer as training runs it: there and back, with a straight-through gradient."""
+    """A tokenizer as training runs it: encoding and decoding, with a straight-through gradient."""
 
     def __init__(self, tokenizer: Tokenizer, bf16: bool, commitment: float) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def note_hits(self) -> None:
-        """Let the record of hits per scale and row take in the step's tokens, of all parts and ranks."""
+        """Update the record of hits per scale and row with the step's tokens, of all parts and ranks."""
         hits_SV = self.model.quantize.ema_vocab_hit_SV
         scales = zip(*(tokens for tokens, _ in self.quantized), strict=True)
         counts_SV = torch.stack(
@@ -285,7 +285,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def revive_codes(self) -> None:
-        """Replace codebook rows that nobody uses by residuals that wait to be quantized."""
+        """Replace unused codebook rows by residuals of the step's images."""
         hits_V = self.model.quantize.ema_vocab_hit_SV.sum(0)
         dead = (hits_V < DEAD * hits_V.mean()).nonzero().flatten()
         weight = self.model.quantize.embedding.weight

@@ -24,9 +24,8 @@ from varcli.distributed import ProcessGroup
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training import optim
-from varcli.training.contrastive import contrastive_loss, other_labels
 from varcli.training.data import VALIDATION_BATCH, TokenCache, draws
-from varcli.training.finetune import merged
+from varcli.training.finetune import contrastive_loss, merged, other_labels
 from varcli.training.loop import autocast
 from varcli.training.metrics_log import Metrics, by_scale
 from varcli.training.optim import initialize_transformer
@@ -59,9 +58,9 @@ def build_transformer(config: TransformerConfig, training: TransformerTrainingCo
 
 
 def keep_block_inputs(model: Transformer) -> None:
-    """Keep of each block only its input for the backward pass, which computes the rest again.
+    """Keep only the input of each block for the backward pass, which computes the rest again.
 
-    The last block is left out: its backward pass comes at once, so nothing would be saved.
+    The last block is left out: its backward pass follows at once, so nothing would be saved.
 
     Source: Chen et al. 2016, arXiv 1604.06174.
     """
@@ -71,7 +70,7 @@ def keep_block_inputs(model: Transformer) -> None:
 
 
 def token_weights(sides: Sequence[int], rule: str) -> Tensor:
-    """Return what each token's loss weighs, (L,), 1 on average.
+    """Return the weight of each token in the loss, (L,), 1 on average.
 
     Args:
         sides: of the scales.
@@ -92,9 +91,9 @@ LOGITS_SHARE = 1 / 32
 
 
 def tokens_at_once(rows: int, config: TransformerConfig, device: torch.device) -> int | None:
-    """Return of how many tokens logits should be there at once; None is of all tokens of `rows` images.
+    """Return for how many tokens logits are computed at once; None is for all tokens of `rows` images.
 
-    Decided by the memory's size, not by what is free of it: a resumed run is to round as the one before it.
+    It depends on the size of the memory, not on what is free of it, so that a resumed run rounds as before.
     """
     most = (memory_bytes(device) or math.inf) * LOGITS_SHARE / (4 * config.codebook_size)
     return None if rows * config.length <= most else max(int(most), 1)
@@ -105,8 +104,8 @@ def token_losses(tokens_BL: Tensor, at_once: int | None, head: nn.Module, x_BLD:
 
     Args:
         tokens_BL: the true tokens.
-        at_once: how many tokens' logits may be there at once: they are computed part by part, and again in the
-            backward pass, which keeps none of them. None computes and keeps all.
+        at_once: for how many tokens logits are computed at once. The parts are computed again in the backward pass, and
+            none is kept. None computes and keeps all.
         head: gives logits.
         x_BLD: what it takes.
     """
@@ -127,9 +126,9 @@ def token_losses(tokens_BL: Tensor, at_once: int | None, head: nn.Module, x_BLD:
 
 
 def frequency_loss(tokens: TokenCache, held: TokenCache, config: TransformerConfig) -> float:
-    """Return the cross-entropy, in nats a token, of held-out tokens under how often each scale's occur in training.
+    """Return the cross-entropy, in nats per token, of held-out tokens under each scale's token frequencies in training.
 
-    A model that has learned anything of what a token follows from is below it.
+    A model that has learned anything beyond these frequencies is below it.
     """
     some_BL, held_BL = (
         cache.batch([(i, 0) for i in range(0, len(cache), math.ceil(len(cache) / FREQUENCY_IMAGES))])[0]
@@ -207,7 +206,7 @@ class TransformerStage:
         optim.set_rates(self.optimizer, rate, decay)
         self.model.train()
         tokens_BL, label_B = batch
-        # The scales before the last one are trained more often than it: they cost little, and decide what is seen.
+        # The scales before the last are trained more often: they cost little, and decide what the image shows.
         if random.Random(f"{training.seed} scales {step}").random() < training.scale_drop:
             tokens_BL = tokens_BL[:, : spans(self.config.sides)[-1].start]
         return list(zip(tokens_BL.chunk(training.accumulate), label_B.chunk(training.accumulate), strict=True))
@@ -301,7 +300,7 @@ class TransformerStage:
         """Return the averaged weights' figures on held-out images, no label dropped. The ranks share the images.
 
         Among them are what the labels are worth, `label_gain`: the loss with another class's label minus the loss with
-        the right one, in nats a token; and what the frequencies of the tokens alone would reach, `frequency_loss`.
+        the right one, in nats per token; and what the token frequencies alone would reach, `frequency_loss`.
         """
         if self.held is None or self.tokens is None:
             return {}
