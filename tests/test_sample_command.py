@@ -358,7 +358,7 @@ def test_an_archive_of_an_earlier_run_is_replaced_with_a_word(sample, capsys, na
     assert f"{name} is from an earlier run and will be replaced; --resume would" in capsys.readouterr().err
     Path(name).rename(f"{name}.part")  # as a run that was stopped leaves it
     sample("-c", "207", "-o", name, "--dtype", "fp32")
-    assert f"{name}.part is of an earlier run" in capsys.readouterr().err
+    assert f"{name}.part is from an earlier run" in capsys.readouterr().err
 
 
 def test_images_nobody_asked_for_this_time_are_told_of(sample, capsys):

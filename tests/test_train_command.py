@@ -157,7 +157,7 @@ def test_a_tokenizer_is_evaluated_by_its_reconstructions(data, tmp_path, monkeyp
     [
         (["--holdout", "0"], "--eval-every measures against held-out images, 2 at least: give --holdout (got 0 held"),
         (["--eval-images", "7"], "--eval-images must be at most the 6 images that are held out (got 7)"),
-        (["--eval-features", "vgg"], "--eval-features must be one of inception-v3-compat, dinov2, efficientnet-lite0 "),
+        (["--eval-features", "vgg"], "--eval-features must be one of dinov2, efficientnet-lite0, inception-v3-compat"),
     ],
 )
 def test_evaluations_that_cannot_be_are_refused_before_training(more, line, data, tmp_path, capsys):

@@ -726,7 +726,7 @@ def test_one_unreadable_image_is_replaced_and_many_stop_the_run(tmp_path, images
     assert names[0][0][0].endswith("a/a_0.png")
     models = build_tokenizer(TOKENIZER, TOKENIZER_TRAINING.seed)
     stage = TokenizerStage(*models, TOKENIZER_TRAINING, broken, broken.subset([]), bf16=False)
-    with pytest.raises(InputError, match=r"1 of 4, .*a_0\.png \(not an image"):
+    with pytest.raises(InputError, match=r"1 of 4 images are unreadable, .*a_0\.png \(not an image"):
         train(stage, run(tmp_path / "run"))
 
 
