@@ -245,7 +245,7 @@ def _extractor_class(name: str) -> type[Any]:
         UsageError: there is none of this name.
     """
     if name not in EXTRACTORS:
-        raise UsageError(f"--features must be one of {', '.join(EXTRACTORS)} (got {name})")
+        raise UsageError(f"--features must be one of {', '.join(sorted(EXTRACTORS))} (got {name})")
     return EXTRACTORS[name]
 
 

@@ -58,7 +58,7 @@ class RunEvaluation:
         count = min(len(held), DEFAULT_COUNT) if count is None else count
         if tokenizer and count > len(held):
             raise UsageError(f"--eval-images must be at most the {len(held)} images that are held out (got {count})")
-        names = [name for name in EXTRACTORS if name != NoFeatures.name]
+        names = sorted(EXTRACTORS.keys() - {NoFeatures.name})
         if features not in names:
             raise UsageError(f"--eval-features must be one of {', '.join(names)} (got {features})")
         self.tokenizer, self.device, self.group = tokenizer, device, group
