@@ -243,7 +243,8 @@ def cannot_write(path: Path, error: OSError, advice: str = "") -> RunError:
     """Return the error for an output that the system refuses."""
     missing = isinstance(error, FileNotFoundError) and not path.parent.exists()
     reason = f"there is no folder {path.parent}" if missing else error.strerror or str(error)
-    return RunError(f"{path} cannot be written: {reason}" + (f"; {advice}" if advice else ""))
+    what = "standard output" if path == Path("-") else path
+    return RunError(f"{what} cannot be written: {reason}" + (f"; {advice}" if advice else ""))
 
 
 def cannot_lock(folder: Path, error: OSError | NotImplementedError) -> RunError:
