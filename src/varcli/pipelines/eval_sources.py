@@ -147,9 +147,8 @@ class Samples(EvalSource):
         del common["refiner_sha256"]
         drawn = {label: len(requests) for label, requests in self.candidates.items()}
         chosen = self.classifier and self.classifier.sha256
-        place = self.save_images and str(
-            Path(self.save_images).resolve()
-        )  # another one lacks the images written so far
+        # Another folder or archive lacks the images written so far.
+        place = self.save_images and str(Path(self.save_images).resolve())
         decided = {} if self.decide_at is None else {"decide_at": self.decide_at}
         return {"made": common, "drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place} | decided
 
