@@ -66,9 +66,8 @@ class AsyncWriter(Generic[Item]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        deadline = (
-            None if kind is None else monotonic() + _GRACE
-        )  # finished images are written, unless nothing reads the pipe
+        # After an error finished images are still written, unless nothing reads the pipe.
+        deadline = None if kind is None else monotonic() + _GRACE
         with suppress(Full):
             self._waiting.put(None, timeout=_left(deadline))
         self._thread.join(_left(deadline))
