@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from varcli.errors import RunError, VarError
+from varcli.errors import RunError, UsageError, VarError
 from varcli.files import private_folder
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def remember_command_line(words: Sequence[str]) -> None:
 _command_line: list[str] = []
 
 
+RANKS_PER_CORE = 4
+"""More than one a core gains nothing, but a few more are harmless; hundreds would make the machine unusable."""
+
+
 def launch(count: int) -> int:
     """Run the command line that is being run as `count` ranks on this machine; return the exit code.
 
@@ -65,9 +69,16 @@ def launch(count: int) -> int:
     process ends them with it.
 
     Raises:
+        UsageError: there are far more of them than cores.
         VarError: what the first of them to fail raised.
         KeyboardInterrupt: Ctrl-C, which reached all of them.
     """
+    most = RANKS_PER_CORE * _cores()
+    if count > most:
+        raise UsageError(
+            f"--nproc {count} is too much for this machine, since each process loads the model: give the number of "
+            f"GPUs or of cores ({_cores()} here), and {most} at most"
+        )
     with private_folder() as folder:
         settings = {
             "WORLD_SIZE": str(count),
