@@ -476,7 +476,11 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
         (["outpaint", "in.png", "--pad", "0,0,0,0"], 2, "--pad must be 0 or more on each side"),
         (["outpaint", "in.png", "--to", "50x90"], 2, "--to must be larger than the image's 60x40 (got 50x90)"),
         (["edit", "in.png", "--mask", "mask.png"], 2, "Missing option '--class' / '-c'."),
-        (["edit", "in.png", "-c", "1"], 2, "must say where to fill, or --strength edit the whole image"),
+        (
+            ["edit", "in.png", "-c", "1"],
+            2,
+            "one of --mask, --alpha and --box must say where to fill (got none); --strength edits",
+        ),
         (
             ["edit", "in.png", "-c", "1", "--strength", "1.5"],
             2,
