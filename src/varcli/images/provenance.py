@@ -175,7 +175,7 @@ def read_provenance(path: str | Path) -> Provenance:
             content = read_image_file(file, name)
     except OSError as error:
         raise InputError(
-            f"{name} cannot be read: {error.strerror or error}; give a PNG that var sample wrote"
+            f"the image {name} cannot be read: {error.strerror or error}; give a PNG that var sample wrote"
         ) from error
     last = b""
     for chunk in chunks(content):

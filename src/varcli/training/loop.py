@@ -309,7 +309,7 @@ def resume(stage: Stage, run: Run) -> int:
         return check_run(run)
     newest = state_files(run.folder)[0]
     file, step, identity = from_newest_state(run.folder, lambda file: load_state(stage, run, file))
-    before, now = identity.get("epochs"), run.identity.get("epochs")
+    before, now = identity.get("epochs", 0), run.identity.get("epochs", 0)
     if before != now:
         run.note(f"resuming at step {step}, with the learning rates of {counted(now, 'epoch')} instead of {before:g}")
     if file != newest:
