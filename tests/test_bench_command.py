@@ -149,7 +149,7 @@ MISTAKES = [
     (
         ["-m", "absent.safetensors"],
         4,
-        r"there is no checkpoint absent\.safetensors: neither a file nor .*",
+        r"the checkpoint absent\.safetensors does not exist: give a file, or .*",
     ),
     (["-m", "var-d17", "--random"], 4, r"there is no checkpoint var-d17: neither a file nor one of the names .*"),
 ]

@@ -27,7 +27,7 @@ PRESET = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "approximate
         (comparability.other_settings(PRESET | {"approximate": "cache"}, PRESET), "approximate cache instead of"),
         (comparability.several_series({"cfg 4": 3, "cfg 2": 1}), "together: 1 by cfg 2; 3 by cfg 4"),
         (comparability.other_precision("int8"), "int8: an approximation"),
-        (comparability.small_reference(2000), "a reference of only 2000 images: that biases FID too"),
+        (comparability.small_reference(2000), "a reference of only 2000 images: it biases FID too"),
         (comparability.rejection("resnet101"), "images chosen by resnet101: to be compared with"),
         (
             comparability.other_reference("mine.npz", "imagenet-256"),

@@ -80,6 +80,15 @@ def test_tables_have_tabs_in_a_pipe_and_headings_on_a_terminal(capsys, monkeypat
     assert "class" in shown and "goldfish" in shown and "[retriever]" in shown
 
 
+def test_a_table_on_a_narrow_terminal_loses_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "30")
+    console.table(("name", "licence", "place"), [("code-9-refiner", "CC BY-NC-SA 4.0", "x" * 40)])
+    shown = sys.stdout.getvalue()
+    assert "code-9-refiner" in shown and "…" not in shown
+    assert shown.count("x") == 40
+
+
 def test_an_error_is_one_line(capsys):
     console.failure("what: given;\n  what would be right")
     assert capsys.readouterr() == ("", "var: error: what: given; what would be right\n")

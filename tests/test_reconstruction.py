@@ -80,7 +80,8 @@ def test_reconstruct_tells_figures_and_shows_images(var, model):
     assert np.array_equal(pixels(said[1]["path"]), rebuilt(tokenizer, encode(tokenizer, NOISE[None, :16, :16])))
     made = read_provenance(said[1]["path"])
     assert made.command[:2] == ("reconstruct", "b.png") and len(made.inputs) == 1
-    var("reconstruct", "a.png", "--growth", "grows.gif", "--grid", "grid.png")
+    told = var("reconstruct", "a.png", "--growth", "grows.gif", "--grid", "grid.png", "-o", "again.png").err
+    assert [line.split()[-1] for line in told.splitlines()] == ["again.png", "grid.png", "grows.gif"]
     with Image.open("grows.gif") as growing:
         assert growing.n_frames == len(small.SIDES)
     assert pixels("grid.png").shape[1] > 2 * 192

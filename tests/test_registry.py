@@ -110,7 +110,9 @@ def test_names_and_files_are_found(tmp_path, monkeypatch):
     ("given", "line"),
     [
         ("var-d17", "neither a file nor one of the names var-d1"),
-        ("none.safetensors", "neither a file nor one of the names tiny64, var-d16, var-d20, var-d24, var-d30, var-d36"),
+        ("none.safetensors", "the checkpoint none.safetensors does not exist: give a file"),
+        ("runs/none", "the checkpoint runs/none does not exist: give a file"),
+        ("xyz", "neither a file nor one of the names tiny64, var-d16, var-d20, var-d24, var-d30, var-d36"),
         (".", "the checkpoint \\. is a folder; give the file of a model"),
     ],
 )

@@ -163,6 +163,7 @@ def test_lines_say_figures_and_what_decides_them():
     assert lines["checkpoint"] == "var-d16, sha256 5e5e5e5e5e5e"
     assert "cfg 1.5, top-k 900, top-p 0.96" in lines["settings"]
     assert "seed 7" in lines["settings"]
+    assert "smooth" not in lines["settings"], "it is off"
     assert lines["reference"] == "imagenet-256, sha256 abababababab, 50000 images"
     assert lines["extractor"] == "inception-v3-compat, sha256 cdcdcdcdcdcd"
     assert lines["protocol"] == "is_splits 10"

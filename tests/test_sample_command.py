@@ -307,7 +307,7 @@ def test_contact_sheet_and_growing_image(sample, capsys):
         (
             ["-c", "1", "-m", "no.safetensors"],
             4,
-            "neither a file nor one of the names tiny64",
+            "the checkpoint no.safetensors does not exist: give a file, or a name of `var checkpoints list`",
         ),
     ],
 )

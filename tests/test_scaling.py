@@ -146,6 +146,15 @@ def ladder(tmp_path_factory):
     ]
 
 
+def test_the_token_maps_of_a_ladder_may_be_named_too(ladder, tmp_path, capsys):
+    """As by `ladder/*`."""
+    (tmp_path / "tokens" / "tokens-0123").mkdir(parents=True)
+    assert run(["scaling", "fit", *map(str, ladder), str(tmp_path / "tokens"), "--no-intervals"]) == 0
+    (tmp_path / "d1").mkdir()
+    assert run(["scaling", "fit", *map(str, ladder), str(tmp_path / "d1"), "--no-intervals"]) == 3
+    assert "has no metrics.jsonl: give the folder of a run that has logged figures" in capsys.readouterr().err
+
+
 def test_fit_prints_the_law_and_predicts(ladder, tmp_path, capsys):
     command = ["scaling", "fit", *map(str, ladder), "--no-intervals", "--depth", "4", "--json"]
     assert run([*command, "--figure", str(tmp_path / "laws.png")]) == 0

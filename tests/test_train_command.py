@@ -204,6 +204,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
     assert run(transformer_command(data, tokenizer, out, "--dry-run")) == 0
     printed = capsys.readouterr()
     assert "expected loss" not in printed.out
+    assert "--batch-size 4 --grad-accum 1 --base-lr 0.05 " in printed.out
     assert "24 images of 3 classes: 1 goldfish, 207 golden retriever, 281 tabby" in printed.err
     assert run(["train", "tokenizer", str(data), "--out", str(out), *SMALL, "--perceptual", "lpips", "--dry-run"]) == 0
     assert not out.exists()
@@ -366,17 +367,18 @@ def test_training_says_what_it_found_before_it_begins(data, tokenizer, tmp_path,
         "var: data: 24 images of 3 classes: 1 goldfish, 207 golden retriever, 281 tabby",
         "var: data: left out: files named .heic (1): data/n01443537/x.HEIC",
         "var: data: data: class folders without images: n09999999",
-        "var: 1 epoch of 18 images in batches of 4 make 5 steps, few to learn from; --batch-size 2 makes 9",
+        "var: only 5 steps to learn from: 1 epoch of 18 images in batches of 4; --batch-size 2 makes 9",
     ]
 
 
 @pytest.mark.parametrize(
     ("epochs", "batch", "images", "told"),
     [
-        (200, 768, 20, "make 6 steps, few to learn from; --batch-size 2 makes 2000"),
-        (200, 768, 100, "make 27 steps, few to learn from; --batch-size 12 makes 1667"),
-        (1, 4, 18, "make 5 steps, few to learn from; --batch-size 2 makes 9"),
-        (10, 2, 20, "make 100 steps, few to learn from; --epochs 100 makes 1000"),
+        (200, 768, 20, ("only 6 steps", "--batch-size 2 makes 2000")),
+        (200, 768, 100, ("only 27 steps", "--batch-size 12 makes 1667")),
+        (1, 4, 18, ("only 5 steps", "--batch-size 2 makes 9")),
+        (10, 2, 20, ("only 100 steps", "--epochs 100 makes 1000")),
+        (1, 64, 375, ("only 6 steps", "--epochs 10 makes 60")),
         (200, 768, 1_281_167, None),
         (200, 32, 1000, None),
     ],
@@ -385,7 +387,7 @@ def test_a_recipe_for_far_more_images_is_told(epochs, batch, images, told):
     notes = []
     pipeline._tell([], TrainingConfig(epochs=epochs, batch=batch), images, notes.append)
     assert len(notes) == bool(told)
-    assert all(line.endswith(told) for line in notes)
+    assert all(line.startswith(told[0]) and line.endswith(told[1]) for line in notes)
 
 
 def test_a_single_image_is_told():
@@ -393,7 +395,7 @@ def test_a_single_image_is_told():
     pipeline._tell([], TrainingConfig(epochs=500, batch=1), 1, notes.append)
     assert notes == ["data: of a single image the model learns nothing but that image"]
     pipeline._tell([], TrainingConfig(epochs=1, batch=1), 1, notes.append)
-    assert notes[2].startswith("1 epoch of 1 image in batches of 1 make 1 step, few")
+    assert notes[2].startswith("only 1 step to learn from: 1 epoch of 1 image in batches of 1; ")
 
 
 def test_a_loss_is_expected_only_where_the_scaling_laws_speak():

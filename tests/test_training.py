@@ -279,10 +279,10 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, images):
     notes = []
     last = train(tokenizer_stage(images), run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))
     assert last["step"] == 6
-    assert notes == ["resuming at step 3 of 1 epochs, with the learning rates of 2 epochs"]
-    with pytest.raises(UsageError, match=r"has come to step 6, and 1 epochs end at step 3; give more --epochs"):
+    assert notes == ["resuming at step 3, with the learning rates of 2 epochs instead of 1"]
+    with pytest.raises(UsageError, match=r"has come to step 6, and --epochs 1 ends at step 3; give more --epochs"):
         train(tokenizer_stage(images), run(tmp_path, 3, identity={"a": 1, "epochs": 1.0}))
-    with pytest.raises(UsageError, match=r"begun with a 1 \(now 2\), epochs 2\.0 \(now 3\.0\)"):
+    with pytest.raises(UsageError, match=r"begun with a 1 \(now 2\), --epochs 2\.0 \(now 3\.0\)"):
         train(tokenizer_stage(images), run(tmp_path, 9, identity={"a": 2, "epochs": 3.0}))
 
 
@@ -296,7 +296,7 @@ def test_a_run_under_way_takes_fewer_epochs(tmp_path, images):
     apply = shorter.apply_gradients
     shorter.apply_gradients = lambda step, of: (steps.append((step, of)), apply(step, of))
     assert train(shorter, run(tmp_path, 6, identity={"a": 1, "epochs": 2.0}, note=notes.append))["step"] == 6
-    assert notes == ["resuming at step 3 of 3 epochs, with the learning rates of 2 epochs"]
+    assert notes == ["resuming at step 3, with the learning rates of 2 epochs instead of 3"]
     assert steps == [(3, 6), (4, 6), (5, 6)]
 
 

@@ -87,6 +87,17 @@ def option(default: Any, help: str, *flags: str, metavar: str | None = None, sho
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def option_flags(field: "dataclasses.Field[Any]") -> tuple[str, ...]:
+    """Return the flags of a field declared with `option`."""
+    flags: tuple[str, ...] = field.metadata["flags"]
+    return flags or (f"--{field.name.replace('_', '-')}",)
+
+
+def option_names(config: Any) -> dict[str, str]:
+    """Return the option of each field of a dataclass that is one, such as "--batch-size" for `batch`."""
+    return {field.name: option_flags(field)[0] for field in dataclasses.fields(config) if "flags" in field.metadata}
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)

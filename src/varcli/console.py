@@ -93,7 +93,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):  # the first names the row, and is never cut or broken
+        drawn.add_column(column, overflow="fold", no_wrap=number == 0)
     for row in shown:
         drawn.add_row(*row)
     with writing_results():

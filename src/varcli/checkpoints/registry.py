@@ -170,6 +170,10 @@ def local_checkpoint(checkpoint: str) -> Path:
         raise CheckpointError(f"{checkpoint} is missing from this installation: install varcli again")
     if entry:
         raise CheckpointError(f"{checkpoint} is not on this machine yet: var checkpoints download {checkpoint}")
+    if path.name != checkpoint or path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} does not exist: give a file, or a name of `var checkpoints list`"
+        )
     close = difflib.get_close_matches(checkpoint, registry(), n=2) or list(registry())
     raise CheckpointError(
         f"there is no checkpoint {checkpoint}: neither a file nor one of the names {', '.join(close)}; "

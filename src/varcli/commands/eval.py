@@ -27,8 +27,8 @@ Features = Annotated[
     Option(
         "--features",
         metavar="NAME",
-        help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0; none measures a tokenizer's PSNR, "
-        "SSIM and LPIPS alone.",
+        help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0; none, with --tokenizer, "
+        "measures PSNR, SSIM and LPIPS alone.",
     ),
 ]
 Metrics = Annotated[
@@ -117,8 +117,9 @@ def evaluate(
 ) -> None:
     """Measure images: those that a checkpoint samples, 50 per class as in the paper, or those at PATH.
 
-    Without a metric's option: FID and inception score. If it is killed, the same command resumes where it stopped
-    (except with --tokenizer).
+    Without a metric's option: FID and inception score.
+
+    If it is killed, the same command resumes it, except with --tokenizer.
     """
     sampled = not (paths or tokenizer)
     only_sampled = {

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 
 from typer import Argument, Option
 
-from varcli.config import SampleConfig
+from varcli.config import SampleConfig, option_flags
 from varcli.console import notes
 from varcli.errors import UsageError
 
@@ -89,14 +89,16 @@ def _config_of(hint: Any) -> Any:
 
 def _parameter(field: "Field[Any]", kind: Any) -> inspect.Parameter:
     """A field as an option that is None where it is not typed."""
-    flags = field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",)
     shown = field.metadata["shown"]
     if shown is None and field.default is not MISSING and not isinstance(field.default, bool):
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
     if get_origin(kind) is tuple:
         kind = str  # parsed by the command: 1,2,3
     declared = Option(
-        *flags, help=field.metadata["help"], metavar=field.metadata["metavar"], show_default=shown or False
+        *option_flags(field),
+        help=field.metadata["help"],
+        metavar=field.metadata["metavar"],
+        show_default=shown or False,
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]

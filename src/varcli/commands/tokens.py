@@ -88,7 +88,8 @@ def reconstruct(
             note(", ".join(row))
     elif rows:
         table(("image", "PSNR", "tokens"), rows)
-    options.tell_also(grid if pairs else None, growth if pairs else None, quiet=quiet)
+    written = Path(out) if out is not None and out != "-" and not as_json else None
+    options.tell_also(*((written, grid, growth) if pairs else ()), quiet=quiet)
     sources.check()
 
 
@@ -164,8 +165,9 @@ def encode(
 ) -> None:
     """Write the token maps of images: tokens.0, tokens.1 …, int32 of images × side × side, coarse to fine.
 
-    The largest square in the middle of an image is used, in the tokenizer's size. Of data to train on, token maps of
-    several crops go into a folder, for `var train transformer --tokens`.
+    The largest square in the middle of an image is used, in the tokenizer's size.
+
+    Of data to train on, token maps of several crops go into a folder, for `var train transformer --tokens`.
     """
     from varcli.files import check_not_read, check_writable, kind_there
 

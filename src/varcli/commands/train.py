@@ -17,6 +17,7 @@ from varcli.config import (
     TokenizerTrainingConfig,
     TrainingConfig,
     TransformerTrainingConfig,
+    option_names,
 )
 from varcli.distributed import launch, launched, process_group
 from varcli.report.formatting import duration
@@ -329,12 +330,14 @@ def _show_estimate(found: "TrainingEstimate", recipe: TrainingConfig, as_json: b
     if as_json:
         console.result(json.dumps(asdict(found) | {"recipe": asdict(recipe)}))
         return
-    settings = ", ".join(
-        f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
-        for name, value in asdict(recipe).items()
-        if value != ""
-    )
-    console.result(f"recipe           {settings}")
+    words = []
+    for field, name in option_names(recipe).items():
+        value = getattr(recipe, field)
+        if isinstance(value, bool):
+            words += [name] if value else []
+        elif value != "":
+            words.append(f"{name} {value if isinstance(value, str) else f'{value:g}'}")
+    console.result(f"recipe           {' '.join(words)}")
     console.result(f"parameters       {found.parameters / 1e6:.2f} M")
     console.result(f"training set     {console.counted(found.images, 'image')}")
     console.result(f"steps            {found.steps} ({console.counted(found.images_seen, 'image')} seen)")

@@ -54,7 +54,7 @@ def other_size(pixels: int, reference: int | None) -> Iterable[str]:
 def small_reference(count: int | None) -> Iterable[str]:
     """Warn of a reference of few images, which biases FID as few measured ones do; None is unknown."""
     if count is not None and count < FEW:
-        yield f"a reference of only {count} images: that biases FID too, and FID∞ does not take it out"
+        yield f"a reference of only {count} images: it biases FID too, and FID∞ does not correct for it"
 
 
 def other_settings(given: Mapping[str, Any], preset: Mapping[str, Any]) -> Iterable[str]:

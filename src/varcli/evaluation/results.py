@@ -27,6 +27,8 @@ LARGEST = 1e15
 """All numbers of a result must be smaller."""
 SETTINGS = (*(option.name for option in fields(SampleConfig)), "seed", "device", "dtype")
 """Sampling settings that a result shows."""
+OFF = {option.name: option.default for option in fields(SampleConfig) if option.name not in ("cfg", "top_k", "top_p")}
+"""Values of settings that are off, and not shown in lines."""
 
 Setting = str | bool | float | None
 Settings = Mapping[str, Setting | Sequence[Setting]]
@@ -157,7 +159,9 @@ class Result:
         yield "images", f"{self.n}, {counted(self.classes, 'class')}" if self.classes else str(self.n)
         if self.checkpoint:
             yield "checkpoint", _named(self.checkpoint["name"], self.checkpoint["sha256"])
-            shown = {name: value for name in SETTINGS if (value := self.checkpoint.get(name)) not in (None, "")}
+            shown = {
+                name: value for name in SETTINGS if (value := self.checkpoint.get(name)) not in (None, OFF.get(name))
+            }
             yield "settings", ", ".join(f"{name.replace('_', '-')} {value}" for name, value in shown.items())
         if self.reference:
             count = f", {counted(self.reference.n, 'image')}" if self.reference.n else ""

@@ -174,7 +174,9 @@ def read_provenance(path: str | Path) -> Provenance:
         with nullcontext(sys.stdin.buffer) if str(path) == "-" else Path(path).open("rb") as file:
             content = read_image_file(file, name)
     except OSError as error:
-        raise InputError(f"the image {name} cannot be read: {error.strerror or error}") from error
+        raise InputError(
+            f"the image {name} cannot be read: {error.strerror or error}; give a PNG that var sample wrote"
+        ) from error
     last = b""
     for chunk in chunks(content):
         last = chunk.name

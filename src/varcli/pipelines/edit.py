@@ -133,8 +133,9 @@ def fill_task(
         InputError: an image cannot be used, or the mask marks nothing or everything.
     """
     if (box is not None) + (mask is not None or alpha) != 1:
-        whole = ", or --strength edit the whole image" if command == "edit" else ""
-        raise UsageError(f"exactly one of a mask file, --alpha and --box must say where to fill{whole}")
+        file, whole = ("--mask", "; --strength edits the whole image") if command == "edit" else ("a mask file", "")
+        given = "more than one" if box is not None else "none"
+        raise UsageError(f"one of {file}, --alpha and --box must say where to fill (got {given}){whole}")
     if fit_mask and mask is None:
         raise UsageError("--fit-mask needs a mask file: nothing else can have another size")
     if isinstance(image, str) and isinstance(mask, str) and image == mask == "-":

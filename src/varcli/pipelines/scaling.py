@@ -13,7 +13,7 @@ from varcli.config import TransformerConfig, TransformerTrainingConfig, transfor
 from varcli.errors import InputError
 from varcli.files import write_atomically
 from varcli.pipelines.train import Report, train_transformer
-from varcli.report.load import read_runs
+from varcli.report.load import METRICS_LOG, read_runs
 from varcli.training import scaling
 from varcli.training.scaling import FIGURES, JointLaw, PowerLaw, Trained
 
@@ -173,7 +173,8 @@ def fit_scaling(folders: Sequence[str | Path], counted: str = "all", bootstrap: 
     Raises:
         InputError: a folder holds no finished run, or the runs are too few or too alike.
     """
-    paths = [Path(folder) for folder in folders]
+    # `ladder/*` names the token maps beside the runs too
+    paths = [path for path in map(Path, folders) if (path / METRICS_LOG).exists() or not any(path.glob("tokens-*"))]
     runs = [_trained(path, name.name) for path, name in zip(paths, read_runs(paths), strict=True)]
     notes = []
     repeated = [run.name for run in runs if run.images and run.images_seen > REPEATED * run.images]

@@ -585,7 +585,8 @@ def _plain_transformer(
     model = build_transformer(config, training)
     if begun is not None:
         kept = warm_start(model, classes, begun.transformer, begun.classes)
-        note(f"{kept} of {len(classes)} classes are known to the model; the others begin at the mean of all")
+        others = "" if kept == len(classes) else "; the others begin at the mean of all"
+        note(f"{kept} of {len(classes)} classes are known to the model{others}")
     elif training.adapter:
         note(f"--adapter {training.adapter} without --init: all other weights keep their random values")
     adapt(model, training.adapter)
@@ -622,11 +623,11 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
         return
     smaller = replace(training, batch=max(1, min(64, images // 8)), accumulate=1)
     advice = f"--batch-size {smaller.batch} makes {smaller.steps(images)}"
-    if smaller.batch >= training.batch:
+    if smaller.batch > training.batch / 2:  # hardly smaller
         advice = f"--epochs {training.epochs * 10:g} makes {10 * steps}"
     note(
-        f"{counted(training.epochs, 'epoch')} of {counted(images, 'image')} in batches of {training.batch} make "
-        f"{counted(steps, 'step')}, few to learn from; {advice}"
+        f"only {counted(steps, 'step')} to learn from: {counted(training.epochs, 'epoch')} of "
+        f"{counted(images, 'image')} in batches of {training.batch}; {advice}"
     )
 
 

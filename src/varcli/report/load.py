@@ -213,7 +213,9 @@ def read_runs(folders: Sequence[Path]) -> list[TrainingRun]:
 def _read_run(folder: Path, name: str) -> TrainingRun:
     log = folder / METRICS_LOG
     if not log.is_file():
-        raise InputError(f"the training run {folder} has no {METRICS_LOG}: it must be a folder that `var train` wrote")
+        raise InputError(
+            f"the training run {folder} has no {METRICS_LOG}: give the folder of a run that has logged figures"
+        )
     sheets = sorted(path for path in (folder / "samples").glob("*.png") if path.is_file())  # a pipe would not end
     try:
         lines = tuple(_log_lines(log))

@@ -25,7 +25,13 @@ from torch import Tensor
 
 from varcli.acceleration.devices import out_of_memory, peak_bytes
 from varcli.checkpoints.safetensors_io import load_header, load_tensors, save_tensors, tensors_sha256
-from varcli.config import TrainingConfig
+from varcli.config import (
+    TokenizerConfig,
+    TokenizerTrainingConfig,
+    TrainingConfig,
+    TransformerTrainingConfig,
+    option_names,
+)
 from varcli.console import counted
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
@@ -251,11 +257,14 @@ def check_state(file: Path, run: Run) -> int:
     if different == ["epochs"]:
         if run.steps < step:
             raise UsageError(
-                f"the run in {run.folder} has come to step {step}, and {given['epochs']:g} epochs end at step "
+                f"the run in {run.folder} has come to step {step}, and --epochs {given['epochs']:g} ends at step "
                 f"{run.steps}; give more --epochs, or another --out"
             )
     elif different:
-        was = ", ".join(f"{key} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
+        names: dict[str, str] = {}
+        for kind in (TokenizerConfig, TokenizerTrainingConfig, TransformerTrainingConfig):
+            names |= option_names(kind)
+        was = ", ".join(f"{names.get(key, key)} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
         raise UsageError(f"the run in {run.folder} was begun with {was}; use {_AGAIN}")
     return step
 
@@ -300,9 +309,9 @@ def resume(stage: Stage, run: Run) -> int:
         return check_run(run)
     newest = state_files(run.folder)[0]
     file, step, identity = from_newest_state(run.folder, lambda file: load_state(stage, run, file))
-    before, now = identity.get("epochs"), run.identity.get("epochs")
+    before, now = identity.get("epochs", 0), run.identity.get("epochs", 0)
     if before != now:
-        run.note(f"resuming at step {step} of {before:g} epochs, with the learning rates of {now:g} epochs")
+        run.note(f"resuming at step {step}, with the learning rates of {counted(now, 'epoch')} instead of {before:g}")
     if file != newest:
         run.note(f"{newest} is damaged; resuming from the state before it, at step {step}")
         stage.group.barrier()  # all ranks have read it
