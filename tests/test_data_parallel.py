@@ -10,12 +10,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import torch
 
 from support.images import write_folder
 from varcli.checkpoints.safetensors_io import load_tensors
+from varcli.cli import run
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 from varcli.models.transformer import StochasticDepth
@@ -39,14 +42,29 @@ def command(stage, data, out, *more):
     return [*words, *(TOKENIZER if stage == "tokenizer" else TRANSFORMER), *map(str, more)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Compute here as the ranks do: more threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def train(stage, data, out, *more):
+    """Train, in this process where one is enough, and return the last figures."""
+    words = command(stage, data, out, *more)
+    if "--nproc" not in more:
+        with redirect_stdout(StringIO()) as printed:
+            assert run(words[3:]) == 0
+        return json.loads(printed.getvalue())
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(stage, data, out, *more), env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(data, tmp_path_factory):
+def tokenizer(data, one_thread, tmp_path_factory):
     """The option with a tokenizer for transformers."""
     out = tmp_path_factory.mktemp("tokenizer")
     train("tokenizer", data, out, "--epochs", 0.3)
@@ -210,13 +228,22 @@ def test_a_run_whose_rank_is_killed_says_how_to_go_on_and_does_with_another_numb
     assert gone_on["validation_psnr"] == pytest.approx(whole["validation_psnr"], abs=0.5)
 
 
+LONGER = ("--epochs", 8, "--save-every", 2)
+
+
+@pytest.fixture(scope="module")
+def longer(data, tokenizer, tmp_path_factory):
+    """A longer transformer's run of one process: its folder and last figures."""
+    out = tmp_path_factory.mktemp("longer")
+    return out, train("transformer", data, out, *tokenizer, *LONGER)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_goes_on_with_a_run_whose_rank_is_killed(rank, data, tokenizer, tmp_path):
-    more = (*tokenizer, "--epochs", 8, "--save-every", 2)
-    whole = train("transformer", data, tmp_path / "whole", *more)
+def test_torchrun_goes_on_with_a_run_whose_rank_is_killed(rank, data, tokenizer, longer, tmp_path):
+    folder, whole = longer
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    words = launcher + command("transformer", data, tmp_path / "killed", *more)[1:]
+    words = launcher + command("transformer", data, tmp_path / "killed", *tokenizer, *LONGER)[1:]
     running = subprocess.Popen(
         words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -228,7 +255,7 @@ def test_torchrun_goes_on_with_a_run_whose_rank_is_killed(rank, data, tokenizer,
     result, error = running.communicate(timeout=120)
     assert running.returncode == 0, error
     assert json.loads(result)["step"] == whole["step"]
-    compare(tmp_path / "whole", tmp_path / "killed")
+    compare(folder, tmp_path / "killed")
 
 
 @pytest.mark.slow

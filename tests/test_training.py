@@ -353,11 +353,20 @@ def test_damaged_states_are_one_line(tmp_path, images, begun, change):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "a bit", "a tensor less", "away"])
-def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path, images, damage):
-    train(tokenizer_stage(images, gan=0.0), run(tmp_path / "whole", 9))
+@pytest.fixture(scope="module")
+def killed_and_whole(tmp_path_factory, images):
+    """The folders of a run that was killed in its eighth step, and of the same run of nine steps."""
+    folder = tmp_path_factory.mktemp("runs")
     with pytest.raises(Killed):
-        train(kill_at(tokenizer_stage(images, gan=0.0), 7), run(tmp_path / "run", 9))
+        train(kill_at(tokenizer_stage(images, gan=0.0), 7), run(folder / "killed", 9))
+    train(tokenizer_stage(images, gan=0.0), run(folder / "whole", 9))
+    return folder / "killed", folder / "whole"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "a tensor less", "away"])
+def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path, images, killed_and_whole, damage):
+    killed, whole = killed_and_whole
+    shutil.copytree(killed, tmp_path / "run")
     state = tmp_path / "run" / "state.safetensors"
     content = bytearray(state.read_bytes())
     if damage == "truncated":
@@ -374,7 +383,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path, images, damag
     told = [] if damage == "away" else [f"{state} is damaged; resuming from the state before it, at step 3"]
     assert notes == told
     for name in ("state.safetensors", "state-previous.safetensors", "tokenizer.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("line", [b"", b"5", b"{}", b'{"step": "x"}', b"\xff", b"[" * 100_000, b'{"step": 2'])
@@ -447,7 +456,8 @@ def test_a_reader_that_is_ended_while_a_step_is_computed_is_one_line(tmp_path, i
 
     def computing(step, steps):
         multiprocessing.active_children()[0].kill()
-        time.sleep(30)
+        for _ in range(300):  # a signal that arrives just before one long sleep would not end it
+            time.sleep(0.1)
 
     stage.apply_gradients = computing
     with pytest.raises(
