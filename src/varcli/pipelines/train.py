@@ -180,8 +180,7 @@ def train_tokenizer(
         preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
         note=note,
     )
-    check_run(run)
-    check_ranks(run, group)
+    check_ranks(run, check_run(run), group)
     if eval_every:
         evaluation = RunEvaluation(
             held,
@@ -401,8 +400,7 @@ def train_transformer(
         preview=lambda folder, step: _preview_samples(stage, folder, step),
         note=note,
     )
-    check_run(run)
-    check_ranks(run, group)
+    check_ranks(run, check_run(run), group)
     if eval_every:
         evaluation = RunEvaluation(
             held,
