@@ -644,7 +644,7 @@ def test_ranks_share_the_validation(kind, tmp_path, images, monkeypatch):
 
 def test_ranks_that_do_not_share_the_runs_folder_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ProcessGroup, "gather", lambda self, own: [own, (*own[:2], 0)])
-    with pytest.raises(InputError, match="resumes .* at step 3, and process 1 at step 0; --out must be a folder that"):
+    with pytest.raises(InputError, match=r"resumes .* at step 3, and process 1 at step 0; --out must be a folder that"):
         check_ranks(run(tmp_path), 3, ProcessGroup())
 
 
