@@ -197,7 +197,7 @@ def _overfitting(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
 def _training_loss(line: Mapping[str, float], settings: Mapping[str, Any]) -> float | None:
     """The loss of all tokens in training, None where no step had all of them.
 
-    With `--scale-drop` the logged loss is partly of the coarse scales alone; that of each scale is of the steps with it.
+    With `--scale-drop` the logged loss is partly of the coarse scales alone; each scale's is of the steps that have it.
     """
     if not settings.get("scale_drop"):
         return line.get("loss")
