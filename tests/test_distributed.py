@@ -1,6 +1,7 @@
 """Several processes at one command: alone nothing is started, together they agree, and none outlives the others."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -187,6 +188,28 @@ def test_a_lost_process_is_no_riddle(said, kind, message, monkeypatch, tmp_path)
             raise RuntimeError(said)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("received", "saved"), [([signal.SIGTERM], True), ([], False), ([signal.SIGTERM, signal.SIGTERM], False)]
+)
+def test_ranks_may_save_when_told_to_end_but_not_after_a_failure(received, saved, monkeypatch, tmp_path):
+    code = """
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    time.sleep(1)
+    Path("saved").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    monkeypatch.setattr(distributed, "_GRACE", 0.1)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) as rank:
+        rank.stdout.readline()
+        distributed._end([rank], received)
+    assert (tmp_path / "saved").exists() == saved
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads process states there")

@@ -7,7 +7,7 @@ import torch
 
 from support import small
 from support.images import write_folder
-from varcli.checkpoints.store import load_model
+from varcli.checkpoints.store import load_model, save_tokenizer
 from varcli.classes import ClassEntry, ClassTable
 from varcli.cli import run
 from varcli.config import TransformerConfig
@@ -162,6 +162,20 @@ def test_a_killed_fine_tuning_goes_on_and_another_is_refused(model, data, tmp_pa
     assert run([*command, "--out", str(tmp_path)]) == 0
     assert run([*command, "--adapter", "modulation", "--out", str(tmp_path)]) == 2
     assert "adapter 'lora:2' (now 'modulation')" in capsys.readouterr().err
+
+
+def test_tokens_of_another_tokenizer_are_refused_and_those_of_a_tuned_one_are_not(model, data, tmp_path, capsys):
+    own = load_model(model).tokenizer
+    command = ["train", "transformer", str(data), "--init", str(model), "--dry-run", "-q"]
+    rows_VC = own.quantize.embedding.weight.data
+    for name, changed_VC in (("tuned", rows_VC + 0.01 * rows_VC.std()), ("other", rows_VC.roll(1, 0))):
+        own.quantize.embedding.weight.data = changed_VC
+        save_tokenizer(tmp_path / name, own, {})
+        code = run([*command, "--tokenizer", str(tmp_path / name), "--out", str(tmp_path / "run")])
+        assert code == (0 if name == "tuned" else 3)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "was trained on another tokenizer's tokens (0% of them mean the same to --tokenizer" in error
 
 
 def test_the_plan_of_a_fine_tuning_has_the_models_shape(model, data, tmp_path, capsys):

@@ -49,6 +49,13 @@ def test_no_irreducible_part_is_found_where_there_is_none():
     assert found.alpha == pytest.approx(0.3, rel=0.02)
 
 
+def test_a_term_that_would_be_negative_is_left_out():
+    found = fit_joint(N, D, 4 + 1e-3 * np.log(N) + 400 / D**0.4)  # larger models are worse
+    assert (found.A, found.alpha) == (0, 0)
+    assert pytest.approx(4.015, rel=1e-3) == found.E
+    assert found.beta == pytest.approx(0.4, rel=1e-2)
+
+
 def test_one_amount_of_data_gives_a_law_in_size():
     sizes = N[:5]
     found = fit_joint(sizes, D[:5], 5 + 80 / sizes**0.3)
@@ -84,6 +91,9 @@ def test_the_papers_form_is_found_again():
     assert found.correlation == pytest.approx(-1)
     with pytest.raises(InputError, match="below the irreducible part"):
         fit_power(sizes, sizes, floor=1)
+    for hardly in (0, 1e-6):
+        with pytest.raises(InputError, match="needs figures that differ"):
+            fit_power(sizes, 0.95 + hardly * sizes)
 
 
 def test_the_frontier_is_what_no_cheaper_run_beats():
@@ -116,7 +126,7 @@ TOKENIZER = TokenizerConfig(
 )
 
 
-def write_run(folder, depth, images_seen, loss=None, **facts):
+def write_run(folder, depth, images_seen, loss=None, label="cat", **facts):
     """A folder as `var train transformer` leaves it, of a model whose loss follows TRUE."""
     config = TransformerConfig(
         depth=depth, width=64 * depth, sides=(1, 2), codebook_size=16, codebook_width=8, class_count=1
@@ -127,7 +137,7 @@ def write_run(folder, depth, images_seen, loss=None, **facts):
     figures = {"loss": loss, "loss_last": loss, "accuracy": 1 - loss / 100, "accuracy_last": 1 - loss / 100}
     folder.mkdir(parents=True)
     run_facts = {"step": 9, "steps": 9, "images_seen": images_seen, "images": images_seen} | figures | facts
-    classes = ClassTable((ClassEntry(0, "cat", "cat"),))
+    classes = ClassTable((ClassEntry(0, label, label),))
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to_empty(device="cpu")
@@ -172,6 +182,37 @@ def test_fit_prints_the_law_and_predicts(ladder, tmp_path, capsys):
         assert figure.width == 960
     assert run(["scaling", "fit", *map(str, ladder), "--no-intervals"]) == 0
     assert "loss_last in N" in capsys.readouterr().out
+
+
+def test_what_the_runs_do_not_determine_is_told(tmp_path, capsys):
+    runs = [
+        str(write_run(tmp_path / f"{depth}-{seen}", depth, seen, loss=4 + depth / 100 + 1e4 / seen, accuracy=0.1))
+        for depth in (1, 2, 3)
+        for seen in (2_000, 20_000, 200_000)
+    ]
+    figure = tmp_path / "laws.svg"
+    assert run(["scaling", "fit", *runs, "--no-intervals", "--json", "--figure", str(figure)]) == 0
+    out, error = capsys.readouterr()
+    laws = json.loads(out)["laws"]
+    assert "error" not in laws
+    assert (laws["loss"]["joint"]["A"], laws["loss"]["joint"]["alpha"]) == (0, 0)
+    assert "cross-entropy, all scales: does not fall with N in these runs, so α is 0\n" in error
+    assert "token error, all scales: no law is fitted, since a power law needs figures that differ" in error
+    assert "token error, all scales" not in figure.read_text()
+
+
+def test_runs_of_several_tokenizers_or_data_sets_are_refused(tmp_path, capsys):
+    first, tokenizer = (write_run(tmp_path / name, 1, 10) for name in ("first", "tokenizer"))
+    for folder in (first, tokenizer):
+        identity = {"identity": json.dumps({"tokenizer": f"that of {folder.name}"})}
+        save_tensors(folder / "state.safetensors", {"a": torch.zeros(1)}, identity)
+    data = write_run(tmp_path / "data", 1, 10, label="dog")
+    for other, message in (
+        (tokenizer, "tokenizer was trained with another tokenizer than first: give runs of one"),
+        (data, "data was trained on other classes than first: give runs of one data set"),
+    ):
+        assert run(["scaling", "fit", str(first), str(other)]) == 3
+        assert capsys.readouterr().err == f"var: error: {message}\n"
 
 
 def test_a_run_that_has_not_ended_is_refused(ladder, tmp_path, capsys):

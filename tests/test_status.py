@@ -136,6 +136,14 @@ def test_published_learning_rates_are_normal_and_thirty_times_is_not(depth):
         assert off([{"step": 1, "images_seen": 1}], shape | dataclasses.asdict(changed)) == named
 
 
+def test_the_loss_of_shortened_steps_is_not_taken_for_that_of_all_tokens():
+    line = {"step": 1, "images_seen": 1, "loss": 3.0, "validation_loss": 3.6}
+    line |= {"loss_scale_1": 2.0, "loss_scale_2": 2.0, "loss_scale_3": 4.0}  # 3.52 of all tokens
+    settings = dataclasses.asdict(SMALL) | dataclasses.asdict(TransformerTrainingConfig(scale_drop=0.5))
+    assert off([line], settings) == set()
+    assert off([line], settings | {"scale_drop": 0.0}) == {"data"}
+
+
 def test_copies_and_a_falling_psnr_are_named():
     settings = dataclasses.asdict(TOKENIZER) | {"base_lr": 0.06, "batch": 4}
     lines = [{"step": s, "images_seen": s, "validation_psnr": psnr} for s, psnr in ((1, 20.0), (2, 20.5), (3, 20.1))]

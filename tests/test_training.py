@@ -37,7 +37,7 @@ from varcli.training import transformer as transformer_training
 from varcli.training.data import CacheSettings, Crops, draws, loader, open_cache
 from varcli.training.discriminator import PatchDiscriminator, augment
 from varcli.training.estimate import estimate
-from varcli.training.loop import Run, check_run, only_run, state_files, train, update
+from varcli.training.loop import Run, check_ranks, check_run, only_run, state_files, train, update
 from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
@@ -652,6 +652,12 @@ def test_ranks_share_the_validation(kind, tmp_path, images, monkeypatch):
     assert len(stage.group.sent) == 2
 
 
+def test_ranks_that_do_not_share_the_runs_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ProcessGroup, "gather", lambda self, own: [own, (*own[:2], 0)])
+    with pytest.raises(InputError, match=r"resumes .* at step 3, and process 1 at step 0; --out must be a folder that"):
+        check_ranks(run(tmp_path), 3, ProcessGroup())
+
+
 def test_nothing_is_validated_without_held_out_images(images):
     model = build_tokenizer(TOKENIZER, TOKENIZER_TRAINING.seed)
     assert TokenizerStage(*model, TOKENIZER_TRAINING, *images.split(0), bf16=False).validate() == {}
@@ -769,6 +775,23 @@ def test_cache_holds_what_the_tokenizer_says_and_resumes(tmp_path, images, monke
     _, again = tokens(tmp_path / "two", images)
     assert len(calls) == 7
     assert np.array_equal(again.tokens, cache.tokens)
+    assert not again.tokens.flags.writeable  # a whole cache may be in a folder that cannot be written
+
+
+def test_a_begun_cache_that_cannot_be_written_is_one_line(tmp_path, images, monkeypatch):
+    tokens(tmp_path, images)
+    progress = next(tmp_path.glob("*/progress.json"))
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"done": 8}))
+    whole = data_module.open_memmap
+
+    def refusing(path, mode):
+        if mode == "r+":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return whole(path, mode=mode)
+
+    monkeypatch.setattr(data_module, "open_memmap", refusing)
+    with pytest.raises(RunError, match=r"tokens-\w+ cannot be written.*Permission denied"):
+        tokens(tmp_path, images)
 
 
 def test_cached_crops_differ_and_epochs_take_turns(tmp_path, images):

@@ -100,7 +100,7 @@ def launch(count: int) -> int:
                     ranks.append(subprocess.Popen(command, env=os.environ | settings | own, start_new_session=True))
                 failed = _first_failure(ranks, received)
             finally:
-                _end(ranks, received[0] if received else signal.SIGTERM)
+                _end(ranks, received)
         if received:
             if received[0] == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -143,16 +143,22 @@ def _first_failure(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[
     return None
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    """End the ranks that still run: with a signal, then, after a while, by killing them."""
+def _end(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> None:
+    """End the ranks that still run: with a signal, then, after a while or at a second signal, by killing them.
+
+    Args:
+        ranks: all of them.
+        received: signals so far, to which more may be added; the ranks get the first, or SIGTERM after a failure.
+    """
+    number = received[0] if received else signal.SIGTERM
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(number) if os.name != "nt" else rank.terminate()
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + (_SAVING if received else _GRACE)
+    while None in [rank.poll() for rank in ranks] and time.monotonic() < deadline and len(received) < 2:
+        time.sleep(0.05)
     for rank in ranks:
-        try:
-            rank.wait(max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        if rank.poll() is None:
             rank.kill()
             rank.wait()
 
@@ -370,7 +376,9 @@ def _store_of_this_start(group: ProcessGroup) -> "Store":
 
 
 _GRACE = 30.0
-"""Seconds in which the launcher should notice a failure, and in which a rank must end when told to."""
+"""Seconds in which the launcher should notice a failure, and in which the other ranks must then end."""
+_SAVING = 600.0
+"""Seconds in which a rank must end when told to. It finishes a step first, and saves a state of many gigabytes."""
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:

@@ -1,6 +1,6 @@
 """`var scaling`: train a ladder of models, and fit scaling laws to finished runs (paper, section 4.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,11 +171,14 @@ def fit_scaling(folders: Sequence[str | Path], counted: str = "all", bootstrap: 
         bootstrap: also estimate intervals, which takes about a minute.
 
     Raises:
-        InputError: a folder holds no finished run, or the runs are too few or too alike.
+        InputError: a folder holds no finished run, the runs are too few or too alike, or of several tokenizers or data
+            sets.
     """
-    # `ladder/*` names the token maps beside the runs too
+    # `ladder/*` names the token maps beside the runs too.
     paths = [path for path in map(Path, folders) if (path / METRICS_LOG).exists() or not any(path.glob("tokens-*"))]
-    runs = [_trained(path, name.name) for path, name in zip(paths, read_runs(paths), strict=True)]
+    logs = read_runs(paths)
+    runs = [_trained(path, log.name) for path, log in zip(paths, logs, strict=True)]
+    _check_comparable(runs, [log.settings for log in logs])
     notes = []
     repeated = [run.name for run in runs if run.images and run.images_seen > REPEATED * run.images]
     if repeated:
@@ -190,18 +193,26 @@ def fit_scaling(folders: Sequence[str | Path], counted: str = "all", bootstrap: 
     most = max(tokens)
     largest = [i for i, amount in enumerate(tokens) if amount > 0.99 * most]
     joint, ends, by_size, by_compute = {}, {}, {}, {}
+    failed = None
     for name in FIGURES:
         values = [run.figures[name] for run in runs]
-        law = joint[name] = scaling.fit_joint(n, tokens, values)
+        try:
+            law = scaling.fit_joint(n, tokens, values)
+            # The paper's laws are of what can be reduced; its error has no irreducible part.
+            floor = law.E if name.startswith("loss") else 0.0
+            size = scaling.fit_power([n[i] / 1e9 for i in largest], [values[i] for i in largest], floor)
+            best = scaling.frontier([(run.pflops, value) for run, value in zip(runs, values, strict=True)])
+            cost = scaling.fit_power([x for x, _ in best], [y for _, y in best], floor)
+        except InputError as error:  # of the token error, for example, which hardly changes in short runs
+            notes.append(f"{TITLES[name]}: no law is fitted, since {error}")
+            failed = error
+            continue
+        joint[name], by_size[name], by_compute[name] = law, size, cost
         if bootstrap:
             ends[name] = scaling.intervals(n, tokens, values)
-        # The paper's laws are of what can be reduced; its error has no irreducible part.
-        floor = float(law.E) if name.startswith("loss") else 0.0
-        if len({n[i] for i in largest}) < 2:
-            raise InputError("the paper's law in N needs models of two sizes trained on the most data (got one)")
-        by_size[name] = scaling.fit_power([n[i] / 1e9 for i in largest], [values[i] for i in largest], floor)
-        best = scaling.frontier([(run.pflops, value) for run, value in zip(runs, values, strict=True)])
-        by_compute[name] = scaling.fit_power([x for x, _ in best], [y for _, y in best], floor)
+        notes += [f"{TITLES[name]}: {line}" for line in undetermined(law, with_data=len(set(tokens)) >= 3)]
+    if failed and not joint:
+        raise failed
     return ScalingLaws(
         runs=runs,
         counted=counted,
@@ -211,6 +222,32 @@ def fit_scaling(folders: Sequence[str | Path], counted: str = "all", bootstrap: 
         compute=by_compute,
         notes=notes,
     )
+
+
+def undetermined(law: JointLaw, *, with_data: bool) -> list[str]:
+    """Say which terms of a law the runs do not determine."""
+    found = []
+    low, high = scaling.EXPONENTS
+    terms = [("N", "α", law.alpha, law.A), ("D", "β", law.beta, law.B)]
+    for quantity, symbol, exponent, factor in terms if with_data else terms[:1]:
+        if factor == 0:
+            found.append(f"does not fall with {quantity} in these runs, so {symbol} is 0")
+        elif not 1.01 * low < exponent < 0.99 * high:
+            found.append(f"{symbol} is at the end of its range, {low:g} to {high:g}: the runs do not determine it")
+    return found
+
+
+def _check_comparable(runs: Sequence[Trained], settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError if losses of the runs cannot be compared."""
+    first = runs[0]
+    for run, given in zip(runs, settings, strict=True):
+        shapes = [(each.config.sides, each.config.codebook_size, each.config.codebook_width) for each in (first, run)]
+        # A run without its state does not say which tokenizer it had.
+        hashes = {each.get("tokenizer") for each in (settings[0], given)} - {None}
+        if shapes[0] != shapes[1] or len(hashes) > 1:
+            raise InputError(f"{run.name} was trained with another tokenizer than {first.name}: give runs of one")
+        if run.classes != first.classes:
+            raise InputError(f"{run.name} was trained on other classes than {first.name}: give runs of one data set")
 
 
 def _trained(folder: Path, name: str) -> Trained:
@@ -236,6 +273,7 @@ def _trained(folder: Path, name: str) -> Trained:
     return Trained(
         name=name,
         config=config,
+        classes=metadata.get("classes", ""),
         images_seen=int(facts["images_seen"]),
         images=facts.get("images"),
         figures={key: float(value) for key, value in figures.items()},
@@ -259,7 +297,7 @@ def draw(laws: ScalingLaws, path: Path) -> None:
         RunError: the file cannot be written.
     """
     panels = []
-    for name in ("loss_last", "loss", "error_last", "error"):
+    for name in (name for name in ("loss_last", "loss", "error_last", "error") if name in laws.joint):
         panels.append(_panel(laws, name, "parameters"))
         panels.append(_panel(laws, name, "compute"))
     if path.suffix.lower() == ".svg":

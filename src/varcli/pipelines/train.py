@@ -32,7 +32,7 @@ from varcli.config import (
 )
 from varcli.console import counted, progress
 from varcli.distributed import ProcessGroup
-from varcli.errors import UsageError
+from varcli.errors import InputError, UsageError
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet
 from varcli.images.dataset import ImageSet, open_images
@@ -55,7 +55,7 @@ from varcli.training.data import (
 )
 from varcli.training.discriminator import SMALLEST_PATCH, PatchDiscriminator
 from varcli.training.estimate import TrainingEstimate, check_memory, estimate, expected_losses_at
-from varcli.training.finetune import adapt, merged, warm_start
+from varcli.training.finetune import adapt, merged, tokens_in_common, warm_start
 from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.parallel import check_batch
@@ -180,8 +180,7 @@ def train_tokenizer(
         preview=lambda folder, step: _preview_reconstructions(stage, folder, step),
         note=note,
     )
-    check_run(run)
-    check_ranks(run, group)
+    check_ranks(run, check_run(run), group)
     if eval_every:
         evaluation = RunEvaluation(
             held,
@@ -401,8 +400,7 @@ def train_transformer(
         preview=lambda folder, step: _preview_samples(stage, folder, step),
         note=note,
     )
-    check_run(run)
-    check_ranks(run, group)
+    check_ranks(run, check_run(run), group)
     if eval_every:
         evaluation = RunEvaluation(
             held,
@@ -559,9 +557,10 @@ def _plain_transformer(
     """The tokenizer whose tokens are learned, and a transformer with its first weights.
 
     Raises:
-        UsageError: no tokenizer is given, or `training.cca` contrasts classes and there is only one.
+        UsageError: no tokenizer is given, `training.cca` contrasts classes and there is only one, or
+            `training.scale_drop` leaves out the only scale.
         CheckpointError: its file cannot be used.
-        InputError: the weights to begin with do not fit it.
+        InputError: the weights to begin with do not fit it, or were trained on another tokenizer's tokens.
     """
     if tokenizer is not None:
         trained = load_tokenizer(resolve_checkpoint(str(tokenizer)))
@@ -569,8 +568,15 @@ def _plain_transformer(
         trained = begun.tokenizer
     else:
         raise UsageError("--tokenizer is needed: the tokenizer whose tokens the transformer learns")
+    if training.scale_drop > 0 and len(trained.config.sides) == 1:
+        raise UsageError("--scale-drop leaves out the last scale, and this tokenizer has one scale only")
     if training.cca > 0 and len(classes) < 2:
         raise UsageError(f"--cca contrasts classes: the images must be of two or more (got {len(classes)})")
+    if begun is not None and (share := tokens_in_common(begun.tokenizer, trained)) < 0.5:
+        raise InputError(
+            f"--init {begun.path} was trained on another tokenizer's tokens ({share:.0%} of them mean the same to "
+            f"--tokenizer {tokenizer}); leave out one of the two options"
+        )
     depth = depth or 16
     shape = begun.transformer.config if begun else None
     config = TransformerConfig(

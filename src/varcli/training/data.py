@@ -299,7 +299,11 @@ def open_cache(
     path = cache_path(folder, tokenizer, images, settings, device)
     facts = cache_facts(tokenizer, images, settings, device)
     done, unreadable = _begin_cache(path, tokenizer, total, facts)
-    tokens = open_memmap(path / "tokens.npy", mode="r+")
+    try:
+        # A whole cache may be another user's, or on a read-only file system.
+        tokens = open_memmap(path / "tokens.npy", mode="r+" if done < total else "r")
+    except OSError as error:
+        raise cannot_write(path, error) from error
     skipped = Unreadable(len(images), warn)
     skipped.add((images.name(i), "as an earlier call found") for i in sorted(unreadable))
     progress(done)

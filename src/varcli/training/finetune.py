@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from varcli.classes import ClassTable
 from varcli.config import spans
 from varcli.errors import InputError
+from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 from varcli.training.parallel import Rows
 
@@ -57,6 +58,20 @@ def warm_start(model: Transformer, classes: ClassTable, trained: Transformer, kn
             )
     model.load_state_dict(weights)
     return kept
+
+
+@torch.no_grad()
+def tokens_in_common(known: Tokenizer, other: Tokenizer) -> float:
+    """Return the share of tokens that mean nearly the same to two tokenizers, 0 if their codebooks have other shapes.
+
+    A row of the other codebook is nearest to the known row of the same number, unless the two were trained apart. A
+    tokenizer that was fine-tuned has most tokens in common with what it was.
+    """
+    row_VC = other.quantize.embedding.weight
+    if row_VC.shape != known.quantize.embedding.weight.shape:
+        return 0.0
+    nearest_V = known.quantize.nearest(row_VC[None])[0]
+    return float((nearest_V == torch.arange(len(row_VC))).float().mean())
 
 
 def matching_rows(weight_CD: Tensor, known: ClassTable, classes: ClassTable) -> tuple[Tensor, int]:

@@ -272,14 +272,19 @@ def check_state(file: Path, run: Run) -> int:
 _AGAIN = "the same again, or another --out"
 
 
-def check_ranks(run: Run, group: ProcessGroup) -> None:
+def check_ranks(run: Run, step: int, group: ProcessGroup) -> None:
     """Check that all ranks were given the same; to be called by all, before anything is written.
 
+    Args:
+        run: of this rank.
+        step: the one it has come to, as `check_run` says.
+        group: the ranks.
+
     Raises:
-        InputError: one reads other images.
+        InputError: one reads other images, or another folder of the run.
         UsageError: one has other settings, another tokenizer file or another kind of device.
     """
-    for rank, (identity, images) in enumerate(group.gather((run.identity, dict(run.images)))):
+    for rank, (identity, images, its_step) in enumerate(group.gather((run.identity, dict(run.images), step))):
         different = sorted(key for key in identity if identity[key] != run.identity.get(key))
         if "pictures" in different:
             what = _other_images(run.images, images, f"process {rank}")
@@ -288,6 +293,11 @@ def check_ranks(run: Run, group: ProcessGroup) -> None:
             key = different[0]
             what = f"{key} {run.identity.get(key)!r} (process {rank} {identity[key]!r})"
             raise UsageError(f"process 0 has {what}; all must have the same")
+        if its_step != step:
+            raise InputError(
+                f"process 0 resumes {run.folder} at step {step}, and process {rank} at step {its_step}; "
+                "--out must be a folder that all of them share"
+            )
     group.barrier()
 
 

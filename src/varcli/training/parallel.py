@@ -4,7 +4,8 @@ A transformer that does not fit is sharded besides (FSDP2): each rank has a part
 moments and moving average; a block's weights are gathered while it is computed.
 
 A step draws its random numbers for all rows of the batch, and each part takes its own rows. So the number of ranks,
-like the number of parts that a batch is computed in, changes nothing but rounding.
+like the number of parts that a batch is computed in, changes nothing but rounding. One thing is each part's own: the
+weight of the tokenizer's adversarial loss, which needs the gradients of a part before they are added.
 """
 
 import warnings

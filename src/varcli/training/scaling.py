@@ -9,6 +9,7 @@ Shapes: R runs, G pairs of exponents tried, T terms of the law.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ GRID, ZOOMS, REWEIGHTINGS = 25, 8, 12
 """Exponents tried along each axis, times the search narrows, and steps of iterated least squares."""
 NEAR_GRID, NEAR_ZOOMS, NEAR_REACH = 9, 4, 0.7
 """The same around a known law, and the reach of the search in the logarithm of the exponents."""
+LARGEST_LOG_BETA = 700.0
+"""Of the paper's form; a float64 holds no larger β."""
 DRAWS = 200
 """Bootstrap samples of the runs per interval."""
 INTERVAL = (2.5, 97.5)
@@ -91,6 +94,8 @@ class Trained:
 
     name: str
     config: TransformerConfig
+    classes: str = ""
+    """The class table, as its checkpoint has it."""
     images_seen: int
     images: int | None
     """Different training images, None where the run does not say."""
@@ -117,9 +122,10 @@ class JointLaw:
 
     E: float
     A: float
+    """0, like α, if the loss does not fall with N."""
     alpha: float
     B: float
-    """0 if the runs have too few amounts of data to tell."""
+    """0, like β, if the loss does not fall with D, or the runs have too few amounts of data to tell."""
     beta: float
 
     def predict(self, parameters: Array | float, tokens: Array | float) -> Array:
@@ -159,14 +165,16 @@ def fit_joint(
     # In units of the geometric mean all terms are of one size, which keeps the equations well conditioned.
     n_unit, d_unit = np.exp(np.log(n_R).mean()), np.exp(np.log(d_R).mean())
     low, high = np.log(EXPONENTS)
-    center, reach, grid, zooms = np.full(2, (low + high) / 2), (high - low) / 2, GRID, ZOOMS
+    center, reach, grid, zooms = np.full(2, (low + high) / 2), np.full(2, (high - low) / 2), GRID, ZOOMS
     if near is not None:
-        center = np.log(np.maximum([near.alpha, near.beta], EXPONENTS[0]))
-        reach, grid, zooms = NEAR_REACH, NEAR_GRID, NEAR_ZOOMS
+        exponents = np.array([near.alpha, near.beta])
+        known = exponents > 0
+        center = np.where(known, np.log(np.maximum(exponents, EXPONENTS[0])), center)
+        reach, grid, zooms = np.where(known, NEAR_REACH, reach), NEAR_GRID, NEAR_ZOOMS
     best: tuple[float, Array, Array] = (math.inf, np.zeros(2), np.zeros(3))
     for _ in range(zooms):
-        axis = np.linspace(-reach, reach, grid)
-        alpha_G, beta_G = (np.exp(np.clip(center[i] + axis, low, high)) for i in (0, 1))
+        axis = np.linspace(-1, 1, grid)
+        alpha_G, beta_G = (np.exp(np.clip(center[i] + reach[i] * axis, low, high)) for i in (0, 1))
         pairs_G2 = np.stack(np.meshgrid(alpha_G, beta_G if with_data else beta_G[:1], indexing="ij"), -1).reshape(-1, 2)
         terms_GRT = np.stack(
             [
@@ -187,21 +195,28 @@ def fit_joint(
     return JointLaw(
         E=float(floor),
         A=float(a * n_unit**alpha),
-        alpha=float(alpha),
+        alpha=float(alpha) if a else 0.0,
         B=float(b * d_unit**beta),
-        beta=float(beta) if with_data else 0.0,
+        beta=float(beta) if b else 0.0,
     )
 
 
 def linear_fits(terms_GRT: Array, loss_R: Array) -> tuple[Array, Array]:
-    """Return for each pair of exponents the Huber loss of the log residuals, and the coefficients, none negative."""
+    """Return for each pair of exponents the Huber loss of the log residuals, and the coefficients, none negative.
+
+    Where a term would be negative, those are left out, their coefficient being 0, without which the rest fits best.
+    """
     cost_G, coefficients_GT = _reweighted(terms_GRT, loss_R)
-    without_floor_G, rest_GT = _reweighted(terms_GRT[..., 1:], loss_R)
-    # Where E would be negative it is 0.
-    wrong_G = ~np.isfinite(cost_G) & np.isfinite(without_floor_G)
-    cost_G = np.where(wrong_G, without_floor_G, cost_G)
-    padded_GT = np.concatenate([np.zeros((len(rest_GT), 1)), rest_GT], axis=1)
-    return cost_G, np.where(wrong_G[:, None], padded_GT, coefficients_GT)
+    negative_G = ~np.isfinite(cost_G)
+    terms = range(terms_GRT.shape[-1])
+    for kept in chain.from_iterable(combinations(terms, count) for count in terms[1:]):
+        part_cost_G, part_GT = _reweighted(terms_GRT[negative_G][..., kept], loss_R)
+        padded_GT = np.zeros((len(part_GT), len(terms)))
+        padded_GT[:, kept] = part_GT
+        better_G = part_cost_G < cost_G[negative_G]
+        chosen = np.flatnonzero(negative_G)[better_G]
+        cost_G[chosen], coefficients_GT[chosen] = part_cost_G[better_G], padded_GT[better_G]
+    return cost_G, coefficients_GT
 
 
 def _reweighted(terms_GRT: Array, loss_R: Array) -> tuple[Array, Array]:
@@ -269,17 +284,18 @@ def fit_power(x: Sequence[float], figure: Sequence[float], floor: float = 0.0) -
         floor: taken off before: the irreducible loss.
 
     Raises:
-        InputError: there are fewer than two different X, or a figure is not above the floor.
+        InputError: there are fewer than two different X, a figure is not above the floor, or all are nearly the same.
     """
     x_R, above_R = np.asarray(x, np.float64), np.asarray(figure, np.float64) - floor
     if len(set(x_R)) < 2:
-        raise InputError("a power law needs two different sizes at least (got one)")
+        raise InputError("a power law needs two runs at least that differ in size or compute (got one)")
     if (above_R <= 0).any():
         raise InputError(f"a run lies below the irreducible part of {floor:.3f}: train more runs")
     slope, offset = np.polyfit(np.log(x_R), np.log(above_R), 1)
+    if abs(offset) >= LARGEST_LOG_BETA * abs(slope):
+        raise InputError("a power law needs figures that differ (those of the runs are nearly the same)")
     correlation = float(np.corrcoef(np.log(x_R), np.log(above_R))[0, 1])
-    beta = math.exp(offset / slope) if slope else math.nan
-    return PowerLaw(beta=beta, alpha=float(slope), floor=floor, correlation=correlation)
+    return PowerLaw(beta=math.exp(offset / slope), alpha=float(slope), floor=floor, correlation=correlation)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

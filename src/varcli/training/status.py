@@ -66,7 +66,7 @@ def check_lines(lines: Lines, settings: Mapping[str, Any], steps: int, copies: f
         found += _learned(lines)
         found += _expected_loss(lines, settings)
         found += _labels(lines, settings)
-    found += _overfitting(lines)
+    found += _overfitting(lines, settings)
     if copies is not None:
         found.append(
             Check(
@@ -170,12 +170,12 @@ def _labels(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
     )
 
 
-def _overfitting(lines: Lines) -> Iterator[Check]:
+def _overfitting(lines: Lines, settings: Mapping[str, Any]) -> Iterator[Check]:
     """Whether held-out images do worse than before, or than training images."""
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
     psnrs = [line["validation_psnr"] for line in lines if "validation_psnr" in line]
     if losses:
-        training = lines[-1].get("loss", losses[-1])
+        training = _training_loss(lines[-1], settings) or losses[-1]
         above_best, above_training = OVERFITTING
         found = f"held-out loss {losses[-1]:.3f}, at best {min(losses):.3f}, in training {training:.3f}"
         normal = f"at most {above_best:.0%} above its best, {above_training:.0%} above training"
@@ -192,3 +192,16 @@ def _overfitting(lines: Lines) -> Iterator[Check]:
         off=off,
         advice="too few images for so many epochs: more images, fewer --epochs, or a smaller model",
     )
+
+
+def _training_loss(line: Mapping[str, float], settings: Mapping[str, Any]) -> float | None:
+    """The loss of all tokens in training, None where no step had all of them.
+
+    With `--scale-drop` the logged loss is partly of the coarse scales alone; each scale's is of the steps that have it.
+    """
+    if not settings.get("scale_drop"):
+        return line.get("loss")
+    sides = settings["sides"]
+    losses = [line.get(f"loss_scale_{scale}") for scale in range(1, len(sides) + 1)]
+    sums = [side**2 * loss for side, loss in zip(sides, losses, strict=True) if loss is not None]
+    return sum(sums) / sequence_length(sides) if len(sums) == len(sides) else None
