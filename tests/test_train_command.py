@@ -17,9 +17,10 @@ from PIL import Image
 import varcli
 from support.images import write_folder
 from varcli.checkpoints.safetensors_io import load_tensors
-from varcli.checkpoints.store import load_tokenizer
+from varcli.checkpoints.store import load_tokenizer, save_tokenizer
 from varcli.cli import run
-from varcli.config import GRID_256, TrainingConfig, TransformerConfig
+from varcli.config import GRID_256, TokenizerConfig, TrainingConfig, TransformerConfig
+from varcli.models.tokenizer import Tokenizer
 from varcli.pipelines import train as pipeline
 from varcli.pipelines import watch
 from varcli.training import data as module
@@ -53,6 +54,15 @@ def tokenizer(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("tokenizer")
     assert run(["train", "tokenizer", str(data), "--out", str(out), *SMALL, *PACE, "-q"]) == 0
     return out / "tokenizer.safetensors"
+
+
+def test_scale_drop_needs_a_scale_to_keep(data, tmp_path, capsys):
+    shape = TokenizerConfig(sides=(1,), codebook_size=16, codebook_width=8, base_width=32, multipliers=(1, 1))
+    save_tokenizer(tmp_path / "one.safetensors", Tokenizer(shape), {})
+    words = ["--tokenizer", str(tmp_path / "one.safetensors"), "--out", str(tmp_path / "x"), "--depth", "1"]
+    assert run(["train", "transformer", str(data), *words, *PACE, "--scale-drop", "0.5"]) == 2
+    assert "--scale-drop leaves out the last scale, and this tokenizer has one scale only" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_tokenizer_of_another_shape_begins_with_the_weights_that_fit(data, tokenizer, tmp_path, capsys):
