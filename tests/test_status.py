@@ -188,7 +188,7 @@ def test_a_state_that_says_nothing_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        ({}, "has no metrics.jsonl: it must be a folder that `var train` wrote"),
+        ({}, "has no metrics.jsonl: give the folder of a run that has logged figures"),
         ({"metrics.jsonl": '{"step": 50, "images_seen": 800}\n'}, "has no state yet"),
     ],
 )
