@@ -240,7 +240,7 @@ def assert_refused(answer, code, line):
         (["show", "var-d17"], 4, "neither a file nor one of the names var-d1"),
         (["show", __file__], 4, "cannot be read"),
         (["verify", "var-d16"], 4, "is not on this machine yet: var checkpoints download var-d16"),
-        (["verify", "nothing.safetensors"], 4, "neither a file nor one of the names"),
+        (["verify", "nothing.safetensors"], 4, "the checkpoint nothing.safetensors does not exist"),
         (["download", "var-d99"], 4, "the names are tiny64, var-d16"),
         (["convert", "a.pth", "b.pth"], 2, "Missing option '--out'"),
         (
