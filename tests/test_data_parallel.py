@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from support.images import write_folder
+from support.threads import one_thread
 from varcli.checkpoints.safetensors_io import load_tensors
 from varcli.cli import run
 from varcli.distributed import ProcessGroup
@@ -43,12 +44,10 @@ def command(stage, data, out, *more):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Compute here as the ranks do: more threads round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def as_the_ranks_do():
+    """Runs of one process compute with as many threads as the ranks."""
+    with one_thread():
+        yield
 
 
 def train(stage, data, out, *more):
@@ -64,7 +63,7 @@ def train(stage, data, out, *more):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(data, one_thread, tmp_path_factory):
+def tokenizer(data, as_the_ranks_do, tmp_path_factory):
     """The option with a tokenizer for transformers."""
     out = tmp_path_factory.mktemp("tokenizer")
     train("tokenizer", data, out, "--epochs", 0.3)

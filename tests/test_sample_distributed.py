@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from support import small
 from support.provenances import listing
+from support.threads import one_thread
 from varcli import cli
 
 pytestmark = pytest.mark.slow
@@ -31,11 +31,9 @@ def here(model, monkeypatch, tmp_path):
     """An empty folder, and the small model for every command in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VAR_CHECKPOINT", str(model))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more threads round otherwise
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with one_thread():
+        yield tmp_path
 
 
 def alone(*arguments):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import varcli
 from support.images import write_folder
+from support.threads import one_thread
 from varcli.checkpoints.safetensors_io import load_tensors
 from varcli.checkpoints.store import load_tokenizer, save_tokenizer
 from varcli.cli import run
@@ -187,17 +188,7 @@ def test_finished_run_is_left_as_it_is(data, tokenizer, tmp_path, capsys):
     assert "seed 0 (now 7)" in capsys.readouterr().err
 
 
-@pytest.fixture
-def one_thread():
-    """Compute here as a process with OMP_NUM_THREADS=1 does: more threads round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_killed_process_goes_on_and_ends_bit_identical(data, tmp_path):
     command = ["train", "tokenizer", str(data), *SMALL, *PACE, "--epochs", "8", "--save-every", "5", "-q"]
     words = [sys.executable, "-m", "varcli", *command, "--out", str(tmp_path / "killed")]
@@ -207,8 +198,9 @@ def test_killed_process_goes_on_and_ends_bit_identical(data, tmp_path):
         assert killed.poll() is None
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    for name in ("killed", "whole"):
-        assert run([*command, "--out", str(tmp_path / name)]) == 0
+    with one_thread():
+        for name in ("killed", "whole"):
+            assert run([*command, "--out", str(tmp_path / name)]) == 0
     for name in ("tokenizer.safetensors", "state.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -73,16 +73,16 @@ def launch(count: int) -> int:
         VarError: what the first of them to fail raised.
         KeyboardInterrupt: Ctrl-C, which reached all of them.
     """
-    most = RANKS_PER_CORE * _cores()
+    most = RANKS_PER_CORE * cores()
     if count > most:
         raise UsageError(
             f"--nproc {count} is too much for this machine, since each process loads the model: give the number of "
-            f"GPUs or of cores ({_cores()} here), and {most} at most"
+            f"GPUs or of cores ({cores()} here), and {most} at most"
         )
     with private_folder() as folder:
         settings = {
             "WORLD_SIZE": str(count),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // count))),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count))),
             "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             _RENDEZVOUS: str(folder / "rendezvous"),
             _KEY: secrets.token_hex(32),
@@ -163,7 +163,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> N
             rank.wait()
 
 
-def _cores() -> int:
+def cores() -> int:
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

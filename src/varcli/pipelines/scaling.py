@@ -297,9 +297,9 @@ def draw(laws: ScalingLaws, path: Path) -> None:
         RunError: the file cannot be written.
     """
     panels = []
-    for name in (name for name in ("loss_last", "loss", "error_last", "error") if name in laws.joint):
-        panels.append(_panel(laws, name, "parameters"))
-        panels.append(_panel(laws, name, "compute"))
+    for name in ("loss_last", "loss", "error_last", "error"):
+        if name in laws.joint:
+            panels += [_panel(laws, name, "parameters"), _panel(laws, name, "compute")]
     if path.suffix.lower() == ".svg":
         write_atomically(path, charts.svg(*panels, name="scaling").encode())
     else:

@@ -31,7 +31,7 @@ from varcli.config import (
     transformer_recipe,
 )
 from varcli.console import counted, progress
-from varcli.distributed import ProcessGroup
+from varcli.distributed import ProcessGroup, cores
 from varcli.errors import InputError, UsageError
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet
@@ -656,8 +656,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 def _worker_count(workers: int | None, batch_bytes: int, note: Callable[[str], None]) -> int:
     """Number of processes that read images ahead: as requested, or as many as shared memory has room for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = min(8, cores - 1) if workers is None else workers
+    wanted = min(8, cores() - 1) if workers is None else workers
     if not wanted or not SHARED_MEMORY.is_dir():
         return wanted
     free = shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
