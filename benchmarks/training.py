@@ -5,7 +5,7 @@
 
 The models are of `tiny64`'s shape with random weights, the images random. The plain loop is forward pass, loss,
 backward pass and torch's AdamW, all in fp32; a step of `var train` clips, averages the weights and records figures too.
-The tokenizer's loss is without a perceptual network or adversary. Seconds are medians; compiling takes minutes before.
+The tokenizer's loss is without a perceptual network or adversary. Figures are medians; compiling takes minutes before.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from itertools import count
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tables import print_rows
 
+from varcli.acceleration.dispatch import compile_networks, prepare_training
 from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.checkpoints.store import Checkpoint, load_model
 from varcli.config import TokenizerTrainingConfig, TransformerTrainingConfig
@@ -71,60 +74,99 @@ def plain_transformer(shape: Checkpoint, tokens_BL: torch.Tensor, label_B: torch
     return step
 
 
-def ours(stage: Stage, batch: object, compiled: bool) -> Step:
-    """Return a step of `var train`, compiled as its `--compile` does."""
-    networks = (stage.model.encoder, stage.model.decoder) if isinstance(stage, TokenizerStage) else stage.model.blocks
-    for network in networks if compiled else ():
-        network.compile()
+WAYS = {
+    "plain loop, fp32": None,
+    "var train --dtype fp32": (False, False),
+    "var train --dtype bf16": (True, False),
+    "var train --dtype bf16 --compile": (True, True),
+}
+"""The loops of each stage: whether `var train` runs in bf16, and compiled."""
+
+
+def tokenizer_step(batch: int, way: str) -> Step:
+    """Return a step of the tokenizer's training on random images."""
+    shape = load_model(resolve_checkpoint("tiny64"))
+    side = shape.tokenizer.config.pixels
+    pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if WAYS[way] is None:
+        return plain_tokenizer(shape, pixels / 127.5 - 1)
+    recipe = TokenizerTrainingConfig(batch=batch, perceptual="none", gan=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        Image.new("RGB", (side, side)).save(Path(folder) / "image.png")
+        none = open_images([Path(folder)]).subset([])
+    models = build_tokenizer(shape.tokenizer.config, 0)
+    stage = TokenizerStage(*models, recipe, none, none, bf16=WAYS[way][0])
+    return ours(stage, (pixels, [[] for _ in range(batch)]), *WAYS[way])
+
+
+def transformer_step(batch: int, way: str) -> Step:
+    """Return a step of the transformer's training on random tokens."""
+    shape = load_model(resolve_checkpoint("tiny64"))
+    generator, config = torch.Generator().manual_seed(0), shape.transformer.config
+    tokens = torch.randint(config.codebook_size, (batch, config.length), generator=generator)
+    labels = torch.randint(config.class_count, (batch,), generator=generator)
+    if WAYS[way] is None:
+        return plain_transformer(shape, tokens, labels)
+    recipe = TransformerTrainingConfig(batch=batch)
+    model = build_transformer(config, recipe)
+    stage = TransformerStage(model, recipe, shape.tokenizer, shape.classes, bf16=WAYS[way][0])
+    return ours(stage, (tokens, labels), *WAYS[way])
+
+
+def ours(stage: Stage, batch: object, bf16: bool, compiled: bool) -> Step:
+    """Return a step of `var train`."""
+    prepare_training(stage.model, stage.device, bf16=bf16)
+    if compiled:
+        compile_networks(stage.model, stage.device)
     numbers = count()
     return lambda: update(stage, batch, next(numbers), 10**6)
 
 
-def measure(batch: int, rounds: int) -> list[dict[str, object]]:
-    """Return a row for each stage and way: images a second, and how many times faster than the plain loop."""
-    shape = load_model(resolve_checkpoint("tiny64"))
-    generator = torch.Generator().manual_seed(0)
-    side, config = shape.tokenizer.config.pixels, shape.transformer.config
-    pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
-    tokens = torch.randint(config.codebook_size, (batch, config.length), generator=generator)
-    labels = torch.randint(config.class_count, (batch,), generator=generator)
-    first = TokenizerTrainingConfig(batch=batch, perceptual="none", gan=0.0)
-    second = TransformerTrainingConfig(batch=batch)
-    with tempfile.TemporaryDirectory() as folder:
-        Image.new("RGB", (side, side)).save(Path(folder) / "image.png")
-        none = open_images([Path(folder)]).subset([])
+STAGES = {"tokenizer": tokenizer_step, "transformer": transformer_step}
 
-    def tokenizer(bf16: bool) -> Stage:
-        return TokenizerStage(*build_tokenizer(shape.tokenizer.config, 0), first, none, none, bf16=bf16)
 
-    def transformer(bf16: bool) -> Stage:
-        return TransformerStage(build_transformer(config, second), second, shape.tokenizer, shape.classes, bf16=bf16)
+def take_steps(stage: str, way: str, batch: int, threads: int, turns: Connection) -> None:
+    """Take a step for each message that comes, and answer with its seconds."""
+    torch.set_num_threads(threads)
+    step = STAGES[stage](batch, way)
+    while turns.recv():
+        start = time.perf_counter()
+        step()
+        turns.send(time.perf_counter() - start)
 
-    ways: dict[tuple[str, str], Step] = {
-        ("tokenizer", "plain loop, fp32"): plain_tokenizer(shape, pixels / 127.5 - 1),
-        ("transformer", "plain loop, fp32"): plain_transformer(shape, tokens, labels),
-    }
-    for bf16, compiled in ((False, False), (True, False), (True, True)):
-        name = "var train" + " --dtype bf16" * bf16 + " --compile" * compiled
-        ways["tokenizer", name] = ours(tokenizer(bf16), (pixels, [[] for _ in range(batch)]), compiled)
-        ways["transformer", name] = ours(transformer(bf16), (tokens, labels), compiled)
-    taken: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
-    for turn in range(rounds + 2):
-        for way, step in ways.items():
-            start = time.perf_counter()
-            step()
-            if turn > 1:  # the first compile, the second settle memory
-                taken[way].append(time.perf_counter() - start)
-    seconds = {way: statistics.median(times) for way, times in taken.items()}
-    return [
-        {
-            "stage": stage,
-            "loop": name,
-            "images/s": round(batch / taken_s, 1),
-            "times faster": round(seconds[stage, "plain loop, fp32"] / taken_s, 2),
-        }
-        for (stage, name), taken_s in sorted(seconds.items(), key=lambda item: (item[0][0], -item[1]))
-    ]
+
+def measure(batch: int, rounds: int, threads: int) -> list[dict[str, object]]:
+    """Return a row for each stage and way: images a second, and how many times faster than the plain loop.
+
+    Each way has a process of its own, since `var train` changes how its process keeps freed memory.
+    """
+    rows: list[dict[str, object]] = []
+    spawn = get_context("spawn")
+    for stage in STAGES:
+        turns: dict[str, Connection] = {}
+        for way in WAYS:
+            turns[way], there = spawn.Pipe()
+            spawn.Process(target=take_steps, args=(stage, way, batch, threads, there), daemon=True).start()
+        taken: dict[str, list[float]] = {way: [] for way in WAYS}
+        for turn in range(rounds + 2):
+            for way, connection in turns.items():
+                connection.send(True)
+                seconds = connection.recv()
+                if turn > 1:  # the first compile, the second settle memory
+                    taken[way].append(seconds)
+        for connection in turns.values():
+            connection.send(False)
+        plain = taken["plain loop, fp32"]
+        for way, seconds_R in taken.items():
+            rows.append(
+                {
+                    "stage": stage,
+                    "loop": way,
+                    "images/s": round(batch / statistics.median(seconds_R), 1),
+                    "times faster": round(statistics.median(a / b for a, b in zip(plain, seconds_R, strict=True)), 2),
+                }
+            )
+    return rows
 
 
 def measure_processes(batch: int, rounds: int) -> list[dict[str, object]]:
@@ -138,7 +180,7 @@ def measure_processes(batch: int, rounds: int) -> list[dict[str, object]]:
             Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(data / f"{number}.png")
         words = ["-m", "varcli", "train", "transformer", str(data.parent), "--tokenizer", "tiny64", "--depth", "6"]
         words += ["--width", "256", "--crops", "1", "--tokens", str(Path(folder) / "tokens"), "--workers", "0", "-q"]
-        words += ["--batch-size", str(batch), "--epochs", str(100 * batch / 64)]
+        words += ["--batch-size", str(batch), "--epochs", str(100 * batch / 64)]  # 100 steps
         for turn in range(rounds):
             for processes, found in rates.items():
                 out = Path(folder) / f"{turn}-{processes}"
@@ -168,8 +210,10 @@ def main() -> None:
     parser.add_argument("--processes", action="store_true", help="two processes against one")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    rows = (measure_processes if given.processes else measure)(given.batch_size, given.rounds)
+    if given.processes:
+        rows = measure_processes(given.batch_size, given.rounds)
+    else:
+        rows = measure(given.batch_size, given.rounds, given.threads)
     print_rows(rows, as_json=given.json)
 
 

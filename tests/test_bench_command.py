@@ -51,7 +51,7 @@ def test_tables_in_a_pipe(bench):
     } <= named.keys()
     assert [row[0] for row in rows[-7:]] == [
         *(f"transformer {part}" for part in ("1 × 1", "2 × 2", "4 × 4", "16 tokens")),
-        "drawing",
+        "token sampling",
         "decoder",
         "PNG",
     ]
@@ -92,7 +92,7 @@ def test_json_is_one_object(bench, model):
         ("transformer", "1 × 1"),
         ("transformer", "2 × 2"),
         ("transformer", "4 × 4"),
-        ("drawing", ""),
+        ("token sampling", ""),
         ("decoder", ""),
         ("PNG", ""),
     ]

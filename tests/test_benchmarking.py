@@ -68,7 +68,7 @@ def runner(name, clock, journal, seconds, batch=1):
 
     def make(seeds, mark):
         journal.append((name, list(seeds)))
-        for phase in ("transformer", "drawing", "transformer", "drawing", "decoder"):
+        for phase in ("transformer", "token sampling", "transformer", "token sampling", "decoder"):
             clock.now += seconds.pop(0) if isinstance(seconds, list) else seconds
             mark(phase)
         return [torch.zeros(8, 8, 3, dtype=torch.uint8).numpy() for _ in seeds]
@@ -121,10 +121,10 @@ def test_the_released_d16_takes_about_a_teraflop():
 
 def test_laps_add_up_to_what_passed(clock):
     watch = Stopwatch(CPU)
-    for phase, seconds in (("transformer", 2.0), ("drawing", 0.5), ("decoder", 3.0)):
+    for phase, seconds in (("transformer", 2.0), ("token sampling", 0.5), ("decoder", 3.0)):
         clock.now += seconds
         watch.mark(phase)
-    assert watch.phases == ["transformer", "drawing", "decoder"]
+    assert watch.phases == ["transformer", "token sampling", "decoder"]
     assert watch.seconds() == [2.0, 0.5, 3.0]
 
 
@@ -147,7 +147,7 @@ def test_a_gpu_is_not_waited_for_between_phases(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     watch = Stopwatch(torch.device("cuda"))
     watch.mark("transformer")
-    watch.mark("drawing")
+    watch.mark("token sampling")
     assert len(waits) == 1
     assert watch.seconds() == [0.002, 0.005]
     assert len(waits) == 2
@@ -186,9 +186,9 @@ def test_a_round_knows_which_lap_was_which(clock):
     turn = run_once(runner("one", clock, [], [1.0, 2.0, 3.0, 4.0, 5.0]), CPU, seed=3)
     assert turn.laps == [
         Lap("transformer", 0, 1.0),
-        Lap("drawing", 0, 2.0),
+        Lap("token sampling", 0, 2.0),
         Lap("transformer", 1, 3.0),
-        Lap("drawing", 1, 4.0),
+        Lap("token sampling", 1, 4.0),
         Lap("decoder", 0, 5.0),
     ]
     assert turn.seconds == 15 and turn.encoding == 0
@@ -213,7 +213,7 @@ def test_what_does_not_fit_into_memory_is_said(clock):
 
 def turns(*lengths):
     """Return rounds whose five laps share each length, with a tenth as much for the PNG."""
-    names = [("transformer", 0), ("drawing", 0), ("transformer", 1), ("drawing", 1), ("decoder", 0)]
+    names = [("transformer", 0), ("token sampling", 0), ("transformer", 1), ("token sampling", 1), ("decoder", 0)]
     return [Round([Lap(*name, length / 5) for name in names], length / 10) for length in lengths]
 
 
@@ -226,11 +226,11 @@ def test_figures_are_of_one_image_and_medians(clock):
     assert first.operations == 100 and first.matmul_fraction == pytest.approx(0.5)
     assert second.matmul_fraction == pytest.approx(100 / 3 / 50)
     named = {stage.name: stage for stage in first.stages}
-    assert list(named) == ["transformer a", "transformer b", "drawing", "decoder", "PNG"]
+    assert list(named) == ["transformer a", "transformer b", "token sampling", "decoder", "PNG"]
     assert [stage.seconds for stage in first.stages] == pytest.approx([0.2, 0.2, 0.4, 0.2, 0.1])
     assert sum(stage.seconds for stage in first.stages[:-1]) == pytest.approx(first.seconds_per_image)
     assert named["transformer b"].matmul_fraction == pytest.approx(30 / 0.2 / 200)
-    assert named["drawing"].operations is None and named["drawing"].matmul_fraction is None
+    assert named["token sampling"].operations is None and named["token sampling"].matmul_fraction is None
 
 
 def test_percentiles():
@@ -251,8 +251,8 @@ def test_samplers_make_images_and_mark_every_phase():
         images = sampler.make([5, 9], marks.append)
         assert [image.shape for image in images] == [(16, 16, 3)] * 2
         assert len(sampler.steps) == steps
-        assert set(marks) == {"transformer", "drawing", "decoder"} and marks[-1] == "decoder"
-        assert marks.count("transformer") == marks.count("drawing") == 2 * steps or sampler is raster
+        assert set(marks) == {"transformer", "token sampling", "decoder"} and marks[-1] == "decoder"
+        assert marks.count("transformer") == marks.count("token sampling") == 2 * steps or sampler is raster
         assert set(sampler.operations) == {("decoder", ""), *(("transformer", step) for step in sampler.steps)}
     assert ours.batch == raster.batch == plain.batch == 1  # on a CPU images are made one by one
 

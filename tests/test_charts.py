@@ -18,7 +18,7 @@ BARS = Bars(
     title="Where the time goes",
     unit="milliseconds",
     labels=["scale 1", "scale 2", "decoder"],
-    parts={"transformer": [3, 6, 0], "drawing": [1, 2, 0], "decoder": [0, 0, 5]},
+    parts={"transformer": [3, 6, 0], "token sampling": [1, 2, 0], "decoder": [0, 0, 5]},
 )
 LINES = Lines(
     title="Loss",
@@ -93,7 +93,7 @@ def test_more_curves_than_colours_are_all_drawn():
 def test_svg_holds_its_words_as_text_and_nothing_before_the_element():
     text = svg(BARS, LINES, name="c")
     assert text.startswith("<svg")
-    for word in ("Where the time goes", "milliseconds", "scale 2", "drawing", "Loss", "nats", "validation"):
+    for word in ("Where the time goes", "milliseconds", "scale 2", "token sampling", "Loss", "nats", "validation"):
         assert f">{word}</text>" in text
     assert svg(BARS, LINES, name="c") == text
 

@@ -150,7 +150,7 @@ def test_captured_steps_draw_the_twins_tokens_batch_after_batch(small, config, k
                 assert torch.equal(results[scale][i], expected), f"batch {turn} image {i} scale {scale}"
     refining = {"refiner class", "refiner prefix"} if config.refiner else set()
     assert set(runner.graphs) == {"class"} | refining | {
-        f"{phase} {k}" for k in range(5) for phase in ("transformer", "drawing")
+        f"{phase} {k}" for k in range(5) for phase in ("transformer", "token sampling")
     }
 
 
@@ -159,7 +159,7 @@ def test_single_batches_are_not_captured(small):
     assert len(list(generate(*small, [1], [2], SampleConfig(), runner=runner))) == 5
 
 
-@pytest.mark.parametrize("broken", ["class", "drawing 0", "transformer 3"])
+@pytest.mark.parametrize("broken", ["class", "token sampling 0", "transformer 3"])
 def test_what_cannot_be_captured_runs_as_it_is(small, broken):
     told, steps = [], []
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_captured_runs_as_it_is(small, broken):
         return taped(step)
 
     runner = GraphRunner(capture, told.append)
-    order = ["class", *(f"{phase} {k}" for k in range(5) for phase in ("transformer", "drawing"))]
+    order = ["class", *(f"{phase} {k}" for k in range(5) for phase in ("transformer", "token sampling"))]
     for seed in range(4):
         results = [r.tokens.clone() for r in generate(*small, [1], [seed], SampleConfig(), runner=runner)]
         tokens, _ = naive.sample(*small, 1, seed, SampleConfig())

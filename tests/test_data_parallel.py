@@ -167,7 +167,7 @@ ELSEWHERE = "os.chdir('elsewhere')"
             ELSEWHERE,
             (),
             3,
-            "process 0 reads 24 images (process 1 23): n01443537 12 (process 1 11); all must read the same data",
+            "rank 0 reads 24 images (rank 1 23): n01443537 12 (rank 1 11); all must read the same data",
         ),
     ],
 )

@@ -83,7 +83,7 @@ def test_an_image_is_its_seeds_and_classes_and_all_tokens_are_drawn(models):
     marks = []
     f_BCHW = scan(*models, [1, 2, 1], [0, 0, 1], SampleConfig(), mark=marks.append)
     assert f_BCHW.shape == (3, 8, 4, 4)
-    assert marks == ["transformer", "drawing"] * TOKENS
+    assert marks == ["transformer", "token sampling"] * TOKENS
     assert decode(models[0], f_BCHW).shape == (3, 8, 8, 3)
     again = scan(*models, [1], [0], SampleConfig())
     torch.testing.assert_close(again[0], f_BCHW[0])

@@ -115,7 +115,7 @@ def test_a_lost_share_is_made_good_by_any_number_of_processes(here):
     _, err = process.communicate()
     assert process.returncode == 5
     assert err.decode() == (
-        "var: error: process 1 of 3 was ended by SIGKILL; run the command again, with --resume to keep what is done\n"
+        "var: error: rank 1 of 3 was ended by SIGKILL; run the command again, with --resume to keep what is done\n"
     )
     before = Path("x.npz.part").read_bytes()
     assert shared(*what, "--resume") == (0, b"", "")

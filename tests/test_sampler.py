@@ -290,7 +290,7 @@ def test_a_stopwatch_hears_of_both_phases_of_every_scale(small):
     marks = []
     results = generate(*small, [0], [0], GREEDY, mark=marks.append)
     for number, _ in enumerate(results, start=1):
-        assert marks == ["transformer", "drawing"] * number
+        assert marks == ["transformer", "token sampling"] * number
 
 
 # --- two models ------------------------------------------------------------------------------------

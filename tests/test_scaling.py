@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from support.images import write_folder
 from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
-from varcli.checkpoints.store import save_model
+from varcli.checkpoints.store import read_metadata, run_facts, save_model
 from varcli.classes import ClassEntry, ClassTable
 from varcli.cli import run
 from varcli.config import TokenizerConfig, TransformerConfig
@@ -77,7 +79,7 @@ def test_intervals_hold_the_truth_and_narrow_with_the_noise(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("count", "message"), [(2, r"models of three sizes at least \(got 2\)"), (1, r"three sizes at least \(got 1\)")]
+    ("count", "message"), [(2, r"models of at least three sizes \(got 2\)"), (1, r"at least three sizes \(got 1\)")]
 )
 def test_too_few_sizes_are_refused(count, message):
     with pytest.raises(InputError, match=message):
@@ -251,6 +253,22 @@ def test_a_ladder_is_trained_and_goes_on(tmp_path, capsys):
     assert len(list((tmp_path / "runs" / "tokens").iterdir())) == 2  # one for training and one for validation
     assert run(command) == 0
     assert {path: path.read_bytes() for path in written} == written
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_ladder_that_one_trains(tmp_path, capsys):
+    data = write_folder(tmp_path / "data", {"cat": 12, "dog": 12})
+    tokenizer = write_run(tmp_path / "model", 1, 10) / "model.safetensors"
+    command = ["scaling", "run", str(data), "--tokenizer", str(tokenizer), "--depths", "1,2", "--passes", "1"]
+    command += ["--batch-size", "4", "--holdout", "2", "--workers", "0", "--dtype", "fp32", "-q"]
+    assert run([*command, "--out", str(tmp_path / "one")]) == 0
+    words = [sys.executable, "-m", "varcli", *command, "--out", str(tmp_path / "two"), "--nproc", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "two" / name) for name in ("d1-e1", "d2-e1")]
+    for name in ("d1-e1", "d2-e1"):
+        paths = [tmp_path / out / name / "model.safetensors" for out in ("one", "two")]
+        one, two = (run_facts(path, read_metadata(path)[0]) for path in paths)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

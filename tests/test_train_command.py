@@ -178,6 +178,18 @@ def test_evaluations_that_cannot_be_are_refused_before_training(more, line, data
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("begun", ["fp32", "bf16"])
+def test_without_dtype_a_run_keeps_its_precision(begun, data, tokenizer, tmp_path, monkeypatch):
+    """Another machine, or another version, may take another one for the faster."""
+    command = transformer_command(data, tokenizer, tmp_path, "-q", "--depth", "1")
+    assert run([*command, "--dtype", begun, "--epochs", "1"]) == 0
+    monkeypatch.setattr(pipeline, "trains_in_bf16", lambda device: begun == "fp32")
+    assert run([*command, "--epochs", "2"]) == 0
+    _, metadata = load_tensors(tmp_path / "state.safetensors")
+    assert json.loads(metadata["identity"])["bf16"] == (begun == "bf16")
+    assert int(metadata["step"]) == 2 * 18 // 4
+
+
 def test_finished_run_is_left_as_it_is(data, tokenizer, tmp_path, capsys):
     command = transformer_command(data, tokenizer, tmp_path)
     assert run(command) == 0

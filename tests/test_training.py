@@ -654,7 +654,7 @@ def test_ranks_share_the_validation(kind, tmp_path, images, monkeypatch):
 
 def test_ranks_that_do_not_share_the_runs_folder_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ProcessGroup, "gather", lambda self, own: [own, (*own[:2], 0)])
-    with pytest.raises(InputError, match=r"resumes .* at step 3, and process 1 at step 0; --out must be a folder that"):
+    with pytest.raises(InputError, match=r"resumes .* at step 3, and rank 1 at step 0; --out must be a folder that"):
         check_ranks(run(tmp_path), 3, ProcessGroup())
 
 
@@ -792,6 +792,17 @@ def test_a_begun_cache_that_cannot_be_written_is_one_line(tmp_path, images, monk
     monkeypatch.setattr(data_module, "open_memmap", refusing)
     with pytest.raises(RunError, match=r"tokens-\w+ cannot be written.*Permission denied"):
         tokens(tmp_path, images)
+
+
+def test_a_cache_that_cannot_be_read_is_one_line_and_kept(tmp_path, images):
+    tokens(tmp_path, images)
+    progress = next(tmp_path.glob("*/progress.json"))
+    progress.unlink()
+    progress.mkdir()
+    before = (progress.parent / "tokens.npy").read_bytes()
+    with pytest.raises(InputError, match=r"the token maps .*tokens-\w+ cannot be read: Is a directory"):
+        tokens(tmp_path, images)
+    assert (progress.parent / "tokens.npy").read_bytes() == before
 
 
 def test_cached_crops_differ_and_epochs_take_turns(tmp_path, images):

@@ -284,7 +284,7 @@ class SampleConfig:
         _require(self.top_k >= 0, f"--top-k must be 0 (off) or more (got {self.top_k})")
         _require(0 <= self.top_p <= 1, f"--top-p must be between 0 (off) and 1 (got {self.top_p:g})")
         _require(
-            0 < self.temperature <= 100, f"--temperature must be more than 0, 100 at most (got {self.temperature:g})"
+            0 < self.temperature <= 100, f"--temperature must be more than 0 and at most 100 (got {self.temperature:g})"
         )
         _require(0 <= self.ssg <= 100, f"--ssg must be between 0 (off) and 100 (got {self.ssg:g})")
         _require(0 <= self.vpg <= 100, f"--vpg must be between 0 (off) and 100 (got {self.vpg:g})")

@@ -171,7 +171,7 @@ def cores() -> int:
 def _exit_code(rank: int, count: int, code: int, error: Path) -> int:
     """Return the exit code of a rank that failed, or raise what it raised."""
     if code < 0:
-        what = f"process {rank} of {count} was ended by {signal.Signals(-code).name}"
+        what = f"rank {rank} of {count} was ended by {signal.Signals(-code).name}"
         how = ", with --resume to keep what is done" if _command_line[:1] == ["sample"] else " to go on"
         raise RunError(f"{what}; run the command again{how}")
     kinds = {kind.exit_code: kind for kind in VarError.__subclasses__()}

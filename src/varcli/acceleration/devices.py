@@ -61,11 +61,11 @@ def cpu_computes_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def trains_in_bf16(device: torch.device, *, on_cpu: bool) -> bool:
-    """Whether training in bf16 is faster on a device; `on_cpu`, whether a processor's bf16 instructions count."""
+def trains_in_bf16(device: torch.device) -> bool:
+    """Whether training in bf16 is faster on a device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return on_cpu and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def precision_note(precision: str, device: torch.device) -> str | None:

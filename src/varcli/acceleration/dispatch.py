@@ -1,4 +1,4 @@
-"""The one place that chooses the fast path: `prepare` and `fastest_blocks` make plain models fast for a device.
+"""The one place that chooses the fast path: `prepare` and `fastest_blocks` to sample, `prepare_training` to train.
 
 Triton kernels are used where they work, and torch's operations elsewhere. Triton comes with torch wherever CUDA does on
 Linux; it needs a compiler, a driver and a GPU that is not too old, in more combinations than can be tested. So each
@@ -11,11 +11,12 @@ rows and columns.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from varcli.acceleration.cpu_training import SigmoidGelu, attend_by_products
 from varcli.acceleration.cuda_blocks import FusedBlocks, GpuBlock, ScaleCache, for_gpu
 from varcli.acceleration.devices import (
     DTYPES,
@@ -27,11 +28,11 @@ from varcli.acceleration.devices import (
 )
 from varcli.acceleration.int8 import quantize
 from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu, pack
-from varcli.config import HEAD_WIDTH
+from varcli.config import HEAD_WIDTH, spans
 from varcli.errors import RunError
 from varcli.models.autoencoder import NormSilu, Upsample
 from varcli.models.tokenizer import Tokenizer
-from varcli.models.transformer import KeyValueCache, Transformer
+from varcli.models.transformer import Block, KeyValueCache, Transformer
 
 NormKernel = Callable[[nn.GroupNorm, Tensor], Tensor]
 
@@ -80,6 +81,27 @@ def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device
         raise RunError(
             f"the model does not fit into the memory of {device}; use a smaller one, --dtype bf16 or --device cpu"
         ) from error
+
+
+def prepare_training(model: Tokenizer | Transformer, device: torch.device, *, bf16: bool) -> None:
+    """Make the training of a model on its device fast. What it computes stays the same, to rounding."""
+    if device.type == "cpu":
+        keep_freed_memory()
+        if bf16:
+            attend_by_products(model, spans(model.config.sides)[-1].start)
+
+
+def compile_networks(model: Tokenizer | Transformer, device: torch.device) -> None:
+    """Have torch.compile make the networks faster, at their first step."""
+    torch.compiler.reset()  # what it compiled for other models counts against its limit
+    if isinstance(model, Tokenizer):
+        networks: list[nn.Module] = [model.encoder, model.decoder]
+    else:
+        networks = list(model.blocks)
+        for block in cast("list[Block]", networks if device.type == "cpu" else []):
+            block.ffn.gelu = SigmoidGelu()
+    for network in networks:
+        network.compile()
 
 
 def fix_cuda_settings() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from varcli.benchmarking.timing import InterleavedTimings, Round
 
 
-PHASES = ("transformer", "drawing", "decoder", "PNG")
+PHASES = ("transformer", "token sampling", "decoder", "PNG")
 """In the order of the work. PNGs are encoded after the last pixel, so no sum includes them."""
 
 

@@ -49,7 +49,7 @@ class BenchSampler:
     operations: Mapping[tuple[str, str], int]
     """Floating-point operations per image, by phase and step."""
     make: Callable[[Sequence[int], Mark], Sequence[Pixels]]
-    """Samples one image (P, P, 3) per seed, and marks the end of each "transformer", "drawing" and "decoder"."""
+    """Samples one image (P, P, 3) per seed, and marks the end of each "transformer", "token sampling" and "decoder"."""
     cuda_graphs: Callable[[], bool] = lambda: False
     """Whether its steps are CUDA graphs, or will be after the first batch."""
 
@@ -209,7 +209,7 @@ def scan(
         labels: index of each image's class in the class table.
         seeds: one seed per image.
         config: guidance and filters.
-        mark: called with "transformer" and "drawing" after these phases of each token.
+        mark: called with "transformer" and "token sampling" after these phases of each token.
         runner: how to run the steps.
     """
     device, length = block_weight(transformer).device, transformer.config.sides[-1] ** 2
@@ -222,9 +222,10 @@ def scan(
         logits_B1V = runner.run(f"transformer {position}", partial(model.logits, position, input_B1C))
         mark("transformer")
         u_B1 = u_Bl[:, position : position + 1]
-        idx_B1, input_B1C = runner.run(f"drawing {position}", partial(_draw, tokenizer, config, logits_B1V, u_B1))
+        draw = partial(_draw, tokenizer, config, logits_B1V, u_B1)
+        idx_B1, input_B1C = runner.run(f"token sampling {position}", draw)
         drawn.append(idx_B1)
-        mark("drawing")
+        mark("token sampling")
     return tokenizer.quantize.embed(torch.cat(drawn, dim=1))
 
 

@@ -156,10 +156,11 @@ def in_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     """Return facts as lines of name and value, those inside others indented."""
     lines: list[str] = []
     for name, value in facts.items():
-        if value is None:
+        if value in (None, ""):
             continue
         inside = value if isinstance(value, dict) else {}
-        plain = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        several = value if isinstance(value, list | tuple) else [value]
+        plain = ", ".join(f"{each:.6g}" if isinstance(each, float) else str(each) for each in several)
         lines.append(f"{indent}{name + ':':<{22 - len(indent)}}{'' if inside else plain}".rstrip())
         lines += in_lines(inside, indent + "  ")
     return lines

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from varcli import console
 from varcli.commands import options
 from varcli.commands.train import Data
 from varcli.config import TransformerTrainingConfig
+from varcli.distributed import launch, launched, process_group
 from varcli.errors import UsageError
 
 scaling_app = typer.Typer(
@@ -64,6 +65,7 @@ def run(
     dtype: options.TrainingDtype = "auto",
     workers: options.Workers = None,
     compiled: options.Compiled = False,
+    nproc: options.Processes = 1,
     quiet: options.Quiet = False,
 ) -> None:
     """Train models of several depths for several numbers of epochs, each to the end of its schedule."""
@@ -72,6 +74,8 @@ def run(
         epochs = [float(part) for part in passes.split(",")]
     except ValueError:
         raise UsageError(f"--passes must be numbers separated by commas, such as 1,2,4 (got {passes})") from None
+    if nproc > 1 and not launched():
+        raise Exit(launch(nproc))
     from varcli.pipelines.scaling import train_ladder
 
     def report(folder: Path) -> Any:
@@ -82,26 +86,30 @@ def run(
 
         return say
 
-    folders = train_ladder(
-        data,
-        tokenizer,
-        out,
-        depths=sizes,
-        epochs=epochs,
-        recipe=recipe,
-        token_cache=token_cache,
-        holdout=holdout,
-        save_every=save_every,
-        device=device,
-        dtype=dtype,
-        workers=workers,
-        compiled=compiled,
-        report=report,
-        note=console.notes(quiet),
-        quiet=quiet,
-    )
-    for folder in folders:
-        console.result(str(folder))
+    with process_group() as group:
+        silent = quiet or not group.is_main
+        folders = train_ladder(
+            data,
+            tokenizer,
+            out,
+            depths=sizes,
+            epochs=epochs,
+            recipe=recipe,
+            token_cache=token_cache,
+            holdout=holdout,
+            save_every=save_every,
+            device=group.device(device),
+            dtype=dtype,
+            workers=workers,
+            compiled=compiled,
+            group=group,
+            report=report,
+            note=console.notes(silent),
+            quiet=silent,
+        )
+        if group.is_main:
+            for folder in folders:
+                console.result(str(folder))
 
 
 @scaling_app.command("fit")

@@ -46,7 +46,7 @@ def read_photo(upload: str | None) -> SourceImage:
     with reading_image(path.name), open_image(content) as opened:
         width, height = opened.size
     if width * height > MOST_PIXELS:
-        raise InputError(f"{path.name} has {width} × {height} pixels: give an image of {MOST_PIXELS:,} pixels at most")
+        raise InputError(f"{path.name} has {width} × {height} pixels: give an image of at most {MOST_PIXELS:,} pixels")
     return source_image(content, path.name.lstrip("-"))  # a leading - would make it an option of the command
 
 

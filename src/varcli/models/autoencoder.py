@@ -14,14 +14,26 @@ from torch import Tensor, nn
 from varcli.config import TokenizerConfig
 
 
-class NormSilu(nn.GroupNorm):
-    """The normalization used everywhere in the tokenizer, in 32 groups, and SiLU: x·sigmoid(x)."""
+class Norm(nn.GroupNorm):
+    """The normalization used everywhere in the tokenizer, in 32 groups."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(32, width, eps=1e-6)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return a map of the same shape."""
+        # In float32 where a gradient is needed, as CUDA's autocast does: a CPU's backward pass in bf16 is far slower.
+        return super().forward(x_BCHW.float() if torch.is_grad_enabled() else x_BCHW)
+
+
+class NormSilu(Norm):
+    """The normalization, and SiLU: x·sigmoid(x)."""
 
     kernel: Callable[[nn.GroupNorm, Tensor], Tensor] | None
     """Fused kernel that does both, for maps in `channels_last`, where the device has one and no gradient is needed."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(32, width, eps=1e-6)
+        super().__init__(width)
         self.kernel = None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -59,15 +71,16 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.norm = Norm(width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj_out = nn.Conv2d(width, width, 1)
+        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return x plus what each position gathered from all others."""
         qkv_BCN = self.qkv(self.norm(x_BCHW)).flatten(2)
         q_BNC, k_BNC, v_BNC = qkv_BCN.transpose(1, 2).chunk(3, dim=-1)
-        h_BNC = F.scaled_dot_product_attention(q_BNC.unsqueeze(1), k_BNC.unsqueeze(1), v_BNC.unsqueeze(1)).squeeze(1)
+        h_BNC = self.attend(q_BNC.unsqueeze(1), k_BNC.unsqueeze(1), v_BNC.unsqueeze(1)).squeeze(1)
         return x_BCHW + self.proj_out(h_BNC.transpose(1, 2).reshape(x_BCHW.shape))
 
 
@@ -97,7 +110,7 @@ class Upsample(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the map at twice the rows and columns."""
         if not self.kernels:
-            return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+            return self.conv(repeat_pixels(x_BCHW))
         (batch, channels, height, width), layout = x_BCHW.shape, torch.channels_last
         wide_BCHW = torch.empty((batch, channels, 2 * height, 2 * width), dtype=x_BCHW.dtype, memory_format=layout)
         for row, column, kernel_OI22 in self.kernels:
@@ -119,6 +132,17 @@ class Upsample(nn.Module):
         ]
         layout = torch.channels_last
         self.kernels = [(row, column, kernel.contiguous(memory_format=layout)) for row, column, kernel in self.kernels]
+
+
+def repeat_pixels(x_BCHW: Tensor) -> Tensor:
+    """Return the map with each position repeated twice in both directions: nearest-neighbour interpolation."""
+    if not torch.is_grad_enabled():
+        return F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+    # The gradient of an interpolation is added up position by position once compiled; that of a view is a sum.
+    batch, channels, height, width = x_BCHW.shape
+    x_BH1W1C = x_BCHW.permute(0, 2, 3, 1)[:, :, None, :, None]
+    x_BH2W2C = x_BH1W1C.expand(batch, height, 2, width, 2, channels)
+    return x_BH2W2C.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 def pair_sums(weight_OIHW: Tensor, dim: int, phase: int) -> Tensor:

@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
         """Return the token map of the codebook rows nearest to z by Euclidean distance, (B, l)."""
         rows_VC = self.embedding.weight
         # |z|² is the same for every row, so it does not change which is nearest.
-        distance_BlV = rows_VC.square().sum(1) - 2 * (z_BlC @ rows_VC.T)
+        distance_BlV = ((-2 * z_BlC) @ rows_VC.T).add_(rows_VC.square().sum(1))
         return distance_BlV.argmin(-1)
 
     def quantize(self, f_BCHW: Tensor, scales: int | None = None) -> Quantized:

@@ -115,7 +115,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
-        self.gelu = nn.GELU(approximate="tanh")
+        self.gelu: nn.Module = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x_BlD: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class RunEvaluation:
         """
         if len(held) < 2:
             raise UsageError(
-                f"--eval-every measures against held-out images, 2 at least: give --holdout (got {len(held)} held out)"
+                f"--eval-every measures against at least 2 held-out images: give --holdout (got {len(held)} held out)"
             )
         count = min(len(held), DEFAULT_COUNT) if count is None else count
         if tokenizer and count > len(held):

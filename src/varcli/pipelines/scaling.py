@@ -10,6 +10,7 @@ import numpy as np
 from varcli import charts
 from varcli.checkpoints.store import read_config, read_metadata, run_facts
 from varcli.config import TransformerConfig, TransformerTrainingConfig, transformer_recipe
+from varcli.distributed import ProcessGroup
 from varcli.errors import InputError
 from varcli.files import write_atomically
 from varcli.pipelines.train import Report, train_transformer
@@ -46,6 +47,7 @@ def train_ladder(
     dtype: str = "auto",
     workers: int | None = None,
     compiled: bool = False,
+    group: ProcessGroup | None = None,
     report: Callable[[Path], Report] = lambda folder: lambda step, steps, figures: None,
     note: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
@@ -68,6 +70,7 @@ def train_ladder(
         dtype: fp32, bf16, or auto: bf16 where it is faster.
         workers: processes that read images ahead.
         compiled: compile each model with torch.compile first.
+        group: the ranks that share each batch; None is this process alone.
         report: given a run's folder, returns what takes its figures as they come.
         note: takes remarks for the user.
         quiet: show no progress bar.
@@ -98,6 +101,7 @@ def train_ladder(
                 dtype=dtype,
                 workers=workers,
                 compiled=compiled,
+                group=group,
                 report=report(folder),
                 note=note,
                 quiet=quiet,

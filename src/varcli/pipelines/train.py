@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from varcli.acceleration.devices import DTYPES, pick_device, trains_in_bf16
+from varcli.acceleration.dispatch import compile_networks, prepare_training
 from varcli.acceleration.flex_attention import check_flex_attention, use_flex_attention
 from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.checkpoints.store import (
@@ -56,7 +57,7 @@ from varcli.training.data import (
 from varcli.training.discriminator import SMALLEST_PATCH, PatchDiscriminator
 from varcli.training.estimate import TrainingEstimate, check_memory, estimate, expected_losses_at
 from varcli.training.finetune import adapt, merged, tokens_in_common, warm_start
-from varcli.training.loop import Run, check_ranks, check_run, make_folder, train
+from varcli.training.loop import Run, begun_in_bf16, check_ranks, check_run, make_folder, train
 from varcli.training.metrics_log import Metrics
 from varcli.training.parallel import check_batch
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
@@ -137,7 +138,7 @@ def train_tokenizer(
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
     group = group or ProcessGroup()
-    where, bf16 = _device_and_bf16(device, dtype, on_cpu=False)
+    where, bf16 = _device_and_bf16(device, dtype, out)
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, group)
@@ -158,6 +159,7 @@ def train_tokenizer(
         folder = lpips_weights or Path(torch.hub.get_dir()) / "checkpoints"
         distance = perceptual_distance(training.perceptual, folder).to(stage.device)
         stage.perceptual = distance.to(memory_format=torch.channels_last)
+    prepare_training(stage.model, stage.device, bf16=bf16)
     identity = optim.identity(
         images.fingerprint(),
         stage.device,
@@ -199,9 +201,7 @@ def train_tokenizer(
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
     if compiled:
-        torch.compiler.reset()  # what it compiled for other models counts against its limit
-        for network in (stage.model.encoder, stage.model.decoder):
-            network.compile()
+        compile_networks(stage.model, stage.device)
     with watched(run, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 
@@ -220,12 +220,13 @@ def estimate_tokenizer(
     """What training a tokenizer will take; arguments as for `train_tokenizer`."""
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
-    where, bf16 = _device_and_bf16(device, dtype, on_cpu=False)
+    where, bf16 = _device_and_bf16(device, dtype)
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, ProcessGroup())
     model, adversary = _plain_tokenizer(config, training, begun, note)
     stage = TokenizerStage(model.to(where), adversary.to(where), training, images, held, bf16=bf16)
+    prepare_training(stage.model, stage.device, bf16=bf16)
     _tell(everything.account, training, len(images), note)
     return estimate(stage, training, len(images))
 
@@ -359,7 +360,7 @@ def train_transformer(
         raise UsageError("--shard needs several processes: --nproc 2 or more, or torchrun")
     if shard and training.cca > 0:
         raise UsageError("--shard cannot share the second model of --cca: leave one of them out")
-    where, bf16 = _device_and_bf16(device, dtype, on_cpu=True)
+    where, bf16 = _device_and_bf16(device, dtype, out)
     if flex_attention:
         check_flex_attention(where)
     everything = _images(data)
@@ -414,6 +415,7 @@ def train_transformer(
             note=note,
         )
         run = replace(run, evaluate=lambda: evaluation(run.folder / "model.safetensors"))
+    prepare_training(stage.model, stage.device, bf16=bf16)
     if flex_attention:
         use_flex_attention(stage.model)
     if checkpoint_activations:
@@ -424,9 +426,7 @@ def train_transformer(
     _tell(everything.account, training, len(images), note)
     ahead = _worker_count(workers, ENCODE_BATCH * 3 * stage.tokenizer.config.pixels**2, note)
     if compiled:
-        torch.compiler.reset()  # what it compiled for other models counts against its limit
-        for block in stage.model.blocks:
-            block.compile()
+        compile_networks(stage.model, stage.device)
     cache = Path(token_cache or out)
     stage.held, stage.tokens = _token_caches(
         images, held, stage.tokenizer, training, cache, stage.device, ahead, group, note, quiet
@@ -497,7 +497,7 @@ def estimate_transformer(
     """What training a transformer will take; arguments as for `train_transformer`."""
     training = training or default_recipe(depth, init)
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
-    where, bf16 = _device_and_bf16(device, dtype, on_cpu=True)
+    where, bf16 = _device_and_bf16(device, dtype)
     if flex_attention:
         check_flex_attention(where)
     everything = _images(data)
@@ -505,6 +505,7 @@ def estimate_transformer(
     check_batch(training.batch, training.accumulate, ProcessGroup())
     frozen, model = _plain_transformer(tokenizer, begun, images.classes, training, depth, width, shared_adaln, note)
     stage = TransformerStage(model.to(where), training, frozen.to(where), images.classes, bf16=bf16)
+    prepare_training(stage.model, stage.device, bf16=bf16)
     if flex_attention:
         use_flex_attention(stage.model)
     if checkpoint_activations:
@@ -603,11 +604,14 @@ def _plain_transformer(
 # --- what both stages take -------------------------------------------------------------------------
 
 
-def _device_and_bf16(device: str, dtype: str, *, on_cpu: bool) -> tuple[torch.device, bool]:
-    """The device to train on, and whether in bf16; `on_cpu` says that "auto" may choose bf16 there too."""
+def _device_and_bf16(device: str, dtype: str, out: str | Path | None = None) -> tuple[torch.device, bool]:
+    """The device to train on, and whether in bf16; with "auto" a run in the folder `out` keeps its precision."""
     where = pick_device(device)
     optim.make_deterministic(where)
-    return where, trains_in_bf16(where, on_cpu=on_cpu) if dtype == "auto" else dtype == "bf16"
+    if dtype != "auto":
+        return where, dtype == "bf16"
+    begun = None if out is None else begun_in_bf16(Path(out))
+    return where, trains_in_bf16(where) if begun is None else begun
 
 
 def _images(data: Sequence[str | Path]) -> ImageSet:

@@ -68,7 +68,7 @@ def sample(
             tokens.append(draw(logits_lV, u_l, config))
             h_1Css = quantizer.embed(tokens[-1].unsqueeze(0))
         f_hats.append(quantizer.accumulate(f_hats[-1] if f_hats else None, h_1Css, scale))
-        mark("drawing")
+        mark("token sampling")
     image = tokenizer.decode_features(f_hats[-1]).clamp(-1, 1)[0]
     return tokens, ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
 

@@ -143,7 +143,7 @@ def generate(
         refiner: draws the scales from `config.refine_from` on, made ready as the transformer was.
         keep: tokens of a given image that stay, for editing.
         noise: draws tokens in its masks; not in a smooth run, which draws none.
-        mark: called with "transformer" and "drawing" after these phases of each scale, for a stopwatch.
+        mark: called with "transformer" and "token sampling" after these phases of each scale, for a stopwatch.
         runner: how to run the steps. Captured ones leave their results where those of the next batch will be.
 
     Source: paper, figure 4 and equation 4; guidance as in its section 4; the refiner is CoDe's, arXiv 2411.17787.
@@ -163,8 +163,8 @@ def generate(
             runner.run("refiner prefix", partial(model.take_over, coarse, inputs[:-1]))
         logits_BlV = runner.run(f"transformer {scale}", partial(model.logits, scale, inputs[scale]))
         mark("transformer")
-        drawn = runner.run(f"drawing {scale}", partial(drawing.step, scale, logits_BlV, f_hat_BCHW))
-        mark("drawing")
+        drawn = runner.run(f"token sampling {scale}", partial(drawing.step, scale, logits_BlV, f_hat_BCHW))
+        mark("token sampling")
         idx_Bl, f_hat_BCHW, input_BlC = drawn
         inputs.append(input_BlC)
         yield ScaleResult(scale, idx_Bl, f_hat_BCHW, logits_BlV)

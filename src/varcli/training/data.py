@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from varcli.checkpoints.safetensors_io import reason
 from varcli.checkpoints.store import tokenizer_sha256
 from varcli.config import sequence_length
 from varcli.distributed import ProcessGroup, end_with_parent
@@ -83,14 +84,14 @@ class Unreadable:
         Raises:
             InputError: more than one in a hundred images of the set is unreadable.
         """
-        for name, reason in found:
+        for name, why in found:
             if name not in self.reasons:
-                self.reasons[name] = reason
-                self.warn(f"skipped, unreadable: {name} ({reason}), {len(self.reasons)} so far")
+                self.reasons[name] = why
+                self.warn(f"skipped, unreadable: {name} ({why}), {len(self.reasons)} so far")
         if len(self.reasons) > TOLERATED * self.total:
-            name, reason = min(self.reasons.items())
+            name, why = min(self.reasons.items())
             raise InputError(
-                f"{len(self.reasons)} of {self.total} images are unreadable, {name} ({reason}) among them: "
+                f"{len(self.reasons)} of {self.total} images are unreadable, {name} ({why}) among them: "
                 f"fix or remove them, as at most {TOLERATED:.0%} are skipped"
             )
 
@@ -118,8 +119,8 @@ class Crops(Dataset[tuple[Tensor, list[Unread]]]):
                 return self.crop(number, epoch), unreadable
             except UnreadableImage as error:
                 unreadable.append((error.name, error.reason))
-        name, reason = unreadable[0]
-        raise InputError(f"none of the {count} images of the data can be read; the first is {name} ({reason})")
+        name, why = unreadable[0]
+        raise InputError(f"none of the {count} images of the data can be read; the first is {name} ({why})")
 
     def crop(self, index: int, epoch: int) -> Tensor:
         """Return one image's crop, its corner drawn from the seed, the image and the epoch."""
@@ -166,10 +167,10 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         line = str(error).strip().splitlines()[-1]
         raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
     except (RuntimeError, OSError) as error:
-        reason = _last_line(error)
-        if not any(words in reason for words in _ENDED):
+        line = _last_line(error)
+        if not any(words in line for words in _ENDED):
             raise
-        raise _reader_failed(reason) from error
+        raise _reader_failed(line) from error
 
 
 @contextmanager
@@ -182,10 +183,10 @@ def reader_failures() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = _last_line(error)
-        if not reason.startswith("DataLoader worker"):
+        line = _last_line(error)
+        if not line.startswith("DataLoader worker"):
             raise
-        raise _reader_failed(reason) from error
+        raise _reader_failed(line) from error
 
 
 def _last_line(error: Exception) -> str:
@@ -292,7 +293,7 @@ def open_cache(
     """Return the tokens of all images, computing what the cache under `folder` lacks.
 
     Raises:
-        InputError: too many images are unreadable.
+        InputError: too many images are unreadable, or a cache that is there.
         RunError: the cache cannot be written.
     """
     total = settings.crops * len(images)
@@ -354,11 +355,14 @@ def list_caches(folder: Path) -> list[str]:
 def _begin_cache(cache: Path, tokenizer: Tokenizer, total: int, facts: str) -> tuple[int, set[int]]:
     """Return how many crops are done and which images are unreadable; create the files of a new cache."""
     progress, shape = cache / "progress.json", (total, sequence_length(tokenizer.config.sides))
-    with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or a damaged one
-        note = parse_json(progress.read_bytes())
-        done, unreadable = operator.index(note["done"]), {operator.index(i) for i in note["unreadable"]}
-        if 0 <= done <= total and _holds(cache / "tokens.npy", shape):
-            return done, unreadable
+    try:
+        with suppress(FileNotFoundError, ValueError, LookupError, TypeError):  # none yet, or a damaged one
+            note = parse_json(progress.read_bytes())
+            done, unreadable = operator.index(note["done"]), {operator.index(i) for i in note["unreadable"]}
+            if 0 <= done <= total and open_memmap(cache / "tokens.npy", mode="r").shape == shape:
+                return done, unreadable
+    except OSError as error:
+        raise InputError(f"the token maps {cache} cannot be read: {reason(error)}") from error
     try:
         cache.mkdir(parents=True, exist_ok=True)
         progress.unlink(missing_ok=True)
@@ -368,14 +372,6 @@ def _begin_cache(cache: Path, tokenizer: Tokenizer, total: int, facts: str) -> t
         raise cannot_write(cache, error) from error
     _write_description(cache, 0, set(), facts)
     return 0, set()
-
-
-def _holds(path: Path, shape: tuple[int, int]) -> bool:
-    """Whether a whole array of this shape is there."""
-    try:
-        return open_memmap(path, mode="r").shape == shape
-    except (OSError, ValueError):
-        return False
 
 
 def _number_kind(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:

@@ -53,7 +53,7 @@ def warm_start(model: Transformer, classes: ClassTable, trained: Transformer, kn
         if name not in weights or weights[name].shape != tensor.shape:
             shape = tuple(weights[name].shape) if name in weights else "nothing"
             raise InputError(
-                f"the weights to begin with are of another shape: {name} is {shape}, and {tuple(tensor.shape)} is "
+                f"the weights of --init have another shape: {name} is {shape}, and {tuple(tensor.shape)} is "
                 "needed; depth, width and the tokenizer's codebook must be the same"
             )
     model.load_state_dict(weights)

@@ -142,6 +142,14 @@ def state_files(folder: Path) -> list[Path]:
     return [file for file in (folder / STATE, folder / PREVIOUS_STATE) if file.exists()]
 
 
+def begun_in_bf16(folder: Path) -> bool | None:
+    """Whether the run in a folder began in bf16; None where there is none, or its state does not say."""
+    for file in state_files(folder):
+        with suppress(CheckpointError, LookupError, ValueError, TypeError):
+            return bool(parse_json(load_header(file)[1]["identity"])["bf16"])
+    return None
+
+
 def update(stage: Stage, batch: Any, step: int, steps: int) -> dict[str, Tensor]:
     """One step of training: schedule, gradients of the batch in parts, clipping, optimizer, moving average.
 
@@ -251,7 +259,7 @@ def check_state(file: Path, run: Run) -> int:
         given = json.loads(json.dumps(run.identity))
         different = sorted(key for key in given if begun.get(key) != given[key])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise _damaged(file, "it does not say which run's it is") from error
+        raise _damaged(file, "it does not say which run it belongs to") from error
     if "pictures" in different and images:
         raise UsageError(f"the run in {run.folder} was begun with {_other_images(images, run.images)}; use {_AGAIN}")
     if different == ["epochs"]:
@@ -261,15 +269,18 @@ def check_state(file: Path, run: Run) -> int:
                 f"{run.steps}; give more --epochs, or another --out"
             )
     elif different:
-        names: dict[str, str] = {}
-        for kind in (TokenizerConfig, TokenizerTrainingConfig, TransformerTrainingConfig):
-            names |= option_names(kind)
-        was = ", ".join(f"{names.get(key, key)} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
+        was = ", ".join(f"{_option(key)} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
         raise UsageError(f"the run in {run.folder} was begun with {was}; use {_AGAIN}")
     return step
 
 
 _AGAIN = "the same again, or another --out"
+
+
+def _option(setting: str) -> str:
+    """Return the option that sets a setting of a run, or the setting's own name."""
+    kinds = (TokenizerConfig, TokenizerTrainingConfig, TransformerTrainingConfig)
+    return next((names[setting] for names in map(option_names, kinds) if setting in names), setting)
 
 
 def check_ranks(run: Run, step: int, group: ProcessGroup) -> None:
@@ -287,15 +298,15 @@ def check_ranks(run: Run, step: int, group: ProcessGroup) -> None:
     for rank, (identity, images, its_step) in enumerate(group.gather((run.identity, dict(run.images), step))):
         different = sorted(key for key in identity if identity[key] != run.identity.get(key))
         if "pictures" in different:
-            what = _other_images(run.images, images, f"process {rank}")
-            raise InputError(f"process 0 reads {what}; all must read the same data")
+            what = _other_images(run.images, images, f"rank {rank}")
+            raise InputError(f"rank 0 reads {what}; all must read the same data")
         if different:
             key = different[0]
-            what = f"{key} {run.identity.get(key)!r} (process {rank} {identity[key]!r})"
-            raise UsageError(f"process 0 has {what}; all must have the same")
+            what = f"{_option(key)} {run.identity.get(key)!r} (rank {rank} {identity[key]!r})"
+            raise UsageError(f"rank 0 has {what}; all must have the same")
         if its_step != step:
             raise InputError(
-                f"process 0 resumes {run.folder} at step {step}, and process {rank} at step {its_step}; "
+                f"rank 0 resumes {run.folder} at step {step}, and rank {rank} at step {its_step}; "
                 "--out must be a folder that all of them share"
             )
     group.barrier()

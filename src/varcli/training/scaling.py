@@ -159,9 +159,9 @@ def fit_joint(
     with_data = len(set(d_R)) >= 3
     unknowns = 5 if with_data else 3
     if len(set(n_R)) < 3:
-        raise InputError(f"a law needs models of three sizes at least (got {len(set(n_R))})")
+        raise InputError(f"a law needs models of at least three sizes (got {len(set(n_R))})")
     if len(loss_R) < unknowns:
-        raise InputError(f"a law of {unknowns} unknowns needs {unknowns} runs at least (got {len(loss_R)})")
+        raise InputError(f"a law of {unknowns} unknowns needs at least {unknowns} runs (got {len(loss_R)})")
     # In units of the geometric mean all terms are of one size, which keeps the equations well conditioned.
     n_unit, d_unit = np.exp(np.log(n_R).mean()), np.exp(np.log(d_R).mean())
     low, high = np.log(EXPONENTS)
@@ -288,7 +288,7 @@ def fit_power(x: Sequence[float], figure: Sequence[float], floor: float = 0.0) -
     """
     x_R, above_R = np.asarray(x, np.float64), np.asarray(figure, np.float64) - floor
     if len(set(x_R)) < 2:
-        raise InputError("a power law needs two runs at least that differ in size or compute (got one)")
+        raise InputError("a power law needs at least two runs that differ in size or compute (got one)")
     if (above_R <= 0).any():
         raise InputError(f"a run lies below the irreducible part of {floor:.3f}: train more runs")
     slope, offset = np.polyfit(np.log(x_R), np.log(above_R), 1)

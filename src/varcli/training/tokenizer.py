@@ -173,7 +173,8 @@ class TokenizerStage:
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients, the adversary's included, before those of the tokenizer are clipped."""
         norm = torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.adversary))
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad or torch.inf)
+        if self.training.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
         return norm
 
     def apply_gradients(self, step: int, steps: int) -> None:

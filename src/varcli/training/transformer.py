@@ -111,8 +111,8 @@ def token_losses(tokens_BL: Tensor, at_once: int | None, head: nn.Module, x_BLD:
     """
 
     def losses(x_ND: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = head(x_ND)
-        loss_N = F.cross_entropy(logits_NV.float(), token_N, reduction="none")
+        logits_NV = head(x_ND).float()
+        loss_N = F.cross_entropy(logits_NV, token_N, reduction="none")
         return loss_N, (logits_NV.argmax(-1) == token_N).float()
 
     x_ND, token_N = x_BLD.flatten(0, 1), tokens_BL.flatten()
