@@ -144,9 +144,11 @@ def measure(batch: int, rounds: int, threads: int) -> list[dict[str, object]]:
     spawn = get_context("spawn")
     for stage in STAGES:
         turns: dict[str, Connection] = {}
+        processes = []
         for way in WAYS:
             turns[way], there = spawn.Pipe()
-            spawn.Process(target=take_steps, args=(stage, way, batch, threads, there), daemon=True).start()
+            processes.append(spawn.Process(target=take_steps, args=(stage, way, batch, threads, there), daemon=True))
+            processes[-1].start()
         taken: dict[str, list[float]] = {way: [] for way in WAYS}
         for turn in range(rounds + 2):
             for way, connection in turns.items():
@@ -154,8 +156,9 @@ def measure(batch: int, rounds: int, threads: int) -> list[dict[str, object]]:
                 seconds = connection.recv()
                 if turn > 1:  # the first compile, the second settle memory
                     taken[way].append(seconds)
-        for connection in turns.values():
+        for connection, process in zip(turns.values(), processes, strict=True):
             connection.send(False)
+            process.join()
         plain = taken["plain loop, fp32"]
         for way, seconds_R in taken.items():
             rows.append(
