@@ -149,6 +149,7 @@ def measure(batch: int, rounds: int, threads: int) -> list[dict[str, object]]:
             turns[way], there = spawn.Pipe()
             processes.append(spawn.Process(target=take_steps, args=(stage, way, batch, threads, there), daemon=True))
             processes[-1].start()
+            there.close()  # so that the end of the process ends the wait for its answer
         taken: dict[str, list[float]] = {way: [] for way in WAYS}
         for turn in range(rounds + 2):
             for way, connection in turns.items():

@@ -1,5 +1,8 @@
 """What makes training in bf16 fast on a CPU is held to torch's own operations, values and gradients."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,8 @@ from varcli.models.transformer import Transformer
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(depth=2, width=128, sides=(1, 2, 4), codebook_size=32, codebook_width=8, class_count=3)
-LAST = 5
-"""Where the last of these scales begins."""
+BEFORE_LAST = 5
+"""Tokens before the last of these scales."""
 SHAPE = TokenizerConfig(sides=(1, 2), codebook_size=32, codebook_width=32, base_width=32, multipliers=(1, 2))
 
 
@@ -35,27 +38,32 @@ def logits_and_gradients(model: Transformer, length: int) -> list[Tensor]:
     return [logits_BLV, *(weight.grad for weight in model.parameters() if weight.grad is not None)]
 
 
-@pytest.mark.parametrize("length", [1, LAST, CONFIG.length])
+@pytest.mark.parametrize("length", [1, BEFORE_LAST, CONFIG.length])
 def test_products_are_the_attention_with_a_bias(length):
     """Of all scales, of the first ones that a shortened step has, and of one token."""
     plain, fast = transformer(), transformer()
-    attend_by_products(fast, LAST)
+    attend_by_products(fast)
     for expected, found in zip(logits_and_gradients(plain, length), logits_and_gradients(fast, length), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_products_of_a_single_scale():
+def test_products_where_every_token_sees_all():
     q_BhLc, k_BhLc, v_BhLc = torch.randn(3, 2, 1, 9, 16)
     expected = F.scaled_dot_product_attention(q_BhLc, k_BhLc, v_BhLc)
     torch.testing.assert_close(ProductAttention()(q_BhLc, k_BhLc, v_BhLc), expected)
 
 
-def test_in_bf16_they_are_as_near_to_float32_as_torchs_own():
-    exact = logits_and_gradients(transformer(), CONFIG.length)
-    fast = transformer()
-    attend_by_products(fast, LAST)
+@pytest.mark.parametrize("temperature", [1.0, 10.0, 100.0])
+def test_in_bf16_they_are_as_near_to_float32_as_torchs_own(temperature):
+    models = transformer(), transformer(), transformer()
+    for model in models:
+        for block in model.blocks:
+            nn.init.constant_(block.attn.scale_mul_1H11, math.log(temperature))
+    plain, fused, fast = models
+    attend_by_products(fast)
+    exact = logits_and_gradients(plain, CONFIG.length)
     with torch.autocast("cpu", torch.bfloat16):
-        torchs, ours = (logits_and_gradients(model, CONFIG.length) for model in (transformer(), fast))
+        torchs, ours = (logits_and_gradients(model, CONFIG.length) for model in (fused, fast))
     right, theirs, own = (
         torch.cat([each.detach().float().flatten() for each in some]) for some in (exact, torchs, ours)
     )
@@ -82,6 +90,12 @@ def test_repeated_pixels_are_nearest_neighbour_interpolation():
         assert torch.equal(repeat_pixels(x_BCHW), expected)
 
 
+def test_a_single_value_per_group_is_normalized_to_the_bias():
+    norm = Norm(32)
+    nn.init.normal_(norm.bias)
+    torch.testing.assert_close(norm(torch.randn(1, 32, 1, 1)), norm.bias.view(1, 32, 1, 1), rtol=0, atol=1e-3)
+
+
 def test_training_normalizes_in_float32_and_sampling_in_the_precision_of_the_weights():
     norm, x_BCHW = Norm(32).bfloat16(), torch.randn(1, 32, 4, 4).bfloat16()
     with torch.no_grad():
@@ -92,6 +106,17 @@ def test_training_normalizes_in_float32_and_sampling_in_the_precision_of_the_wei
     torch.testing.assert_close(found, F.group_norm(x_BCHW.float(), 32, norm.weight, norm.bias, 1e-6))
 
 
+def by_products(model: nn.Module) -> set[bool]:
+    return {type(module.attend) is ProductAttention for module in model.modules() if hasattr(module, "attend")}
+
+
+def test_long_sequences_keep_no_attention_weights():
+    for sides, chosen in (((1, 2, 22), True), ((1, 2, 23), False)):
+        model = Transformer(dataclasses.replace(CONFIG, sides=sides))
+        attend_by_products(model)
+        assert by_products(model) == {chosen}
+
+
 @pytest.mark.parametrize(
     ("device", "bf16", "chosen"), [("cpu", True, True), ("cpu", False, False), ("meta", True, False)]
 )
@@ -100,8 +125,7 @@ def test_products_are_chosen_in_bf16_on_a_cpu(device, bf16, chosen, monkeypatch)
     monkeypatch.setattr(dispatch, "keep_freed_memory", lambda: kept.append(1))
     for model in (Tokenizer(SHAPE), transformer()):
         prepare_training(model, torch.device(device), bf16=bf16)
-        ways = {type(module.attend) is ProductAttention for module in model.modules() if hasattr(module, "attend")}
-        assert ways == {chosen}
+        assert by_products(model) == {chosen}
     assert len(kept) == (2 if device == "cpu" else 0)
 
 

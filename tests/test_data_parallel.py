@@ -29,8 +29,8 @@ from varcli.training.parallel import Rows, check_batch, rows_of_part, share_rows
 
 SHAPE = "--sides 1,2,4 --base-width 32 --multipliers 1,1 --encoder-blocks 1 --codebook-size 32 --codebook-width 8"
 PACE = "--batch-size 8 --holdout 2 --device cpu --workers 0 --base-lr 0.05 --json"
-TOKENIZER = f"{SHAPE} {PACE} --perceptual none --scale-drop 0.5 --gan 0.4 --gan-start 0".split()
-TRANSFORMER = f"{PACE} --depth 6 --width 64".split()
+TOKENIZER = f"{SHAPE} {PACE} --dtype fp32 --perceptual none --scale-drop 0.5 --gan 0.4 --gan-start 0".split()
+TRANSFORMER = f"{PACE} --dtype fp32 --depth 6 --width 64".split()
 
 
 @pytest.fixture(scope="module")

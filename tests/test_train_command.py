@@ -166,7 +166,7 @@ def test_a_tokenizer_is_evaluated_by_its_reconstructions(data, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["--holdout", "0"], "--eval-every measures against held-out images, 2 at least: give --holdout (got 0 held"),
+        (["--holdout", "0"], "--eval-every measures against at least 2 held-out images: give --holdout (got 0 held"),
         (["--eval-images", "7"], "--eval-images must be at most the 6 images that are held out (got 7)"),
         (["--eval-features", "vgg"], "--eval-features must be one of dinov2, efficientnet-lite0, inception-v3-compat"),
     ],
@@ -179,15 +179,43 @@ def test_evaluations_that_cannot_be_are_refused_before_training(more, line, data
 
 
 @pytest.mark.parametrize("begun", ["fp32", "bf16"])
-def test_without_dtype_a_run_keeps_its_precision(begun, data, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_without_dtype_a_run_keeps_its_precision(stage, begun, data, tokenizer, tmp_path, monkeypatch, capsys):
     """Another machine, or another version, may take another one for the faster."""
     command = transformer_command(data, tokenizer, tmp_path, "-q", "--depth", "1")
+    if stage == "tokenizer":
+        command = ["train", "tokenizer", str(data), "--out", str(tmp_path), *SMALL, *PACE, "-q"]
     assert run([*command, "--dtype", begun, "--epochs", "1"]) == 0
     monkeypatch.setattr(pipeline, "trains_in_bf16", lambda device: begun == "fp32")
+    (tmp_path / "state-previous.safetensors").write_bytes((tmp_path / "state.safetensors").read_bytes())
+    (tmp_path / "state.safetensors").write_bytes(b"damaged")
     assert run([*command, "--epochs", "2"]) == 0
     _, metadata = load_tensors(tmp_path / "state.safetensors")
     assert json.loads(metadata["identity"])["bf16"] == (begun == "bf16")
     assert int(metadata["step"]) == 2 * 18 // 4
+    other = {"fp32": "bf16", "bf16": "fp32"}[begun]
+    assert run([*command, "--epochs", "2", "--dtype", other]) == 2
+    assert f"was begun with --dtype {begun} (now {other})" in capsys.readouterr().err
+
+
+def test_one_scale_is_trained_and_sampled(data, tmp_path, capsys):
+    shape = [*SMALL, "--sides", "1", "--gan", "0"]
+    assert run(["train", "tokenizer", str(data), "--out", str(tmp_path / "one"), *shape, *PACE, "-q"]) == 0
+    trained = tmp_path / "one" / "tokenizer.safetensors"
+    assert run(transformer_command(data, trained, tmp_path / "model", "-q")) == 0
+    images = tmp_path / "images"
+    words = ["--checkpoint", str(tmp_path / "model" / "model.safetensors"), "--class", "207", "--out", str(images)]
+    assert run(["sample", *words, "-q"]) == 0
+    assert len(list(images.glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_of_two_scales_the_last_may_be_left_out(dtype, data, tmp_path):
+    shape = [*SMALL, "--sides", "1,2", "--gan", "0"]
+    assert run(["train", "tokenizer", str(data), "--out", str(tmp_path / "two"), *shape, *PACE, "-q"]) == 0
+    trained = tmp_path / "two" / "tokenizer.safetensors"
+    more = ["--scale-drop", "0.9", "--dtype", dtype, "-q"]
+    assert run(transformer_command(data, trained, tmp_path / "model", *more)) == 0
 
 
 def test_finished_run_is_left_as_it_is(data, tokenizer, tmp_path, capsys):

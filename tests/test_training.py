@@ -282,7 +282,7 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, images):
     assert notes == ["resuming at step 3, with the learning rates of 2 epochs instead of 1"]
     with pytest.raises(UsageError, match=r"has come to step 6, and --epochs 1 ends at step 3; give more --epochs"):
         train(tokenizer_stage(images), run(tmp_path, 3, identity={"a": 1, "epochs": 1.0}))
-    with pytest.raises(UsageError, match=r"begun with a 1 \(now 2\), --epochs 2\.0 \(now 3\.0\)"):
+    with pytest.raises(UsageError, match=r"begun with --a 1 \(now 2\), --epochs 2\.0 \(now 3\.0\)"):
         train(tokenizer_stage(images), run(tmp_path, 9, identity={"a": 2, "epochs": 3.0}))
 
 
@@ -800,7 +800,7 @@ def test_a_cache_that_cannot_be_read_is_one_line_and_kept(tmp_path, images):
     progress.unlink()
     progress.mkdir()
     before = (progress.parent / "tokens.npy").read_bytes()
-    with pytest.raises(InputError, match=r"the token maps .*tokens-\w+ cannot be read: Is a directory"):
+    with pytest.raises(InputError, match=r"the cache of token maps .*tokens-\w+ cannot be read: Is a directory"):
         tokens(tmp_path, images)
     assert (progress.parent / "tokens.npy").read_bytes() == before
 

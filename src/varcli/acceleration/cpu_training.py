@@ -1,7 +1,9 @@
-"""Training in bf16 on a CPU: attention by plain products, and a GELU that torch.compile makes fast.
+"""Training in bf16 on a CPU: unfused attention, and a GELU that torch.compile makes fast.
 
-Torch's fused attention multiplies bf16 there no faster than float32. Two products and a softmax take half the time, and
-keep the attention weights (B, h, l, L) in bf16 for the backward pass, which torch's computes again.
+Torch's fused attention multiplies bf16 there no faster than float32. Two products and a softmax take half the time, but
+keep the attention weights for the backward pass, where the fused one computes them again.
+
+Shapes: B images, h heads of c channels, L tokens of all scales, l of those before the last scale.
 """
 
 import math
@@ -9,33 +11,44 @@ import math
 import torch
 from torch import Tensor, nn
 
+from varcli.config import spans
 from varcli.models.autoencoder import SpatialAttention
-from varcli.models.transformer import SelfAttention
+from varcli.models.tokenizer import Tokenizer
+from varcli.models.transformer import SelfAttention, Transformer
+
+MOST_TOKENS = 512
+"""Longest sequence for which attention weights are kept, h · L² values of 2 bytes an image and block."""
 
 
 class ProductAttention:
-    """Attention in two parts of the tokens, called as `scaled_dot_product_attention` is."""
+    """Softmax(q·kᵀ)·v by two products, called as `scaled_dot_product_attention` is.
+
+    Queries before the last scale and those of the last scale are computed separately: the former see the keys before it
+    under the mask, the latter see all keys, so no mask is applied to them.
+    """
 
     def __init__(self, last: int = 0) -> None:
         """Take where the last scale begins.
 
         Args:
-            last: index of the last scale's first token. Tokens from it on see all tokens, those before it only one
-                another, as far as the bias lets them.
+            last: index of its first token; 0 where every token sees all.
         """
         self.last = last
 
     def __call__(
-        self,
-        q_BhLc: Tensor,
-        k_BhLc: Tensor,
-        v_BhLc: Tensor,
-        *,
-        attn_mask: Tensor | None = None,
-        scale: float | None = None,
+        self, q_BhLc: Tensor, k_BhLc: Tensor, v_BhLc: Tensor, *, attn_mask: Tensor | None = None, scale: float = 0
     ) -> Tensor:
-        """Return (B, h, L, c), of all tokens or of those before the last scale. Scores are rounded to bf16."""
-        q_BhLc = q_BhLc * (1 / math.sqrt(q_BhLc.shape[-1]) if scale is None else scale)
+        """Return (B, h, L, c), where L may also end before the last scale. Scores have the precision of the queries.
+
+        Args:
+            q_BhLc: queries.
+            k_BhLc: keys.
+            v_BhLc: values.
+            attn_mask: what is added to the scores, (1, 1, L, L).
+            scale: factor of the scores; 0 is 1/√c.
+        """
+        if scale != 1:
+            q_BhLc = q_BhLc * (scale or 1 / math.sqrt(q_BhLc.shape[-1]))
         parts = []
         if self.last:
             before = slice(self.last)
@@ -49,12 +62,13 @@ class ProductAttention:
         return torch.cat(parts, 2)
 
 
-def attend_by_products(model: nn.Module, last: int) -> None:
-    """Have a tokenizer or a transformer, whose last scale begins at token `last`, attend by products."""
+def attend_by_products(model: Tokenizer | Transformer) -> None:
+    """Have a model attend by products, where its sequences are not too long for memory."""
+    parts = spans(model.config.sides)
     for module in model.modules():
-        if isinstance(module, SelfAttention):
-            module.attend = ProductAttention(last)
-        elif isinstance(module, SpatialAttention):
+        if isinstance(module, SelfAttention) and parts[-1].stop <= MOST_TOKENS:
+            module.attend = ProductAttention(parts[-1].start)
+        elif isinstance(module, SpatialAttention) and model.config.sides[-1] ** 2 <= MOST_TOKENS:
             module.attend = ProductAttention()
 
 

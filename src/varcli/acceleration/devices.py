@@ -62,7 +62,7 @@ def cpu_computes_bf16() -> bool:
 
 
 def trains_in_bf16(device: torch.device) -> bool:
-    """Whether training in bf16 is faster on a device."""
+    """Whether training in bf16 is faster on a device: GPUs that compute in it, and processors with AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -1,4 +1,6 @@
-"""The one place that chooses the fast path: `prepare` and `fastest_blocks` to sample, `prepare_training` to train.
+"""The one place that chooses the fast path.
+
+`prepare` and `fastest_blocks` make plain models fast to sample, `prepare_training` and `compile_networks` to train.
 
 Triton kernels are used where they work, and torch's operations elsewhere. Triton comes with torch wherever CUDA does on
 Linux; it needs a compiler, a driver and a GPU that is not too old, in more combinations than can be tested. So each
@@ -28,7 +30,7 @@ from varcli.acceleration.devices import (
 )
 from varcli.acceleration.int8 import quantize
 from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu, pack
-from varcli.config import HEAD_WIDTH, spans
+from varcli.config import HEAD_WIDTH
 from varcli.errors import RunError
 from varcli.models.autoencoder import NormSilu, Upsample
 from varcli.models.tokenizer import Tokenizer
@@ -88,18 +90,19 @@ def prepare_training(model: Tokenizer | Transformer, device: torch.device, *, bf
     if device.type == "cpu":
         keep_freed_memory()
         if bf16:
-            attend_by_products(model, spans(model.config.sides)[-1].start)
+            attend_by_products(model)
 
 
 def compile_networks(model: Tokenizer | Transformer, device: torch.device) -> None:
-    """Have torch.compile make the networks faster, at their first step."""
+    """Have torch.compile make the networks faster, at their first step; on a CPU with another form of GELU."""
     torch.compiler.reset()  # what it compiled for other models counts against its limit
     if isinstance(model, Tokenizer):
         networks: list[nn.Module] = [model.encoder, model.decoder]
     else:
         networks = list(model.blocks)
-        for block in cast("list[Block]", networks if device.type == "cpu" else []):
-            block.ffn.gelu = SigmoidGelu()
+        if device.type == "cpu":
+            for block in networks:
+                cast("Block", block).ffn.gelu = SigmoidGelu()
     for network in networks:
         network.compile()
 

@@ -183,7 +183,8 @@ Dtype = Annotated[
     Option("--dtype", help="Precision; auto is 16 bits on CUDA and on CPUs that have bf16, else fp32."),
 ]
 TrainingDtype = Annotated[
-    Literal["auto", "fp32", "bf16"], Option("--dtype", help="Precision; auto uses bf16 where it is faster.")
+    Literal["auto", "fp32", "bf16"],
+    Option("--dtype", help="Precision; auto is the run's own, or bf16 where it is faster."),
 ]
 Compiled = Annotated[
     bool, Option("--compile", help="Compile the networks with torch.compile first: minutes, then faster steps.")

@@ -124,8 +124,8 @@ def classify(
         Option(
             "--candidates",
             metavar="N,…",
-            help="Classes that are kept after the coarse half of the scales, after half of the rest, and so on; 0 "
-            "keeps all.",
+            help="Classes that are kept after the first scales with a tenth of the tokens, with three tenths, and so "
+            "on; 0 keeps all.",
         ),
     ] = "10,3",
     encodings: Annotated[

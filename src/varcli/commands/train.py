@@ -148,7 +148,7 @@ def tokenizer(
     shared: dict[str, Any] = {"config": config, "training": training, "init": init}
     shared |= {"holdout": run.holdout, "dtype": run.dtype}
     if run.dry_run:
-        plan = pipeline.estimate_tokenizer(data, **shared, device=run.device, note=console.notes(run.quiet))
+        plan = pipeline.estimate_tokenizer(data, **shared, out=out, device=run.device, note=console.notes(run.quiet))
         _show_estimate(plan, training, run.as_json)
         return
     if run.nproc > 1 and not launched():
@@ -239,7 +239,7 @@ def transformer(
     shared |= {"holdout": run.holdout, "dtype": run.dtype}
     if run.dry_run:
         plan = pipeline.estimate_transformer(
-            data, tokenizer, **shared, device=run.device, note=console.notes(run.quiet)
+            data, tokenizer, **shared, out=out, device=run.device, note=console.notes(run.quiet)
         )
         _show_estimate(plan, training, run.as_json)
         return

@@ -22,8 +22,10 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return a map of the same shape."""
-        # In float32 where a gradient is needed, as CUDA's autocast does: a CPU's backward pass in bf16 is far slower.
-        return super().forward(x_BCHW.float() if torch.is_grad_enabled() else x_BCHW)
+        # In float32 where a gradient is needed, as in CUDA's autocast: on a CPU its gradient in bf16 is far slower.
+        x_BCHW = x_BCHW.float() if torch.is_grad_enabled() else x_BCHW
+        # Not F.group_norm, which refuses a single value per group.
+        return torch.group_norm(x_BCHW, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class NormSilu(Norm):

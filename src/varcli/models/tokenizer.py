@@ -135,8 +135,9 @@ class Quantizer(nn.Module):
 
         The last scales may be missing, and L is then smaller.
         """
+        none_B0C = self.embedding(tokens[0][:, :0])
         f_hats = self.f_hats(tokens[:-1])
-        return torch.cat([self.next_input(f_hat, k + 1) for k, f_hat in enumerate(f_hats)], dim=1)
+        return torch.cat([none_B0C, *(self.next_input(f_hat, k + 1) for k, f_hat in enumerate(f_hats))], dim=1)
 
 
 def resizing(side: int, target: int, mode: str) -> Tensor:

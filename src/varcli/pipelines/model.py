@@ -547,8 +547,8 @@ class Model:
 
         Args:
             image: as for `score`.
-            candidates: how many classes stay after the coarse half of the scales, after half of the others, and so
-                on; () scores all classes on all scales, which takes several times as long.
+            candidates: how many classes stay after the first scales with a tenth of the tokens, with three tenths, and
+                so on; () scores all classes on all scales, which takes several times as long.
             encodings: average over so many encodings of the image, all but the first with noise on the features.
 
         Returns:

@@ -67,7 +67,7 @@ def train_ladder(
         holdout: the last images of each class, on which the figures are measured.
         save_every: steps that a killed run loses at most.
         device: auto, cpu, cuda or mps.
-        dtype: fp32, bf16, or auto: bf16 where it is faster.
+        dtype: fp32, bf16, or auto: bf16 where it is faster; a run that resumes keeps its own.
         workers: processes that read images ahead.
         compiled: compile each model with torch.compile first.
         group: the ranks that share each batch; None is this process alone.

@@ -117,7 +117,7 @@ def train_tokenizer(
         eval_features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
         eval_weights: file of the extractor's weights; None downloads them at the first use.
         device: auto, cpu, cuda or mps.
-        dtype: fp32, bf16, or auto: bf16 where it is faster.
+        dtype: fp32, bf16, or auto: bf16 where it is faster; a run that resumes keeps its own.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
         tensorboard: also write figures for TensorBoard.
@@ -213,6 +213,7 @@ def estimate_tokenizer(
     training: TokenizerTrainingConfig | None = None,
     init: str | Path | None = None,
     holdout: int = 0,
+    out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     note: Callable[[str], None] = lambda line: None,
@@ -220,7 +221,7 @@ def estimate_tokenizer(
     """What training a tokenizer will take; arguments as for `train_tokenizer`."""
     training = training or TokenizerTrainingConfig()
     begun = None if init is None else load_tokenizer(resolve_checkpoint(str(init)))
-    where, bf16 = _device_and_bf16(device, dtype)
+    where, bf16 = _device_and_bf16(device, dtype, out)
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, ProcessGroup())
@@ -332,7 +333,7 @@ def train_transformer(
         eval_features: the extractor: "inception-v3-compat", "dinov2" or "efficientnet-lite0".
         eval_weights: file of the extractor's weights; None downloads them at the first use.
         device: auto, cpu, cuda or mps.
-        dtype: fp32, bf16, or auto: bf16 where it is faster.
+        dtype: fp32, bf16, or auto: bf16 where it is faster; a run that resumes keeps its own.
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
         workers: processes that read images ahead; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
@@ -490,6 +491,7 @@ def estimate_transformer(
     flex_attention: bool = False,
     checkpoint_activations: bool = False,
     holdout: int = 0,
+    out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     note: Callable[[str], None] = lambda line: None,
@@ -497,7 +499,7 @@ def estimate_transformer(
     """What training a transformer will take; arguments as for `train_transformer`."""
     training = training or default_recipe(depth, init)
     begun = _model_to_tune(init, depth, width, shared_adaln, training.cca > 0)
-    where, bf16 = _device_and_bf16(device, dtype)
+    where, bf16 = _device_and_bf16(device, dtype, out)
     if flex_attention:
         check_flex_attention(where)
     everything = _images(data)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varcli.acceleration.devices import block_weight
-from varcli.config import TransformerConfig
+from varcli.config import TransformerConfig, spans
 from varcli.errors import ConfigError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
@@ -19,7 +19,7 @@ from varcli.sampling.reconstruction import features
 from varcli.sampling.sampler import Pixels
 
 CANDIDATES = (10, 3)
-"""Classes that stay after the coarse half of the scales, and after half of the others (A-VARC's figures)."""
+"""Classes that stay after the first scales with a tenth of the tokens, and with three tenths (A-VARC's figures)."""
 
 NOISE = 0.1
 """Standard deviation of the noise in further encodings of an image, as a fraction of the features' own."""
@@ -95,8 +95,8 @@ def rank_classes(
 ) -> list[RankedClass]:
     """Return all classes, the one first that gives an image the highest likelihood.
 
-    All classes are scored on the coarse half of the scales, which are few tokens; the first of `candidates` are
-    scored on half of the others too, and so on. The last ones are scored on all scales.
+    All classes are scored on the first scales that have a tenth of the tokens; the first of `candidates` on those that
+    have three times as many, and so on. The last ones are scored on all scales.
 
     Args:
         tokenizer: as for `log_probabilities`, like the transformer.
@@ -113,9 +113,11 @@ def rank_classes(
         given = ",".join(map(str, candidates))
         raise ConfigError(f"--candidates must be falling numbers such as 10,3, or 0 for no pruning (got {given})")
     ranked: list[RankedClass] = []
+    length = transformer.config.length
     label_R = torch.arange(transformer.config.class_count)
     for stage, kept in enumerate((*candidates, 0)):
-        scales = max(2, len(tokens) - len(tokens) // 2 ** (stage + 1)) if kept else len(tokens)
+        share = min(0.1 * 3**stage, 1) if kept else 1
+        scales = next(k for k, span in enumerate(spans(transformer.config.sides), 1) if span.stop >= share * length)
         maps = [idx_Bl.split(1) for idx_Bl in tokens[:scales]]
         log_BR = [log_probabilities(tokenizer, transformer, one, label_R).sum(1) for one in zip(*maps, strict=True)]
         nats_R = -torch.stack(log_BR).mean(0).cpu()

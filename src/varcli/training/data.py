@@ -293,7 +293,7 @@ def open_cache(
     """Return the tokens of all images, computing what the cache under `folder` lacks.
 
     Raises:
-        InputError: too many images are unreadable, or a cache that is there.
+        InputError: too many images are unreadable, or an existing cache cannot be read.
         RunError: the cache cannot be written.
     """
     total = settings.crops * len(images)
@@ -362,7 +362,7 @@ def _begin_cache(cache: Path, tokenizer: Tokenizer, total: int, facts: str) -> t
             if 0 <= done <= total and open_memmap(cache / "tokens.npy", mode="r").shape == shape:
                 return done, unreadable
     except OSError as error:
-        raise InputError(f"the token maps {cache} cannot be read: {reason(error)}") from error
+        raise InputError(f"the cache of token maps {cache} cannot be read: {reason(error)}") from error
     try:
         cache.mkdir(parents=True, exist_ok=True)
         progress.unlink(missing_ok=True)

@@ -269,7 +269,7 @@ def check_state(file: Path, run: Run) -> int:
                 f"{run.steps}; give more --epochs, or another --out"
             )
     elif different:
-        was = ", ".join(f"{_option(key)} {begun.get(key)!r} (now {given.get(key)!r})" for key in different[:3])
+        was = ", ".join(_as_typed(key, begun.get(key), given.get(key), "now") for key in different[:3])
         raise UsageError(f"the run in {run.folder} was begun with {was}; use {_AGAIN}")
     return step
 
@@ -277,10 +277,14 @@ def check_state(file: Path, run: Run) -> int:
 _AGAIN = "the same again, or another --out"
 
 
-def _option(setting: str) -> str:
-    """Return the option that sets a setting of a run, or the setting's own name."""
+def _as_typed(setting: str, begun: Any, now: Any, mark: str) -> str:
+    """Return a setting of a run as the option that sets it, with its value and the other one, such as "(now 2)"."""
+    if setting == "bf16":
+        begun, now = ("bf16" if value else "fp32" for value in (begun, now))
+        return f"--dtype {begun} ({mark} {now})"
     kinds = (TokenizerConfig, TokenizerTrainingConfig, TransformerTrainingConfig)
-    return next((names[setting] for names in map(option_names, kinds) if setting in names), setting)
+    known = next((names[setting] for names in map(option_names, kinds) if setting in names), None)
+    return f"{known or '--' + setting.replace('_', '-')} {begun!r} ({mark} {now!r})"
 
 
 def check_ranks(run: Run, step: int, group: ProcessGroup) -> None:
@@ -296,19 +300,19 @@ def check_ranks(run: Run, step: int, group: ProcessGroup) -> None:
         UsageError: one has other settings, another tokenizer file or another kind of device.
     """
     for rank, (identity, images, its_step) in enumerate(group.gather((run.identity, dict(run.images), step))):
+        if its_step != step:
+            raise InputError(
+                f"rank 0 resumes {run.folder} at step {step}, and rank {rank} at step {its_step}; "
+                "--out must be a folder that all of them share"
+            )
         different = sorted(key for key in identity if identity[key] != run.identity.get(key))
         if "pictures" in different:
             what = _other_images(run.images, images, f"rank {rank}")
             raise InputError(f"rank 0 reads {what}; all must read the same data")
         if different:
             key = different[0]
-            what = f"{_option(key)} {run.identity.get(key)!r} (rank {rank} {identity[key]!r})"
+            what = _as_typed(key, run.identity.get(key), identity[key], f"rank {rank}")
             raise UsageError(f"rank 0 has {what}; all must have the same")
-        if its_step != step:
-            raise InputError(
-                f"rank 0 resumes {run.folder} at step {step}, and rank {rank} at step {its_step}; "
-                "--out must be a folder that all of them share"
-            )
     group.barrier()
 
 
