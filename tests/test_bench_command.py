@@ -12,6 +12,8 @@ from varcli.benchmarking import timing
 from varcli.checkpoints import random_init
 from varcli.commands import bench as bench_command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -32,6 +32,8 @@ from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import KeyValueCache, Transformer
 from varcli.sampling.batching import BatchSampler
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SIDES = (1, 2, 4)
 

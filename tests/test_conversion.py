@@ -25,6 +25,8 @@ from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def mini():

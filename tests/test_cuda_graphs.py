@@ -26,6 +26,8 @@ from varcli.sampling.batching import BatchSampler, batch_bytes, model_bytes, pad
 from varcli.sampling.sampler import decode_on_device, generate
 from varcli.sampling.scale_model import ScaleModel
 
+pytestmark = pytest.mark.slow
+
 SIDES = (1, 2, 3, 4, 6)
 CPU = torch.device("cpu")
 
@@ -408,7 +410,6 @@ def run(models, count, config, kind="fused"):
     return phases.watch, pixels_BPP3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config", [SampleConfig(), SampleConfig(cfg=0, top_k=0, top_p=0)], ids=["guided", "free"])
 def test_no_step_waits_for_the_gpu(monkeypatch, config):
     models = released(16, 2)
@@ -417,7 +418,6 @@ def test_no_step_waits_for_the_gpu(monkeypatch, config):
         assert pixels.shape == (3, 256, 256, 3)
 
 
-@pytest.mark.slow
 def test_the_largest_released_model_runs_too(monkeypatch):
     models = released(36, 2, GRID_512, shared_adaln=True)
     with pretended(monkeypatch, *models):
@@ -425,7 +425,6 @@ def test_the_largest_released_model_runs_too(monkeypatch):
         assert pixels.shape == (2, 512, 512, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "count"), [(16, 256), (30, 64)])
 @pytest.mark.parametrize("kind", ["fused", "plain", "int8"])
 def test_memory_is_as_planned(monkeypatch, depth, count, kind):
@@ -441,7 +440,6 @@ def test_memory_is_as_planned(monkeypatch, depth, count, kind):
         assert 0.98 * watch.peak <= planned <= 1.15 * watch.peak
 
 
-@pytest.mark.slow
 def test_64_images_of_the_largest_256_pixel_model_take_at_most_26_gigabytes(monkeypatch):
     models = released(30)
     with pretended(monkeypatch, *models):
@@ -458,7 +456,6 @@ def test_batches_follow_from_the_gpu_not_from_what_others_leave_of_it(monkeypatc
         assert batching.fitting_batch(*models, SampleConfig()) == 8
 
 
-@pytest.mark.slow
 def test_operations_are_as_many_as_they_must_be(monkeypatch):
     """Linear maps, attention and decoder of one image of the released model of depth 16, whose blocks are equal."""
     products = {torch.ops.aten._addmm_activation: lambda bias, x, weight, **_: 2 * math.prod(x) * weight[1]}

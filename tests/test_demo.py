@@ -114,7 +114,7 @@ def test_uploads_that_cannot_be_used(tmp_path):
     for upload, told in (
         (None, "there is no photograph: upload one first"),
         (tmp_path / "gone.png", "gone.png is no longer stored: upload it again"),
-        (tmp_path / "large.png", "large.png has 5000 × 4000 pixels: give an image of 16,000,000 pixels at most"),
+        (tmp_path / "large.png", "large.png has 5000 × 4000 pixels: give an image of at most 16,000,000 pixels"),
         (tmp_path / "text.png", "cannot read image text.png: not an image"),
     ):
         with pytest.raises(InputError, match=told):

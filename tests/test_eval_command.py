@@ -32,6 +32,8 @@ from varcli.evaluation.statistics import FeatureShape
 from varcli.models.efficientnet import EfficientNetLite0
 from varcli.pipelines import evaluate as pipeline
 
+pytestmark = pytest.mark.slow
+
 NAMES = {class_id: imagenet().by_id(class_id).name for class_id in small.CLASSES}
 EACH = 8
 COUNT = EACH * len(small.CLASSES)
@@ -102,7 +104,6 @@ def photographs(folder, count=COUNT, side=16, seed=5):
 # --- what is measured ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_images_made_measure_as_the_same_images_in_files(measure, tmp_path):
     reference = photographs(tmp_path / "photographs")
     made, _ = measure("--num-images", COUNT, "--reference", reference, "--fid", "--is", "--prc")
@@ -156,7 +157,6 @@ def test_eval_stats(measure, tmp_path, capsys):
     assert found["metrics"]["precision"] == found["metrics"]["recall"] == 1
 
 
-@pytest.mark.slow
 def test_a_tokenizer_is_measured_by_what_it_loses(measure, tmp_path):
     photographs(tmp_path / "photographs")
     found, err = measure("photographs", "--tokenizer")
@@ -198,7 +198,6 @@ def test_a_tokenizer_is_measured_by_spatial_features_too(measure, tmp_path, monk
     assert found["metrics"]["rsfid"] > 0 and found["metrics"]["rfid"] > 0
 
 
-@pytest.mark.slow
 def test_images_made_are_kept_where_asked(measure, tmp_path):
     measure("--num-images", COUNT, "--is", "--save-images", "made")
     sample("-c", "all", "-n", EACH, "-o", "wanted")
@@ -340,7 +339,6 @@ def test_class_agreement_needs_known_classes(measure, tmp_path, names, message):
     assert message in error
 
 
-@pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     reference = photographs(tmp_path / "photographs")
     wanted, _ = measure("--num-images", COUNT, "--reference", reference, "--seed", 0)
@@ -366,7 +364,6 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "cache").rglob("measurements/*"))
 
 
-@pytest.mark.slow
 def test_two_processes_find_what_one_finds(model, tmp_path):
     """For real: two processes that talk through gloo, and the true network with random weights."""
     weights = extractors.save(tmp_path / "inception.pth")
@@ -398,7 +395,6 @@ def test_two_processes_find_what_one_finds(model, tmp_path):
 # --- what is said ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_whether_the_paper_is_met_is_said_only_of_what_can_be_compared(measure, monkeypatch, tmp_path, model):
     from varcli.checkpoints import registry
 
@@ -446,7 +442,6 @@ def test_block_of_text(measure, tmp_path, capsys):
 # --- from Python -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_images_in_memory_measure_as_the_same_images_in_files(measure, model, tmp_path):
     reference = photographs(tmp_path / "photographs")
     images = varcli.load(model, device="cpu", dtype="fp32").sample(list(NAMES), count=6)

@@ -23,6 +23,8 @@ from varcli.models.transformer import Transformer
 from varcli.training import scaling
 from varcli.training.scaling import JointLaw, Trained, fit_joint, fit_power, frontier, intervals
 
+pytestmark = pytest.mark.slow
+
 SIZES, AMOUNTS = np.meshgrid([6e5, 2e6, 4.7e6, 9e6, 1.6e7], [1e6, 4e6, 1.6e7, 6.4e7])
 N, D = SIZES.ravel(), AMOUNTS.ravel()
 TRUE = JointLaw(E=4.2, A=80, alpha=0.3, B=400, beta=0.4)
@@ -255,7 +257,6 @@ def test_a_ladder_is_trained_and_goes_on(tmp_path, capsys):
     assert {path: path.read_bytes() for path in written} == written
 
 
-@pytest.mark.slow
 def test_two_ranks_train_the_ladder_that_one_trains(tmp_path, capsys):
     data = write_folder(tmp_path / "data", {"cat": 12, "dog": 12})
     tokenizer = write_run(tmp_path / "model", 1, 10) / "model.safetensors"

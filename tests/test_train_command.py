@@ -27,6 +27,8 @@ from varcli.pipelines import watch
 from varcli.training import data as module
 from varcli.training.estimate import expected_losses, expected_losses_at
 
+pytestmark = pytest.mark.slow
+
 SHAPE = ["--sides", "1,2,4", "--base-width", "32", "--multipliers", "1,1", "--encoder-blocks", "1"]
 SMALL = [*SHAPE, "--codebook-size", "32", "--codebook-width", "8", "--perceptual", "none"]
 PACE = [
@@ -128,7 +130,6 @@ def test_runs_take_the_tokens_that_were_encoded_before(data, tokenizer, tmp_path
 EVALUATE = ["--eval-every", "2", "--eval-features", "efficientnet-lite0"]
 
 
-@pytest.mark.slow
 def test_evaluations_are_those_of_var_eval_and_change_nothing(data, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert run(transformer_command(data, tokenizer, tmp_path / "plain", "-q")) == 0
@@ -154,7 +155,6 @@ def test_evaluations_are_those_of_var_eval_and_change_nothing(data, tokenizer, t
     assert lines[-1]["validation_fd_efficientnet"] == pytest.approx(found.metrics["fd_efficientnet"], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_a_tokenizer_is_evaluated_by_its_reconstructions(data, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     command = ["train", "tokenizer", str(data), "--out", str(tmp_path / "run"), *SMALL, *PACE, *EVALUATE]
@@ -228,7 +228,6 @@ def test_finished_run_is_left_as_it_is(data, tokenizer, tmp_path, capsys):
     assert "seed 0 (now 7)" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_killed_process_goes_on_and_ends_bit_identical(data, tmp_path):
     command = ["train", "tokenizer", str(data), *SMALL, *PACE, "--epochs", "8", "--save-every", "5", "-q"]
     words = [sys.executable, "-m", "varcli", *command, "--out", str(tmp_path / "killed")]

@@ -43,6 +43,8 @@ from varcli.training.optim import initialize_transformer
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs, tokens_at_once
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TOKENIZER = TokenizerConfig(
     sides=(1, 2, 4), codebook_size=32, codebook_width=8, base_width=32, multipliers=(1, 1), encoder_blocks=1
@@ -604,7 +606,6 @@ def test_every_transformer_option_changes_the_result(name, value, tmp_path, imag
     assert not torch.equal(*ends)
 
 
-@pytest.mark.slow
 def test_tokenizer_learns_and_its_file_loads(tmp_path, images):
     stage = tokenizer_stage(images, gan=0.0, scale_drop=0.0, ema=0.5, base_lr=0.2)
     before = stage.validate()["psnr"]
