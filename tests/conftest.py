@@ -1,6 +1,10 @@
 """What several test files share."""
 
+import os
 import signal
+
+# One thread each, also in what tests launch: several workers with as many threads as cores wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
