@@ -130,6 +130,7 @@ def test_every_other_key_of_middle_scales_is_forgotten(small, inputs):
         assert torch.equal(ours[..., 5:18, :], theirs[..., 5:30:2, :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 @pytest.mark.parametrize("approximate", SOME)
 def test_captured_approximations_draw_the_same_tokens(small, approximate, kind, monkeypatch):

@@ -115,6 +115,7 @@ def test_no_image_makes_no_archive(here, out):
     assert output.archive is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", KINDS)
 def test_memory_stays_flat(here, out):
     output = open_sink(out, several=True)

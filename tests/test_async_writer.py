@@ -194,6 +194,7 @@ def test_a_pipe_whose_reader_has_stopped_can_be_left(tmp_path, monkeypatch):
     assert ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["o", "x.npz", "x.tar"])
 def test_memory_stays_flat(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)

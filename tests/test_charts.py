@@ -180,6 +180,7 @@ def test_numbers_of_any_size_can_be_drawn(seed):
     assert "<svg" in drawn(list(enumerate(values)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [-2.0, -2.0], [5e-324], [1e15, -1e15], [7, 7 + 1e-12]])
 def test_numbers_that_hardly_differ_can_be_drawn(values):
     bars = Bars(title="t", unit="x", labels=["a"] * len(values), parts={"x": values}, narrow=True)

@@ -234,6 +234,7 @@ def assert_refused(answer, code, line):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -287,6 +287,7 @@ def test_images_on_full_streams(model, tmp_path, arguments):
         assert done.returncode == 0 and done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp437"])
 def test_any_encoding_will_do(encoding, tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}

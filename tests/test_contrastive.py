@@ -50,6 +50,7 @@ def tune(model, data, out, *more):
     return run([*command, "--device", "cpu", "--workers", "0", "--base-lr", "0.02", "-q", *more])
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_loss_below_that_of_equal_models(model, data, tmp_path, capsys):
     """While both models agree σ is 1/2, whatever λ."""
     assert tune(model, data, tmp_path, "--epochs", "40", "--cca", "1", "--cca-beta", "0.1", "--ema", "0") == 0

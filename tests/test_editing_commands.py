@@ -162,6 +162,7 @@ def random_image(noise, mode, width, height):
     return Image.fromarray(values[:, :, 0] if channels == 1 else values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "I;16"])
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_kept_is_kept_in_every_kind_and_size(model, mode, seed):
@@ -295,6 +296,7 @@ def test_many_and_the_best(var):
     assert read_provenance("best.png").seed == said["seed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [
@@ -339,6 +341,7 @@ def test_what_was_painted_can_be_seen(var):
     assert set(pixels("wide.png")[:, :9, 3].ravel()) == {128}
 
 
+@pytest.mark.slow
 def test_notes(var, model, capsys):
     """What is left out of a file and what may be a mistake is said, and not with --quiet."""
     Image.fromarray(NOISE[:, :, 0]).save("grey.png")

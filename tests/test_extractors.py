@@ -199,6 +199,7 @@ def test_dinov2_sees_what_its_network_says(dinov2):
     assert relative_error(found.pool_BN, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_dinov2_refuses_other_weights(weights, tmp_path):
     pytest.importorskip("timm")
     with pytest.raises(CheckpointError, match="are not the state dict of DINOv2"):

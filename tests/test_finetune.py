@@ -143,6 +143,7 @@ def data(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data"), {"n02099601": 8, "mine": 8})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["", "lora:2", "modulation"])
 def test_a_fine_tuned_model_is_an_ordinary_checkpoint(adapter, model, data, tmp_path, capsys):
     command = ["train", "transformer", str(data), "--init", str(model), "--out", str(tmp_path), *PACE]

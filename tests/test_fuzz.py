@@ -83,6 +83,7 @@ def damaged(content, random):
 WORDS = (b"[" * 9999, b"\xff" * 8, bytes(8), b"-1", b"1e999", b"NaN", b"null", b'"\\ud800"', b"9" * 5000, b"{}", b"\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_damaged_file_is_one_line(files, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)

@@ -99,6 +99,7 @@ def test_pruning_goes_down_to_the_last_candidates():
     assert len(rank_classes(tokenizer, transformer, tokens, (1000, 999))) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidates", [(3, 10), (5, 5), (0,), (5, 0), (-1,)])
 def test_candidates_that_do_not_fall(candidates):
     tokenizer, transformer = models()

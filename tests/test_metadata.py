@@ -180,6 +180,7 @@ def big_text(kind):
     return encoded(pnginfo=info)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [

@@ -83,6 +83,7 @@ def forced_logits(precision):
         yield model.logits(scale, given)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(("precision", "difference"), [("fp32", 2e-6), ("bf16", 6e-3), ("int8", 2e-2)])
 def test_precisions_stay_close_on_forced_tokens(precision, difference):

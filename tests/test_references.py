@@ -126,6 +126,7 @@ def test_rounding_makes_no_covariance_wrong(tmp_path):
     assert read_reference(write(tmp_path / "x.npz", mu=features.mean(0), sigma=sigma)).covariance.shape == (300, 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "words"),
     [

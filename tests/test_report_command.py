@@ -103,6 +103,7 @@ def test_a_full_disk(here, capsys):
     assert "full.html cannot be written: No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("out", "unneeded"), [("x.html", ["torch", "scipy"]), ("x.md", ["torch", "matplotlib"])])
 def test_a_report_imports_no_more_than_it_needs(here, out, unneeded):
     code = (

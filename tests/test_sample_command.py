@@ -99,6 +99,7 @@ def test_show_gives_the_command_that_makes_it_again(sample, capsys):
     assert Path("985-daisy-6.png").read_bytes() == pngs("first")["985-daisy-6.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_neither_batch_nor_order_changes_an_image(sample, dtype):
     sample("-c", "1,207", "-n", 3, "--out", "a", "--batch-size", 1, "--dtype", dtype)

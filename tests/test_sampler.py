@@ -305,6 +305,7 @@ def refiner(small):
     return transformer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [2, 4, 5])
 @pytest.mark.parametrize("config", SETTINGS, ids=str)
 def test_a_model_that_refines_itself_changes_nothing(small, config, scale):

@@ -293,6 +293,7 @@ def test_what_the_library_writes_is_read_as_the_library_reads_it(tmp_path):
     assert load_header(tmp_path / "x.safetensors")[0]["torch.bool(3, 2)"] == ("BOOL", (3, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metadata", "line"),
     [
@@ -328,6 +329,7 @@ def test_metadata_that_cannot_be_shown(model_file, tmp_path, metadata):
         store.describe(rewritten(model_file, tmp_path, metadata=metadata))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "changes", "line"),
     [
