@@ -606,7 +606,7 @@ def _plain_transformer(
 # --- what both stages take -------------------------------------------------------------------------
 
 
-def _device_and_bf16(device: str, dtype: str, out: str | Path | None = None) -> tuple[torch.device, bool]:
+def _device_and_bf16(device: str, dtype: str, out: str | Path | None) -> tuple[torch.device, bool]:
     """The device to train on, and whether in bf16; with "auto" a run in the folder `out` keeps its precision."""
     where = pick_device(device)
     optim.make_deterministic(where)
