@@ -5,7 +5,8 @@
 
 The models are of `tiny64`'s shape with random weights, the images random. The plain loop is forward pass, loss,
 backward pass and torch's AdamW, all in fp32; a step of `var train` clips, averages the weights and records figures too.
-The tokenizer's loss is without a perceptual network or adversary. Figures are medians; compiling takes minutes before.
+The tokenizer's losses are those of the recipe, LPIPS (with random weights) and an adversary among them, or the squared
+error and the quantizer's loss alone. Figures are medians; compiling takes minutes before.
 """
 
 import argparse
@@ -27,13 +28,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tables import print_rows
+from torchvision.models import vgg16
 
 from varcli.acceleration.dispatch import compile_networks, prepare_training
 from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.checkpoints.store import Checkpoint, load_model
 from varcli.config import TokenizerTrainingConfig, TransformerTrainingConfig
 from varcli.images.dataset import open_images
+from varcli.models.perceptual import LPIPS
 from varcli.models.tokenizer import quantization_loss
+from varcli.training.discriminator import augment, discriminator_loss
 from varcli.training.loop import Stage, update
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer
@@ -41,20 +45,44 @@ from varcli.training.transformer import TransformerStage, build_transformer
 Step = Callable[[], object]
 
 
-def plain_tokenizer(shape: Checkpoint, pixels_B3PP: torch.Tensor) -> Step:
+def plain_tokenizer(shape: Checkpoint, pixels_B3PP: torch.Tensor, recipe: TokenizerTrainingConfig) -> Step:
     """Return a step of a plain loop on images in [-1, 1]."""
-    model, _ = build_tokenizer(shape.tokenizer.config, 0)
+    model, adversary = build_tokenizer(shape.tokenizer.config, 0)
+    perceptual = random_lpips()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    adversary_optimizer = torch.optim.AdamW(adversary.parameters(), lr=1e-4)
 
     def step() -> None:
         f_BCHW = model.features(pixels_B3PP)
         quantized = model.quantize.quantize(f_BCHW)
         decoded = model.decode_features(f_BCHW + (quantized.f_hats[-1] - f_BCHW).detach())
-        (F.mse_loss(decoded, pixels_B3PP) + quantization_loss(quantized, f_BCHW, 0.25)).backward()
+        loss = F.mse_loss(decoded, pixels_B3PP)
+        if recipe.perceptual_weight:
+            loss = loss + perceptual(decoded, pixels_B3PP)
+        if recipe.gan:
+            adversary.requires_grad_(False)
+            push = -adversary(augment(decoded)).mean()
+            norms = [
+                torch.autograd.grad(one, model.decoder.conv_out.weight, retain_graph=True)[0].norm()
+                for one in (loss, push)
+            ]
+            loss = loss + recipe.gan * norms[0] / (norms[1] + 1e-4) * push
+            adversary.requires_grad_(True)
+        (loss + quantization_loss(quantized, f_BCHW, recipe.commitment)).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if recipe.gan:
+            real, fake = augment(pixels_B3PP), augment(decoded.detach())
+            discriminator_loss(adversary(real), adversary(fake)).backward()
+            adversary_optimizer.step()
+            adversary_optimizer.zero_grad()
 
     return step
+
+
+def random_lpips() -> LPIPS:
+    """Return LPIPS with random weights, as its own cannot be had everywhere."""
+    return LPIPS(vgg16(weights=None).features, [torch.rand(1, width, 1, 1) for width in (64, 128, 256, 512, 512)])
 
 
 def plain_transformer(shape: Checkpoint, tokens_BL: torch.Tensor, label_B: torch.Tensor) -> Step:
@@ -83,19 +111,20 @@ WAYS = {
 """The loops of each stage: whether `var train` runs in bf16, and compiled."""
 
 
-def tokenizer_step(batch: int, way: str) -> Step:
+def tokenizer_step(batch: int, way: str, recipe: TokenizerTrainingConfig) -> Step:
     """Return a step of the tokenizer's training on random images."""
     shape = load_model(resolve_checkpoint("tiny64"))
     side = shape.tokenizer.config.pixels
     pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if WAYS[way] is None:
-        return plain_tokenizer(shape, pixels / 127.5 - 1)
-    recipe = TokenizerTrainingConfig(batch=batch, perceptual="none", gan=0.0)
+        return plain_tokenizer(shape, pixels / 127.5 - 1, recipe)
     with tempfile.TemporaryDirectory() as folder:
         Image.new("RGB", (side, side)).save(Path(folder) / "image.png")
         none = open_images([Path(folder)]).subset([])
     models = build_tokenizer(shape.tokenizer.config, 0)
     stage = TokenizerStage(*models, recipe, none, none, bf16=WAYS[way][0])
+    if recipe.perceptual_weight:
+        stage.perceptual = random_lpips().to(memory_format=torch.channels_last)
     return ours(stage, (pixels, [[] for _ in range(batch)]), *WAYS[way])
 
 
@@ -117,12 +146,18 @@ def ours(stage: Stage, batch: object, bf16: bool, compiled: bool) -> Step:
     """Return a step of `var train`."""
     prepare_training(stage.model, stage.device, bf16=bf16)
     if compiled:
-        compile_networks(stage.model, stage.device)
+        compile_networks(stage.model, stage.device, getattr(stage, "perceptual", None))
     numbers = count()
     return lambda: update(stage, batch, next(numbers), 10**6)
 
 
-STAGES = {"tokenizer": tokenizer_step, "transformer": transformer_step}
+STAGES: dict[str, Callable[[int, str], Step]] = {
+    "tokenizer": lambda batch, way: tokenizer_step(batch, way, TokenizerTrainingConfig(batch=batch, gan_start=0.0)),
+    "tokenizer, without LPIPS and adversary": lambda batch, way: tokenizer_step(
+        batch, way, TokenizerTrainingConfig(batch=batch, perceptual_weight=0.0, gan=0.0)
+    ),
+    "transformer": transformer_step,
+}
 
 
 def take_steps(stage: str, way: str, batch: int, threads: int, turns: Connection) -> None:
@@ -135,14 +170,14 @@ def take_steps(stage: str, way: str, batch: int, threads: int, turns: Connection
         turns.send(time.perf_counter() - start)
 
 
-def measure(batch: int, rounds: int, threads: int) -> list[dict[str, object]]:
+def measure(stages: list[str], batch: int, rounds: int, threads: int) -> list[dict[str, object]]:
     """Return a row for each stage and way: images a second, and how many times faster than the plain loop.
 
     Each way has a process of its own, since `var train` changes how its process keeps freed memory.
     """
     rows: list[dict[str, object]] = []
     spawn = get_context("spawn")
-    for stage in STAGES:
+    for stage in stages:
         turns: dict[str, Connection] = {}
         processes = []
         for way in WAYS:
@@ -209,6 +244,7 @@ def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--stage", action="append", choices=STAGES, help="one of the stages; all unless given")
     parser.add_argument("--rounds", type=int, default=5, help="how often each way takes a step, or a run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processes", action="store_true", help="two processes against one")
@@ -217,7 +253,7 @@ def main() -> None:
     if given.processes:
         rows = measure_processes(given.batch_size, given.rounds)
     else:
-        rows = measure(given.batch_size, given.rounds, given.threads)
+        rows = measure(given.stage or list(STAGES), given.batch_size, given.rounds, given.threads)
     print_rows(rows, as_json=given.json)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from varcli.errors import CheckpointError
 from varcli.models import perceptual
-from varcli.models.perceptual import LINEAR_FILE, LPIPS, VGG_FILE
+from varcli.models.perceptual import LINEAR_FILE, VGG_FILE, load_lpips
 
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 def distance(folder, monkeypatch):
     digits = hashlib.sha256((folder / VGG_FILE).read_bytes()).hexdigest()[:8]
     monkeypatch.setattr(perceptual, "VGG_SHA256", digits)
-    return LPIPS(folder)
+    return load_lpips(folder)
 
 
 def reference(folder):
@@ -80,10 +80,10 @@ def test_equal_images_have_no_distance_and_others_a_gradient(distance):
 
 def test_damaged_and_missing_weights_are_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="are damaged"):
-        LPIPS(folder)
+        load_lpips(folder)
     with pytest.raises(CheckpointError, match=r"are missing: put https://"):
-        LPIPS(tmp_path)
+        load_lpips(tmp_path)
     monkeypatch.setattr(perceptual, "VGG_SHA256", hashlib.sha256(b"not a file of torch").hexdigest()[:8])
     (tmp_path / VGG_FILE).write_bytes(b"not a file of torch")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        LPIPS(tmp_path)
+        load_lpips(tmp_path)

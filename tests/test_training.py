@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 
 from support.images import write_folder
+from varcli.acceleration.dispatch import compile_networks
 from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.checkpoints.store import load_model, load_tokenizer
 from varcli.config import TokenizerConfig, TokenizerTrainingConfig, TransformerConfig, TransformerTrainingConfig
@@ -40,6 +41,7 @@ from varcli.training.estimate import estimate
 from varcli.training.loop import Run, check_ranks, check_run, only_run, state_files, train, update
 from varcli.training.metrics_log import MetricsLog
 from varcli.training.optim import initialize_transformer
+from varcli.training.parallel import Rows
 from varcli.training.tokenizer import TokenizerStage, build_tokenizer
 from varcli.training.transformer import TransformerStage, build_transformer, keep_block_inputs, tokens_at_once
 
@@ -686,6 +688,42 @@ def test_accumulation_changes_rounding_only(tmp_path, images):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     after = [stage.model.quant_conv.bias.detach() for stage in (at_once, in_parts)]
     assert torch.allclose(*after, atol=2e-5)
+
+
+def edges(made, image):
+    """A perceptual loss whose gradient is not that of the squared error."""
+    return (made.diff(dim=2) - image.diff(dim=2)).abs().mean()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tokenizers_gradient_is_that_of_equation_5(compiled, images):
+    stage, plain = (tokenizer_stage(images, scale_drop=0.0, gan=0.3, perceptual_weight=0.7) for _ in range(2))
+    batch = next(stage.batches(range(1)))
+    for one in (stage, plain):
+        one.perceptual = edges
+        torch.manual_seed(0)
+        (part,) = one.prepare(batch, 0, 1)
+    if compiled:
+        compile_networks(stage.model, CPU)
+    for one in (stage, plain):
+        one.adversarial = True
+    rows = Rows(0, len(part), len(part))
+    torch.manual_seed(1)
+    found = stage.add_gradients(part, rows, last=True)
+
+    torch.manual_seed(1)
+    image = part / 127.5 - 1
+    decoded, quantization, _, _ = plain.reconstruct(image, None)
+    pull = (decoded - image).square().mean() + 0.7 * edges(decoded, image)
+    push = -plain.adversary(augment(decoded)).mean()
+    last = plain.model.decoder.conv_out.weight
+    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (pull, push)]
+    loss = pull + quantization + 0.3 * norms[0] / (norms[1] + 1e-4) * push
+    loss.backward()
+    assert float(found["loss"].detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
+    for parameter, other in zip(stage.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

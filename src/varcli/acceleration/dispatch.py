@@ -33,6 +33,7 @@ from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu, pack
 from varcli.config import HEAD_WIDTH
 from varcli.errors import RunError
 from varcli.models.autoencoder import NormSilu, Upsample
+from varcli.models.perceptual import LPIPS
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Block, KeyValueCache, Transformer
 
@@ -93,11 +94,22 @@ def prepare_training(model: Tokenizer | Transformer, device: torch.device, *, bf
             attend_by_products(model)
 
 
-def compile_networks(model: Tokenizer | Transformer, device: torch.device) -> None:
-    """Have torch.compile make the networks faster, at their first step; on a CPU with another form of GELU."""
+def compile_networks(model: Tokenizer | Transformer, device: torch.device, perceptual: object = None) -> None:
+    """Have torch.compile make the networks faster, at their first step; on a CPU with another form of GELU.
+
+    Args:
+        model: to train.
+        device: of the model.
+        perceptual: the perceptual loss of a tokenizer. Compiled is LPIPS only: EfficientNet-lite0 gets slower.
+    """
     torch.compiler.reset()  # what it compiled for other models counts against its limit
     if isinstance(model, Tokenizer):
         networks: list[nn.Module] = [model.encoder, model.decoder]
+        # Compiled with the others, its gradient, which the adversarial loss needs before, would take theirs along.
+        last = cast("Any", model.decoder.conv_out)
+        last.forward = torch.compiler.disable(last.forward)
+        if isinstance(perceptual, LPIPS):
+            networks.append(perceptual)
     else:
         networks = list(model.blocks)
         if device.type == "cpu":

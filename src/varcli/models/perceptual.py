@@ -8,6 +8,7 @@ Published files of weights are read without unpickling code.
 Shapes: B images of P × P pixels in [-1, 1], C channels and H × W positions of one feature map, N classes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -42,29 +43,14 @@ class LPIPS(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, folder: Path) -> None:
-        """Load both files of weights from a folder.
-
-        Raises:
-            CheckpointError: a file is missing or not what its name says.
-        """
-        from torchvision.models import vgg16
-
+    def __init__(self, features: nn.Sequential, weights: Sequence[Tensor]) -> None:
+        """Take VGG16's layers, and the weights of the channels of each stage, (1, C, 1, 1)."""
         super().__init__()
-        weights = {
-            name.removeprefix("features."): tensor
-            for name, tensor in read_weights(folder / VGG_FILE, SOURCES[VGG_FILE], VGG_SHA256).items()
-            if name.startswith("features.")
-        }
-        with torch.device("meta"):
-            features = vgg16(weights=None, init_weights=False).features
-        features.load_state_dict(weights, assign=True)
         for layer in features:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # each stage's output is compared before the next one sees it
         self.stages = nn.ModuleList(features[first:last] for first, last in STAGES)
-        linear = read_weights(folder / LINEAR_FILE, SOURCES[LINEAR_FILE])
-        self.weights = nn.ParameterList(linear[f"lin{i}.model.1.weight"] for i in range(len(STAGES)))
+        self.weights = nn.ParameterList(weights)
         self.register_buffer("mean", torch.tensor(LPIPS_MEAN).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(LPIPS_DEVIATION).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -86,6 +72,25 @@ class LPIPS(nn.Module):
             h_BCHW = stage(h_BCHW)
             found.append(F.normalize(h_BCHW.float(), dim=1))
         return found
+
+
+def load_lpips(folder: Path) -> LPIPS:
+    """Return LPIPS with both files of weights from a folder.
+
+    Raises:
+        CheckpointError: a file is missing or not what its name says.
+    """
+    from torchvision.models import vgg16
+
+    vgg = read_weights(folder / VGG_FILE, SOURCES[VGG_FILE], VGG_SHA256)
+    linear = read_weights(folder / LINEAR_FILE, SOURCES[LINEAR_FILE])
+    with torch.device("meta"):
+        features = vgg16(weights=None, init_weights=False).features
+    features.load_state_dict(
+        {name.removeprefix("features."): tensor for name, tensor in vgg.items() if name.startswith("features.")},
+        assign=True,
+    )
+    return LPIPS(features, [linear[f"lin{i}.model.1.weight"] for i in range(len(STAGES))])
 
 
 # --- distances by classifiers ----------------------------------------------------------------------
@@ -197,7 +202,7 @@ def perceptual_distance(name: str, folder: Path) -> nn.Module:
     if name == "efficientnet-lite0":
         return ClassifierDistance(EfficientNetLite0())
     try:
-        return LPIPS(folder) if name == "lpips" else ClassifierDistance(ResNet50(folder))
+        return load_lpips(folder) if name == "lpips" else ClassifierDistance(ResNet50(folder))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or train with another --perceptual") from error
 

@@ -41,7 +41,7 @@ from varcli.evaluation.statistics import EvalPlan, Statistics
 from varcli.files import check_writable, file_sha256
 from varcli.images.dataset import ImageSet, open_images
 from varcli.images.image import Image
-from varcli.models.perceptual import LPIPS
+from varcli.models.perceptual import LPIPS, load_lpips
 from varcli.pipelines.eval_sources import EvalSource, ExistingImages, Reconstructed, Samples
 from varcli.pipelines.model import Model
 from varcli.pipelines.rejection import check_decision, check_one_by_one, open_classifier
@@ -558,7 +558,7 @@ def _reconstructed(
 def _lpips(folder: Path | None, device: torch.device, note: Callable[[str], None]) -> LPIPS | None:
     """LPIPS, None where its weights are missing; a folder that the user named must have them."""
     try:
-        return LPIPS(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
+        return load_lpips(folder or Path(torch.hub.get_dir()) / "checkpoints").to(device)
     except CheckpointError as error:
         if folder:
             raise

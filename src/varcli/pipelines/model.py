@@ -29,13 +29,13 @@ from varcli.images.image import Image
 from varcli.images.provenance import Provenance
 from varcli.pipelines.requests import SampleRequest, class_requests, request
 from varcli.sampling.batching import BatchSampler
-from varcli.sampling.editing import EditConfig
 from varcli.sampling.likelihood import CANDIDATES
 
 if TYPE_CHECKING:
     from varcli.models.tokenizer import Tokenizer
     from varcli.pipelines.edit import EditTask, ImageInput
     from varcli.pipelines.likelihood import ClassScore, Score
+    from varcli.sampling.editing import EditConfig
 
 ClassName = str | int | None
 """A class as users name it: index, name, or None for "no class"."""
@@ -511,7 +511,7 @@ class Model:
         seed: int,
         best_of: int,
         decide_at: int | None,
-        rule: EditConfig,
+        rule: "EditConfig",
         preset: str,
         settings: dict[str, Any],
     ) -> Image:
@@ -594,7 +594,9 @@ class Model:
         return list(decode(self, tokens))
 
 
-def _rule(feather: int | None, composite: bool, released_rule: bool) -> EditConfig:
+def _rule(feather: int | None, composite: bool, released_rule: bool) -> "EditConfig":
+    from varcli.sampling.editing import EditConfig
+
     return EditConfig(feather=feather, composite=composite, released_rule=released_rule)
 
 

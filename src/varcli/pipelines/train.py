@@ -201,7 +201,7 @@ def train_tokenizer(
     make_folder(run.folder)
     _tell(everything.account, training, len(images), note)
     if compiled:
-        compile_networks(stage.model, stage.device)
+        compile_networks(stage.model, stage.device, stage.perceptual)
     with watched(run, report, tensorboard, wandb, quiet or not group.is_main) as run:
         return train(stage, run)
 

@@ -76,13 +76,22 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, group: ProcessGroup | None = None
+    decoded_B3PP: Tensor, last_layer: Tensor, pull_B3PP: Tensor, push_B3PP: Tensor, group: ProcessGroup | None = None
 ) -> Tensor:
     """Return the factor of the adversarial loss that gives both losses equal gradients at the last layer.
 
+    Args:
+        decoded_B3PP: what the decoder returned.
+        last_layer: the weight of its last layer.
+        pull_B3PP: gradient of the reconstruction loss by the pixels.
+        push_B3PP: gradient of the adversarial loss by the pixels.
+        group: the ranks, whose gradients are averaged; None is this process alone.
+
     Source: VQGAN (Esser et al. 2021), equation 7.
     """
-    (pull,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (push,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    pull, push = mean_over_ranks([pull, push], group or ProcessGroup())
+    gradients = [
+        torch.autograd.grad(decoded_B3PP, last_layer, gradient_B3PP, retain_graph=True)[0]
+        for gradient_B3PP in (pull_B3PP, push_B3PP)
+    ]
+    pull, push = mean_over_ranks(gradients, group or ProcessGroup())
     return (pull.norm() / (push.norm() + 1e-4)).clamp(max=MAX_WEIGHT).detach()

@@ -209,22 +209,30 @@ class TokenizerStage:
         image = to_unit(part, self.device)
         with without_averaging(self.reconstruct, last):
             decoded, quantization, tokens, residuals = self.reconstruct(image, self.scales)
-            squared = F.mse_loss(decoded, image)
+            # The losses of the pixels are differentiated down to the pixels, and from there all at once: the weight of
+            # the adversarial loss needs the gradients of both before.
+            made = decoded.detach().requires_grad_()
+            squared = F.mse_loss(made, image)
             metrics = {"squared_error": squared, "quantization": quantization}
             pull = squared
             if self.perceptual is not None:
                 with autocast(self.device, self.bf16):
-                    metrics["perceptual"] = self.perceptual(decoded, image)
+                    metrics["perceptual"] = self.perceptual(made, image)
                 pull = squared + self.training.perceptual_weight * metrics["perceptual"]
+            (gradient_B3PP,) = torch.autograd.grad(pull, made)
             loss = pull + quantization
             if self.adversarial:
                 self.adversary.requires_grad_(False)
-                push = -self.adversary(augment(decoded, rows)).mean()
-                weight = adaptive_weight(pull, push, self.model.decoder.conv_out.weight, self.group)
-                metrics["adversarial"] = push
-                loss = loss + self.training.gan * weight * push
+                push = -self.adversary(augment(made, rows)).mean()
                 self.adversary.requires_grad_(True)
-            (loss / self.training.accumulate).backward()
+                (push_B3PP,) = torch.autograd.grad(push, made)
+                last_layer = self.model.decoder.conv_out.weight
+                weight = self.training.gan * adaptive_weight(decoded, last_layer, gradient_B3PP, push_B3PP, self.group)
+                metrics["adversarial"] = push
+                loss = loss + weight * push
+                gradient_B3PP = gradient_B3PP + weight * push_B3PP
+            share = 1 / self.training.accumulate
+            torch.autograd.backward([decoded, quantization], [share * gradient_B3PP, quantization.new_tensor(share)])
         if self.adversarial:
             with without_averaging(self.judge, last):
                 metrics["adversary"] = self.add_adversary_gradients(image, decoded.detach(), rows)
