@@ -3,14 +3,16 @@
 Of the 680 tokens of 256 pixels a token sees 62 % on average, so attention costs that part of what it costs with a bias.
 """
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from varcli.errors import UsageError
 from varcli.models.transformer import Block, Transformer
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class FlexAttention:
@@ -23,17 +25,21 @@ class FlexAttention:
             level_L: 0 for the first scale's, on the device of what is to be attended to.
             compiled: run the fused kernel; without it every tile is computed, to be compared with.
         """
+        from torch.nn.attention.flex_attention import flex_attention
+
         self.level_L = level_L
         self.attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
-        self.masks: dict[int, BlockMask] = {}
+        self.masks: dict[int, "BlockMask"] = {}
 
     def __call__(self, q_BhLc: Tensor, k_BhLc: Tensor, v_BhLc: Tensor, *, attn_mask: object, scale: float) -> Tensor:
         """Return (B, h, L, c) of the first L tokens; the bias is known from the scales, so what is given is ignored."""
         mask = self.mask(q_BhLc.shape[2])
         return self.attend(q_BhLc, k_BhLc, v_BhLc, block_mask=mask, scale=scale)
 
-    def mask(self, length: int) -> BlockMask:
+    def mask(self, length: int) -> "BlockMask":
         """Which tiles of the first tokens are computed."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
         if length not in self.masks:
             level_L = self.level_L
 

@@ -41,7 +41,6 @@ from varcli.images.provenance import png_bytes
 from varcli.models.perceptual import perceptual_distance
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Transformer
-from varcli.pipelines.run_evaluation import RunEvaluation
 from varcli.pipelines.watch import check_packages, watched
 from varcli.sampling.sampler import Pixels, decode, generate, to_pixels
 from varcli.training import optim, status
@@ -184,6 +183,8 @@ def train_tokenizer(
     )
     check_ranks(run, check_run(run), group)
     if eval_every:
+        from varcli.pipelines.run_evaluation import RunEvaluation
+
         evaluation = RunEvaluation(
             held,
             stage.config.pixels,
@@ -404,6 +405,8 @@ def train_transformer(
     )
     check_ranks(run, check_run(run), group)
     if eval_every:
+        from varcli.pipelines.run_evaluation import RunEvaluation
+
         evaluation = RunEvaluation(
             held,
             stage.tokenizer.config.pixels,

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from varcli.acceleration.devices import synchronize
 from varcli.config import TokenizerConfig, TrainingConfig, TransformerConfig, transformer_recipe
@@ -125,6 +124,8 @@ def estimate(
         expected: mean and last-scale loss of the scaling laws, for transformers.
         frozen_copies: further copies of the weights in memory that are not trained.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     steps, part = training.steps(images), training.batch // training.accumulate
     with FlopCounterMode(display=False) as counter:
         loss, one = _loss_and_saved_bytes(stage, 1)

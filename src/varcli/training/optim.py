@@ -14,12 +14,11 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from varcli.errors import UsageError
 from varcli.models.transformer import Block, Transformer
-from varcli.training.parallel import gather, shard_like
+from varcli.training.parallel import gather, is_shard, shard_like
 
 WARM_UP = 0.02
 """Fraction of the steps in which the learning rate rises from WARM_UP_FROM to 1."""
@@ -161,7 +160,7 @@ class MovingAverage(Generic[Model]):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Gather the shards meanwhile, so that the model can be used. To be called by all ranks."""
-        shards = {name: weight for name, weight in self.model.named_parameters() if isinstance(weight, DTensor)}
+        shards = {name: weight for name, weight in self.model.named_parameters() if is_shard(weight)}
         _replace_parameters(self.model, {name: gather(weight) for name, weight in shards.items()})
         try:
             yield

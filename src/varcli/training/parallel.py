@@ -12,19 +12,19 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from varcli.distributed import ProcessGroup
 from varcli.errors import UsageError
 from varcli.models.transformer import Block, StochasticDepth, Transformer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,9 @@ def shard(model: Transformer, group: ProcessGroup, device: torch.device, *, bf16
         device: where the shards go.
         bf16: gather weights in bf16. Gradients are summed in float32 all the same.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (group.world_size,))
     # What enters a block stays as it is: the residual stream of bf16 autocast is float32.
     policy = MixedPrecisionPolicy(
@@ -122,16 +125,25 @@ def shard(model: Transformer, group: ProcessGroup, device: torch.device, *, bf16
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is this rank's part of a weight, a DTensor."""
+    # Told by its method: to import the class takes half a second, and most runs have none.
+    return hasattr(tensor, "full_tensor")
+
+
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return this rank's part of a tensor, as a weight has it; the tensor itself if the weight is whole."""
-    if not isinstance(like, DTensor):
+    if not is_shard(like):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    whole, shard = tensor.to(like.device), cast("DTensor", like)
+    return distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
 
 
 def gather(tensor: Tensor) -> Tensor:
     """Return a tensor whole. To be called by all ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast("DTensor", tensor).full_tensor() if is_shard(tensor) else tensor
 
 
 def gather_on_main(tensors: Mapping[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
