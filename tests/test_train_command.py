@@ -276,6 +276,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(data, tokenizer, tmp_path, c
         (["--init", "nobody"], 4, "there is no checkpoint nobody"),
         (["--freeze", "nothing.*"], 2, "--freeze nothing.* matches no weight; names are such as "),
         (["--freeze", "*"], 2, "--freeze * leaves no weight to train"),
+        (["--freeze", "decoder.conv_out*"], 2, "--gan must be 0 where --freeze leaves out the decoder's last layer"),
         (["--device", "cuda:9"], 2, "no device cuda:9"),
         (["--sides", "1"], 2, "--gan must be 0 for images of fewer than 8 pixels per side"),
     ],

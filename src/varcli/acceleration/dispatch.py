@@ -100,12 +100,12 @@ def compile_networks(model: Tokenizer | Transformer, device: torch.device, perce
     Args:
         model: to train.
         device: of the model.
-        perceptual: the perceptual loss of a tokenizer. Compiled is LPIPS only: EfficientNet-lite0 gets slower.
+        perceptual: the perceptual loss of a tokenizer; only LPIPS is compiled, EfficientNet-lite0 would be slower.
     """
     torch.compiler.reset()  # what it compiled for other models counts against its limit
     if isinstance(model, Tokenizer):
         networks: list[nn.Module] = [model.encoder, model.decoder]
-        # Compiled with the others, its gradient, which the adversarial loss needs before, would take theirs along.
+        # Not the last layer: the adaptive weight needs its gradient alone, and a compiled graph computes all its own.
         last = cast("Any", model.decoder.conv_out)
         last.forward = torch.compiler.disable(last.forward)
         if isinstance(perceptual, LPIPS):

@@ -29,7 +29,7 @@ class FlexAttention:
 
         self.level_L = level_L
         self.attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
-        self.masks: dict[int, "BlockMask"] = {}
+        self.masks: dict[int, BlockMask] = {}
 
     def __call__(self, q_BhLc: Tensor, k_BhLc: Tensor, v_BhLc: Tensor, *, attn_mask: object, scale: float) -> Tensor:
         """Return (B, h, L, c) of the first L tokens; the bias is known from the scales, so what is given is ignored."""

@@ -256,13 +256,13 @@ def _plain_tokenizer(
     the same. The quantizer then starts from random weights, since it gets other feature maps.
 
     Raises:
-        UsageError: images are too small for the adversary.
+        UsageError: images are too small for the discriminator, or it is used and the decoder's last layer is frozen.
     """
     config = config or (begun.config if begun else TokenizerConfig())
     if training.gan > 0 and config.pixels < SMALLEST_PATCH:
         raise UsageError(
-            f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels per side: the adversary judges patches "
-            f"of that size (got {training.gan:g} and {config.pixels} pixels)"
+            f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels per side: the discriminator judges "
+            f"patches of that size (got {training.gan:g} and {config.pixels} pixels)"
         )
     model, adversary = build_tokenizer(config, training.seed)
     if begun is not None and config == begun.config:
@@ -277,6 +277,11 @@ def _plain_tokenizer(
             "shape start from random weights"
         )
     optim.freeze(model, training.freeze)
+    if training.gan > 0 and not model.decoder.conv_out.weight.requires_grad:
+        raise UsageError(
+            f"--gan must be 0 where --freeze leaves out the decoder's last layer (got {training.gan:g}): "
+            "the weight of the adversarial loss is that layer's gradient"
+        )
     return model, adversary
 
 

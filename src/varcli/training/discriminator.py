@@ -83,8 +83,8 @@ def adaptive_weight(
     Args:
         decoded_B3PP: what the decoder returned.
         last_layer: the weight of its last layer.
-        pull_B3PP: gradient of the reconstruction loss by the pixels.
-        push_B3PP: gradient of the adversarial loss by the pixels.
+        pull_B3PP: gradient of the reconstruction loss with respect to the pixels.
+        push_B3PP: gradient of the adversarial loss with respect to the pixels.
         group: the ranks, whose gradients are averaged; None is this process alone.
 
     Source: VQGAN (Esser et al. 2021), equation 7.

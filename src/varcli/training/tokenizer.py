@@ -209,30 +209,33 @@ class TokenizerStage:
         image = to_unit(part, self.device)
         with without_averaging(self.reconstruct, last):
             decoded, quantization, tokens, residuals = self.reconstruct(image, self.scales)
-            # The losses of the pixels are differentiated down to the pixels, and from there all at once: the weight of
-            # the adversarial loss needs the gradients of both before.
-            made = decoded.detach().requires_grad_()
-            squared = F.mse_loss(made, image)
+            # Each loss is differentiated with respect to the pixels once: the adaptive weight needs these gradients,
+            # and one backward pass takes their sum through the decoder.
+            pixels_B3PP = decoded.detach().requires_grad_()
+            squared = F.mse_loss(pixels_B3PP, image)
             metrics = {"squared_error": squared, "quantization": quantization}
             pull = squared
             if self.perceptual is not None:
                 with autocast(self.device, self.bf16):
-                    metrics["perceptual"] = self.perceptual(made, image)
+                    metrics["perceptual"] = self.perceptual(pixels_B3PP, image)
                 pull = squared + self.training.perceptual_weight * metrics["perceptual"]
-            (gradient_B3PP,) = torch.autograd.grad(pull, made)
+            (gradient_B3PP,) = torch.autograd.grad(pull, pixels_B3PP)
             loss = pull + quantization
             if self.adversarial:
                 self.adversary.requires_grad_(False)
-                push = -self.adversary(augment(made, rows)).mean()
+                push = -self.adversary(augment(pixels_B3PP, rows)).mean()
                 self.adversary.requires_grad_(True)
-                (push_B3PP,) = torch.autograd.grad(push, made)
+                (push_B3PP,) = torch.autograd.grad(push, pixels_B3PP)
                 last_layer = self.model.decoder.conv_out.weight
                 weight = self.training.gan * adaptive_weight(decoded, last_layer, gradient_B3PP, push_B3PP, self.group)
                 metrics["adversarial"] = push
                 loss = loss + weight * push
                 gradient_B3PP = gradient_B3PP + weight * push_B3PP
             share = 1 / self.training.accumulate
-            torch.autograd.backward([decoded, quantization], [share * gradient_B3PP, quantization.new_tensor(share)])
+            pairs = [(decoded, share * gradient_B3PP), (quantization, quantization.new_tensor(share))]
+            # One of them needs no gradient where all weights that it depends on are frozen.
+            outputs, gradients = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+            torch.autograd.backward(outputs, gradients)
         if self.adversarial:
             with without_averaging(self.judge, last):
                 metrics["adversary"] = self.add_adversary_gradients(image, decoded.detach(), rows)
