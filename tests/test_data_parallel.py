@@ -220,7 +220,7 @@ def test_a_run_whose_rank_is_killed_says_how_to_go_on_and_does_with_another_numb
     os.kill(int(children.split()[-1]), signal.SIGKILL)
     _, error = running.communicate(timeout=120)
     assert running.returncode == 5
-    assert "was ended by SIGKILL; run the command again to go on" in error.splitlines()[-1]
+    assert "was ended by SIGKILL; run the command again to resume" in error.splitlines()[-1]
     assert "Traceback" not in error
     gone_on = train("tokenizer", data, tmp_path / "killed", "--epochs", 4, "--save-every", 2)
     assert gone_on["step"] == whole["step"]

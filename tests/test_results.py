@@ -157,7 +157,7 @@ def test_reading_a_result_needs_no_torch():
 
 def test_lines_say_figures_and_what_decides_them():
     lines = dict(SAMPLES.lines())
-    assert lines["FID"] == "9.50 (FID∞ 3.25, an estimate for any number of images)"
+    assert lines["FID"] == "9.50 (FID∞ 3.25, extrapolated to infinitely many images)"
     assert lines["inception score"] == "250.00 ± 3.00"
     assert lines["images"] == "2000, 1000 classes"
     assert lines["checkpoint"] == "var-d16, sha256 5e5e5e5e5e5e"

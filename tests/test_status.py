@@ -161,8 +161,8 @@ def test_status_of_a_run(images, tmp_path, capsys):
     assert run(["train", "status", str(tmp_path)]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "tokenizer, step 4 of 4, 16 images seen (1.0 epochs)"
-    assert any(line.startswith("off\tcopies\t50.0% of the images are copies") for line in told)
-    assert told[-1].startswith("copies: leave out the copies")
+    assert any(line.startswith("off\tcopies\t50.0% of the images are exact duplicates") for line in told)
+    assert told[-1].startswith("copies: leave out the duplicates")
     assert run(["train", "status", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["stage"], found["step"], found["images"]) == ("tokenizer", 4, 16)

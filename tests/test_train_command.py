@@ -404,7 +404,7 @@ def test_copies_in_the_data_are_told(data, tmp_path, capsys):
         shutil.copy(copied / "n01443537" / "n01443537_0.png", copied / "n02123045" / f"a{i}.png")
     command = ["train", "tokenizer", str(copied), "--out", str(tmp_path / "run"), *SMALL, *PACE]
     assert run(command) == 0
-    assert "of the training images are copies of others, byte for byte; leave them out" in capsys.readouterr().err
+    assert "of the training images are exact duplicates of others; leave them out" in capsys.readouterr().err
 
 
 def test_training_says_what_it_found_before_it_begins(data, tokenizer, tmp_path, capsys):

@@ -449,7 +449,7 @@ def wrong():
 
 @pytest.mark.parametrize("end", [killed, full])
 def test_a_reader_that_the_system_ends_is_one_line(end):
-    with pytest.raises(RunError, match=r"a process that reads images failed: .*; try --workers 0") as caught:
+    with pytest.raises(RunError, match=r"a data-loading worker failed: .*; try --workers 0") as caught:
         next(loader(Crops(Ending(end), 8, 1.0, None), [[(0, 0)]], 1))
     assert "\n" not in str(caught.value)
 
@@ -466,9 +466,7 @@ def test_a_reader_that_is_ended_while_a_step_is_computed_is_one_line(tmp_path, i
             time.sleep(0.1)
 
     stage.apply_gradients = computing
-    with pytest.raises(
-        RunError, match=r"^a process that reads images failed: .* is killed by signal: Killed"
-    ) as caught:
+    with pytest.raises(RunError, match=r"^a data-loading worker failed: .* is killed by signal: Killed") as caught:
         train(stage, run(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -724,7 +722,7 @@ def test_a_tokenizers_gradient_is_that_of_equation_5(compiled, frozen, gan, imag
     pull = (decoded - image).square().mean() + 0.7 * edges(decoded, image)
     loss = pull + quantization
     if gan:
-        push = -plain.adversary(augment(decoded)).mean()
+        push = -plain.discriminator(augment(decoded)).mean()
         last = plain.model.decoder.conv_out.weight
         norms = [torch.autograd.grad(one, last, retain_graph=True)[0].norm() for one in (pull, push)]
         loss = loss + gan * norms[0] / (norms[1] + 1e-4) * push

@@ -170,8 +170,10 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
     """The command line with renamed options under their new names, each with a note to the user."""
     words = list(arguments)
     if words[:2] == ["eval", "stats"] and "--features" in words:  # was a flag, and names the extractor now
+        from varcli.evaluation.metrics import FEATURES
+
         i = words.index("--features")
-        if words[i + 1 : i + 2] not in (["inception-v3-compat"], ["dinov2"], ["efficientnet-lite0"], ["none"]):
+        if not {*words[i + 1 : i + 2]} & {*FEATURES, "none"}:
             words[i] = "--keep-features"
             console.note("--features is now --keep-features; the old name will be removed in the next version")
     for i, word in enumerate(words[: words.index("--")] if "--" in words else words):

@@ -164,7 +164,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> N
 
 
 def cores() -> int:
-    """How many processor cores this process may use."""
+    """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -172,7 +172,7 @@ def _exit_code(rank: int, count: int, code: int, error: Path) -> int:
     """Return the exit code of a rank that failed, or raise what it raised."""
     if code < 0:
         what = f"rank {rank} of {count} was ended by {signal.Signals(-code).name}"
-        how = ", with --resume to keep what is done" if _command_line[:1] == ["sample"] else " to go on"
+        how = ", with --resume to keep what is done" if _command_line[:1] == ["sample"] else " to resume"
         raise RunError(f"{what}; run the command again{how}")
     kinds = {kind.exit_code: kind for kind in VarError.__subclasses__()}
     if code in kinds and error.exists():

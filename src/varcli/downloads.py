@@ -30,7 +30,7 @@ BUSY = (429, 500, 502, 503, 504)
 WAITS = (1, 2, 4, 8)
 """Seconds before each further try."""
 LARGEST = 64 * 10**9
-"""Most bytes of a file of unknown size; the largest released checkpoint has 9 GB."""
+"""Most bytes of a file of unknown size; the largest released checkpoint is 9 GB."""
 
 Answer = TypeVar("Answer")
 

@@ -28,10 +28,10 @@ class BlockBranches(Protocol):
 
     def __init__(self, block: Block) -> None: ...
 
-    def advance(
+    def residual_norm(
         self, x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Change the residual stream in place and return the input of the next product, as `advanced` does."""
+        """Change the residual stream in place and return the input of the next product, as `residual_norm` does."""
 
     def attend(self, x_BlD: Tensor, number: int, cache: Any) -> Tensor:
         """Return the attention branch, (B, l, D): over the token's own scale and those before it."""
@@ -62,9 +62,9 @@ class FusedBlocks:
         branch: Branch | None = None
         for i, (block, ada_B16D) in enumerate(zip(self.blocks, modulations, strict=True)):
             gamma1, gamma2, factor1, factor2, shift1, shift2 = ada_B16D.unbind(2)
-            h_BlD = block.attend(block.advance(x_BlD, branch, factor1, shift1, self.dtype), i, cache)
+            h_BlD = block.attend(block.residual_norm(x_BlD, branch, factor1, shift1, self.dtype), i, cache)
             branch = h_BlD, gamma1
-            h_BlD = block.feed(block.advance(x_BlD, branch, factor2, shift2, self.dtype))
+            h_BlD = block.feed(block.residual_norm(x_BlD, branch, factor2, shift2, self.dtype))
             branch = h_BlD, gamma2
         if branch is not None:
             x_BlD.addcmul_(*branch)
@@ -72,7 +72,9 @@ class FusedBlocks:
         return x_BlD
 
 
-def advanced(x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype) -> Tensor:
+def residual_norm(
+    x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Add a branch to the residual stream, in place; return LN(x)·factor + shift, (B, l, D), in another precision."""
     if branch is not None:
         x_BlD.addcmul_(*branch)
@@ -80,7 +82,7 @@ def advanced(x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D
     return torch.addcmul(shift_B1D, normal_BlD, factor_B1D, out=torch.empty_like(x_BlD, dtype=dtype))
 
 
-HALF = (torch.bfloat16, torch.float16)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class ScaleCache(KeyValueCache):
@@ -126,7 +128,7 @@ def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc
 class GpuBlock:
     """One block's two branches; input and output have the precision of its weights."""
 
-    advance = staticmethod(advanced)
+    residual_norm = staticmethod(residual_norm)
     normalize = staticmethod(normalized)
 
     def __init__(self, block: Block) -> None:
@@ -163,4 +165,4 @@ def for_gpu(transformer: Transformer) -> bool:
     blocks = list(cast("Iterable[Block]", transformer.blocks))
     layers = [layer for b in blocks for layer in (b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2)]
     plain = all(type(layer) is nn.Linear and not is_traceable_wrapper_subclass(layer.weight) for layer in layers)
-    return plain and all(layer.weight.is_cuda and layer.weight.dtype in HALF for layer in layers)
+    return plain and all(layer.weight.is_cuda and layer.weight.dtype in SIXTEEN_BITS for layer in layers)

@@ -50,7 +50,7 @@ def pick_dtype(name: str, device: torch.device) -> str:
 
 
 def cpu_computes_bf16() -> bool:
-    """Whether the processor has instructions for bf16 (AVX512-BF16, AMX or Arm's) and torch uses them.
+    """Whether the CPU has instructions for bf16 (AVX512-BF16, AMX or Arm's) and torch uses them.
 
     On x86 oneDNN's own answer is of no use: it is yes where AVX-512 emulates bf16, which is slower than float32.
     """
@@ -62,7 +62,7 @@ def cpu_computes_bf16() -> bool:
 
 
 def trains_in_bf16(device: torch.device) -> bool:
-    """Whether training in bf16 is faster on a device: GPUs that compute in it, and processors with AVX512-BF16."""
+    """Whether training in bf16 is faster on a device: GPUs that compute in it, and CPUs with AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -78,11 +78,11 @@ def precision_note(precision: str, device: torch.device) -> str | None:
 def check_int8(device: torch.device) -> None:
     """Raise UsageError unless a device multiplies int8, and torch lets it.
 
-    Without VNNI instructions the processor's sums of products would overflow.
+    Without VNNI instructions the CPU's sums of products would overflow.
     """
     vnni = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
     if device.type != "cuda" and not vnni:
-        raise UsageError(f"--quantize int8 needs CUDA or a processor with VNNI, and {device} is neither: leave it out")
+        raise UsageError(f"--quantize int8 needs CUDA or a CPU with VNNI, and {device} is neither: leave it out")
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:

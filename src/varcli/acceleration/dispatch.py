@@ -192,8 +192,8 @@ def _between_products(kind: type[GpuBlock], device: torch.device, dtype: torch.d
     ada_B13D = torch.linspace(0, 9, 2 * 3 * width, device=device).cos_().view(2, 1, 3, width)
     gamma, factor, shift = ada_B13D.unbind(2)
     h_BlD = x_BlD.square().to(dtype)
-    before_BlD = kind.advance(x_BlD, None, factor, shift, dtype)
-    after_BlD = kind.advance(x_BlD, (h_BlD, gamma), shift, factor, dtype)
+    before_BlD = kind.residual_norm(x_BlD, None, factor, shift, dtype)
+    after_BlD = kind.residual_norm(x_BlD, (h_BlD, gamma), shift, factor, dtype)
     qkv_Bl3D = torch.linspace(1, 50, 2 * 5 * 3 * width, device=device).sin_().to(dtype).view(2, 5, 3, width)
     kv_2BhLc = torch.zeros(2, 2, 3, 7, HEAD_WIDTH, device=device, dtype=dtype)
     temperature_h1 = torch.arange(1.0, 4.0, device=device)[:, None]

@@ -44,10 +44,10 @@ class Int8Linear(nn.Module):
     def forward(self, x_BlI: Tensor) -> Tensor:
         """Return an approximation of x·Wᵀ + b, (B, l, O)."""
         token_NI, scale_N1 = rounded(x_BlI.flatten(0, 1).float())
-        product_NO = self.on_processor(token_NI) if self.on_cpu else self.on_cuda(token_NI)
+        product_NO = self.multiply_on_cpu(token_NI) if self.on_cpu else self.multiply_on_cuda(token_NI)
         return product_NO.mul_(scale_N1).add_(self.bias).to(self.bias.dtype).unflatten(0, x_BlI.shape[:2])
 
-    def on_processor(self, token_NI: Tensor) -> Tensor:
+    def multiply_on_cpu(self, token_NI: Tensor) -> Tensor:
         """Return the products times the weights' scales; the CPU's instructions take an unsigned left side."""
         unsigned_NI = token_NI.view(torch.uint8).bitwise_xor_(128)
         product_NO: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
         )
         return product_NO
 
-    def on_cuda(self, token_NI: Tensor) -> Tensor:
+    def multiply_on_cuda(self, token_NI: Tensor) -> Tensor:
         """Return the products times the weights' scales, in float32: before the tokens' scales fp16 may overflow."""
         padded_NI = F.pad(token_NI, (0, 0, 0, max(0, FEWEST_ROWS - len(token_NI))))
         product_NO = torch._int_mm(padded_NI, self.weight.T)[: len(token_NI)]

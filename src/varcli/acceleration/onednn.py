@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcli.acceleration.cuda_blocks import advanced
+from varcli.acceleration.cuda_blocks import residual_norm
 from varcli.config import HEAD_WIDTH, TransformerConfig
 from varcli.models.transformer import Block, KeyValueCache, Transformer
 
@@ -66,7 +66,7 @@ class PackedConvolution:
 
 @cache
 def packing_works(dtype: torch.dtype) -> bool:
-    """Whether this build of torch, on this processor, multiplies with packed weights of a precision."""
+    """Whether this build of torch, on this CPU, multiplies with packed weights of a precision."""
     if not torch.backends.mkldnn.is_available():
         return False
     probe = nn.Linear(16, 16, bias=False, dtype=dtype)
@@ -126,7 +126,7 @@ class GrowingCache(KeyValueCache):
 class CpuBlock:
     """One block's two branches; input and output have the precision of its weights."""
 
-    advance = staticmethod(advanced)
+    residual_norm = staticmethod(residual_norm)
 
     def __init__(self, block: Block) -> None:
         attn = block.attn

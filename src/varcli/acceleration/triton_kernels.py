@@ -1,6 +1,6 @@
 """Triton kernels for the work between matrix products, each of which reads and writes everything once.
 
-Torch's operations are the specification: `cuda_blocks.advanced`, `cuda_blocks.normalized` and `NormSilu`.
+Torch's operations are the specification: `cuda_blocks.residual_norm`, `cuda_blocks.normalized` and `NormSilu`.
 
 Shapes: B rows of the batch, l tokens of this call, L tokens of all scales so far, D width, h heads of c = 64 channels.
 """
@@ -16,7 +16,7 @@ from varcli.acceleration.cuda_blocks import GpuBlock
 
 
 @triton.jit(do_not_specialize=["length"])  # one for all scales
-def _advance(
+def _residual_norm(
     x: tl.tensor,
     out: tl.tensor,
     h: tl.tensor,
@@ -78,17 +78,17 @@ def _normalize(
     tl.store(values + to, v, mask=inside)
 
 
-def advanced(
+def residual_norm(
     x_BlD: Tensor, branch: tuple[Tensor, Tensor] | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Do what `cuda_blocks.advanced` does: change x in place and return (B, l, D)."""
+    """Do what `cuda_blocks.residual_norm` does: change x in place and return (B, l, D)."""
     assert x_BlD.is_contiguous(), "kernels count tokens one after the other"
     rows, length, width = x_BlD.shape
     out_BlD = torch.empty_like(x_BlD, dtype=dtype)
     h_BlD, gamma_B1D = branch or (out_BlD, factor_B1D)  # without a branch the kernel looks at neither
     assert h_BlD.is_contiguous()
     with device_of(x_BlD):
-        _advance[(rows * length,)](
+        _residual_norm[(rows * length,)](
             x_BlD,
             out_BlD,
             h_BlD,
@@ -130,7 +130,7 @@ def normalized(qkv_Bl3hc: Tensor, temperature_h1: Tensor, k_Bhlc: Tensor, v_Bhlc
 class KernelBlock(GpuBlock):
     """One block's two branches, with these kernels between their products."""
 
-    advance = staticmethod(advanced)
+    residual_norm = staticmethod(residual_norm)
     normalize = staticmethod(normalized)
 
 

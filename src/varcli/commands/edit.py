@@ -153,7 +153,8 @@ def edit(
 ) -> None:
     """Repaint a region of an image with an object of another class, or, with --strength, the whole image.
 
-    Pixels away from a region stay bit-identical. A whole image is edited as its largest square, in the model's size.
+    Pixels away from a region stay bit-identical. A whole image is centre-cropped and resized to
+    the model's size.
     """
     _check(shared, image, mask)
     from varcli.pipelines.edit import check_strength, edit_whole_to, fill_task, read_input

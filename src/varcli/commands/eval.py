@@ -13,7 +13,7 @@ from varcli.config import option
 from varcli.console import input_lines, notes, result, table
 from varcli.distributed import launch, launched, process_group
 from varcli.errors import UsageError
-from varcli.evaluation.metrics import METRICS
+from varcli.evaluation.metrics import FEATURES, METRICS
 
 if TYPE_CHECKING:
     from varcli.evaluation.results import Result
@@ -27,8 +27,7 @@ Features = Annotated[
     Option(
         "--features",
         metavar="NAME",
-        help="Feature extractor: inception-v3-compat, dinov2 or efficientnet-lite0; none, with --tokenizer, "
-        "measures PSNR, SSIM and LPIPS alone.",
+        help=f"Feature extractor: {', '.join(FEATURES)}; none, with --tokenizer, measures PSNR, SSIM and LPIPS alone.",
     ),
 ]
 Metrics = Annotated[
@@ -60,7 +59,7 @@ def evaluate(
             "--num-images",
             "-n",
             min=2,
-            help="Images to sample, equally many per class.",
+            help="Images to sample, the same number per class.",
             show_default="50000, for a checkpoint without published figures as many as the reference has",
         ),
     ] = None,
@@ -136,9 +135,11 @@ def evaluate(
             "--resize is for images that exist, and for those of --reference; sampled ones have the model's size"
         )
     chosen = tuple(name.removeprefix("metric_") for name in metrics)
-    if tokenizer and set(chosen) - {"fid", "sfid", "agreement"}:
-        others = " or ".join(f"--{name}" for name in chosen if name not in ("fid", "sfid", "agreement"))
-        raise UsageError(f"--tokenizer cannot be used with {others}: it measures FID, PSNR, SSIM and LPIPS")
+    others = [f"--{name}" for name in chosen if METRICS[name].reconstruction_prefix is None]
+    if tokenizer and others:
+        raise UsageError(
+            f"--tokenizer cannot be used with {' or '.join(others)}: it measures FID, PSNR, SSIM and LPIPS"
+        )
     read = [*(paths or []), *([reference] if reference else [])]
     _check_outputs(out, save_stats, save_images, read, shared=nproc > 1 or launched())
     if nproc > 1 and not launched():

@@ -231,7 +231,7 @@ Holdout = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    Option("--workers", min=0, help="Processes that read images ahead.", show_default="one less than cores, 8 at most"),
+    Option("--workers", min=0, help="Data-loading workers.", show_default="one less than cores, 8 at most"),
 ]
 Json = Annotated[bool, Option("--json", help="Print results as JSON, one object per line.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only: no progress bar, notes or paths.")]

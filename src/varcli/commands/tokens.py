@@ -49,7 +49,7 @@ def reconstruct(
 ) -> None:
     """Encode and decode images with the tokenizer; print PSNR and bits per pixel of each.
 
-    The largest square in the middle of an image is used, in the tokenizer's size, as in training.
+    An image is centre-cropped to a square and resized to the tokenizer's size, as in training.
     """
     from varcli.outputs.open import check_outputs, open_sink
 
@@ -165,7 +165,7 @@ def encode(
 ) -> None:
     """Write the token maps of images: tokens.0, tokens.1 …, int32 of images × side × side, coarse to fine.
 
-    The largest square in the middle of an image is used, in the tokenizer's size.
+    An image is centre-cropped to a square and resized to the tokenizer's size.
 
     Of data to train on, token maps of several crops go into a folder, for `var train transformer --tokens`.
     """

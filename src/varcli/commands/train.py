@@ -20,6 +20,7 @@ from varcli.config import (
     option_names,
 )
 from varcli.distributed import launch, launched, process_group
+from varcli.evaluation.metrics import FEATURES
 from varcli.report.formatting import duration
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class RunOptions:
         Option(
             "--eval-features",
             metavar="NAME",
-            help="Feature extractor of --eval-every: inception-v3-compat, dinov2 or efficientnet-lite0.",
+            help=f"Feature extractor of --eval-every: {', '.join(FEATURES)}.",
         ),
     ] = options.DEFAULT_FEATURES
     inception: options.InceptionFile = None

@@ -84,7 +84,7 @@ def serve(model: Model, folder: Path, host: str, port: int, *, browser: bool = F
         browser: open the page in the system's browser.
 
     Raises:
-        RunError: the address or the port cannot be had.
+        RunError: the address or the port is not available.
     """
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
     page = build(model, folder)

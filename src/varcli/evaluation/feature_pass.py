@@ -31,7 +31,7 @@ Batch = tuple[Sequence[int], Pixels, Sequence[int]]
 """Ranks, pixels (B, H, W, 3), and labels, -1 where no class is known."""
 
 Make = Callable[[Sequence[int]], Iterable[Batch]]
-"""Yields the images of given ranks, in any order; unreadable ones may be missing."""
+"""Yields the images of given indices, in any order; unreadable ones may be missing."""
 
 ROUNDS = {"cpu": 64}
 """Images that a process measures in a round, by kind of device; a killed run loses two rounds at most."""
@@ -105,19 +105,19 @@ class FeaturePass:
             make: yields images.
             extractor: computes their features.
             advance: called with how many each round added.
-            unit: how many images of neighbouring rank are best processed together.
+            unit: how many consecutive images are best processed together.
 
         Raises:
-            VarError: images cannot be had, features are not finite, or the file cannot be written.
+            VarError: images are not available, features are not finite, or the file cannot be written.
         """
         missing: list[int] = self.group.broadcast((~self.statistics.present).nonzero().flatten().tolist())
         size = self.group.world_size * ceil(ROUNDS.get(extractor.device.type, LARGE_ROUND) / unit) * unit
         try:
             for start in range(0, len(missing), size):
-                ranks = missing[start : start + size]
-                share = ceil(len(ranks) / self.group.world_size / unit) * unit
-                mine = ranks[self.group.rank * share : (self.group.rank + 1) * share]
-                self._add(ranks, self.group.sum(self._measure(ranks, mine, make, extractor)), advance)
+                indices = missing[start : start + size]
+                share = ceil(len(indices) / self.group.world_size / unit) * unit
+                mine = indices[self.group.rank * share : (self.group.rank + 1) * share]
+                self._add(indices, self.group.sum(self._measure(indices, mine, make, extractor)), advance)
         except BaseException:
             with suppress(VarError):  # the error that ended the run should be reported
                 self.save()
@@ -125,24 +125,24 @@ class FeaturePass:
         self.save()
 
     def _measure(
-        self, ranks: Sequence[int], mine: Sequence[int], make: Make, extractor: Extractor
+        self, indices: Sequence[int], mine: Sequence[int], make: Make, extractor: Extractor
     ) -> dict[str, Tensor]:
         """Return the features of this process's share of a round, with zeros where another process's stand."""
         shape = self.statistics.shape
-        position = {rank: i for i, rank in enumerate(ranks)}
+        position = {index: i for i, index in enumerate(indices)}
         batches = []
         clock = time.perf_counter()
-        for batch_ranks, pixels_BHW3, labels in make(mine):
+        for batch_indices, pixels_BHW3, labels in make(mine):
             clock = self._took("images", clock)
-            batches.append(([position[rank] for rank in batch_ranks], labels, extractor.features(pixels_BHW3)))
+            batches.append(([position[index] for index in batch_indices], labels, extractor.features(pixels_BHW3)))
             clock = self._took("features", clock)
         clock = self._took("images", clock)
         share = {
-            "pool_RN": torch.zeros(len(ranks), shape.pool),
-            "logits_RV": torch.zeros(len(ranks), shape.classes),
-            "spatial_RF": torch.zeros(len(ranks), shape.spatial if "spatial" in self.plan.needs else 0),
-            "label_R": torch.zeros(len(ranks), dtype=torch.int64),
-            "there_R": torch.zeros(len(ranks), dtype=torch.int64),
+            "pool_RN": torch.zeros(len(indices), shape.pool),
+            "logits_RV": torch.zeros(len(indices), shape.classes),
+            "spatial_RF": torch.zeros(len(indices), shape.spatial if "spatial" in self.plan.needs else 0),
+            "label_R": torch.zeros(len(indices), dtype=torch.int64),
+            "there_R": torch.zeros(len(indices), dtype=torch.int64),
         }
         for at, labels, features in batches:  # only now, so that a GPU need not be waited for after each batch
             share["pool_RN"][at] = features.pool_BN.cpu()
@@ -161,7 +161,7 @@ class FeaturePass:
         self.seconds[what] += now - since
         return now
 
-    def _add(self, ranks: Sequence[int], round_: Mapping[str, Tensor], advance: Callable[[int], None]) -> None:
+    def _add(self, indices: Sequence[int], round_: Mapping[str, Tensor], advance: Callable[[int], None]) -> None:
         if not self.group.is_main:
             return
         there_R = round_["there_R"].bool()
@@ -169,7 +169,7 @@ class FeaturePass:
             round_[name][there_R] for name in ("pool_RN", "logits_RV", "spatial_RF", "label_R")
         )
         unsaved, self._unsaved = self._unsaved + len(label_R), 0  # half-added sums must not be saved
-        self.statistics.add(torch.tensor(ranks)[there_R].tolist(), label_R.tolist(), pool_RN, logits_RV, spatial_RF)
+        self.statistics.add(torch.tensor(indices)[there_R].tolist(), label_R.tolist(), pool_RN, logits_RV, spatial_RF)
         self._unsaved = unsaved
         advance(len(label_R))
         if unsaved >= SAVE_IMAGES or time.monotonic() - self._saved_at >= SAVE_SECONDS:

@@ -25,6 +25,17 @@ class Figure:
     lower_is_better: bool = False
 
 
+FEATURES: dict[str, dict[str, Figure]] = {
+    "inception-v3-compat": {"fid": Figure("FID", 2, lower_is_better=True)},
+    "dinov2": {"fd_dinov2": Figure("FD-DINOv2", 2, lower_is_better=True)},
+    "efficientnet-lite0": {"fd_efficientnet": Figure("FD-EfficientNet", 3, lower_is_better=True)},
+}
+"""Feature extractors as `--features` takes them, and the name and form of their Fréchet distance in results.
+
+Their classes, which need torch, are in `extractors`.
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
     """A row: everything about a metric."""
@@ -42,6 +53,12 @@ class Metric:
     """Least number of images."""
     reference: bool = True
     """Whether it is measured against a reference."""
+    of_reference: bool = False
+    """Whether it is also measured of a reference's own images, where one is named."""
+    reconstruction_prefix: str | None = None
+    """What its figures' names begin with when a tokenizer's reconstructions are measured; None if they are not."""
+    advice: str = "leave --features out"
+    """What to do where the feature extractor lacks what it needs."""
     protocol: Callable[[], dict[str, Any]] = dict
     """What else determines its figures."""
 
@@ -109,12 +126,9 @@ METRICS: dict[str, Metric] = {
             name="fid",
             help="Fréchet distance of features: FID, or that of --features, such as FD-DINOv2.",
             needs=frozenset({"moments"}),
-            figures={
-                "fid": Figure("FID", 2, lower_is_better=True),
-                "fd_dinov2": Figure("FD-DINOv2", 2, lower_is_better=True),
-                "fd_efficientnet": Figure("FD-EfficientNet", 3, lower_is_better=True),
-            },
+            figures={name: figure for figures in FEATURES.values() for name, figure in figures.items()},
             compute=_fid,
+            reconstruction_prefix="r",
         ),
         Metric(
             name="sfid",
@@ -122,6 +136,7 @@ METRICS: dict[str, Metric] = {
             needs=frozenset({"spatial"}),
             figures={"sfid": Figure("sFID", 2, lower_is_better=True)},
             compute=_sfid,
+            reconstruction_prefix="r",
         ),
         Metric(
             name="is",
@@ -153,7 +168,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="agreement",
-            help="Class agreement: share of images that --features efficientnet-lite0 takes for their class.",
+            help="Class agreement: share of images that --features efficientnet-lite0 assigns to their class.",
             needs=frozenset({"labels"}),
             figures={
                 "agreement": Figure("class agreement, top-1", 4),
@@ -164,13 +179,16 @@ METRICS: dict[str, Metric] = {
             compute=_agreement,
             least=1,
             reference=False,
+            of_reference=True,
+            reconstruction_prefix="",
+            advice="give --features efficientnet-lite0",
         ),
     )
 }
 """All metrics, in the order in which they are shown."""
 
 
-def needs(names: Collection[str]) -> frozenset[str]:
+def needed_sums(names: Collection[str]) -> frozenset[str]:
     """The sums that metrics are computed from."""
     return frozenset().union(*(METRICS[name].needs for name in names))
 
@@ -197,11 +215,10 @@ def check_features(names: Collection[str], shape: "FeatureShape") -> None:
         if name not in METRICS:
             raise UsageError(f"metrics must be some of {', '.join(METRICS)} (got {name})")
         if any(lacking.get(need) for need in METRICS[name].needs):
-            better = "give --features efficientnet-lite0" if name == "agreement" else "leave --features out"
-            raise InputError(f"--{name} needs the features of another network: {better}")
+            raise InputError(f"--{name} needs the features of another network: {METRICS[name].advice}")
 
 
-def check(plan: "EvalPlan", shape: "FeatureShape", reference: "Target | None") -> None:
+def check_plan(plan: "EvalPlan", shape: "FeatureShape", reference: "Target | None") -> None:
     """Check, before long work, that a plan's figures can be computed against a reference.
 
     Raises:
@@ -241,12 +258,12 @@ def check_read(statistics: "Statistics", reference: "Target | None") -> None:
     """
     if statistics.count == statistics.plan.count:
         return
-    check(replace(statistics.plan, count=statistics.count), statistics.shape, reference)
+    check_plan(replace(statistics.plan, count=statistics.count), statistics.shape, reference)
     if "classes" in statistics.plan.needs and not statistics.splits().count_S.all():
         raise InputError(f"only {statistics.count} images could be read: too few for the splits of the inception score")
 
 
-def figures(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
+def compute_figures(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
     """All figures of a plan's metrics by name, against a reference that passed `check`.
 
     Raises:
@@ -263,7 +280,7 @@ def figures(statistics: "Statistics", reference: "Target | None") -> dict[str, f
     return found
 
 
-def protocol(names: Collection[str]) -> dict[str, Any]:
+def protocol_of(names: Collection[str]) -> dict[str, Any]:
     """What determines the figures of metrics besides images, reference and network."""
     decided: dict[str, Any] = {}
     for name, metric in METRICS.items():

@@ -38,8 +38,9 @@ FIGURES: dict[str, Figure] = {
     **{name: figure for metric in METRICS.values() for name, figure in metric.figures.items()},
     **{
         f"r{name}": replace(figure, title=f"r{figure.title}")  # of reconstructions
-        for metric in ("fid", "sfid")
-        for name, figure in METRICS[metric].figures.items()
+        for metric in METRICS.values()
+        if metric.reconstruction_prefix == "r"
+        for name, figure in metric.figures.items()
     },
     "psnr": Figure("PSNR, dB", 2),
     "ssim": Figure("SSIM", 4),
@@ -189,7 +190,7 @@ def _figures(metrics: Mapping[str, float | Sequence[float]]) -> Iterator[tuple[s
                 text += f" ± {metrics[f'{name}_std']:.{figure.digits}f}"
             if f"{name}_infinity" in metrics:
                 limit = f"{metrics[f'{name}_infinity']:.{figure.digits}f}"
-                text += f" ({figure.title.removeprefix('r')}∞ {limit}, an estimate for any number of images)"
+                text += f" ({figure.title.removeprefix('r')}∞ {limit}, extrapolated to infinitely many images)"
             yield figure.title, text
 
 

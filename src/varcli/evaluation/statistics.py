@@ -1,7 +1,7 @@
 """Sums over images, from which the figures are computed, streamed in float64: no table of all features is needed.
 
-An image is known by its rank, its position in the order of the images' names. Its split of the inception score and its
-quarter follow from the rank alone, so that no figure depends on the order in which images come.
+An image is known by its index, its position in the order of the images' names. Its split of the inception score and its
+quarter follow from the index alone, so that no figure depends on the order in which images come.
 
 Shapes: B images of a batch, P images of the plan, N features of the network's last pooling, V its classes,
 F spatial features, S splits of the inception score, Q quarters, C classes of the checkpoint.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from varcli.errors import CheckpointError, InputError
-from varcli.evaluation.metrics import METRICS, SPLIT_SEED, SPLITS, needs
+from varcli.evaluation.metrics import METRICS, SPLIT_SEED, SPLITS, needed_sums
 
 QUARTERS = 4
 """Random parts of the images; FID of one, two and all of them shows how it depends on the number of images."""
@@ -41,7 +41,7 @@ class EvalPlan:
     """What to measure, known before the first image."""
 
     count: int
-    """Images in all; their ranks are 0 to count - 1."""
+    """Images in all; their indices are 0 to count - 1."""
     metrics: tuple[str, ...] = ("fid", "is")
     """Some of METRICS."""
     classes: int = 0
@@ -53,14 +53,14 @@ class EvalPlan:
         """Raise InputError if there are fewer images than a metric of sums needs."""
         assert set(self.metrics) <= set(METRICS)
         for name in self.metrics:
-            least = SPLITS if "classes" in METRICS[name].needs else 2
+            least = METRICS[name].least if "classes" in METRICS[name].needs else 2
             if self.count < least:
                 raise InputError(f"--{name} needs at least {least} images (got {self.count})")
 
     @property
     def needs(self) -> frozenset[str]:
         """The sums that the metrics are computed from."""
-        return needs(self.metrics)
+        return needed_sums(self.metrics)
 
     @property
     def keeps_table(self) -> bool:
@@ -93,7 +93,7 @@ class SplitSums:
 
 
 def parts(count: int, number: int) -> Tensor:
-    """Return for each rank which of `number` random parts of equal size it falls in.
+    """Return for each index which of `number` random parts of equal size it falls in.
 
     Source: torch-fidelity's `isc_features_to_metric`, which shuffles and splits like this.
     """
@@ -116,7 +116,7 @@ class Statistics:
 
     @property
     def present(self) -> Tensor:
-        """Which ranks have been added, bool (P,)."""
+        """Which indices have been added, bool (P,)."""
         return self._sums["present_P"]
 
     @property
@@ -126,7 +126,7 @@ class Statistics:
 
     def add(
         self,
-        ranks: Sequence[int],
+        indices: Sequence[int],
         labels: Sequence[int],
         pool_BN: Tensor,
         logits_BV: Tensor,
@@ -135,7 +135,7 @@ class Statistics:
         """Add images; some hundred at a time are fastest.
 
         Args:
-            ranks: of the images, none of which was added before.
+            indices: of the images, none of which was added before.
             labels: index in the class table, -1 where no class is known.
             pool_BN: their features, on the CPU.
             logits_BV: their class scores without bias, on the CPU.
@@ -147,22 +147,22 @@ class Statistics:
         given = [pool_BN, logits_BV, *([] if spatial_BF is None else [spatial_BF])]
         if not all(tensor.isfinite().all() for tensor in given):
             raise CheckpointError("the extractor's features are not finite; the weights file is probably damaged")
-        rank_B = torch.as_tensor(ranks)
+        index_B = torch.as_tensor(indices)
         if "moments" in self.plan.needs:
-            self._add_moments(self._quarter[rank_B], pool_BN.double())
+            self._add_moments(self._quarter[index_B], pool_BN.double())
         if "spatial" in self.plan.needs:
             assert spatial_BF is not None
             self._sums["spatial_F"] += spatial_BF.double().sum(0)
             self._sums["spatial_FF"].addmm_(spatial_BF.double().T, spatial_BF.double())
         if "classes" in self.plan.needs:
-            self._add_chances(self._split[rank_B], logits_BV.double())
+            self._add_chances(self._split[index_B], logits_BV.double())
         if "labels" in self.plan.needs:
             self._add_agreement(torch.as_tensor(labels), logits_BV)
         if self.plan.classes:
             self._add_classes(torch.as_tensor(labels), pool_BN.double())
         if self.plan.keeps_table:
-            self._sums["pool_PN"][rank_B] = pool_BN
-        self.present[rank_B] = True
+            self._sums["pool_PN"][index_B] = pool_BN
+        self.present[index_B] = True
 
     def _add_moments(self, quarter_B: Tensor, pool_BN: Tensor) -> None:
         for quarter in range(QUARTERS):
@@ -212,7 +212,7 @@ class Statistics:
 
     @property
     def pool(self) -> Tensor:
-        """The features of all images in order of rank, float32 (P, N); only where the plan keeps them."""
+        """The features of all images in order of index, float32 (P, N); only where the plan keeps them."""
         return self._sums["pool_PN"][self.present]
 
     def spreads(self) -> dict[int, tuple[int, float]]:

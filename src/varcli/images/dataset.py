@@ -75,7 +75,7 @@ class ImageFile(NamedTuple):
 
 
 class ImageSet:
-    """Images in a fixed order; image i has rank i."""
+    """Images in a fixed order."""
 
     def __init__(
         self,
@@ -133,15 +133,15 @@ class ImageSet:
         image = self.read(i)
         return np.asarray(image) if self._resize is None else adm_crop(image, self._resize)
 
-    def batches(self, ranks: Iterable[int], size: int) -> Iterator[tuple[list[int], "Pixels", list[int]]]:
-        """Yield up to `size` images at a time: their ranks, pixels (B, P, P, 3) and labels.
+    def batches(self, indices: Iterable[int], size: int) -> Iterator[tuple[list[int], "Pixels", list[int]]]:
+        """Yield up to `size` images at a time: their indices, pixels (B, P, P, 3) and labels.
 
         Threads read a few batches ahead. Bad images are missing if they are skipped, and named in `skipped`.
 
         Raises:
             UnreadableImage: one cannot be decoded.
         """
-        left = iter(ranks)
+        left = iter(indices)
         waiting: deque[dict[int, Future[Pixels]]] = deque()
         pool = ThreadPoolExecutor()
         try:
@@ -224,13 +224,13 @@ class ImageSet:
 
     # --- parts -----------------------------------------------------------------------------------------
 
-    def subset(self, ranks: Iterable[int]) -> "ImageSet":
+    def subset(self, indices: Iterable[int]) -> "ImageSet":
         """The set of these images, with the same classes."""
-        ranks = list(ranks)
+        indices = list(indices)
         return ImageSet(
             self.classes,
-            [self._images[i] for i in ranks],
-            [self.labels[i] for i in ranks],
+            [self._images[i] for i in indices],
+            [self.labels[i] for i in indices],
             resize=self._resize,
             skip_bad=self._skip_bad,
             skipped=self.skipped,

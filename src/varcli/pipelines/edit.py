@@ -93,7 +93,7 @@ def _levels(array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
 
 
 def crop(model: Model, source: SourceImage) -> Pixels:
-    """The largest square in the middle of an image, in the tokenizer's size."""
+    """An image, centre-cropped to a square and resized to the tokenizer's size."""
     return square_crop(PIL.Image.fromarray(source.pixels()), model.tokenizer_config.pixels)
 
 
@@ -409,7 +409,7 @@ def edit_whole(
 
     Args:
         model: edits the image.
-        image: of any size; the largest square in its middle is edited, in the model's size.
+        image: of any size; it is centre-cropped to a square and resized to the model's size.
         label: index or name of the class to paint, or None.
         seeds: of the noise.
         config: settings of sampling.

@@ -33,7 +33,7 @@ BATCH = 32
 
 
 class EvalSource(ABC):
-    """Images to measure, each known by its rank: its position in their order."""
+    """Images to measure, each known by its index."""
 
     what: str
     """Kind of source, as results name it."""
@@ -44,7 +44,7 @@ class EvalSource(ABC):
     labels: Sequence[int]
     """Index of each image's class in that table, -1 where it is not known."""
     unit = 1
-    """How many images of neighbouring rank are best produced together."""
+    """How many consecutive images are best produced together."""
     checkpoint: Mapping[str, Any] | None = None
     """The checkpoint that sampled or reconstructed them, as results say it."""
     source: Mapping[str, Any] | None = None
@@ -62,12 +62,12 @@ class EvalSource(ABC):
         """Everything that determines the images."""
 
     @abstractmethod
-    def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
-        """Yield the images of these ranks, in batches."""
+    def make(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """Yield the images of these indices, in batches."""
 
-    def watched(self, ranks: Sequence[int]) -> Iterator[Batch]:
-        """Yield the images of these ranks; the gallery keeps thumbnails of some."""
-        return self.gallery.watched(self.make(ranks))
+    def watched(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """Yield the images of these indices; the gallery keeps thumbnails of some."""
+        return self.gallery.watched(self.make(indices))
 
     @contextmanager
     def ready(self, resumed: bool) -> Iterator[None]:
@@ -134,7 +134,7 @@ class Samples(EvalSource):
             **asdict(self.provenance.settings),
             **{name: getattr(self.provenance, name) for name in ("seed", "device", "dtype")},
         }
-        self._first = {label: rank for rank, label in reversed(list(enumerate(self.labels)))}
+        self._first = {label: index for index, label in reversed(list(enumerate(self.labels)))}
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the images, under the names that unfinished runs use."""
@@ -152,29 +152,29 @@ class Samples(EvalSource):
         decided = {} if self.decide_at is None else {"decide_at": self.decide_at}
         return {"made": common, "drawn": drawn, "kept": dict(self.kept), "chosen": chosen, "place": place} | decided
 
-    def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
-        """Yield the images of these ranks, in batches."""
-        sampled = self._best(ranks) if self.classifier else self._all(ranks)
+    def make(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """Yield the images of these indices, in batches."""
+        sampled = self._best(indices) if self.classifier else self._all(indices)
         while batch := list(islice(sampled, BATCH)):
             found, requests, pixels = zip(*batch, strict=True)
             yield found, np.stack(pixels), [request.label for request in requests]
 
-    def _all(self, ranks: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
-        requests = [self.candidates[self.labels[rank]][rank - self._first[self.labels[rank]]] for rank in ranks]
-        for rank, (request, pixels) in zip(ranks, self.sampler.images(requests), strict=True):
+    def _all(self, indices: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
+        requests = [self.candidates[self.labels[index]][index - self._first[self.labels[index]]] for index in indices]
+        for index, (request, pixels) in zip(indices, self.sampler.images(requests), strict=True):
             self._save(request, pixels)
-            yield rank, request, pixels
+            yield index, request, pixels
 
-    def _best(self, ranks: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
+    def _best(self, indices: Sequence[int]) -> Iterator[tuple[int, SampleRequest, Pixels]]:
         assert self.classifier is not None
-        for label, of_class in groupby(ranks, key=self.labels.__getitem__):
+        for label, of_class in groupby(indices, key=self.labels.__getitem__):
             candidates, kept = self.candidates[label], self.kept[label]
             best = best_candidates(self.sampler, self.classifier, candidates, kept, self.decide_at)
-            for rank in of_class:
-                request, image = best[rank - self._first[label]]
+            for index in of_class:
+                request, image = best[index - self._first[label]]
                 pixels = next(image)
                 self._save(request, pixels)
-                yield rank, request, pixels
+                yield index, request, pixels
 
     def _save(self, request: SampleRequest, pixels: Pixels) -> None:
         if self.sink and not self.sink.has(request.provenance):
@@ -217,9 +217,9 @@ class ExistingImages(EvalSource):
         """Everything that determines the images."""
         return {"pictures": self.images.fingerprint()}
 
-    def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
-        """Yield the images of these ranks, in batches."""
-        return self.images.batches(ranks, BATCH)
+    def make(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """Yield the images of these indices, in batches."""
+        return self.images.batches(indices, BATCH)
 
     def join(self, group: ProcessGroup) -> None:
         """Collect which images other ranks could not read."""
@@ -257,12 +257,12 @@ class Reconstructed(ExistingImages):
         assert self.checkpoint is not None
         return super().identity() | {"tokenizer": self.checkpoint["sha256"]}
 
-    def make(self, ranks: Sequence[int]) -> Iterator[Batch]:
-        """Yield reconstructions of the images of these ranks, in batches."""
-        for batch_ranks, before_BPP3, labels in super().make(ranks):
+    def make(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """Yield reconstructions of the images of these indices, in batches."""
+        for batch_indices, before_BPP3, labels in super().make(indices):
             after_BPP3, tokens = there_and_back(self.tokenizer, before_BPP3)
             self.reconstructions.add(before_BPP3, after_BPP3, tokens)
-            yield batch_ranks, after_BPP3, labels
+            yield batch_indices, after_BPP3, labels
 
     def join(self, group: ProcessGroup) -> None:
         """Collect what other ranks summed up."""

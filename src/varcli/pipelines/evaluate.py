@@ -23,9 +23,18 @@ from varcli.console import counted, progress
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.evaluation import comparability
-from varcli.evaluation import metrics as rows
 from varcli.evaluation.extractors import EXTRACTORS, Extractor
 from varcli.evaluation.feature_pass import FeaturePass, fingerprint
+from varcli.evaluation.metrics import (
+    METRICS,
+    check_features,
+    check_plan,
+    check_read,
+    compute_figures,
+    needed_sums,
+    protocol_of,
+    scores,
+)
 from varcli.evaluation.reconstruction import Reconstructions
 from varcli.evaluation.references import (
     Reference,
@@ -95,7 +104,7 @@ def evaluate(
             by Inception and of images that are no reconstructions, the inception score.
         reference: a name, a file of statistics, or images; None is the usual one.
         tokenizer: measure the model's tokenizer instead, on `paths` encoded and decoded.
-        num_images: images to sample, equally many per class; None is 50 000, or as many as the reference has.
+        num_images: images to sample, the same number per class; None is 50 000, or as many as the reference has.
         seed: of each class's first image.
         config: settings of sampling; None is the model's preset for measuring.
         best_of: candidates per image that is measured, of which the classifier's favourites are kept.
@@ -130,9 +139,9 @@ def evaluate(
     shape = _extractor_class(features).shape
     if not shape.pool and not tokenizer:
         raise UsageError(f"--features {features} is for --tokenizer, of which PSNR, SSIM and LPIPS need no features")
-    usual_metrics = ("fid", "is") if rows.scores(shape) and not tokenizer else ("fid",) if shape.pool else ()
+    usual_metrics = ("fid", "is") if scores(shape) and not tokenizer else ("fid",) if shape.pool else ()
     chosen = tuple(metrics or usual_metrics)
-    rows.check_features(chosen, shape)
+    check_features(chosen, shape)
     if save_stats and "fid" not in chosen:
         raise UsageError("--save-stats needs --fid: it writes the statistics that FID is computed from")
     evaluator = Evaluator(features, weights, where, group, note, quiet)
@@ -148,13 +157,13 @@ def evaluate(
             rebuilt = _reconstructed(model, evaluator, paths, resize, skip_bad, lines, lpips_weights, note)
             images = rebuilt
             if reference:
-                target = evaluator.reference(reference, needs=rows.needs(chosen), resize=resize)
-            elif "agreement" in chosen or any(rows.METRICS[name].reference for name in chosen):
-                target = evaluator.reference_of(rebuilt.images, "the same images", needs=rows.needs(chosen))
+                target = evaluator.reference(reference, needs=needed_sums(chosen), resize=resize)
+            elif any(METRICS[name].reference or METRICS[name].of_reference for name in chosen):
+                target = evaluator.reference_of(rebuilt.images, "the same images", needs=needed_sums(chosen))
         else:
             entry = registry().get(model.name)
             usual = entry.reference if entry else None
-            name = reference or (usual if "agreement" in chosen else None)
+            name = reference or (usual if any(METRICS[name].of_reference for name in chosen) else None)
             target = evaluator.usual_reference(name, usual, chosen, resize)
             count = group.broadcast(num_images or _usual_count(model, target))
             images = samples(
@@ -170,17 +179,17 @@ def evaluate(
                 save_images=save_images,
                 note=note,
             )
-        scored = _imagenet_ids(images) if "agreement" in chosen else ()
+        scored = _imagenet_ids(images) if "labels" in needed_sums(chosen) else ()
         classes = len(images.classes) if shape.pool else 0
         plan = EvalPlan(count=len(images), metrics=chosen, classes=classes, scored=scored)
         if group.is_main:
-            rows.check(plan, evaluator.extractor.shape, target)
+            check_plan(plan, evaluator.extractor.shape, target)
         if thumbnails:
             images.gallery.open(len(images))
         measured, state = evaluator.measure(images, plan, "images", resumable=not tokenizer)
         result: Result | None = None
         if group.is_main:
-            rows.check_read(measured.statistics, target)
+            check_read(measured.statistics, target)
             seconds = measured.seconds | {"total": time.monotonic() - begun}
             result = _result(images, target, evaluator, measured.statistics, model, chosen, best_of, resize, seconds)
             if save_stats:
@@ -228,7 +237,7 @@ def compute_statistics(
         VarError: images or weights cannot be used, or the file cannot be written.
     """
     group = group or ProcessGroup()
-    rows.check_features(("fid",), _extractor_class(features).shape)
+    check_features(("fid",), _extractor_class(features).shape)
     evaluator = Evaluator(features, weights, pick_device(device), group, note, quiet)
     images = evaluator.images(paths, resize, skip_bad, lines)
     needs = frozenset({"table"}) if keep_features else frozenset()
@@ -287,7 +296,7 @@ class Evaluator:
 
         Raises:
             UsageError: there is none of this name.
-            CheckpointError: its weights cannot be had, or are not its.
+            CheckpointError: its weights are not available, or are of another network.
         """
         kind = _extractor_class(self.features)
         weights = find_weights(self.features, self.weights, not self.quiet) if kind.downloaded else self.weights
@@ -295,14 +304,14 @@ class Evaluator:
         return extractor
 
     def measure(
-        self, source: EvalSource, plan: EvalPlan, label: str, resumable: bool = True
+        self, source: EvalSource, plan: EvalPlan, title: str, resumable: bool = True
     ) -> tuple[FeaturePass, Path | None]:
         """Measure all images; return the pass, and the file from which a killed run resumes.
 
         To be called by all ranks; the main one has the statistics.
 
         Raises:
-            VarError: images cannot be had, or the file cannot be written.
+            VarError: images are not available, or the file cannot be written.
         """
         decided = {name: value for name, value in asdict(plan).items() if name != "scored" or value}
         decided |= source.identity()
@@ -316,9 +325,9 @@ class Evaluator:
         if measured.notice:
             self.note(measured.notice)
         if done:
-            self.note(f"{label}: resuming after {done} of {plan.count}")
+            self.note(f"{title}: resuming after {done} of {plan.count}")
         resumed = bool(self.group.broadcast(done))
-        with source.ready(resumed), progress(label, plan.count, self.quiet) as advance:
+        with source.ready(resumed), progress(title, plan.count, self.quiet) as advance:
             advance(done)
             try:
                 measured.run(source.watched, self.extractor, advance, source.unit)
@@ -348,8 +357,8 @@ class Evaluator:
         Raises:
             UsageError: there is none.
         """
-        needing = [metric for metric in chosen if rows.METRICS[metric].reference]
-        if not needing and not (name and "agreement" in chosen):  # which is measured of a reference too
+        needing = [metric for metric in chosen if METRICS[metric].reference]
+        if not needing and not (name and any(METRICS[metric].of_reference for metric in chosen)):
             return None
         name = name or usual
         if name is None:
@@ -357,7 +366,7 @@ class Evaluator:
                 f"no reference is known for these images: give --reference, one of {', '.join(references())}, "
                 "a file of statistics, or images"
             )
-        return self.reference(name, needs=rows.needs(needing), resize=resize)
+        return self.reference(name, needs=needed_sums(needing), resize=resize)
 
     def reference(self, name: str, needs: frozenset[str], resize: int | None) -> Reference | None:
         """Open what to measure against; what takes long to compute is cached. The main rank has it.
@@ -411,7 +420,7 @@ class Evaluator:
             self.write_statistics(images, needs, path, "reference")
             return read_reference(path, name) if self.group.is_main else None
 
-    def write_statistics(self, images: ImageSet, needs: frozenset[str], path: Path, label: str) -> None:
+    def write_statistics(self, images: ImageSet, needs: frozenset[str], path: Path, title: str) -> None:
         """Measure images and write their statistics as a reference: moments, and what else is needed."""
         metrics = ("fid", *(name for need, name in (("table", "kid"), ("spatial", "sfid")) if need in needs))
         source = ExistingImages(images, [])
@@ -421,7 +430,7 @@ class Evaluator:
                 scored = _imagenet_ids(source)
                 metrics += ("agreement",)
         plan = EvalPlan(count=len(images), metrics=metrics, scored=scored)
-        measured, state = self.measure(source, plan, label)
+        measured, state = self.measure(source, plan, title)
         if self.group.is_main:
             self.save_statistics(path, measured.statistics, images.side)
             if state:
@@ -430,7 +439,7 @@ class Evaluator:
 
     def figures(self, found: Statistics, reference: Reference | None) -> dict[str, float]:
         """All figures of statistics by the names that they have with this network."""
-        figures = rows.figures(found, reference)
+        figures = compute_figures(found, reference)
         return {_renamed(name, self.extractor.figure): value for name, value in figures.items()}
 
     def save_statistics(self, path: Path, found: Statistics, side: int) -> None:
@@ -492,7 +501,7 @@ def samples(
     save_images: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Samples:
-    """Images of a model's classes to measure, equally many of each; arguments and errors as for `evaluate`."""
+    """Images of a model's classes to measure, the same number of each; arguments and errors as for `evaluate`."""
     check_decision(decide_at, best_of, len(model.tokenizer_config.sides))
     config = config or model.settings("metrics")
     common = model.provenance(config, device=model.device.type if group.world_size > 1 else None)
@@ -586,7 +595,8 @@ def _result(
 
     figures: dict[str, Any] = evaluator.figures(found, reference)
     if isinstance(source, Reconstructed):
-        figures = {name if name.startswith("agreement") else f"r{name}": value for name, value in figures.items()}
+        prefixes = {figure: metric.reconstruction_prefix for metric in METRICS.values() for figure in metric.figures}
+        figures = {f"{prefixes.get(name, 'r')}{name}": value for name, value in figures.items()}
         figures |= source.reconstructions.figures()
 
     bias = next((value for name, value in figures.items() if name.endswith("_bias")), None)
@@ -598,7 +608,7 @@ def _result(
         if sampled and entry and entry.fid:
             warnings += comparability.other_reference(reference.name, entry.reference or "")
 
-    protocol = rows.protocol(chosen)
+    protocol = protocol_of(chosen)
     if sampled and sampled.classifier:
         protocol |= {"best_of": best_of, "classifier": sampled.classifier.name}
         if sampled.decide_at is not None:

@@ -33,7 +33,7 @@ class Score:
     entry: ClassEntry | None
     """The class; None is "no class"."""
     pixels: Pixels
-    """(P, P, 3) uint8: the largest square in the middle of the image, in the model's size."""
+    """(P, P, 3) uint8: the image, centre-cropped to a square and resized to the model's size."""
     sides: tuple[int, ...]
     """Sides of the token maps."""
     nats_L: NDArray[np.float32]
@@ -171,9 +171,9 @@ def classify_set(
         InputError: an image cannot be decoded.
     """
     known = {entry.wnid: entry for entry in model.classes.entries}
-    for rank, label in enumerate(images.labels):
+    for index, label in enumerate(images.labels):
         try:
-            image = images.read(rank)
+            image = images.read(index)
         except UnreadableImage as error:
             if not skip_bad:
                 raise
@@ -181,7 +181,7 @@ def classify_set(
             continue
         pixels = square_crop(image, model.tokenizer_config.pixels)
         entry = known.get(images.classes.entries[label].wnid) if label >= 0 else None
-        yield Classified(images.name(rank), entry, classify_pixels(model, pixels, candidates, encoding_count))
+        yield Classified(images.name(index), entry, classify_pixels(model, pixels, candidates, encoding_count))
 
 
 def open_set(

@@ -434,7 +434,7 @@ class Model:
             settings: fields of `SampleConfig`.
 
         Returns:
-            The image in its own size, channels and bits; a whole one as its largest square in the model's size.
+            The image in its own size, channels and bits; a whole one centre-cropped to a square, in the model's size.
 
         Raises:
             InputError: an image cannot be read, a class is unknown, or the mask marks nothing or everything.
@@ -526,8 +526,8 @@ class Model:
         """How likely an image is given a class.
 
         Args:
-            image: a file, Pillow's image or an array (height, width[, channels]) of uint8; the largest square in its
-                middle is encoded.
+            image: a file, Pillow's image or an array (height, width[, channels]) of uint8; it is
+                centre-cropped to a square and resized to the model's size.
             label: index, name, or None for "no class".
 
         Returns:
@@ -565,13 +565,13 @@ class Model:
     # --- the tokenizer alone -----------------------------------------------------------------------
 
     def reconstruct(self, image: "ImageInput") -> Image:
-        """Encode and decode the largest square in the middle of an image: (P, P, 3) of the tokenizer's size P."""
+        """Encode and decode an image, centre-cropped to a square and resized to the tokenizer's P × P: (P, P, 3)."""
         from varcli.pipelines.tokens import reconstruct
 
         return reconstruct(self, image).after
 
     def encode(self, image: "ImageInput") -> "list[torch.Tensor]":
-        """Encode the largest square in the middle of an image.
+        """Encode an image, centre-cropped to a square and resized to the tokenizer's size.
 
         Returns:
             Token maps, one per scale, coarse to fine: (1, side²) int64.

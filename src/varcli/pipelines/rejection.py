@@ -65,7 +65,7 @@ def open_classifier(name: str, model: Model, note: Callable[[str], None] = lambd
 
     Raises:
         UsageError: there is no such classifier.
-        CheckpointError: its weights cannot be had or used.
+        CheckpointError: its weights are not available, or cannot be used.
     """
     return SelfClassifier(model) if name == "self" else Classifier(name, model.classes, model.device, note)
 

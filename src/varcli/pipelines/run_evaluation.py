@@ -49,7 +49,7 @@ class RunEvaluation:
 
         Raises:
             UsageError: too few images are held out, fewer than to reconstruct, or there is no such extractor.
-            VarError: the extractor's weights cannot be had, or the images cannot be read.
+            VarError: the extractor's weights are not available, or the images cannot be read.
         """
         if len(held) < 2:
             raise UsageError(

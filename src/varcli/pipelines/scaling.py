@@ -68,7 +68,7 @@ def train_ladder(
         save_every: steps that a killed run loses at most.
         device: auto, cpu, cuda or mps.
         dtype: fp32, bf16, or auto: bf16 where it is faster; a run that resumes keeps its own.
-        workers: processes that read images ahead.
+        workers: data-loading workers.
         compiled: compile each model with torch.compile first.
         group: the ranks that share each batch; None is this process alone.
         report: given a run's folder, returns what takes its figures as they come.

@@ -28,7 +28,7 @@ class Reconstruction:
     """An image before and after the tokenizer."""
 
     before: Pixels
-    """(P, P, 3) uint8: the largest square in the middle of the image, in the tokenizer's size."""
+    """(P, P, 3) uint8: the image, centre-cropped to a square and resized to the tokenizer's size."""
     after: Image
     psnr: float
     """In dB; infinite if nothing changed."""

@@ -117,7 +117,7 @@ def train_tokenizer(
         eval_weights: file of the extractor's weights; None downloads them at the first use.
         device: auto, cpu, cuda or mps.
         dtype: fp32, bf16, or auto: bf16 where it is faster; a run that resumes keeps its own.
-        workers: processes that read images ahead; None is one less than cores, 8 at most.
+        workers: data-loading workers; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
         tensorboard: also write figures for TensorBoard.
         wandb: project of Weights & Biases that gets the figures too; None is none.
@@ -141,10 +141,10 @@ def train_tokenizer(
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, group)
-    model, adversary = _plain_tokenizer(config, training, begun, note)
+    model, discriminator = _plain_tokenizer(config, training, begun, note)
     stage = TokenizerStage(
         model.to(where),
-        adversary.to(where),
+        discriminator.to(where),
         training,
         images,
         held,
@@ -226,8 +226,8 @@ def estimate_tokenizer(
     everything = _images(data)
     images, held = everything.split(holdout)
     check_batch(training.batch, training.accumulate, ProcessGroup())
-    model, adversary = _plain_tokenizer(config, training, begun, note)
-    stage = TokenizerStage(model.to(where), adversary.to(where), training, images, held, bf16=bf16)
+    model, discriminator = _plain_tokenizer(config, training, begun, note)
+    stage = TokenizerStage(model.to(where), discriminator.to(where), training, images, held, bf16=bf16)
     prepare_training(stage.model, stage.device, bf16=bf16)
     _tell(everything.account, training, len(images), note)
     return estimate(stage, training, len(images))
@@ -250,7 +250,7 @@ def _plain_tokenizer(
     begun: Tokenizer | None,
     note: Callable[[str], None],
 ) -> tuple[Tokenizer, PatchDiscriminator]:
-    """A tokenizer with its first weights, and its adversary.
+    """A tokenizer with its first weights, and its discriminator.
 
     Of weights of another shape to begin with, it takes those of the encoder and the decoder whose names and shapes are
     the same. The quantizer then starts from random weights, since it gets other feature maps.
@@ -264,7 +264,7 @@ def _plain_tokenizer(
             f"--gan must be 0 for images of fewer than {SMALLEST_PATCH} pixels per side: the discriminator judges "
             f"patches of that size (got {training.gan:g} and {config.pixels} pixels)"
         )
-    model, adversary = build_tokenizer(config, training.seed)
+    model, discriminator = build_tokenizer(config, training.seed)
     if begun is not None and config == begun.config:
         model.load_state_dict(begun.state_dict())
     elif begun is not None:
@@ -282,7 +282,7 @@ def _plain_tokenizer(
             f"--gan must be 0 where --freeze leaves out the decoder's last layer (got {training.gan:g}): "
             "the weight of the adversarial loss is that layer's gradient"
         )
-    return model, adversary
+    return model, discriminator
 
 
 def train_transformer(
@@ -341,7 +341,7 @@ def train_transformer(
         device: auto, cpu, cuda or mps.
         dtype: fp32, bf16, or auto: bf16 where it is faster; a run that resumes keeps its own.
         save_dtype: precision of the weights in the checkpoint: fp32, bf16 or fp16.
-        workers: processes that read images ahead; None is one less than cores, 8 at most.
+        workers: data-loading workers; None is one less than cores, 8 at most.
         compiled: compile the networks with torch.compile first, which takes minutes; steps are faster then.
         flex_attention: compute attention by FlexAttention, which skips what is masked; for GPUs.
         checkpoint_activations: keep each block's input alone for the backward pass, to save memory for time.
@@ -467,7 +467,7 @@ def encode_data(
         training: the recipe, of which crops, flip, enlarge and seed shape the tokens.
         holdout: the last images of each class, kept for validation.
         device: auto, cpu, cuda or mps; tokens of one kind of device are not used on another.
-        workers: processes that read images ahead; None is one less than cores, 8 at most.
+        workers: data-loading workers; None is one less than cores, 8 at most.
         note: takes remarks for the user.
         quiet: show no progress bar.
 
@@ -652,10 +652,10 @@ def _tell(account: Sequence[str], training: TrainingConfig, images: int, note: C
 
 
 def _copies(images: ImageSet, note: Callable[[str], None]) -> float:
-    """The part of the images that are copies of others; more than a few are reported."""
+    """The part of the images that are exact duplicates of others; more than a few are reported."""
     copies = images.copies()
     if copies > status.MOST_COPIES:
-        note(f"data: {copies:.0%} of the training images are copies of others, byte for byte; leave them out")
+        note(f"data: {copies:.0%} of the training images are exact duplicates of others; leave them out")
     return copies
 
 
@@ -669,7 +669,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def _worker_count(workers: int | None, batch_bytes: int, note: Callable[[str], None]) -> int:
-    """Number of processes that read images ahead: as requested, or as many as shared memory has room for."""
+    """Number of data-loading workers: as requested, or as many as shared memory has room for."""
     wanted = min(8, cores() - 1) if workers is None else workers
     if not wanted or not SHARED_MEMORY.is_dir():
         return wanted

@@ -116,7 +116,7 @@ def parse(content: bytes, origin: str) -> list[Result]:
         InputError: there is none, or something else; `origin` names it.
     """
     if len(content) > MAX_BYTES:
-        raise InputError(f"the evaluation result {origin} must have at most {MAX_BYTES >> 20} MiB")
+        raise InputError(f"the evaluation result {origin} must be at most {MAX_BYTES >> 20} MiB")
     results = [Result.from_json(value, f"{origin}, line {line}") for line, value in _json_values(content, origin)]
     if not results:
         raise InputError(f"the evaluation result {origin} is empty")

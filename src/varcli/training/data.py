@@ -194,7 +194,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _reader_failed(reason: str) -> RunError:
-    return RunError(f"a process that reads images failed: {reason}; try --workers 0")
+    return RunError(f"a data-loading worker failed: {reason}; try --workers 0")
 
 
 _readers: WeakSet[BaseProcess] = WeakSet()
@@ -260,23 +260,25 @@ class CacheSettings:
 
 
 class TokenCache:
-    """Token maps and class rows of all readable images, `crops` of each."""
+    """Token maps and labels of all readable images, `crops` of each."""
 
-    def __init__(self, tokens: NDArray[np.unsignedinteger], unreadable: set[int], rows: list[int], crops: int) -> None:
+    def __init__(
+        self, tokens: NDArray[np.unsignedinteger], unreadable: set[int], labels: list[int], crops: int
+    ) -> None:
         self.tokens = tokens
         self.crops = crops
-        self.rows = torch.tensor(rows)
-        self.numbers = torch.tensor([i for i in range(len(rows)) if i not in unreadable], dtype=torch.int64)
+        self.labels = torch.tensor(labels)
+        self.numbers = torch.tensor([i for i in range(len(labels)) if i not in unreadable], dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def batch(self, draws: list[Draw]) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, L) and class rows (B) of readable images, another crop every epoch."""
+        """Return tokens (B, L) and labels (B) of readable images, another crop every epoch."""
         image = self.numbers[[index for index, _ in draws]]
         crop = torch.tensor([epoch % self.crops for _, epoch in draws])
-        taken = np.asarray(self.tokens[(crop * len(self.rows) + image).numpy()], dtype=np.int64)
-        return torch.from_numpy(taken), self.rows[image]
+        taken = np.asarray(self.tokens[(crop * len(self.labels) + image).numpy()], dtype=np.int64)
+        return torch.from_numpy(taken), self.labels[image]
 
 
 def open_cache(

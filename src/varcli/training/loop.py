@@ -106,7 +106,7 @@ class Run:
     images: Mapping[str, int] = field(default_factory=dict)
     """Number of training images of each class, to say what has changed where the identity has."""
     copies: float = 0.0
-    """Part of the training images that are copies of others, for `var train status`."""
+    """Part of the training images that are exact duplicates of others, for `var train status`."""
     log_every: int = 50
     validate_every: int = 1000
     save_every: int = 500
@@ -220,7 +220,7 @@ def check_run(run: Run) -> int:
         finished = [name for name in CHECKPOINTS if (run.folder / name).exists()]
         if finished:
             raise UsageError(
-                f"{run.folder} has a {finished[0]} and no state from which its run could go on, "
+                f"{run.folder} has a {finished[0]} and no state from which its run could resume, "
                 "so training would replace it; use another --out"
             )
         return 0
@@ -394,7 +394,7 @@ def train(stage: Stage, run: Run) -> Metrics:
     with its state saved.
 
     Raises:
-        RunError: the loss is not finite, memory does not suffice, a process that reads images is ended, or another
+        RunError: the loss is not finite, memory does not suffice, a data-loading worker is ended, or another
             run is under way in the folder; the last good checkpoint stays.
         UsageError: the folder holds a run with other settings, or a checkpoint that would be replaced.
         CheckpointError: the states of the folder's run are damaged.

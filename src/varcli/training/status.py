@@ -16,7 +16,7 @@ from varcli.training.optim import WARM_UP
 from varcli.training.tokenizer import RECORDED, collapsed
 
 MOST_COPIES = 0.01
-"""Part of the images that may be copies of others."""
+"""Part of the images that may be exact duplicates of others."""
 LEARNING_RATE = 12.0
 """Factor by which a learning rate may be above or below the usual one; fine-tuning takes a sixth of it."""
 TRANSFORMER_RATE, TOKENIZER_RATE = 0.019, 4e-4
@@ -55,7 +55,7 @@ def check_lines(lines: Lines, settings: Mapping[str, Any], steps: int, copies: f
         lines: of its metrics log.
         settings: all that shaped it: the fields of its model's and its recipe's configuration.
         steps: of the whole run.
-        copies: part of its images that are copies of others, None where it is not known.
+        copies: part of its images that are exact duplicates of others, None where it is not known.
 
     Returns:
         What could be checked. There are more checks after the warm-up, and with held-out images.
@@ -71,10 +71,10 @@ def check_lines(lines: Lines, settings: Mapping[str, Any], steps: int, copies: f
         found.append(
             Check(
                 name="copies",
-                found=f"{copies:.1%} of the images are copies of others",
+                found=f"{copies:.1%} of the images are exact duplicates of others",
                 normal=f"at most {MOST_COPIES:.0%}",
                 off=copies > MOST_COPIES,
-                advice="leave out the copies: they count as more data and are not",
+                advice="leave out the duplicates: they count as more data and are not",
             )
         )
     return found

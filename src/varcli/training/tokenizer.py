@@ -62,7 +62,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_tokenizer(config: TokenizerConfig, seed: int) -> tuple[Tokenizer, PatchDiscriminator]:
-    """A plain tokenizer and its adversary, with the initial weights of a seed."""
+    """A plain tokenizer and its discriminator, with the initial weights of a seed."""
     torch.manual_seed(seed)
     return Tokenizer(config), PatchDiscriminator()
 
@@ -87,12 +87,12 @@ class Reconstruction(nn.Module):
 
 
 class TokenizerStage:
-    """A tokenizer, its adversary, their optimizers and losses."""
+    """A tokenizer, its discriminator, their optimizers and losses."""
 
     def __init__(
         self,
         model: Tokenizer,
-        adversary: PatchDiscriminator,
+        discriminator: PatchDiscriminator,
         training: TokenizerTrainingConfig,
         images: ImageSet,
         held: ImageSet,
@@ -103,18 +103,18 @@ class TokenizerStage:
         workers: int = 0,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Take models on their device, warm-started and parallelized if at all.
+        """Take models on their device, warm-started if at all; with several ranks they are wrapped here.
 
         Args:
             model: the tokenizer to train.
-            adversary: learns to tell its reconstructions from images.
+            discriminator: learns to tell its reconstructions from images.
             training: the recipe.
             images: training images.
             held: images held out for validation.
             bf16: run the networks in bf16 autocast.
             group: the ranks that share each batch; None is this process alone.
             warm: the model's weights, its codebook among them, come from a checkpoint.
-            workers: processes that read images ahead.
+            workers: data-loading workers.
             warn: called with a line for each image that cannot be read, and each scale that collapses.
         """
         self.config, self.training, self.bf16 = model.config, training, bf16
@@ -133,13 +133,13 @@ class TokenizerStage:
         self.model = model.to(memory_format=torch.channels_last)
         self.average = optim.MovingAverage(self.model, training.ema)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=("quantize.embedding",))
-        self.adversary = adversary.to(memory_format=torch.channels_last)
-        self.adversary_optimizer = optim.adamw(self.adversary, BETAS)
+        self.discriminator = discriminator.to(memory_format=torch.channels_last)
+        self.discriminator_optimizer = optim.adamw(self.discriminator, BETAS)
         self.group = group or ProcessGroup()
         # A step that leaves out scales uses no φ of theirs.
         reconstruction = Reconstruction(self.model, bf16, training.commitment)
         self.reconstruct = data_parallel(reconstruction, self.group, self.device, unused=True)
-        self.judge = data_parallel(self.adversary, self.group, self.device)
+        self.judge = data_parallel(self.discriminator, self.group, self.device)
 
     def batches(self, steps: range) -> Iterator[Batch]:
         """Yield images as (B, 3, P, P) uint8, with the names of unreadable ones."""
@@ -149,7 +149,7 @@ class TokenizerStage:
         yield from loader(crops, chosen, self.workers)
 
     def prepare(self, batch: Batch, step: int, steps: int) -> Sequence[Tensor]:
-        """Set learning rates, whether the adversary takes part, and how many scales the step uses."""
+        """Set learning rates, whether the discriminator takes part, and how many scales the step uses."""
         training = self.training
         pixels, unreadable = batch
         self.unreadable.add(itertools.chain(*unreadable))
@@ -157,7 +157,7 @@ class TokenizerStage:
         if step == 0 and not self.warm:
             self.begin_codebook(parts)
         rate = training.lr * cosine_factor(step, steps, training.final_lr)
-        for optimizer in (self.optimizer, self.adversary_optimizer):
+        for optimizer in (self.optimizer, self.discriminator_optimizer):
             optim.set_rates(optimizer, rate, training.weight_decay)
         self.adversarial = training.gan > 0 and step >= training.gan_start * steps
         self.scales = self.draw_scales(step)
@@ -171,8 +171,8 @@ class TokenizerStage:
         return F.mse_loss(decoded, image) + quantization
 
     def gradient_norm(self) -> Tensor:
-        """The norm of all gradients, the adversary's included, before those of the tokenizer are clipped."""
-        norm = torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.adversary))
+        """The norm of all gradients, the discriminator's included, before those of the tokenizer are clipped."""
+        norm = torch.nn.utils.get_total_norm(gradients(self.model) + gradients(self.discriminator))
         if self.training.clip_grad:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
         return norm
@@ -181,7 +181,7 @@ class TokenizerStage:
         """Let the optimizers and the moving average step, and revive dead codebook rows now and then."""
         self.optimizer.step()
         if self.adversarial:
-            self.adversary_optimizer.step()
+            self.discriminator_optimizer.step()
         self.average.update(self.model, step)
         self.note_hits()
         learning = self.model.quantize.embedding.weight.requires_grad
@@ -192,7 +192,7 @@ class TokenizerStage:
         """Forget the gradients of both networks, and the step's tokens."""
         self.quantized = []
         self.optimizer.zero_grad()
-        self.adversary_optimizer.zero_grad()
+        self.discriminator_optimizer.zero_grad()
 
     def draw_scales(self, step: int) -> int | None:
         """How many scales a step uses: all (None), or fewer with the probability `scale_drop`."""
@@ -222,9 +222,9 @@ class TokenizerStage:
             (gradient_B3PP,) = torch.autograd.grad(pull, pixels_B3PP)
             loss = pull + quantization
             if self.adversarial:
-                self.adversary.requires_grad_(False)
-                push = -self.adversary(augment(pixels_B3PP, rows)).mean()
-                self.adversary.requires_grad_(True)
+                self.discriminator.requires_grad_(False)
+                push = -self.discriminator(augment(pixels_B3PP, rows)).mean()
+                self.discriminator.requires_grad_(True)
                 (push_B3PP,) = torch.autograd.grad(push, pixels_B3PP)
                 last_layer = self.model.decoder.conv_out.weight
                 weight = self.training.gan * adaptive_weight(decoded, last_layer, gradient_B3PP, push_B3PP, self.group)
@@ -238,12 +238,12 @@ class TokenizerStage:
             torch.autograd.backward(outputs, gradients)
         if self.adversarial:
             with without_averaging(self.judge, last):
-                metrics["adversary"] = self.add_adversary_gradients(image, decoded.detach(), rows)
+                metrics["adversary"] = self.add_discriminator_gradients(image, decoded.detach(), rows)
         self.quantized.append((tokens, residuals))
         return metrics | {"loss": loss}
 
-    def add_adversary_gradients(self, image: Tensor, decoded: Tensor, rows: Rows) -> Tensor:
-        """Add the adversary's gradients and return its loss."""
+    def add_discriminator_gradients(self, image: Tensor, decoded: Tensor, rows: Rows) -> Tensor:
+        """Add the discriminator's gradients and return its loss."""
         loss = discriminator_loss(self.judge(augment(image, rows)), self.judge(augment(decoded, rows)))
         (loss / self.training.accumulate).backward()
         return loss
@@ -349,23 +349,27 @@ class TokenizerStage:
 
     def tensors(self) -> optim.Tensors:
         """Return the whole state."""
-        parts: dict[str, nn.Module] = {"model": self.model, "average": self.average.model, "adversary": self.adversary}
+        parts: dict[str, nn.Module] = {
+            "model": self.model,
+            "average": self.average.model,
+            "adversary": self.discriminator,
+        }
         found: optim.Tensors = {}
         for prefix, module in parts.items():
             found |= optim.with_prefix(prefix, module.state_dict())
         found |= optim.with_prefix("optimizer", optim.optimizer_tensors(self.optimizer, self.model))
-        moments = optim.optimizer_tensors(self.adversary_optimizer, self.adversary)
+        moments = optim.optimizer_tensors(self.discriminator_optimizer, self.discriminator)
         return found | optim.with_prefix("adversary_optimizer", moments)
 
     def load_tensors(self, tensors: optim.Tensors) -> None:
         """Set the state that `tensors` returned."""
         self.model.load_state_dict(optim.without_prefix("model", tensors))
         self.average.model.load_state_dict(optim.without_prefix("average", tensors))
-        self.adversary.load_state_dict(optim.without_prefix("adversary", tensors))
+        self.discriminator.load_state_dict(optim.without_prefix("adversary", tensors))
         moments = optim.without_prefix("optimizer", tensors)
         optim.load_optimizer_tensors(self.optimizer, self.model, moments)
         moments = optim.without_prefix("adversary_optimizer", tensors)
-        optim.load_optimizer_tensors(self.adversary_optimizer, self.adversary, moments)
+        optim.load_optimizer_tensors(self.discriminator_optimizer, self.discriminator, moments)
 
     def save(self, folder: Path, figures: Metrics, step: int) -> None:
         """Write the averaged tokenizer, with the record of codebook hits, to tokenizer.safetensors."""
