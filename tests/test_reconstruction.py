@@ -20,8 +20,8 @@ from varcli import cli
 from varcli.checkpoints.store import load_tokenizer, save_tokenizer
 from varcli.commands import tokens
 from varcli.config import TokenizerConfig
-from varcli.images import editable
 from varcli.images.provenance import read_provenance
+from varcli.pipelines import tokens as pipeline
 from varcli.sampling.reconstruction import bits_per_pixel, encode, growth, psnr, rebuilt
 
 NOISE = np.random.RandomState(0).randint(0, 256, (20, 30, 3)).astype(np.uint8)
@@ -139,7 +139,7 @@ def test_one_bad_image_does_not_spoil_the_others(var, tmp_path):
 
 def test_images_are_read_one_after_the_other(var, monkeypatch):
     held = []
-    read = editable.read_source_image
+    read = pipeline.read_source_image
 
     def counted(name):
         source = read(name)
@@ -147,7 +147,7 @@ def test_images_are_read_one_after_the_other(var, monkeypatch):
         assert sum(each() is not None for each in held) <= 2
         return source
 
-    monkeypatch.setattr(editable, "read_source_image", counted)
+    monkeypatch.setattr(pipeline, "read_source_image", counted)
     Image.fromarray(NOISE).save("c.png")
     Image.fromarray(NOISE).save("d.png")
     var("reconstruct", "a.png", "b.png", "c.png", "d.png")

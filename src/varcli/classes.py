@@ -51,8 +51,8 @@ def partial_match(entries: "Sequence[ClassEntry]", words: str) -> "list[ClassEnt
     return [e for e in entries if wanted and any(all(word in plain(name) for word in wanted) for name in e.names)]
 
 
-def close_to(entries: "Sequence[ClassEntry]", words: str, count: int = 5) -> "list[ClassEntry]":
-    """Return the classes whose names are almost these words or, if none are, have a word that is almost one of them."""
+def close_to(entries: "Sequence[ClassEntry]", words: str) -> "list[ClassEntry]":
+    """Return up to five classes whose names are almost these words or, failing that, have a word almost like one."""
     from difflib import get_close_matches
 
     names = [(plain(name), entry) for entry in entries for name in entry.names]
@@ -60,14 +60,14 @@ def close_to(entries: "Sequence[ClassEntry]", words: str, count: int = 5) -> "li
     long = [word for word in plain(words).split() if len(word) > 3]
     for known, wanted, likeness in ((names, [plain(words)], 0.75), (in_parts, long, 0.8)):
         spellings = {name for name, _ in known}
-        close = [name for text in wanted for name in get_close_matches(text, spellings, count, likeness)]
+        close = [name for text in wanted for name in get_close_matches(text, spellings, 5, likeness)]
         if close:
-            return list(dict.fromkeys(entry for spelling in close for name, entry in known if name == spelling))[:count]
+            return list(dict.fromkeys(entry for spelling in close for name, entry in known if name == spelling))[:5]
     return []
 
 
-def nearest(wanted: "ClassEntry", entries: "Sequence[ClassEntry]", count: int = 3) -> "list[ClassEntry]":
-    """Return the classes most like an ImageNet class that is not among them.
+def nearest(wanted: "ClassEntry", entries: "Sequence[ClassEntry]") -> "list[ClassEntry]":
+    """Return the three classes most like an ImageNet class that is not among them.
 
     Shared words of the names count first (another retriever for a retriever), above all the last word
     of a name. Then the index, among things of one kind: ImageNet's animals stand in the order of WordNet's
@@ -79,7 +79,7 @@ def nearest(wanted: "ClassEntry", entries: "Sequence[ClassEntry]", count: int = 
         alike = len(_long_words(wanted) & _long_words(entry)) + 2 * bool(heads)
         return -alike, _kind(entry) != _kind(wanted), abs(entry.id - wanted.id)
 
-    return sorted(entries, key=likeness)[:count]
+    return sorted(entries, key=likeness)[:3]
 
 
 def _kind(entry: "ClassEntry") -> int:
@@ -331,5 +331,5 @@ def _extent(table: ClassTable) -> str:
     return f"this checkpoint knows {known}; `var classes` lists them"
 
 
-def _listing(entries: Sequence[ClassEntry], most: int = 8) -> str:
-    return ", ".join(map(str, entries[:most])) + (f" and {len(entries) - most} more" if len(entries) > most else "")
+def _listing(entries: Sequence[ClassEntry]) -> str:
+    return ", ".join(map(str, entries[:8])) + (f" and {len(entries) - 8} more" if len(entries) > 8 else "")

@@ -73,7 +73,9 @@ PRESET_S, RECIPE_S = "the preset's", "the recipe's"
 """Where options get their defaults, as `--help` says it."""
 
 
-def option(default: Any, help: str, *flags: str, metavar: str | None = None, shown: str | None = None) -> Any:
+def option(
+    default: Any, help: str, *flags: str, metavar: str | None = None, shown: str | None = None, always: bool = False
+) -> Any:
     """Declare a field that is also a command-line option.
 
     Args:
@@ -82,8 +84,9 @@ def option(default: Any, help: str, *flags: str, metavar: str | None = None, sho
         flags: of the option, e.g. "--num-images", "-n"; by default `--` and the field's name.
         metavar: placeholder of the value in `--help`.
         shown: default as `--help` words it, where it is not the field's own.
+        always: whether the setting is stated with an image or result also where it has its default.
     """
-    metadata = {"help": help, "flags": flags, "metavar": metavar, "shown": shown}
+    metadata = {"help": help, "flags": flags, "metavar": metavar, "shown": shown, "always": always}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -240,10 +243,13 @@ class SampleConfig:
         1.5,
         "Strength of classifier-free guidance at the last scale, rising linearly from 0 at the first; 0 is off.",
         shown=PRESET_S,
+        always=True,
     )
-    top_k: int = option(900, "Sample from this many most likely tokens; 0 is off, 1 is greedy.", shown=PRESET_S)
+    top_k: int = option(
+        900, "Sample from this many most likely tokens; 0 is off, 1 is greedy.", shown=PRESET_S, always=True
+    )
     top_p: float = option(
-        0.96, "Sample from the most likely tokens that hold this probability; 0 is off.", shown=PRESET_S
+        0.96, "Sample from the most likely tokens that hold this probability; 0 is off.", shown=PRESET_S, always=True
     )
     temperature: float = option(1.0, "Divide the logits by this; below 1 likely tokens are sampled more often.")
     ssg: float = option(
@@ -317,9 +323,8 @@ class SampleConfig:
 
     def stated(self) -> dict[str, Any]:
         """The settings by name; those that are off by default are left out while they are off."""
-        always = ("cfg", "top_k", "top_p")
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        return {field.name: value for field, value in values if field.name in always or value != field.default}
+        return {field.name: value for field, value in values if field.metadata["always"] or value != field.default}
 
     def describe(self) -> str:
         """The settings in a line, e.g. "cfg 1.5, top-k 900, top-p 0.96"."""

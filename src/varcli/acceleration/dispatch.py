@@ -28,6 +28,7 @@ from varcli.acceleration.devices import (
     out_of_memory,
     pick_dtype,
 )
+from varcli.acceleration.flex_attention import use_flex_attention
 from varcli.acceleration.int8 import quantize
 from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu, pack
 from varcli.config import HEAD_WIDTH
@@ -86,8 +87,12 @@ def prepare(tokenizer: Tokenizer, transformer: Transformer, device: torch.device
         ) from error
 
 
-def prepare_training(model: Tokenizer | Transformer, device: torch.device, *, bf16: bool) -> None:
+def prepare_training(
+    model: Tokenizer | Transformer, device: torch.device, *, bf16: bool, flex_attention: bool = False
+) -> None:
     """Make the training of a model on its device fast. What it computes stays the same, to rounding."""
+    if flex_attention and isinstance(model, Transformer):
+        use_flex_attention(model)
     if device.type == "cpu":
         keep_freed_memory()
         if bf16:

@@ -55,7 +55,7 @@ class BenchSampler:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class BenchRequest:
     """An image to be sampled."""
 
     label: int
@@ -69,7 +69,7 @@ def varcli(models: Models, config: SampleConfig, precision: str, batch: int, not
 
     def make(seeds: Sequence[int], mark: Mark) -> Sequence[Pixels]:
         sampler.mark = mark
-        wanted = [Wanted(label, seed) for label, seed in zip(_labels(models, seeds), seeds, strict=True)]
+        wanted = [BenchRequest(label, seed) for label, seed in zip(_labels(models, seeds), seeds, strict=True)]
         pixels = [found for _, found in sampler.images(wanted)]
         mark("decoder")
         if sampler.batch_size != together:

@@ -68,9 +68,9 @@ def read_metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tupl
     return metadata, tensors
 
 
-def save_tokenizer(path: Path, tokenizer: Tokenizer, run: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
-    """Write a tokenizer with its configuration, floats stored as `dtype`."""
-    tensors = _stored("tokenizer", tokenizer, dtype)
+def save_tokenizer(path: Path, tokenizer: Tokenizer, run: dict[str, Any]) -> None:
+    """Write a tokenizer with its configuration, floats stored as float32."""
+    tensors = _stored("tokenizer", tokenizer, torch.float32)
     _save(path, tensors, {"kind": "tokenizer", "tokenizer_config": to_json(tokenizer.config), "run": _facts(run)})
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from varcli.commands import options
-from varcli.commands.tokens import Images, Sources
+from varcli.commands.tokens import Images
 from varcli.console import counted, note, progress, result, table
 from varcli.errors import UsageError
 
@@ -52,8 +52,9 @@ def score(
     from varcli.pipelines.likelihood import save_heatmaps
     from varcli.pipelines.likelihood import score as score_image
     from varcli.pipelines.model import load
+    from varcli.pipelines.tokens import ReadableImages
 
-    sources = Sources(images)
+    sources = ReadableImages(images, note)
     model = load(checkpoint, device=device, dtype=dtype, progress=not quiet)
     scores, names = [], []
     with progress("images", len(images), quiet) as advance:
@@ -153,7 +154,7 @@ def classify(
     if "-" in (paths or []) and (paths != ["-"] or num_images is not None):
         raise UsageError("- is one image on standard input: neither others nor --num-images can be given beside it")
     kept = () if candidates.strip() == "0" else options.parse_numbers("--candidates", candidates)
-    from varcli.pipelines.likelihood import Classified, classify_set, open_set
+    from varcli.pipelines.likelihood import Classified, accuracy, classify_set, open_set
     from varcli.pipelines.likelihood import classify as classify_image
     from varcli.pipelines.model import load
 
@@ -186,14 +187,13 @@ def classify(
             advance()
     if rows:
         table(("image", "label", "rank", "class", "nats", "scales"), rows)
-    labelled = [image for image in found if image.label]
+    labelled, shares = accuracy(found)
     if labelled:
-        shares = {count: sum(image.hit(count) for image in labelled) / len(labelled) for count in (1, 5)}
         if as_json:
-            result(json.dumps({"images": len(labelled), "top_1": shares[1], "top_5": shares[5]}, sort_keys=True))
+            result(json.dumps({"images": labelled, "top_1": shares[1], "top_5": shares[5]}, sort_keys=True))
         else:
             shown = ", ".join(f"top-{count} {share:.1%}" for count, share in shares.items() if count <= (top or 5))
-            result(f"{counted(len(labelled), 'image')} with a label: {shown}")
+            result(f"{counted(labelled, 'image')} with a label: {shown}")
 
 
 def _ranking(image: "likelihood.Classified", top: int) -> dict[str, Any]:

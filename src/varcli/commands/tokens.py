@@ -4,10 +4,9 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -16,9 +15,6 @@ from varcli.commands import options
 from varcli.config import TransformerTrainingConfig
 from varcli.console import note, notes, progress, result, table
 from varcli.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from varcli.images.editable import SourceImage
 
 Images = Annotated[
     list[str], typer.Argument(metavar="IMG...", help="Images of any size and kind; - is standard input.")
@@ -56,10 +52,10 @@ def reconstruct(
     options.check_image_outputs(out, as_json, growth, len(images))
     check_outputs(out, grid, growth, archives=False, inputs=images)
     from varcli.pipelines.model import load
+    from varcli.pipelines.tokens import ReadableImages, save_pairs
     from varcli.pipelines.tokens import reconstruct as reconstruct_image
-    from varcli.pipelines.tokens import save_pairs
 
-    sources = Sources(images)
+    sources = ReadableImages(images, note)
     model = load(checkpoint, device=device, progress=not quiet)
     pairs, lines = [], []
     opened = nullcontext() if out is None else open_sink(out, several=len(images) > 1, archives=False)
@@ -91,30 +87,6 @@ def reconstruct(
     written = Path(out) if out is not None and out != "-" and not as_json else None
     options.tell_also(*((written, grid, growth) if pairs else ()), quiet=quiet)
     sources.check()
-
-
-class Sources:
-    """Images that are read one after the other, each with its number; unreadable ones are skipped."""
-
-    def __init__(self, images: Sequence[str]) -> None:
-        """Read a single image at once, so that no checkpoint is downloaded for an unreadable one."""
-        from varcli.images.editable import read_source_image
-
-        self._images, self._read, self._failed = images, read_source_image, 0
-        self._alone = read_source_image(images[0]) if len(images) == 1 else None
-
-    def __iter__(self) -> "Iterator[tuple[int, SourceImage]]":
-        for number, image in enumerate(self._images):
-            try:
-                yield number, self._alone or self._read(image)
-            except InputError as error:
-                note(str(error))
-                self._failed += 1
-
-    def check(self) -> None:
-        """Raise InputError, after all others are done, if an image was skipped."""
-        if self._failed:
-            raise InputError(f"{self._failed} of {len(self._images)} images cannot be used; the others are done")
 
 
 tokens_app = typer.Typer(
@@ -202,9 +174,9 @@ def encode(
         check_not_read("out", Path(out), images)
         check_writable(Path(out))
     from varcli.pipelines.model import load
-    from varcli.pipelines.tokens import encode_to
+    from varcli.pipelines.tokens import ReadableImages, encode_to
 
-    sources = Sources(images)
+    sources = ReadableImages(images, note)
     model = load(checkpoint, device=device, progress=not quiet)
     with tempfile.TemporaryDirectory() as folder, progress("images", len(images), quiet) as advance:
         path = Path(folder) / "tokens.safetensors" if out == "-" else Path(out)

@@ -27,7 +27,7 @@ LARGEST = 1e15
 """All numbers of a result must be smaller."""
 SETTINGS = (*(option.name for option in fields(SampleConfig)), "seed", "device", "dtype")
 """Sampling settings that a result shows."""
-OFF = {option.name: option.default for option in fields(SampleConfig) if option.name not in ("cfg", "top_k", "top_p")}
+OFF = {option.name: option.default for option in fields(SampleConfig) if not option.metadata["always"]}
 """Values of settings that are off, and not shown in lines."""
 
 Setting = str | bool | float | None

@@ -487,9 +487,9 @@ def _unnamable(classes: ClassTable) -> list[str]:
     return [f"{in_words(names)} must be given by number: the name has another meaning"] if names else []
 
 
-def in_words(names: Sequence[str], most: int = 5) -> str:
-    """The first of some names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def in_words(names: Sequence[str]) -> str:
+    """The first five of some names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # --- headers -----------------------------------------------------------------------------------------

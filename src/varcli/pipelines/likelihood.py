@@ -156,6 +156,13 @@ class Classified:
         return self.label in [each.entry for each in self.classes[:count]]
 
 
+def accuracy(classified: Sequence[Classified]) -> tuple[int, dict[int, float]]:
+    """How many images have a label, and the shares of these whose label is among the first 1 and 5 classes."""
+    labelled = [image for image in classified if image.label]
+    shares = {count: sum(image.hit(count) for image in labelled) / len(labelled) for count in (1, 5) if labelled}
+    return len(labelled), shares
+
+
 def classify_set(
     model: Model,
     images: ImageSet,

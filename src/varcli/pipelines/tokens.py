@@ -10,8 +10,10 @@ from varcli import __version__
 from varcli.checkpoints.safetensors_io import file_sha256
 from varcli.checkpoints.token_files import load_tokens, save_tokens, token_maps
 from varcli.config import SampleConfig
+from varcli.errors import InputError
 from varcli.files import write_atomically
 from varcli.images.contact_sheet import contact_sheet, save_growth
+from varcli.images.editable import SourceImage, read_source_image
 from varcli.images.image import Image
 from varcli.images.provenance import EditProvenance, png_bytes
 from varcli.pipelines.edit import ImageInput, crop, read_input, stem, word
@@ -21,6 +23,28 @@ from varcli.sampling.sampler import Pixels
 
 NOT_SAMPLED = SampleConfig(cfg=0, top_k=0, top_p=0)
 """Settings in the provenance of images that are decoded and not sampled."""
+
+
+class ReadableImages:
+    """Images that are read one after the other, each with its number; unreadable ones are skipped, and noted."""
+
+    def __init__(self, images: Sequence[str], note: Callable[[str], None]) -> None:
+        """Read a single image at once, so that no checkpoint is downloaded for an unreadable one."""
+        self._images, self._note, self._failed = images, note, 0
+        self._alone = read_source_image(images[0]) if len(images) == 1 else None
+
+    def __iter__(self) -> Iterator[tuple[int, SourceImage]]:
+        for number, image in enumerate(self._images):
+            try:
+                yield number, self._alone or read_source_image(image)
+            except InputError as error:
+                self._note(str(error))
+                self._failed += 1
+
+    def check(self) -> None:
+        """Raise InputError, after all others are done, if an image was skipped."""
+        if self._failed:
+            raise InputError(f"{self._failed} of {len(self._images)} images cannot be used; the others are done")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from varcli.acceleration.devices import DTYPES, pick_device, trains_in_bf16
 from varcli.acceleration.dispatch import compile_networks, prepare_training
-from varcli.acceleration.flex_attention import check_flex_attention, use_flex_attention
+from varcli.acceleration.flex_attention import check_flex_attention
 from varcli.checkpoints.registry import resolve_checkpoint
 from varcli.checkpoints.store import (
     Checkpoint,
@@ -424,9 +424,7 @@ def train_transformer(
             note=note,
         )
         run = replace(run, evaluate=lambda: evaluation(run.folder / "model.safetensors"))
-    prepare_training(stage.model, stage.device, bf16=bf16)
-    if flex_attention:
-        use_flex_attention(stage.model)
+    prepare_training(stage.model, stage.device, bf16=bf16, flex_attention=flex_attention)
     if checkpoint_activations:
         keep_block_inputs(stage.model)
     if group.world_size == 1:
@@ -515,9 +513,7 @@ def estimate_transformer(
     check_batch(training.batch, training.accumulate, ProcessGroup())
     frozen, model = _plain_transformer(tokenizer, begun, images.classes, training, depth, width, shared_adaln, note)
     stage = TransformerStage(model.to(where), training, frozen.to(where), images.classes, bf16=bf16)
-    prepare_training(stage.model, stage.device, bf16=bf16)
-    if flex_attention:
-        use_flex_attention(stage.model)
+    prepare_training(stage.model, stage.device, bf16=bf16, flex_attention=flex_attention)
     if checkpoint_activations:
         keep_block_inputs(stage.model)
     _tell(everything.account, training, len(images), note)

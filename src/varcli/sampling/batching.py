@@ -101,20 +101,20 @@ class Request(Protocol):
         """With the label and the settings it determines the image."""
 
 
-Wanted = TypeVar("Wanted", bound=Request)
+RequestT = TypeVar("RequestT", bound=Request)
 
 
 @dataclass(frozen=True, slots=True)
-class Underway(Generic[Wanted]):
+class Underway(Generic[RequestT]):
     """Images that a GPU is sampling, or has copied to the host's memory."""
 
-    group: Sequence[Wanted]
+    group: Sequence[RequestT]
     pixels: Tensor
     """(B, P, P, 3) uint8 in the host's memory, not valid before `arrived`."""
     arrived: torch.cuda.Event | None
     """None where there is nothing to wait for."""
 
-    def images(self) -> Iterator[tuple[Wanted, Pixels]]:
+    def images(self) -> Iterator[tuple[RequestT, Pixels]]:
         """Wait for the images, and yield each request with its image."""
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -155,7 +155,7 @@ class BatchSampler:
         self.mark: Callable[[str], None] = lambda phase: None
         """For a stopwatch, as `generate` has it."""
 
-    def images(self, requests: Iterable[Wanted]) -> Iterator[tuple[Wanted, Pixels]]:
+    def images(self, requests: Iterable[RequestT]) -> Iterator[tuple[RequestT, Pixels]]:
         """Yield each request with its image, (P, P, 3) uint8, in order, reading only a batch ahead.
 
         On a GPU the next batch is begun before the images of the last are waited for.
@@ -165,7 +165,7 @@ class BatchSampler:
         Raises:
             RunError: not even one image fits into memory.
         """
-        waiting, underway, several = iter(requests), deque[Underway[Wanted]](), False
+        waiting, underway, several = iter(requests), deque[Underway[RequestT]](), False
         try:
             while group := list(islice(waiting, self.batch_size)):
                 underway.extend(self._begin(group, self._size(len(group), several)))
@@ -198,7 +198,7 @@ class BatchSampler:
             return max(count, self.batch_size)
         return count if self.new_capture is None else padded_size(count, self.batch_size)
 
-    def _begin(self, group: Sequence[Wanted], size: int) -> Iterator[Underway[Wanted]]:
+    def _begin(self, group: Sequence[RequestT], size: int) -> Iterator[Underway[RequestT]]:
         """Start a group and yield it: as one batch or, where memory runs out, as several smaller ones."""
         begun = self._attempt(group, size)
         if begun is None and any(runner.graphs for runner in self.runners.values()):
@@ -223,7 +223,7 @@ class BatchSampler:
         self.capture = None  # and with it the pool, which cannot be used again once it was empty
         free_memory(block_weight(self.transformer).device)
 
-    def _attempt(self, group: Sequence[Wanted], size: int) -> Underway[Wanted] | None:
+    def _attempt(self, group: Sequence[RequestT], size: int) -> Underway[RequestT] | None:
         """Start a group and return it, None where memory ran out."""
         try:
             return self._started(group, size)
@@ -233,7 +233,7 @@ class BatchSampler:
             return None
 
     @torch.inference_mode()
-    def _started(self, group: Sequence[Wanted], size: int) -> Underway[Wanted]:
+    def _started(self, group: Sequence[RequestT], size: int) -> Underway[RequestT]:
         padded = [*group, *[group[-1]] * (size - len(group))]
         labels, seeds = [request.label for request in padded], [request.seed for request in padded]
         runner, models = self._runner(size), (self.tokenizer, self.transformer)
@@ -269,7 +269,7 @@ def padded_size(count: int, largest: int) -> int:
     return min(1 << (count - 1).bit_length(), max(largest, count))
 
 
-def fetched(group: Sequence[Wanted], pixels_BPP3: Tensor) -> Underway[Wanted]:
+def fetched(group: Sequence[RequestT], pixels_BPP3: Tensor) -> Underway[RequestT]:
     """Start to copy images to the host, without waiting for a GPU.
 
     The copy is queued in the stream of the computation, so that the next batch cannot overwrite its source; it takes a
