@@ -12,6 +12,7 @@ import typer
 
 from support import generated, small
 from varcli import cli
+from varcli.checkpoints.registry import count_in_words, registry
 
 README = (generated.ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {page.relative_to(generated.ROOT).as_posix(): page.read_text(encoding="utf-8") for page in generated.PAGES}
@@ -35,6 +36,20 @@ def test_the_readme_begins_with_the_two_commands():
     assert BASH_BLOCKS["README.md"][0] == "pip install . && var sample --class 207\n"
     assert BASH_BLOCKS["README.md"][1] == "pip install '.[test]' && pytest\n"
     assert README.index("```bash") == README.index("```"), "nothing stands before them"
+
+
+def test_the_readmes_models_are_those_that_are_registered():
+    known = registry()
+    rows = [line.split("|") for line in README.splitlines() if line.startswith("| `var-d")]
+    shown = []
+    for _, names, pixels, parameters, fid, _ in rows:
+        depths = re.findall(r"d\d\d", names)
+        entries = [known[f"var-{depth}"] for depth in depths]
+        assert {pixels.strip()} == {f"{entry.pixels} × {entry.pixels}" for entry in entries}
+        assert parameters.strip() == ", ".join(count_in_words(entry.parameters) for entry in entries)
+        assert fid.strip() == ", ".join(f"{entry.fid:.2f}" for entry in entries)
+        shown += depths
+    assert shown == ["d16", "d20", "d24", "d30", "d36"]
 
 
 @pytest.mark.slow
