@@ -1,4 +1,4 @@
-"""Images on their way into a place: in order, only so many at a time, and no error lost."""
+"""Images on their way into a sink: in order, only so many at a time, and no error lost."""
 
 import os
 import threading
@@ -28,7 +28,7 @@ class Slow(Sink):
     """Encodes the first images last, and counts what it was given."""
 
     def __init__(self):
-        self.prepared, self.placed, self.lock = 0, [], threading.Lock()
+        self.prepared, self.written, self.lock = 0, [], threading.Lock()
 
     def prepare(self, pixels, made):
         time.sleep(0.02 if made.seed % 4 == 0 else 0)
@@ -38,7 +38,7 @@ class Slow(Sink):
 
     def put(self, prepared, made):
         assert prepared == made.seed
-        self.placed.append(made.seed)
+        self.written.append(made.seed)
         return Path(f"{made.seed}.png")
 
 
@@ -53,14 +53,14 @@ def write(output, seeds, told, ahead=4):
 def test_all_come_in_order_and_are_told():
     output = Slow()
     assert write(output, range(40), []) == [(seed, Path(f"{seed}.png")) for seed in range(40)]
-    assert output.placed == list(range(40)) and output.prepared == 40
+    assert output.written == list(range(40)) and output.prepared == 40
 
 
 def test_what_another_process_prepared_is_taken_as_it_is():
     output = Slow()
     with AsyncWriter(output, lambda item, path: None, 4) as writer:
         writer.put(Item(made(3)), 3)
-    assert output.placed == [3] and output.prepared == 0
+    assert output.written == [3] and output.prepared == 0
 
 
 def test_waiting_ends_when_all_are_there():
@@ -71,11 +71,11 @@ def test_waiting_ends_when_all_are_there():
             writer.put(item, writer.prepare(item, image(seed)))
             if seed % 4 == 3:
                 writer.wait()
-                assert output.placed == list(range(seed + 1))
+                assert output.written == list(range(seed + 1))
 
 
 def test_only_so_many_are_under_way():
-    """The maker is held up where nothing can be put down."""
+    """The thread that makes images waits while none can be written."""
     output, free, given = Slow(), threading.Event(), []
     put = output.put
     output.put = lambda prepared, made: free.wait() and put(prepared, made)
@@ -90,10 +90,10 @@ def test_only_so_many_are_under_way():
     maker = threading.Thread(target=make)
     maker.start()
     time.sleep(0.3)
-    assert len(given) <= 4 + 2  # those that wait, the one being put down, the one being given
+    assert len(given) <= 4 + 2  # those that wait, the one being written, the one being given
     free.set()
     maker.join()
-    assert output.placed == list(range(20))
+    assert output.written == list(range(20))
 
 
 @pytest.mark.parametrize("step", ["prepare", "put", "told"])

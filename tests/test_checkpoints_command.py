@@ -273,8 +273,8 @@ def test_one_line_and_the_right_exit_code(var, released, model_file, tmp_path, t
     run = tmp_path_factory.mktemp("run")
     (run / "model.safetensors").write_bytes(model_file.read_bytes())
     save_file({"a": torch.zeros(1)}, run / "state.safetensors", {"step": "1", "identity": "{}"})
-    places = {"vae": released[0], "var": released[1], "tmp": tmp_path, "run": run}
-    assert_refused(var(*(argument.format(**places) for argument in arguments)), code, line.format(**places))
+    paths = {"vae": released[0], "var": released[1], "tmp": tmp_path, "run": run}
+    assert_refused(var(*(argument.format(**paths) for argument in arguments)), code, line.format(**paths))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -188,13 +188,15 @@ def test_no_logits(tmp_path):
 
 
 def test_weights_that_cannot_be_had_say_where_they_go(tmp_path, monkeypatch, capsys):
+    from torchvision.models import WeightsEnum
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def offline(*_, **__):
         sys.stdout.write("Downloading\n")  # as torch does
         raise OSError("no network")
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", offline)
     where = f"{tmp_path}/checkpoints/resnet101-"
     with pytest.raises(CheckpointError, match=f"put https://.*resnet101-.*pth at {where}.*--classifier self"):
         Classifier("resnet101", TABLE, CPU)

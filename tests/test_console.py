@@ -83,7 +83,7 @@ def test_tables_have_tabs_in_a_pipe_and_headings_on_a_terminal(capsys, monkeypat
 def test_a_table_on_a_narrow_terminal_loses_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("COLUMNS", "30")
-    console.table(("name", "licence", "place"), [("code-9-refiner", "CC BY-NC-SA 4.0", "x" * 40)])
+    console.table(("name", "licence", "path"), [("code-9-refiner", "CC BY-NC-SA 4.0", "x" * 40)])
     shown = sys.stdout.getvalue()
     assert "code-9-refiner" in shown and "…" not in shown
     assert shown.count("x") == 40
@@ -122,11 +122,11 @@ def test_nothing_printed_steers_a_terminal_or_forges_a_line(text, capsys):
 
 def test_lines_of_standard_input(monkeypatch):
     content = io.BytesIO(b"caf\xe9\nb\n")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content, encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content, encoding="utf-8"))
     assert list(console.input_lines()) == ["caf\udce9\n", "b\n"]
     monkeypatch.setattr(console, "LONGEST_LINE", 1 << 20)
     for length, ending in (((1 << 20) - 1, "\n"), ((1 << 20) + 1, "")):
-        monkeypatch.setattr("sys.stdin", io.StringIO("x" * length + ending))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("x" * length + ending))
         with nullcontext() if ending else pytest.raises(InputError, match="more than 1 million characters"):
             list(console.input_lines())
 

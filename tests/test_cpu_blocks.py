@@ -110,7 +110,7 @@ def test_they_stand_in_where_bf16_is_computed_in(precision, stand_in):
 
 
 @torch.inference_mode()
-def test_a_placed_model_uses_them():
+def test_a_prepared_model_uses_them():
     models = reference.load("mini")
     prepare(models.tokenizer, models.transformer, CPU, "bf16")
     model = ScaleModel(models.transformer, [1], SampleConfig())

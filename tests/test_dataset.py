@@ -105,8 +105,8 @@ def last_names(images):
 
 
 @pytest.fixture
-def places(tmp_path):
-    """Places of images in every kind of store, the same byte for byte wherever the test runs."""
+def stores(tmp_path):
+    """Images in every kind of store, the same byte for byte wherever the test runs."""
     pixels = np.stack([image(seed, SIDE, SIDE) for seed in range(70, 74)])
     np.savez(tmp_path / "x.npz", pixels, np.array([3, 0, -1, 3]))
     more = fill(tmp_path / "unzipped", ["dogs/11.ppm", "birds/1.ppm"], ppm)
@@ -135,8 +135,8 @@ def places(tmp_path):
         ("pets wrapped", "98d620692ab6a4a6fb2963cb150878d5569b284225dae17e329db218bde8ec85"),
     ],
 )
-def test_training_knows_the_data_of_earlier_runs(places, chosen, fingerprint):
-    assert open_training([places[name] for name in chosen.split()]).fingerprint() == fingerprint
+def test_training_knows_the_data_of_earlier_runs(stores, chosen, fingerprint):
+    assert open_training([stores[name] for name in chosen.split()]).fingerprint() == fingerprint
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_training_knows_the_data_of_earlier_runs(places, chosen, fingerprint):
         ("x.tar x.npz more.zip wrapped pets", None, "a9eb8640e9831f476e15be539fd1e4e406869b0755312c6325fb4105d91e71f9"),
     ],
 )
-def test_evaluation_knows_the_images_of_earlier_runs(places, chosen, resize, fingerprint):
-    assert open_images([places[name] for name in chosen.split()], resize=resize).fingerprint() == fingerprint
+def test_evaluation_knows_the_images_of_earlier_runs(stores, chosen, resize, fingerprint):
+    assert open_images([stores[name] for name in chosen.split()], resize=resize).fingerprint() == fingerprint
 
 
 # --- training: layouts ---------------------------------------------------------------------------
@@ -283,9 +283,9 @@ def test_unlistable_class_folder_is_not_passed_over(folder):
 # --- what is found and what is left out ------------------------------------------------------------
 
 
-def link(place, target):
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to(target)
+def link(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
 
 
 def folder_of(*names, content=b""):
@@ -692,7 +692,7 @@ def test_order_is_that_in_which_torch_fidelity_takes_files(tmp_path):
     assert [f"{tmp_path.parent}/{name}" for name in names(open_images([tmp_path]))] == theirs
 
 
-def test_samples_are_the_same_list_in_every_kind_of_place(samples, tmp_path):
+def test_samples_are_the_same_list_in_every_kind_of_store(samples, tmp_path):
     with open_sink(str(tmp_path / "x.npz"), several=True) as npz:
         for seed in (3, 0, 5, 1, 4, 2):  # in another order
             npz.add(image(seed, SIDE, SIDE), SAMPLES[seed])

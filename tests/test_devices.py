@@ -1,5 +1,7 @@
 """Which precision "auto" takes, and what it says of it."""
 
+import platform
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_a_precision_is_told_where_images_depend_on_the_batch(device, precision,
     ],
 )
 def test_bf16_counts_where_the_processor_has_it(monkeypatch, machine, avx512, amx, onednn, expected):
-    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)

@@ -84,10 +84,10 @@ def test_one_process_is_its_own_group():
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     group = ProcessGroup(rank=5, world_size=8, local_rank=1)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert group.device("auto") == "auto"
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert group.device("auto") == group.device("cuda") == "cuda:1"
     assert group.device("cpu") == "cpu" and group.device("cuda:3") == "cuda:3"
 
@@ -97,17 +97,14 @@ def test_processes_share_gpus_where_they_are_more(monkeypatch, gpus, own):
     """Or where a launcher shows each its own alone; what torch takes for current is the one that is named."""
     current = []
     numbers = {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}
-    stubs = {
-        "torch.cuda.is_available": lambda: True,
-        "torch.cuda.device_count": lambda: gpus,
-        "torch.cuda.set_device": current.append,
-        "varcli.distributed.end_with_parent": lambda: None,
-        **{f"torch.distributed.{name}": lambda *_, **__: None for name in TALK},
-    }
     for name, value in numbers.items():
         monkeypatch.setenv(name, value)
-    for name, stub in stubs.items():
-        monkeypatch.setattr(name, stub)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(distributed, "end_with_parent", lambda: None)
+    for name in TALK:
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
     with process_group() as group:
         assert group.device("auto") == f"cuda:{own}"
     assert current == [f"cuda:{own}"]
@@ -117,16 +114,16 @@ TALK = ("init_process_group", "all_gather", "gather", "destroy_process_group")
 
 
 def test_an_error_is_handed_up_only_to_a_launcher(tmp_path, monkeypatch):
-    place = tmp_path / "error.json"
+    file = tmp_path / "error.json"
     assert not launched() and not report_error("no")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     assert not report_error("no")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not launched(), "some clusters set it for everything"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert launched() and report_error("yes")
-    assert '"message": "yes"' in place.read_text()
+    assert '"message": "yes"' in file.read_text()
 
 
 def test_only_what_a_rank_of_this_run_signed_is_unpickled(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def test_every_command_that_can_be_tried_works(page, tmp_path, monkeypatch, capf
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_the_python_examples_run(page, tmp_path, monkeypatch):
-    """In the order of the page; those marked `notest` need weights from a network or hours."""
+    """In the order of the page; those fenced `py` are left out, because they need weights from a network or hours."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VAR_CHECKPOINT", raising=False)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)

@@ -20,7 +20,7 @@ SIZE = len(CONTENT)
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with fake_hub.running() as server:
         server.files = {"x.npz": CONTENT}
         yield server
@@ -64,7 +64,7 @@ def test_a_line_that_breaks_often_still_gets_there(server, tmp_path, size):
 
 def test_what_came_before_a_lasting_break_is_kept(server, tmp_path, monkeypatch):
     server.break_every = 1000
-    monkeypatch.setattr("time.sleep", lambda seconds: setattr(server, "break_every", 0))
+    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(server, "break_every", 0))
     monkeypatch.setattr(downloads, "WAITS", (1,))
     with pytest.raises(CheckpointError, match="cannot download"):
         get(server, tmp_path)
@@ -147,7 +147,7 @@ def test_another_length_than_known_is_refused_before_the_transfer(server, tmp_pa
 
 
 def test_offline_is_told_at_once_and_leaves_nothing(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it was tried again"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it was tried again"))
     with pytest.raises(
         CheckpointError, match=r"cannot download x\.npz from http://127\.0\.0\.1:9/x\.npz: .*; bring it"
     ):

@@ -109,8 +109,8 @@ def test_images_made_measure_as_the_same_images_in_files(measure, tmp_path):
     made, _ = measure("--num-images", COUNT, "--reference", reference, "--fid", "--is", "--prc")
     sample("-c", "all", "-n", EACH, "-o", "made")
     sample("-c", "all", "-n", EACH, "-o", "made.npz")
-    for place in ("made", "made.npz"):
-        given, _ = measure(place, "--reference", reference, "--fid", "--is", "--prc")
+    for output in ("made", "made.npz"):
+        given, _ = measure(output, "--reference", reference, "--fid", "--is", "--prc")
         assert given["n"] == made["n"] == COUNT
         for name in ("fid", "inception_score", "precision", "recall"):
             assert given["metrics"][name] == pytest.approx(made["metrics"][name], rel=1e-9)
@@ -132,7 +132,7 @@ def test_the_order_of_images_changes_nothing(measure, tmp_path, monkeypatch):
     folder = photographs(tmp_path / "photographs")
     names = sorted(map(str, folder.iterdir()))
     wanted, _ = measure(folder, "--is")
-    monkeypatch.setattr("sys.stdin", StringIO("\n".join(reversed(names))))
+    monkeypatch.setattr(sys, "stdin", StringIO("\n".join(reversed(names))))
     found, _ = measure("-", "--is")
     assert found["metrics"] == wanted["metrics"]
 
@@ -201,7 +201,7 @@ def test_a_tokenizer_is_measured_by_spatial_features_too(measure, tmp_path, monk
 def test_images_made_are_kept_where_asked(measure, tmp_path):
     measure("--num-images", COUNT, "--is", "--save-images", "made")
     sample("-c", "all", "-n", EACH, "-o", "wanted")
-    found, wanted = ({path.name: path.read_bytes() for path in Path(place).iterdir()} for place in ("made", "wanted"))
+    found, wanted = ({path.name: path.read_bytes() for path in Path(folder).iterdir()} for folder in ("made", "wanted"))
     assert found.keys() == wanted.keys()
     assert found == wanted
 
@@ -293,11 +293,11 @@ def test_rejected_are_those_the_classifier_doubts_most(measure):
 def test_class_agreement_is_what_the_network_says_of_each_image(measure, tmp_path):
     images, labels = reference_images(20)
     for i, (image, entry) in enumerate(zip(images, labels, strict=True)):
-        folder = tmp_path / "pictures" / entry.wnid
+        folder = tmp_path / "images" / entry.wnid
         folder.mkdir(parents=True, exist_ok=True)
         pixels = ((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
         Image.fromarray(pixels).save(folder / f"{i}.png")
-    found, _ = measure("pictures", "--agreement", "--features", "efficientnet-lite0")
+    found, _ = measure("images", "--agreement", "--features", "efficientnet-lite0")
     known = torch.tensor(sorted({entry.id for entry in labels}))
     best = known[EfficientNetLite0()(images)[:, known].topk(5).indices]
     right = best == torch.tensor([entry.id for entry in labels])[:, None]
@@ -364,7 +364,7 @@ def test_killed_it_goes_on_where_it_was(measure, tmp_path, monkeypatch, capsys):
 def test_two_processes_find_what_one_finds(model, tmp_path):
     """For real: two processes that talk through gloo, and the true network with random weights."""
     weights = extractors.save(tmp_path / "inception.pth")
-    places = {"VAR_INCEPTION": str(weights), "XDG_CACHE_HOME": str(tmp_path / "cache"), "VAR_CHECKPOINT": str(model)}
+    variables = {"VAR_INCEPTION": str(weights), "XDG_CACHE_HOME": str(tmp_path / "cache"), "VAR_CHECKPOINT": str(model)}
     command = [
         sys.executable,
         "-m",
@@ -382,7 +382,7 @@ def test_two_processes_find_what_one_finds(model, tmp_path):
     for processes in ("1", "2"):
         words = [*command, "--nproc", processes, "--dtype", "fp32", "--device", "cpu", "--json", "--quiet"]
         streams = {"capture_output": True, "text": True}
-        done = subprocess.run(words, check=False, env=os.environ | places, cwd=tmp_path, timeout=300, **streams)
+        done = subprocess.run(words, check=False, env=os.environ | variables, cwd=tmp_path, timeout=300, **streams)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
     assert found[0]["metrics"] == pytest.approx(found[1]["metrics"], rel=1e-6)
@@ -519,7 +519,7 @@ def test_without_a_cache_it_measures_all_the_same(measure, tmp_path, below):
     kept, _ = measure("one", "--fid", "--is", "--reference", "two")
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / below).parent.mkdir(exist_ok=True)
-    (tmp_path / below).touch()  # in the place of a folder
+    (tmp_path / below).touch()  # in place of a folder
     found, err = measure("one", "--fid", "--is", "--reference", "two")
     assert found["metrics"] == kept["metrics"]
     assert err.count("measuring the reference two first, without keeping it: ") == 1

@@ -1,6 +1,7 @@
 """What measuring takes is known by name, leads to files, and the shipped reference is what it says."""
 
 import re
+import time
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_offline_says_what_to_do(tmp_path, monkeypatch, find, option):
     nowhere = Asset(name="x", address="http://127.0.0.1:9/x.pth", bytes=5, option=option)
     monkeypatch.setattr(module, "weights", lambda extractor: nowhere)
     monkeypatch.setattr(module, "references", lambda: {"x": nowhere})
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(CheckpointError, match=r"cannot download x\.pth from http://127\.0\.0\.1:9/x\.pth") as caught:
         find("x")
     assert option in str(caught.value)

@@ -85,11 +85,11 @@ def test_weights_are_known_by_their_hash(weights, network):
 
 
 class Code:
-    def __init__(self, place):
-        self.place = place
+    def __init__(self, path):
+        self.path = path
 
     def __reduce__(self):
-        return Path.touch, (self.place,)
+        return Path.touch, (self.path,)
 
 
 def test_no_code_in_the_file_is_run(tmp_path):

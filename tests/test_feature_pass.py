@@ -162,11 +162,11 @@ def test_fingerprints_tell_facts_apart():
     assert len({fingerprint(a=1), fingerprint(a=2), fingerprint(b=1), fingerprint(a="1")}) == 4
 
 
-@pytest.mark.parametrize("place", ["folder", "file/x"])
-def test_without_a_place_to_keep_it_nothing_is_kept(whole, tmp_path, place):
+@pytest.mark.parametrize("folder", ["folder", "file/x"])
+def test_without_a_folder_to_keep_it_nothing_is_kept(whole, tmp_path, folder):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    found = FeaturePass(PLAN, SHAPE, "same", tmp_path / place)
+    found = FeaturePass(PLAN, SHAPE, "same", tmp_path / folder)
     assert found.notice.startswith("measuring without saving progress: ")
     assert found.path is None
     found.run(make, Sums())
@@ -207,7 +207,7 @@ def test_what_belongs_together_is_made_together(whole, unit):
 
 
 class Threads(ProcessGroup):
-    """Threads in the place of processes."""
+    """Threads in place of processes."""
 
     meeting, said = threading.Barrier(2), [None, None]
 

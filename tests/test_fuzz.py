@@ -63,20 +63,20 @@ def damaged(content, random):
     content = bytearray(content)
     front = random.choice((64, 1024, len(content)))  # what says how to read the rest stands in front
     for _ in range(random.choice((1, 1, 4, 40))):
-        place = random.randrange(min(front, len(content)) or 1)
+        offset = random.randrange(min(front, len(content)) or 1)
         match random.randrange(6):
             case 0:
-                content[place : place + 1] = bytes([random.randrange(256)])
+                content[offset : offset + 1] = bytes([random.randrange(256)])
             case 1:
-                del content[place : place + random.choice((1, 8, 1000))]
+                del content[offset : offset + random.choice((1, 8, 1000))]
             case 2:
-                content[place:place] = content[place : place + random.choice((1, 8, 1000))]
+                content[offset:offset] = content[offset : offset + random.choice((1, 8, 1000))]
             case 3:
                 del content[random.randrange(len(content) + 1) :]
             case 4:
-                content[place : place + 8] = random.choice(WORDS)
+                content[offset : offset + 8] = random.choice(WORDS)
             case 5:
-                content[place:place] = random.choice(WORDS)
+                content[offset:offset] = random.choice(WORDS)
     return bytes(content)
 
 
@@ -94,9 +94,9 @@ def test_a_damaged_file_is_one_line(files, tmp_path, monkeypatch, capsys, name):
             break
         bad = tmp_path / name
         bad.write_bytes(damaged(good, random.Random(seed)))
-        places = {"bad": bad, "good": files, "out": tmp_path / "out"}
+        paths = {"bad": bad, "good": files, "out": tmp_path / "out"}
         for command in COMMANDS[name]:
-            words = [word.format(**places) for word in command]
+            words = [word.format(**paths) for word in command]
             try:
                 code = cli.run(words)
             except BaseException as error:

@@ -74,7 +74,7 @@ def test_what_is_off_is_not_told():
 
 
 @pytest.mark.parametrize(("length", "changed"), [(1, 0), (4, 2), (9, 4), (256, 128)])
-def test_half_of_the_tokens_change_places(length, changed):
+def test_half_of_the_tokens_are_permuted(length, changed):
     input_BlC = torch.randn(3, length, 5)
     other_BlC = damaged(input_BlC)
     differs_Bl = (other_BlC != input_BlC).any(-1)

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_another_tools_cache_is_used(server, tmp_path):
 
 
 def test_broken_connection_is_resumed(server, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server.break_after = 1000
     download(entry())
     assert server.log == [("vae.pth", None), ("vae.pth", "bytes=1000-"), ("var.pth", None)]
@@ -177,14 +179,14 @@ def test_a_hash_is_recorded_only_with_its_file(server, files, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("pathlib.Path.replace", full)
+        patched.setattr(Path, "replace", full)
         with pytest.raises(RunError, match="cannot store small"):
             download(entry())
     assert not (tmp_path / "varcli" / "sha256.json").exists()
 
 
 def test_a_busy_hub_is_asked_again(server, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server.refusals = [429, 503]
     assert download(entry()).exists()
 

@@ -19,14 +19,14 @@ def folder(tmp_path_factory):
     from torchvision.models import vgg16
 
     torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("weights")
+    weights = tmp_path_factory.mktemp("weights")
     with torch.device("meta"):
         names = vgg16(weights=None, init_weights=False).features.state_dict()
     vgg = {f"features.{name}": 0.05 * torch.randn(tensor.shape) for name, tensor in names.items()}
-    torch.save(vgg, place / VGG_FILE)
+    torch.save(vgg, weights / VGG_FILE)
     linear = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(WIDTHS)}
-    torch.save(linear, place / LINEAR_FILE)
-    return place
+    torch.save(linear, weights / LINEAR_FILE)
+    return weights
 
 
 @pytest.fixture

@@ -246,6 +246,7 @@ def test_what_cannot_be_measured_is_said_before(wanted, count, reference, messag
 
 
 def test_what_can_be_measured_passes():
+    """Nothing is raised."""
     metrics.check(EvalPlan(count=50), Inception.shape, SimpleNamespace(name="some", pool=None))
     metrics.check(EvalPlan(count=50, metrics=("is",)), Inception.shape, None)
     whole = SimpleNamespace(name="some", pool=torch.zeros(1000, 1))
@@ -267,6 +268,7 @@ def test_features_that_an_extractor_lacks_are_said_before(name, extractor, advic
 
 
 def test_features_that_an_extractor_has_pass():
+    """Nothing is raised."""
     metrics.check_features(("fid", "kid", "prc"), DinoV2.shape)
     metrics.check_features(("fid", "sfid", "is", "kid", "prc"), Inception.shape)
     metrics.check_features(("fid", "kid", "agreement"), EfficientNet.shape)

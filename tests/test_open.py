@@ -109,7 +109,7 @@ def test_one_image_has_the_name_it_was_given(here, out):
     ],
 )
 @posix
-def test_impossible_place_is_refused_before_any_image(here, out, several, kind, words):
+def test_impossible_output_is_refused_before_any_image(here, out, several, kind, words):
     (here / "file").write_bytes(b"precious")
     with pytest.raises(kind) as caught:
         open_sink(out, several=several)

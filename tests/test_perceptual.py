@@ -63,7 +63,7 @@ def test_efficientnet_knows_real_images():
     assert logits.shape[1] == len(imagenet())
 
 
-def test_efficientnet_brings_pictures_closer_to_what_they_show(pair):
+def test_efficientnet_brings_images_closer_to_what_they_show(pair):
     """Gradient descent on the pixels lowers the distance."""
     images, _ = reference_images(2)
     distance = perceptual_distance("efficientnet-lite0", None)

@@ -1,4 +1,4 @@
-"""`var sample`: what is asked for is what comes out, whatever the batch, the order, the place or the process."""
+"""`var sample`: what is asked for is what comes out, whatever the batch, the order, the sink or the process."""
 
 import io
 import json
@@ -148,7 +148,7 @@ def test_presets_and_what_overrides_them(sample):
     assert settings == {"default": (4.0, 900, 0.95), "metrics": (1.5, 900, 0.96), "mixed": (1.5, 0, 0)}
 
 
-def test_every_place_holds_the_same_pixels(sample, capsysbinary):
+def test_every_sink_holds_the_same_pixels(sample, capsysbinary):
     sample("-c", "1,985", "-n", 2, "--out", "folder/inside")
     sample("-c", "1,985", "-n", 2, "--out", "all.npz")
     sample("-c", "1,985", "-n", 2, "--out", "all.tar")
@@ -242,7 +242,7 @@ def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, cap
 
 
 @pytest.mark.parametrize(
-    ("places", "code"),
+    ("outputs", "code"),
     [
         (["--grid", "g.jpg"], 2),
         (["--grid", "no/g.png"], 5),
@@ -253,13 +253,13 @@ def test_a_sheet_takes_no_more_from_stdin_than_from_the_command_line(sample, cap
         (["--out", "file/folder/inside"], 5),
     ],
 )
-def test_places_are_checked_before_a_checkpoint_is_downloaded(sample, monkeypatch, tmp_path, places, code):
+def test_outputs_are_checked_before_a_checkpoint_is_downloaded(sample, monkeypatch, tmp_path, outputs, code):
     def download(*_, **__):
         raise AssertionError("several gigabytes")
 
     monkeypatch.setattr(model_pipeline, "resolve_checkpoint", download)
     (tmp_path / "file").touch()
-    assert cli.run(["sample", "-c", "1", *places]) == code
+    assert cli.run(["sample", "-c", "1", *outputs]) == code
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -117,7 +118,7 @@ def test_images_without_a_label_have_no_accuracy(var):
 def test_an_image_on_standard_input(var, monkeypatch, tmp_path):
     expected = var("classify", "207.png", "--top", 1).out.splitlines()[0].split("\t")
     content = BytesIO((tmp_path / "207.png").read_bytes())
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=content, isatty=lambda: False))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=content, isatty=lambda: False))
     assert var("classify", "-", "--top", 1).out.rstrip().split("\t") == ["-", "-", *expected[2:]]
 
 

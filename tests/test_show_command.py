@@ -1,6 +1,7 @@
 """`var show`: an image says how it was made."""
 
 import json
+import sys
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -162,7 +163,7 @@ def test_inputs_that_are_no_longer_what_they_were(tmp_path, capsys, monkeypatch)
 
 
 def test_an_image_on_standard_input(image, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=BytesIO(Path(image).read_bytes())))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=BytesIO(Path(image).read_bytes())))
     assert cli.run(["show", "-"]) == 0
     assert capsys.readouterr().out.startswith("checkpoint tiny64")
 

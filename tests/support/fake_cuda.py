@@ -26,10 +26,10 @@ Attention is one of the latter only with dropout."""
 @contextmanager
 def pretended(monkeypatch, *models):
     """Make tensors on CUDA possible, without values, and put models there that are on the meta device."""
-    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr("torch.Tensor.pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     # On a machine with a GPU kernels would be started on memory that is not there.
     monkeypatch.setattr(dispatch, "gpu_block", lambda device, dtype: GpuBlock)
     with FakeTensorMode():

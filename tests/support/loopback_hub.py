@@ -63,10 +63,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(self.server.refusals.pop(0), {"Retry-After": "0"})
             return
         asked = re.fullmatch(r"/FoundationVision/var/(resolve/main|bytes)/(.+)", self.path)
-        place, name = asked.groups() if asked else ("", self.path)
+        route, name = asked.groups() if asked else ("", self.path)
         if name not in self.server.files:
             self.reply(404, {"X-Error-Code": "EntryNotFound"})
-        elif place == "bytes":
+        elif route == "bytes":
             self.send_bytes(name, self.server.files[name])
         else:
             facts = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{self.server.etag(name)}"'}
