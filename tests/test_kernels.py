@@ -47,7 +47,7 @@ def test_they_compile_for_gpus_that_are_not_here(capability, half, tmp_path, mon
     sizes = dict.fromkeys(("length", "vector_stride", "row_stride", "head_stride", "positions", "parts"), "i32")
     types |= sizes | {"weight": f"*{half}", "bias": f"*{half}", "sums": "*fp32", "factors": "*fp32"}
     for kernel, constants in (
-        (triton_kernels._advance, {"width": 1920, "block": 2048, "adds": True}),
+        (triton_kernels._residual_norm, {"width": 1920, "block": 2048, "adds": True}),
         (triton_kernels._normalize, {"heads": 30, "block": 32, "channels": 64}),
         (triton_kernels._channel_sums, {"part": 512, "width": 160, "block": 256, "at_once": 16}),
         (triton_kernels._group_factors, {"width": 640, "size": 20, "block": 32, "parts_block": 512}),

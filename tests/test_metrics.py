@@ -9,7 +9,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from support import extractors as random_inception
 from varcli.errors import InputError, UsageError
 from varcli.evaluation import distances, metrics
-from varcli.evaluation.extractors import DinoV2, EfficientNet, Inception
+from varcli.evaluation.extractors import EXTRACTORS, DinoV2, EfficientNet, Inception, NoFeatures
 from varcli.evaluation.statistics import EvalPlan, FeatureShape, Statistics
 
 ALL = ("fid", "is", "kid", "prc")
@@ -138,7 +138,7 @@ def test_sfid_is_the_distance_of_adms_features(folders, features):
     root = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     traces = sum(np.square(side).sum() for side in centred)
     expected = np.square(ours.mean(0) - theirs.mean(0)).sum() + traces - 2 * root
-    assert metrics.figures(statistics, reference)["sfid"] == pytest.approx(expected, rel=1e-4)
+    assert metrics.compute_figures(statistics, reference)["sfid"] == pytest.approx(expected, rel=1e-4)
 
 
 # --- the Fréchet distance itself, of fewer features ------------------------------------------------
@@ -217,11 +217,11 @@ def test_the_function_is_torch_fidelitys():
 
 def test_figures_are_those_the_plan_names():
     reference = reference_of(drawn(40, 1))
-    assert list(metrics.figures(statistics_of(drawn(40, 0), ("prc",)), reference)) == ["precision", "recall"]
-    assert list(metrics.figures(statistics_of(drawn(40, 0)), reference)) == ["fid"]
+    assert list(metrics.compute_figures(statistics_of(drawn(40, 0), ("prc",)), reference)) == ["precision", "recall"]
+    assert list(metrics.compute_figures(statistics_of(drawn(40, 0)), reference)) == ["fid"]
     enough = statistics_of(drawn(distances.ENOUGH_FOR_A_LINE, 0))
-    assert list(metrics.figures(enough, reference)) == ["fid", "fid_infinity", "fid_bias"]
-    assert list(metrics.figures(statistics_of(drawn(7, 0)), reference)) == ["fid"]
+    assert list(metrics.compute_figures(enough, reference)) == ["fid", "fid_infinity", "fid_bias"]
+    assert list(metrics.compute_figures(statistics_of(drawn(7, 0)), reference)) == ["fid"]
 
 
 @pytest.mark.parametrize(
@@ -241,16 +241,16 @@ def test_what_cannot_be_measured_is_said_before(wanted, count, reference, messag
     pool = reference and reference[1] and torch.zeros(reference[1], 1)
     target = reference and SimpleNamespace(name="some", pool=pool, spatial=None)
     with pytest.raises(InputError) as refused:
-        metrics.check(EvalPlan(count=count, metrics=wanted), Inception.shape, target)
+        metrics.check_plan(EvalPlan(count=count, metrics=wanted), Inception.shape, target)
     assert str(refused.value) == message
 
 
 def test_what_can_be_measured_passes():
     """Nothing is raised."""
-    metrics.check(EvalPlan(count=50), Inception.shape, SimpleNamespace(name="some", pool=None))
-    metrics.check(EvalPlan(count=50, metrics=("is",)), Inception.shape, None)
+    metrics.check_plan(EvalPlan(count=50), Inception.shape, SimpleNamespace(name="some", pool=None))
+    metrics.check_plan(EvalPlan(count=50, metrics=("is",)), Inception.shape, None)
     whole = SimpleNamespace(name="some", pool=torch.zeros(1000, 1))
-    metrics.check(EvalPlan(count=1000, metrics=ALL), Inception.shape, whole)
+    metrics.check_plan(EvalPlan(count=1000, metrics=ALL), Inception.shape, whole)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +282,15 @@ def test_a_metric_that_does_not_exist_is_named():
 def test_spatial_statistics_of_another_network_are_refused():
     spatial = SimpleNamespace(mean=np.zeros(7))
     with pytest.raises(InputError, match="the reference some has 7 spatial features, and --sfid compares 2023"):
-        metrics.check(
+        metrics.check_plan(
             EvalPlan(count=50, metrics=("sfid",)), Inception.shape, SimpleNamespace(name="some", spatial=spatial)
         )
+
+
+def test_every_extractor_that_has_features_is_listed_with_its_frechet_distance():
+    assert EXTRACTORS.keys() - metrics.FEATURES.keys() == {NoFeatures.name}
+    for name, figures in metrics.FEATURES.items():
+        assert [EXTRACTORS[name].figure] == list(figures)
 
 
 def test_a_metric_is_one_row(monkeypatch):
@@ -298,5 +304,5 @@ def test_a_metric_is_one_row(monkeypatch):
     )
     monkeypatch.setitem(metrics.METRICS, "largest", row)
     pool = drawn(40, 0)
-    found = metrics.figures(statistics_of(pool, ("largest",)), None)
+    found = metrics.compute_figures(statistics_of(pool, ("largest",)), None)
     assert found == {"largest": pytest.approx(float(pool.double().mean(0).max()), rel=1e-9)}
