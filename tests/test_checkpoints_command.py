@@ -13,7 +13,7 @@ from varcli.checkpoints import store
 from varcli.checkpoints.conversion import class_table
 from varcli.checkpoints.random_init import randomized
 from varcli.checkpoints.registry import markdown_table, registry
-from varcli.checkpoints.safetensors_io import file_sha256, load_tensors
+from varcli.checkpoints.safetensors_io import checkpoint_sha256, load_tensors
 from varcli.checkpoints.store import load_model, recorded_hashes, save_model, save_tokenizer
 from varcli.cli import run
 from varcli.config import SampleConfig
@@ -91,7 +91,7 @@ def test_list_json(var, tmp_path):
 
 def test_list_and_show_mean_the_same_by_the_same_name(var, model_file, mini, tmp_path, monkeypatch):
     """The hash of a file's bytes is one thing, the hash of what it holds, which images name, another."""
-    classes, written = mini.transformer.config.class_count, file_sha256(model_file)
+    classes, written = mini.transformer.config.class_count, checkpoint_sha256(model_file)
     entry = replace(registry()["var-d16"], classes=classes, file_sha256=written)
     for module in (registering, store):
         monkeypatch.setattr(module, "registry", lambda: {"var-d16": replace(entry, depth=None)})

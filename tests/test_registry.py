@@ -76,7 +76,7 @@ def test_every_entry_is_whole():
 
 
 def test_bundled_file_is_as_registered():
-    from varcli.checkpoints.safetensors_io import file_sha256
+    from varcli.checkpoints.safetensors_io import checkpoint_sha256
     from varcli.checkpoints.store import describe, load_model
 
     entry = registry()["tiny64"]
@@ -86,7 +86,7 @@ def test_bundled_file_is_as_registered():
     assert facts["transformer"]["values"] == entry.parameters
     assert facts["classes"] == entry.classes
     assert facts["bytes"] <= 32_000_000
-    assert file_sha256(entry.path) == entry.file_sha256
+    assert checkpoint_sha256(entry.path) == entry.file_sha256
     assert load_model(entry.path).tokenizer.config.pixels == entry.pixels
 
 

@@ -18,7 +18,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
 
 from varcli.checkpoints.conversion import convert
 from varcli.checkpoints.registry import Entry, SourceFile, cache_folder
-from varcli.checkpoints.safetensors_io import file_sha256, load_header
+from varcli.checkpoints.safetensors_io import checkpoint_sha256, load_header
 from varcli.console import note
 from varcli.downloads import TIMEOUT, one_at_a_time, patiently, record, recorded, transfer, translated
 from varcli.errors import CheckpointError
@@ -100,7 +100,7 @@ def check(file: SourceFile, path: Path, reported: str) -> str:
     Raises:
         CheckpointError: it differs.
     """
-    found = file_sha256(path)
+    found = checkpoint_sha256(path)
     expected = recorded_sha256(file) or (reported if _is_sha256(reported) else found)
     if found != expected:
         raise CheckpointError(f"{file.name} has sha256 {found} instead of {expected}")

@@ -20,7 +20,7 @@ from varcli.files import parse_json
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def writing(path: Path) -> Iterator[Path]:
     """Yield where to write a checkpoint; give it the final name once the block ends well, else leave nothing.
 
     Raises:
@@ -40,7 +40,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         RunError: the disk is full, or the folder cannot be written.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(Path(path)) as part:
+    with writing(Path(path)) as part:
         save_file(plain, part, dict(metadata))
         _sort_metadata(part)
 
@@ -173,7 +173,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
+def checkpoint_sha256(path: Path) -> str:
     """Return the sha256, in hexadecimal, of a file's bytes.
 
     Raises:

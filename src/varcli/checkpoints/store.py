@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from varcli.checkpoints.registry import cache_folder, registry
 from varcli.checkpoints.safetensors_io import (
-    file_sha256,
+    checkpoint_sha256,
     load_header,
     load_tensors,
     reason,
@@ -334,7 +334,7 @@ def verify(path: Path, registered: str | None = None) -> dict[str, str]:
     Raises:
         CheckpointError: it is not.
     """
-    if registered and registered != file_sha256(path):
+    if registered and registered != checkpoint_sha256(path):
         raise CheckpointError(f"the checkpoint {path} is not the registered file, whose sha256 is {registered}")
     tensors, metadata = load_contents(path, ("tokenizer", "model"))
     hashes = recorded_hashes(tensors, metadata)

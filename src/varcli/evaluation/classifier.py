@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from varcli.acceleration.devices import out_of_memory
-from varcli.checkpoints.safetensors_io import file_sha256, load_tensors
+from varcli.checkpoints.safetensors_io import checkpoint_sha256, load_tensors
 from varcli.classes import ClassTable, imagenet
 from varcli.errors import CheckpointError, UsageError
 from varcli.models.efficientnet import EfficientNetLite0
@@ -112,7 +112,7 @@ def _torchscript(path: Path) -> tuple[nn.Module, str]:
             f"the classifier {path} is not a TorchScript file of torch.jit.save; weights alone are given as "
             "safetensors and with their model: resnet50:FILE.safetensors"
         ) from error
-    return network, file_sha256(path)
+    return network, checkpoint_sha256(path)
 
 
 def _efficientnet() -> tuple[nn.Module, str]:
@@ -136,7 +136,7 @@ def _torchvision(name: str, path: Path | None) -> tuple[nn.Module, str]:
             "resnet101, or one with its weights such as resnet50:FILE.safetensors"
         )
     weights = models.get_model_weights(name).DEFAULT
-    state, sha256 = (load_tensors(path)[0], file_sha256(path)) if path else _downloaded(name, weights)
+    state, sha256 = (load_tensors(path)[0], checkpoint_sha256(path)) if path else _downloaded(name, weights)
     inception = {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
     network = models.get_model(name, weights=None, **inception)
     last = list(network.state_dict())[-1]  # of the layer with a row for each class
@@ -160,7 +160,7 @@ def _downloaded(name: str, weights: Any) -> tuple[dict[str, Tensor], str]:
             f"the weights of {name} cannot be downloaded; put {weights.url} at {file}, or use --classifier self, which "
             "needs none"
         ) from error
-    sha256 = file_sha256(file)
+    sha256 = checkpoint_sha256(file)
     if not sha256.startswith(file.stem.rpartition("-")[2]):
         raise CheckpointError(f"the classifier's weights {file} are damaged; delete the file to download it again")
     return state, sha256

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from varcli import __version__
-from varcli.checkpoints.safetensors_io import file_sha256
+from varcli.checkpoints.safetensors_io import checkpoint_sha256
 from varcli.checkpoints.token_files import load_tokens, save_tokens, token_maps
 from varcli.config import SampleConfig
 from varcli.errors import InputError
@@ -166,7 +166,7 @@ def decode_file(model: Model, path: Path, file: str) -> tuple[int, Iterator[Imag
     name = "standard input" if file == "-" else file
     loaded = load_tokens(path, model.tokenizer_config, model.metadata["tokenizer_sha256"], name)
     maps = [idx_Bl.clone() for idx_Bl in loaded.maps]  # the file may go before they are decoded
-    images = decode(model, maps, file=file, names=loaded.names, inputs=(file_sha256(path),))
+    images = decode(model, maps, file=file, names=loaded.names, inputs=(checkpoint_sha256(path),))
     return len(loaded.names), images
 
 
