@@ -221,7 +221,7 @@ def test_torchvisions_models_see_what_they_were_trained_on(tmp_path, monkeypatch
     torch.manual_seed(0)
     plain = squeezenet1_1(weights=None).eval()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(classifier_module, "file_sha256", lambda path: "b8a52dc0")
+    monkeypatch.setattr(classifier_module, "checkpoint_sha256", lambda path: "b8a52dc0")
     (tmp_path / "checkpoints").mkdir()
     torch.save(plain.state_dict(), tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
     pixels = np.random.RandomState(0).randint(0, 256, (2, 64, 64, 3)).astype(np.uint8)
