@@ -1,13 +1,14 @@
-"""What each approximation of `--approximate` brings and what it costs, against the same model without any.
+"""What each approximation of `--approximate` saves and what it costs, against the same model without any.
 
     python benchmarks/approximations.py [--checkpoint NAME|FILE] [--device cpu] [--dtype fp32] [--images 8] [--json]
     python benchmarks/approximations.py --refiner NAME|FILE|DEPTH   # instead: a refiner from each of the last scales on
 
-Speed: seconds an image, pixels included, all taking turns in every round; medians of the rounds. Price, of the late
-scales: logits from the same tokens, which were drawn without any approximation (mean difference in standard
-deviations of the logits, how often the best token is the same, and the KL divergence in nats), and how many tokens
-are the same when each draws its own with the same numbers. Without a checkpoint the models have the released d16's
-shape and random weights: right for speed, and little more than noise for the price.
+Speed: seconds per image, decoding included, interleaved round by round; medians over the rounds. Price, for the last
+two scales: how far the logits differ given the same tokens, which were sampled without any approximation (mean
+difference in standard deviations of the logits, how often the most likely token is the same, and the KL divergence in
+nats), and how many tokens are the same when each samples its own with the same random numbers. Without a checkpoint
+the models have the released d16's shape and random weights: right for speed, and little more than noise for the
+price.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from models import named_models
 from sampling import CONFIG
-from subjects import named_models
 from tables import print_rows
 from torch import Tensor
 
@@ -40,16 +41,16 @@ APPROXIMATED = {
 
 @dataclass(frozen=True)
 class Price:
-    """How one image's late scales differ, each figure the mean over their tokens."""
+    """How the last two scales of one image differ, each figure the mean over their tokens."""
 
     difference: float
-    same_best: float
+    same_most_likely: float
     divergence: float
-    same_drawn: float
+    same_sampled: float
 
 
 def late_logits(model: ScaleModel, inputs: list[Tensor | None]) -> Tensor:
-    """Return the logits (N, V) of the late scales, all their tokens one after the other."""
+    """Return the logits (N, V) of the last two scales, concatenated."""
     found = [model.logits(scale, given)[0] for scale, given in enumerate(inputs)]
     return torch.cat(found[-LATE:])
 
@@ -66,7 +67,7 @@ def price(models: Models, config: SampleConfig, wanted: Wanted, refiner: Transfo
     late = refiner if refiner is not None and config.refiner else transformer
     ours_NV = late_logits(ApproximateScaleModel(late, rows, config), inputs)
     theirs_NV = late_logits(ScaleModel(transformer, rows, config), inputs)
-    if config.refiner:  # what is late and not the refiner's is exact
+    if config.refiner:  # the scales before the refiner's are exact
         own = sum(lengths[len(lengths) - LATE : config.refine_from - 1])
         ours_NV[:own] = theirs_NV[:own]
     divergence = torch.nn.functional.kl_div(
@@ -86,7 +87,7 @@ Variants = dict[str, SampleConfig]
 
 
 def refined(transformer: Transformer) -> Variants:
-    """Return one setting for each of the last scales, from which on a refiner draws."""
+    """Return one setting for each of the last scales, from which on the refiner samples."""
     scales = len(transformer.config.sides)
     configs = {f"refine-from {k}": replace(CONFIG, refiner="it", refine_from=k) for k in range(scales - 3, scales + 1)}
     return {"none": CONFIG} | configs
@@ -95,7 +96,7 @@ def refined(transformer: Transformer) -> Variants:
 def speeds(
     models: Models, variants: Variants, images: int, rounds: int, refiner: Transformer | None
 ) -> dict[str, float]:
-    """Return the median seconds an image of each variant."""
+    """Return the median seconds per image of each variant."""
     samplers = {name: BatchSampler(*models, config, refiner=refiner) for name, config in variants.items()}
     device = models[1].pos_start.device
     taken: dict[str, list[float]] = {name: [] for name in variants}
@@ -105,13 +106,13 @@ def speeds(
             begin = time.perf_counter()
             for _ in sampler.images(Wanted(0, seed) for seed in range(images)):
                 pass
-            if turn > 0:  # the first one warms up
+            if turn > 0:  # the first round warms up
                 taken[name].append((time.perf_counter() - begin) / images)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def measure(models: Models, images: int, rounds: int, refiner: Transformer | None) -> list[dict[str, object]]:
-    """Return one row a variant."""
+    """Return one row per variant."""
     variants = refined(models[1]) if refiner is not None else APPROXIMATED
     seconds, classes = speeds(models, variants, images, rounds, refiner), models[1].config.class_count
     rows: list[dict[str, object]] = []
@@ -119,13 +120,13 @@ def measure(models: Models, images: int, rounds: int, refiner: Transformer | Non
         prices = [price(models, config, Wanted(37 * seed % classes, seed), refiner) for seed in range(images)]
         rows.append(
             {
-                "approximate": name,
-                "seconds an image": round(seconds[name], 4),
+                "approximation": name,
+                "seconds per image": round(seconds[name], 4),
                 "times faster": round(seconds["none"] / seconds[name], 2),
                 "logits differ, std": round(statistics.fmean(p.difference for p in prices), 4),
-                "same best": round(statistics.fmean(p.same_best for p in prices), 4),
+                "same most likely token": round(statistics.fmean(p.same_most_likely for p in prices), 4),
                 "KL": round(statistics.fmean(p.divergence for p in prices), 4),
-                "same drawn": round(statistics.fmean(p.same_drawn for p in prices), 4),
+                "same sampled": round(statistics.fmean(p.same_sampled for p in prices), 4),
             }
         )
     return rows
@@ -138,9 +139,9 @@ def main() -> None:
     parser.add_argument("--refiner", help="name or file, or the depth of one with random weights")
     parser.add_argument("--device", default="auto", help="where to measure")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")
-    parser.add_argument("--images", type=int, default=8, help="how many, in each round and for the price")
+    parser.add_argument("--images", type=int, default=8, help="number of images, in each round and for the price")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     device = pick_device(given.device)
     name, models = named_models(given.checkpoint)

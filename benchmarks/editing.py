@@ -1,10 +1,10 @@
-"""Seconds an edit beside seconds a sample at the same settings, and one tokenizer encode, in one run.
+"""Seconds per edit beside seconds per sample with the same settings and seconds per tokenizer encode.
 
     python benchmarks/editing.py [--checkpoint NAME|FILE] [--rounds 5] [--json]
 
-Measures the released d16's shape at 256 px with random weights or, given one, a checkpoint. All take turns
-in every round, so that a machine that is busy for a while is so for all of them. The promise is that an
-edit takes at most 1.15 × a sample plus one encode for each square; it is measured for one hole and for many.
+Measures the released d16's shape at 256 px with random weights or, if given, a checkpoint. All are interleaved round
+by round, so that a machine that is busy for a while slows down all of them. The bound is that an edit takes at most
+1.15 × a sample plus one encode for each square; it is measured for one hole and for many.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from models import named_models
 from sampling import CONFIG, CPU
-from subjects import named_models
 from tables import print_rows
 
 from varcli.acceleration.dispatch import prepare
@@ -26,13 +26,13 @@ from varcli.sampling.batching import BatchSampler
 from varcli.sampling.editing import Editor
 from varcli.sampling.reconstruction import encode
 
-PROMISED = 1.15
+BOUND = 1.15
 HOLES = 50
 """Far apart, each with a square of its own."""
 
 
 def variants(models: Models) -> dict[str, Callable[[int], object]]:
-    """Return what is measured, and what does it with a seed."""
+    """Return what is measured, by name, as functions of a seed."""
     prepare(*models, CPU, "fp32")
     pixels = models[0].config.pixels
     image = np.random.RandomState(0).randint(0, 256, (pixels, pixels, 3)).astype(np.uint8)
@@ -50,7 +50,7 @@ def variants(models: Models) -> dict[str, Callable[[int], object]]:
 
 
 def measure(models: Models, rounds: int) -> dict[str, object]:
-    """Return median seconds of each, and the edit's as a multiple of what is promised."""
+    """Return the median seconds of each, and the edits' as a multiple of the bound."""
     runs = variants(models)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
@@ -60,12 +60,12 @@ def measure(models: Models, rounds: int) -> dict[str, object]:
             if turn > 0:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    promised = PROMISED * medians["sample"] + medians["encode"]
+    bound = BOUND * medians["sample"] + medians["encode"]
     row: dict[str, object] = {f"seconds {name}": round(median, 3) for name, median in medians.items()}
     return row | {
-        "promised": round(promised, 3),
-        "edit / promised": round(medians["edit"] / promised, 2),
-        "holes / promised": round(medians["holes"] / promised / HOLES, 2),
+        "bound": round(bound, 3),
+        "edit / bound": round(medians["edit"] / bound, 2),
+        "holes / bound": round(medians["holes"] / bound / HOLES, 2),
     }
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     name, models = named_models(given.checkpoint)
     with torch.inference_mode():

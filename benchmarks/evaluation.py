@@ -1,16 +1,15 @@
-"""Images a second of feature extraction, and of sampling and measuring, against torch-fidelity's.
+"""Images per second of feature extraction, and of sampling with evaluation, compared with torch-fidelity.
 
     python benchmarks/evaluation.py [--inception FILE] [--count 64] [--rounds 3] [--device cpu] [--json]
     python benchmarks/evaluation.py --pipeline N [--checkpoint NAME|FILE] …
 
-The first compares features alone: ours, and torch-fidelity's extractor with the batches its command line
-takes. The second compares whole ways from a checkpoint to FID and inception score: `var eval`, which measures
-images as it makes them, and `var sample` to PNGs followed by torch-fidelity's command line on the folder.
-All are processes of their own, and both ways find the reference's statistics in their caches, where the round
-that warms up leaves them.
+The first compares feature extraction alone: ours, and torch-fidelity's extractor with the batch size of its command
+line. The second compares two pipelines from a checkpoint to FID and inception score: `var eval`, which extracts
+features while it samples, and `var sample` to PNGs followed by torch-fidelity's command line on the folder. Each runs
+in its own processes, and both find the reference's statistics in their caches, where the warm-up round leaves them.
 
-All take turns in every round, so that a machine that is busy for a while is so for all of them. Without
-weights given, random ones do: they cost the same.
+All are interleaved round by round, so that a machine that is busy for a while slows down all of them. Unless weights
+are given, they are random: they cost the same.
 """
 
 import argparse
@@ -37,13 +36,13 @@ from varcli.checkpoints.store import load_model
 from varcli.evaluation.extractors import Inception
 
 THEIR_BATCH = 64
-"""What torch-fidelity's command line takes."""
+"""The batch size of torch-fidelity's command line."""
 
 Row = dict[str, object]
 
 
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each run in each round; a first round warms up."""
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each run in each round; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -55,12 +54,12 @@ def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
 
 
 def rows(seconds: dict[str, list[float]], count: int, slow: str) -> list[Row]:
-    """Return a row for each that took turns: median images a second, and times the slow one's, round by round."""
+    """Return a row per run: median images per second, and the speedup over the slow one within a round."""
     return [
         {
             "what": name,
             "images/s": round(count / statistics.median(taken), 2),
-            f"times {slow}": round(
+            "times faster": round(
                 statistics.median(other / own for own, other in zip(taken, seconds[slow], strict=True)), 2
             ),
         }
@@ -72,7 +71,7 @@ def rows(seconds: dict[str, list[float]], count: int, slow: str) -> list[Row]:
 
 
 def extraction(weights: Path, count: int, rounds: int, device: torch.device) -> list[Row]:
-    """Return images a second of both extractors, on images as large as tiny64's and as the released models'."""
+    """Return images per second of both extractors, on images of tiny64's size and of the released models'."""
     ours = Inception(weights, device)
     asked = ["2048", "logits_unbiased"]
     theirs = FeatureExtractorInceptionV3("", asked, feature_extractor_weights_path=str(weights)).to(device)
@@ -89,16 +88,16 @@ def extraction(weights: Path, count: int, rounds: int, device: torch.device) -> 
             ours.features(pixels).pool_BN.cpu()
             synchronize(device)
 
-        seconds = in_turns({"torch-fidelity": plain, "varcli": fast}, rounds)
+        seconds = interleaved({"torch-fidelity": plain, "varcli": fast}, rounds)
         found += [{"pixels": side} | row for row in rows(seconds, count, "torch-fidelity")]
     return found
 
 
-# --- the whole way ---------------------------------------------------------------------------------
+# --- the whole pipeline ----------------------------------------------------------------------------
 
 
 def pipeline(weights: Path, checkpoint: str, each: int, rounds: int, device: torch.device) -> list[Row]:
-    """Return images a second from a checkpoint to FID and inception score, `each` of every class, by both ways."""
+    """Return images per second from a checkpoint to FID and inception score, `each` per class, of both pipelines."""
     count = each * load_model(resolve_checkpoint(checkpoint)).transformer.config.class_count
     with tempfile.TemporaryDirectory() as name:
         folder, seeds = Path(name), iter(range(0, 1000 * each, each))  # no round finds images of an earlier one
@@ -118,15 +117,15 @@ def pipeline(weights: Path, checkpoint: str, each: int, rounds: int, device: tor
             inputs = ("--input1", made, "--input2", reference, "--feature-extractor-weights-path", weights)
             call("fidelity", *where, "--isc", "--fid", *inputs, *cache, cache=folder / "ours")
 
-        seconds = in_turns({SLOW_WAY: theirs, "var eval": ours}, rounds)
-    return [{"images": count} | row for row in rows(seconds, count, SLOW_WAY)]
+        seconds = interleaved({SAMPLE_FIRST: theirs, "var eval": ours}, rounds)
+    return [{"images": count} | row for row in rows(seconds, count, SAMPLE_FIRST)]
 
 
-SLOW_WAY = "var sample, then fidelity"
+SAMPLE_FIRST = "var sample, then fidelity"
 
 
 def call(program: str, *words: object, cache: Path) -> None:
-    """Run a program that stands beside this Python, with a cache of its own."""
+    """Run a program of this Python's environment, with its own cache."""
     command = [str(Path(sys.executable).with_name(program)), *map(str, words)]
     where = os.environ | {"XDG_CACHE_HOME": str(cache)}
     subprocess.run(command, check=True, env=where, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -135,13 +134,13 @@ def call(program: str, *words: object, cache: Path) -> None:
 def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights; random ones without")
-    parser.add_argument("--count", type=int, default=64, help="images of which features are extracted")
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights; random unless given")
+    parser.add_argument("--count", type=int, default=64, help="number of images whose features are extracted")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    parser.add_argument("--device", default="cpu", help="where")
-    parser.add_argument("--pipeline", type=int, metavar="N", help="the whole way instead, for N images of each class")
-    parser.add_argument("--checkpoint", default="tiny64", help="name or file of what makes the images")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--pipeline", type=int, metavar="N", help="measure pipelines instead, with N images per class")
+    parser.add_argument("--checkpoint", default="tiny64", help="name or file of the model to sample from")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     device = pick_device(given.device)
     with tempfile.TemporaryDirectory() as folder:

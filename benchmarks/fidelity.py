@@ -1,9 +1,9 @@
-"""What 16 and 8 bits cost: logits in each precision beside float32, on the same tokens.
+"""What 16 and 8 bits cost: logits in each precision compared with float32, given the same tokens.
 
     python benchmarks/fidelity.py [--checkpoint NAME|FILE] [--images 4] [--device auto] [--json]
 
-Tokens drawn in float32 are forced on all precisions, since free-running ones diverge after the first that
-is drawn differently. Without a checkpoint the d16's shape with random weights.
+All precisions are teacher-forced on tokens sampled in float32, since free-running ones diverge after the first token
+that is sampled differently. Without a checkpoint the models have the d16's shape and random weights.
 """
 
 import argparse
@@ -11,8 +11,8 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from models import Models, named_models
 from sampling import CONFIG
-from subjects import Models, named_models
 from tables import print_rows
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def precisions(device: torch.device) -> list[str]:
 
 @torch.inference_mode()
 def logits(models: Models, row: int, tokens: Sequence[Tensor]) -> Tensor:
-    """Return the guided logits (L, V) of all scales after these token maps, on the CPU."""
+    """Return the guided logits (L, V) of all scales given these token maps, on the CPU."""
     model, quantizer = ScaleModel(models[1], [row], CONFIG), models[0].quantize
     given = quantizer.teacher_input([token_map.to(model.class_RD.device) for token_map in tokens])
     inputs = [None, *given.split([side * side for side in quantizer.sides[1:]], dim=1)]
@@ -41,7 +41,7 @@ def logits(models: Models, row: int, tokens: Sequence[Tensor]) -> Tensor:
 
 
 def compare(plain: Models, images: int, device: torch.device) -> list[dict[str, object]]:
-    """Return one row a precision: how far its logits are from those in float32."""
+    """Return one row per precision: how far its logits are from those in float32."""
     exact = copy.deepcopy(plain)
     prepare(*exact, device, "fp32")
     rows = [seed * 7 % plain[1].config.class_count for seed in range(images)]
@@ -58,7 +58,7 @@ def compare(plain: Models, images: int, device: torch.device) -> list[dict[str, 
                 "precision": precision,
                 "mean difference": f"{(low - high).abs().mean():.2g}",
                 "standard deviation of logits": f"{high.std():.3g}",
-                "same best token": f"{100 * (low.argmax(-1) == high.argmax(-1)).float().mean():.1f} %",
+                "same most likely token": f"{100 * (low.argmax(-1) == high.argmax(-1)).float().mean():.1f} %",
                 "KL, nats": f"{divergence.sum(-1).mean():.1g}",
             }
         )
@@ -69,9 +69,9 @@ def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
-    parser.add_argument("--images", type=int, default=4, help="of how many images the tokens are")
+    parser.add_argument("--images", type=int, default=4, help="number of images")
     parser.add_argument("--device", default="auto", help="where to compute")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     name, models = named_models(given.checkpoint)
     rows = compare(models, given.images, pick_device(given.device))

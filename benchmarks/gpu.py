@@ -1,27 +1,28 @@
-"""All that is to be known about a GPU, in one run of less than ten minutes: speed, memory, what each part brings.
+"""Speed and memory on a GPU, and what each optimization contributes, in one run of less than ten minutes.
 
     python benchmarks/gpu.py [--dtype bf16] [--seconds 4] [--limit 560] [--json gpu.json]
-    python benchmarks/gpu.py --device cpu --quick          # models of no size, to see that it works
+    python benchmarks/gpu.py --device cpu --quick          # tiny models, to check that it runs
 
-It measures models of released shapes with random weights, which cost what trained ones cost, on images of the
-paper's settings, pixels in the host's memory. The ways to make them take turns in every round; medians.
+It measures models of released shapes with random weights, which cost what trained ones cost, sampling images with the
+paper's settings into the host's memory. The ways to sample them are interleaved round by round; figures are medians.
 
-recorded     what `var sample` does: fused blocks, Triton's kernels, CUDA graphs; pixels fetched meanwhile
-no Triton    the same with torch's operations instead of the kernels in varcli/models
-eager        without graphs
-plain blocks the same without fused blocks either: the readable loop, in batches
-plain twin   the specification: one image at a time in float32, without a cache
-int8, approximate … what `--quantize int8` and each `--approximate` make of `recorded`
-raster       the same transformer token by token, recorded: the baseline of `var bench --vs raster`
+captured     what `var sample` does: fused blocks, Triton kernels, CUDA graphs; pixels are copied meanwhile
+no Triton    as captured, but with torch's operations instead of the kernels in varcli/acceleration
+eager        as captured, but without CUDA graphs
+plain blocks as eager, but without fused blocks: the readable loop, in batches
+naive        the naive sampler, which is the specification: one image at a time in float32, without a cache
+int8, approximate … captured with `--quantize int8` and with each `--approximate`
+raster       the same transformer token by token, captured: the baseline of `var bench --vs raster`
 
-`latency` is from the request to the last pixel with nothing else under way, `images/s` is with batches one after
-the other, `MFU` their operations (see `varcli/benchmarking/operations.py`) over those of plain matrix products, which
-are measured in every round. `times plain` and `times recorded` compare images/s with those of plain blocks and of
-`recorded` in the same rounds, `times twin` latencies with the plain twin's. `peak` is of memory with the models and
-`recorded` alone on the GPU. `training` is `var train transformer`, with each of its options for speed.
+`latency` is from the request to the last pixel of a batch that runs alone, `images/s` is the throughput of batches in
+a row, and `MFU` is their rate of operations (see `varcli/benchmarking/flops.py`) as a fraction of the rate of plain
+matrix products, which is measured in every round. `times plain` and `times captured` are the speedups in images/s
+over plain blocks and over captured, `times naive` is the speedup in latency over the naive sampler. `peak` is the
+peak memory with only the models and captured on the GPU. `training` is `var train transformer` with each of its
+options for speed.
 
-What matters most comes first. A part or a way that fails is noted down, and the others are measured; what is not begun
-before `--limit` is left out. The JSON file is written after every part.
+The most important parts come first. If a part or a way fails, that is reported and the others are measured; parts that
+have not begun before `--limit` are left out. The JSON file is written after every part.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from gpu_book import Book, Row, age
-from gpu_parts import beside_recorded, decoder_choices, differing, frozen, machine, measure, tried, whole_pipeline
+from gpu_log import Log, Row, elapsed
+from gpu_parts import beside_captured, decoder_choices, differing, frozen, machine, measure, tried, whole_pipeline
 from gpu_training import training
 from gpu_ways import CONFIG, Run, main_ways
 from tables import print_rows
@@ -45,7 +46,7 @@ from varcli.config import APPROXIMATIONS
 
 @dataclass(frozen=True)
 class Target:
-    """What a GPU is to reach."""
+    """A bound on one of the figures."""
 
     model: str
     batch: int
@@ -54,10 +55,10 @@ class Target:
     at_most: bool = False
 
     def row(self, speed: Sequence[Row]) -> Row:
-        """Return what was found of it, and whether that will do."""
+        """Return the measured figure, and whether it meets the target."""
         target = f"{self.model}, {self.batch} at a time: {self.figure} {'<=' if self.at_most else '>='} {self.bound:g}"
-        place = {"model": self.model, "batch": self.batch, "way": "recorded"}
-        found = [row[self.figure] for row in speed if place.items() <= row.items()]
+        wanted = {"model": self.model, "batch": self.batch, "way": "captured"}
+        found = [row[self.figure] for row in speed if wanted.items() <= row.items()]
         if not found or not isinstance(found[0], int | float):
             return {"target": target, "found": "not measured", "holds": None}
         holds = found[0] <= self.bound if self.at_most else found[0] >= self.bound
@@ -69,7 +70,7 @@ TARGETS = (
     Target("d16", 64, "images/s", 250),
     Target("d30", 64, "images/s", 60),
     Target("d30", 64, "peak GB", 26, at_most=True),
-    Target("d16", 1, "times twin", 3),
+    Target("d16", 1, "times naive", 3),
     Target("d16", 64, "times plain", 2),
 )
 
@@ -77,28 +78,28 @@ Parts = dict[str, Callable[[], None]]
 
 
 def all_parts(run: Run) -> Parts:
-    """Return what is measured, by name, the most important first."""
-    models = lru_cache(maxsize=1)(run.models)  # those of one depth, so that the others are in nobody's peak
+    """Return the parts by name, the most important first."""
+    models = lru_cache(maxsize=1)(run.models)  # of one depth at a time, or the peak memory includes the others
     large, others = (2, ()) if run.quick else (64, (256, 128, 8))
-    book, found = run.book, Parts()
+    log, found = run.log, Parts()
 
     def main(part: str, depth: int, batch: int) -> None:
         made = models(depth)
         makers = main_ways(run, made, batch, depth)
-        book.speed.extend(measure(run, part, f"d{depth}", made, batch=batch, makers=makers))
+        log.speed.extend(measure(run, part, f"d{depth}", made, batch=batch, makers=makers))
 
     def beside(part: str, way: str, batch: int) -> None:
-        book.speed.extend(beside_recorded(run, part, models(16), batch, way))
+        log.speed.extend(beside_captured(run, part, models(16), batch, way))
 
     def raster(part: str, batch: int) -> None:
-        with frozen():  # a graph for each token is recorded
+        with frozen():  # a graph is captured for each token
             beside(part, "raster", batch)
 
     for depth, batch in ((16, 1), (16, large), (30, large), (30, 1)):
         part = f"d{depth}, {batch} at a time"
         found[part] = partial(main, part, depth, batch)
-    found["pipeline"] = lambda: book.keep({"pipeline": whole_pipeline(run, models(16), large)})
-    found["training"] = lambda: book.keep({"training": training(run, "training", 16, large)})
+    found["pipeline"] = lambda: log.keep({"pipeline": whole_pipeline(run, models(16), large)})
+    found["training"] = lambda: log.keep({"training": training(run, "training", 16, large)})
     for way in ("int8", *(f"approximate {name}" for name in APPROXIMATIONS)):
         for batch in (1, large):
             part = f"d16, {batch} at a time, {way}"
@@ -106,8 +107,8 @@ def all_parts(run: Run) -> Parts:
     for batch in others:
         part = f"d16, {batch} at a time"
         found[part] = partial(main, part, 16, batch)
-    found["batches"] = lambda: book.keep({"batches": differing(models(16), large)})
-    found["decoder"] = lambda: book.keep({"decoder": decoder_choices(run, models(16), min(large, 16))})
+    found["batches"] = lambda: log.keep({"batches": differing(models(16), large)})
+    found["decoder"] = lambda: log.keep({"decoder": decoder_choices(run, models(16), min(large, 16))})
     for batch in (1, large):
         part = f"d16, {batch} at a time, raster"
         found[part] = partial(raster, part, batch)
@@ -115,55 +116,55 @@ def all_parts(run: Run) -> Parts:
 
 
 def do(run: Run, parts: Parts) -> None:
-    """Do one part after the other, with everything on the disk in between."""
+    """Measure one part after the other, and write the file in between."""
     for part, work in parts.items():
-        if run.book.begin(part):
+        if run.log.begin(part):
             tried(run, part, work)
-            run.book.keep(summary(run.book.speed))
-            run.book.end(part)
+            run.log.keep(summary(run.log.speed))
+            run.log.end(part)
 
 
 def summary(speed: Sequence[Row]) -> Row:
-    """Return what follows from the figures there are so far."""
+    """Return what follows from the figures so far."""
     rates = [rate for row in speed if isinstance(rate := row["matmul TFLOP/s"], int | float)]
     rate = statistics.median(rates) if rates else None
-    return {"matmul TFLOP/s": rate, "seconds": age(), "targets": [target.row(speed) for target in TARGETS]}
+    return {"matmul TFLOP/s": rate, "seconds": elapsed(), "targets": [target.row(speed) for target in TARGETS]}
 
 
-def print_all(book: Book) -> None:
-    """Print what was found as tables, the parts that are not among it, and the targets."""
-    facts = {name: value for name, value in book.found.items() if isinstance(value, str | int | float)}
+def print_all(log: Log) -> None:
+    """Print the results as tables, the parts that are missing, and the targets."""
+    facts = {name: value for name, value in log.found.items() if isinstance(value, str | int | float)}
     sys.stdout.write(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n\n")
     for part in ("speed", "pipeline", "training", "batches", "decoder"):
-        found: Any = book.found.get(part)
+        found: Any = log.found.get(part)
         if found:
             print_rows(found if isinstance(found, list) else [found], as_json=False)
             sys.stdout.write("\n")
-    for part, row in book.parts.items():
+    for part, row in log.parts.items():
         if row["outcome"] != "done":
             sys.stdout.write(f"{part}: {row['outcome']}\n")
     words: dict[object, str] = {True: "holds", False: "fails", None: ""}
-    for row in (target.row(book.speed) for target in TARGETS):
+    for row in (target.row(log.speed) for target in TARGETS):
         sys.stdout.write(f"{row['target']:<44}{row['found']!s:>13} {words[row['holds']]}".rstrip() + "\n")
 
 
 def main() -> None:
-    """Measure and print tables; write everything as JSON where that is asked for."""
+    """Measure and print tables; write everything as JSON if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="where to measure")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), help="the GPU's own choice without it")
-    parser.add_argument("--seconds", type=float, default=4, help="for each way at each size of batch")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), help="precision; by default the best for the GPU")
+    parser.add_argument("--seconds", type=float, default=4, help="time for each way at each batch size")
     parser.add_argument("--limit", type=float, default=560, help="seconds after which no part is begun")
-    parser.add_argument("--quick", action="store_true", help="models of no size, once")
-    parser.add_argument("--json", type=Path, help="a file for everything, written after each part")
+    parser.add_argument("--quick", action="store_true", help="tiny models, to check that it runs")
+    parser.add_argument("--json", type=Path, help="file for all results, written after each part")
     given = parser.parse_args()
     device = pick_device(given.device)
     precision = given.dtype or (pick_dtype("auto", device) if device.type == "cuda" else "bf16")
-    book = Book(given.json, given.limit)
-    run = Run(device, precision, given.quick, 0 if given.quick else given.seconds, book)
-    book.keep({"dtype": precision, "quick": run.quick, "config": asdict(CONFIG)})
-    do(run, {"machine": lambda: book.keep(machine(run))} | all_parts(run))
-    print_all(book)
+    log = Log(given.json, given.limit)
+    run = Run(device, precision, given.quick, 0 if given.quick else given.seconds, log)
+    log.keep({"dtype": precision, "quick": run.quick, "config": asdict(CONFIG)})
+    do(run, {"machine": lambda: log.keep(machine(run))} | all_parts(run))
+    print_all(log)
 
 
 if __name__ == "__main__":

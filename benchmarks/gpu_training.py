@@ -1,11 +1,11 @@
-"""How fast a transformer trains on a GPU, by `var train transformer` and each of its options for speed."""
+"""Training speed of `var train transformer` on a GPU, with each of its options for speed."""
 
 import gc
 import statistics
 from functools import partial
 
 import torch
-from gpu_book import Row
+from gpu_log import Row
 from gpu_parts import timed, tried
 from gpu_ways import Run, random_models
 
@@ -20,13 +20,13 @@ from varcli.training.transformer import TransformerStage, build_transformer, kee
 
 COMPILE, FLEX, CHECKPOINT = "--compile", "--flex-attention", "--checkpoint-activations"
 WARM_UPS, STEPS = 3, 8
-"""The first steps compile, and settle memory."""
+"""The first steps compile and allocate."""
 
 
 def training(run: Run, part: str, depth: int, batch: int) -> list[Row]:
     """Return a row for each set of options that does not fail, the first without any.
 
-    MFU is of three times the forward pass's operations; 40 % is aimed at. The weights and tokens are random.
+    MFU counts three times the operations of the forward pass; the aim is 40 %. The weights and tokens are random.
     """
     ways: list[tuple[str, ...]] = [()]
     if run.device.type == "cuda":  # a processor compiles for minutes, and has no backward pass of FlexAttention

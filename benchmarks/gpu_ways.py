@@ -1,4 +1,4 @@
-"""The ways to make images that `gpu.py` measures, and the models they make them with."""
+"""The ways to sample images that `gpu.py` measures, and their models."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,7 +7,7 @@ from functools import partial
 from unittest import mock
 
 import torch
-from gpu_book import Book
+from gpu_log import Log
 
 from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_blocks import GpuBlock
@@ -23,7 +23,7 @@ from varcli.sampling.batching import BatchSampler
 
 CONFIG = PRESETS["metrics"]
 Make = Callable[[int, int], None]
-"""Makes so many images, from a seed on."""
+"""Samples images: their number, and the first seed."""
 
 
 class TooLargeError(Exception):
@@ -38,19 +38,18 @@ class Run:
     precision: str
     quick: bool
     seconds: float
-    """For each way at each size of batch, and not less than three rounds."""
-    book: Book
-    """Where everything goes."""
+    """For each way at each batch size, but at least three rounds."""
+    log: Log
 
     def models(self, depth: int, precision: str | None = None) -> Models:
-        """Return models of a released shape, or of none for a quick run, with random weights, prepared."""
+        """Return models of a released shape, or tiny ones for a quick run, with random weights, prepared."""
         models = random_models(depth, self.quick)
         prepare(*models, self.device, precision or self.precision)
         return models
 
 
 def random_models(depth: int, quick: bool) -> Models:
-    """Return models of a released shape with random weights."""
+    """Return models of a released shape, or tiny ones for a quick run, with random weights."""
     tokenizer, transformer = shapes(f"var-d{depth}")
     if quick:
         sides, size = (1, 2, 4), 64
@@ -68,7 +67,7 @@ def plain_blocks() -> Iterator[None]:
 
 @contextmanager
 def torch_operations(tokenizer: Tokenizer) -> Iterator[None]:
-    """Sample without Triton's kernels."""
+    """Sample without Triton kernels."""
     norms = [part for part in tokenizer.decoder.modules() if isinstance(part, NormSilu)]
     with ExitStack() as patches:
         for norm in norms:
@@ -78,13 +77,13 @@ def torch_operations(tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def requests(models: Models, count: int, first: int) -> list[Wanted]:
-    """Return so many images, the classes taking turns."""
+    """Return requests for this many images; the classes take turns."""
     return [Wanted(seed % models[1].config.class_count, seed) for seed in range(first, first + count)]
 
 
 def sampling(run: Run, models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:
-    """Return what makes images as `var sample` does, with or without graphs."""
-    used = BatchSampler(*models, config, batch, run.book.told)
+    """Return the sampler of `var sample`, with or without CUDA graphs."""
+    used = BatchSampler(*models, config, batch, run.log.note)
     used.new_capture = used.new_capture if graphs else None
 
     def make(count: int, first: int) -> None:
@@ -97,7 +96,7 @@ def sampling(run: Run, models: Models, batch: int, config: SampleConfig = CONFIG
 
 
 def sampling_plainly(run: Run, models: Models, batch: int) -> Make:
-    """Return the same without fused blocks."""
+    """Return the sampler of `var sample` without CUDA graphs and fused blocks."""
     eager = sampling(run, models, batch, graphs=False)
 
     def make(count: int, first: int) -> None:
@@ -108,18 +107,18 @@ def sampling_plainly(run: Run, models: Models, batch: int) -> Make:
 
 
 def sampling_by_torch(run: Run, models: Models, batch: int) -> Make:
-    """Return what makes images with graphs of torch's operations alone."""
-    recorded = sampling(run, models, batch)
+    """Return the sampler of `var sample` with CUDA graphs, but without Triton kernels."""
+    captured = sampling(run, models, batch)
 
     def make(count: int, first: int) -> None:
         with torch_operations(models[0]):
-            recorded(count, first)
+            captured(count, first)
 
     return make
 
 
-def twin(run: Run, depth: int) -> Make:
-    """Return the plain twin, whose models are made when it is first needed."""
+def naive_sampler(run: Run, depth: int) -> Make:
+    """Return the naive sampler, whose models are created when it is first called."""
     kept: list[Models] = []
 
     def make(count: int, first: int) -> None:
@@ -133,8 +132,8 @@ def twin(run: Run, depth: int) -> Make:
 
 
 def raster(run: Run, models: Models, batch: int) -> Make:
-    """Return the baseline in raster order."""
-    sampler = raster_scan(models, CONFIG, run.precision, batch, run.book.told)
+    """Return the raster-scan baseline."""
+    sampler = raster_scan(models, CONFIG, run.precision, batch, run.log.note)
 
     def make(count: int, first: int) -> None:
         for seed in range(first, first + count, sampler.batch):
@@ -144,18 +143,18 @@ def raster(run: Run, models: Models, batch: int) -> Make:
 
 
 def main_ways(run: Run, models: Models, batch: int, depth: int) -> dict[str, Make]:
-    """Return what `var sample` does, and from there to the specification, which is too slow for batches."""
+    """Return the sampler of `var sample`, with ever fewer optimizations, and the naive one, too slow for batches."""
     found = {
-        "recorded": sampling(run, models, batch),
+        "captured": sampling(run, models, batch),
         "no Triton": sampling_by_torch(run, models, batch),
         "eager": sampling(run, models, batch, graphs=False),
         "plain blocks": sampling_plainly(run, models, batch),
     }
-    return found | ({"plain twin": twin(run, depth)} if batch == 1 and depth == 16 else {})
+    return found | ({"naive": naive_sampler(run, depth)} if batch == 1 and depth == 16 else {})
 
 
 def other_ways(run: Run, models: Models, batch: int) -> dict[str, Callable[[], Make]]:
-    """Return what prepares int8, each approximation and the raster baseline; int8 may be missing."""
+    """Return what prepares int8, each approximation and the raster baseline; int8 may be unsupported."""
     found: dict[str, Callable[[], Make]] = {"int8": lambda: sampling(run, run.models(16, "int8"), batch)}
     for approximate in APPROXIMATIONS:
         found[f"approximate {approximate}"] = partial(

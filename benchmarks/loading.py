@@ -1,10 +1,10 @@
-"""What loading and decoding deliver a core: images a second from a folder, zip, tar and .npz, as training reads them.
+"""Images per second that one core loads and decodes for training, from a folder, .zip, .tar and .npz.
 
     python benchmarks/loading.py [--count 128] [--rounds 3] [--json]
 
-The images are smooth noise, made on the fly: JPEGs of quality 90, whose files are smaller than those of photographs and
-decoded somewhat faster, and plain pixels in the .npz. All take turns in every round. Seconds are those of the
-processor, so that others on the machine do not count; `--workers N` of `var train` reads on N cores.
+The images are smooth noise, generated on the fly: JPEGs of quality 90, which are smaller than photographs and decode
+somewhat faster, and plain pixels in the .npz. All are interleaved round by round. CPU time is measured, so that other
+processes on the machine do not count; `--workers N` of `var train` reads on N cores.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from varcli.images.dataset import ImageSet, open_images
 from varcli.training.data import Crops
 
 SIZES = {"64 × 64, to 64": (64, 64, 64), "256 × 256, to 256": (256, 256, 256), "500 × 375, to 256": (500, 375, 256)}
-"""Width and height of the stored images, and pixels of the crops; ImageNet's photographs are about as the last."""
+"""Width and height of the stored images, and pixels of the crops; ImageNet's are about as large as the last."""
 ENLARGE = 1.125
-"""`--resize-ratio` of training."""
+"""Default of `--resize-ratio`."""
 
 
 def make_sources(folder: Path, size: tuple[int, int], count: int) -> dict[str, Path]:
-    """Write the same images in every form; return where each is."""
+    """Write the same images in every format; return their paths."""
     random = np.random.default_rng(0)
     coarse = [Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)) for _ in range(count)]
     images = [image.resize(size, Image.Resampling.BICUBIC) for image in coarse]
@@ -59,7 +59,7 @@ def reader(images: ImageSet, pixels: int) -> Callable[[], None]:
 
 
 def measure(count: int, rounds: int) -> list[dict[str, object]]:
-    """Return one row a size: median images a second of a core, from each kind of source."""
+    """Return one row per image size: median images per second of one core, from each kind of source."""
     rows = []
     for name, (width, height, pixels) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=128, help="images of each size")
     parser.add_argument("--rounds", type=int, default=3, help="how often each source is read")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     print_rows(measure(given.count, given.rounds), as_json=given.json)
 

@@ -1,16 +1,15 @@
-"""Seconds an image against the plain twin in `varcli.sampling.naive`.
+"""Seconds per image, compared with the naive sampler (`varcli.sampling.naive`).
 
     python benchmarks/sampling.py [--checkpoint NAME|FILE] [--rounds 3] [--batches 1,8] [--json]
     python benchmarks/sampling.py --differing 64 [--device cuda] [--checkpoint NAME|FILE] [--json]
 
-Measures the released d16's shape at 256 px with random weights or, given one, a checkpoint. The twin
-and all variants take turns in every round, so that a machine that is busy for a while is so for all of
-them. The twin knows no batches and no 16 bits. The floor says how long the image's arithmetic alone would take at
-the best rate this machine reached, at that time, in a product of two large matrices.
+Measures the released d16's shape at 256 px with random weights or, if given, a checkpoint. The naive sampler and all
+variants are interleaved round by round, so that a machine that is busy for a while slows down all of them. The naive
+sampler has neither batches nor 16 bits. The floor is the time the image's arithmetic alone would take at the best rate
+this machine reached in a product of two large matrices, in the same round.
 
-With `--differing N` it measures something else: how many tokens come out differently in 16 bits when N
-images are made together rather than one by one. One token drawn differently changes those after it, so
-that images are counted too.
+With `--differing N` it measures something else: how many tokens differ in 16 bits when N images are sampled in one
+batch rather than one by one. A token that differs changes those after it, so images are counted too.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from subjects import named_models
+from models import named_models
 from tables import print_rows
 
 from varcli.acceleration.devices import check_int8, pick_device
@@ -30,8 +29,8 @@ from varcli.benchmarking.samplers import Models, Wanted
 from varcli.benchmarking.timing import matmul_rate
 from varcli.config import PRESETS
 from varcli.errors import UsageError
+from varcli.sampling import naive
 from varcli.sampling.batching import BatchSampler
-from varcli.sampling.naive import sample as plain_sample
 from varcli.sampling.sampler import generate
 
 CONFIG = PRESETS["metrics"]
@@ -39,9 +38,9 @@ CPU = torch.device("cpu")
 
 
 def variants(plain: Models, batches: Sequence[int]) -> dict[tuple[str, str, int], Callable[[int], object]]:
-    """Return what is measured: (sampler, precision, images at a time) and what makes those images."""
+    """Return what is measured, by sampler, precision and batch size, as functions of the first seed."""
     made: dict[tuple[str, str, int], Callable[[int], object]] = {
-        ("plain twin", "fp32", 1): lambda seed: plain_sample(*plain, 0, seed, CONFIG)
+        ("naive sampler", "fp32", 1): lambda seed: naive.sample(*plain, 0, seed, CONFIG)
     }
     for precision in precisions():
         models = copy.deepcopy(plain)
@@ -55,7 +54,7 @@ def variants(plain: Models, batches: Sequence[int]) -> dict[tuple[str, str, int]
 
 
 def precisions() -> list[str]:
-    """Return the precisions this processor computes in."""
+    """Return the precisions to measure on this processor."""
     try:
         check_int8(CPU)
     except UsageError:
@@ -64,17 +63,17 @@ def precisions() -> list[str]:
 
 
 def operations(models: Models) -> int:
-    """Return the floating-point operations of an image with guidance, those that the sampler avoids included."""
+    """Return the floating-point operations per image with guidance, including those that the sampler avoids."""
     counts = [side * side for side in models[1].config.sides]
     transformer = transformer_operations(models[1].config, counts, rows=CONFIG.rows)
     return sum(transformer) + decoder_operations(models[0].config)
 
 
 def measure(models: Models, batches: Sequence[int], rounds: int) -> list[dict[str, object]]:
-    """Return one row a variant: medians over rounds of seconds an image and of what they are compared with.
+    """Return one row per variant: medians over the rounds of seconds per image, and ratios within a round.
 
-    The floor is how long an image's operations take at the best rate of a product of matrices in that precision
-    (bf16 for int8), measured in the same round.
+    The floor is the time an image's operations take at the best rate of a matrix product in that precision (bf16 for
+    int8), measured in the same round.
     """
     runs, work = variants(models, batches), operations(models)
     seconds: dict[tuple[str, str, int], list[float]] = {key: [] for key in runs}
@@ -84,12 +83,12 @@ def measure(models: Models, batches: Sequence[int], rounds: int) -> list[dict[st
             floors[precision].append(work / matmul_rate(CPU, precision))
         for key, make in runs.items():
             if turn == 0 and key[2] > 1:
-                continue  # the round that warms up needs no batches
+                continue  # the warm-up round needs no batches
             start = time.perf_counter()
             make(turn * 8)
             if turn > 0:
                 seconds[key].append((time.perf_counter() - start) / key[2])
-    twin = seconds["plain twin", "fp32", 1]
+    naive_seconds = seconds["naive sampler", "fp32", 1]
     rows = []
     for (sampler, precision, batch), taken in seconds.items():
         floor = floors["fp32" if precision == "fp32" else "bf16"]
@@ -98,8 +97,8 @@ def measure(models: Models, batches: Sequence[int], rounds: int) -> list[dict[st
                 "sampler": sampler,
                 "precision": precision,
                 "batch": batch,
-                "seconds an image": round(statistics.median(taken), 3),
-                "times the twin": round(median_ratio(twin, taken), 2),
+                "seconds per image": round(statistics.median(taken), 3),
+                "times faster": round(median_ratio(naive_seconds, taken), 2),
                 "floor, seconds": round(statistics.median(floor), 3),
                 "% of the floor": round(100 * median_ratio(floor, taken)),
             }
@@ -112,20 +111,20 @@ def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(these, those, strict=True))
 
 
-def differing(plain: Models, together: int, device: torch.device) -> list[dict[str, object]]:
-    """Return one row a precision: the shares of tokens and images that a batch of this many changes."""
+def differing(plain: Models, batch: int, device: torch.device) -> list[dict[str, object]]:
+    """Return one row per precision: the fractions of tokens and images that a batch of this size changes."""
     rows: list[dict[str, object]] = []
     for precision in ("bf16", "fp16"):
         models = copy.deepcopy(plain)
         prepare(*models, device, precision)
-        at_once = tokens(models, range(together))
-        alone = torch.cat([tokens(models, [seed]) for seed in range(together)])
-        changed = at_once != alone
+        batched = tokens(models, range(batch))
+        alone = torch.cat([tokens(models, [seed]) for seed in range(batch)])
+        changed = batched != alone
         rows.append(
             {
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
                 "precision": precision,
-                "together": together,
+                "batch": batch,
                 "tokens that differ": round(changed.float().mean().item(), 4),
                 "images that differ": round(changed.any(dim=1).float().mean().item(), 4),
             }
@@ -134,7 +133,7 @@ def differing(plain: Models, together: int, device: torch.device) -> list[dict[s
 
 
 def tokens(models: Models, seeds: Sequence[int]) -> torch.Tensor:
-    """Return the tokens (B, L) of one image a seed, made together; the class changes with the seed."""
+    """Return the tokens (B, L) of one image per seed, sampled in one batch; the classes take turns."""
     classes = models[1].config.class_count
     results = generate(*models, [seed % classes for seed in seeds], seeds, CONFIG)
     return torch.cat([result.tokens.cpu() for result in results], dim=1)
@@ -145,10 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="name or file; without it the d16's shape with random weights")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    parser.add_argument("--batches", default="1,8", help="images asked for at a time")
-    parser.add_argument("--differing", type=int, metavar="N", help="count tokens that a batch of N changes instead")
-    parser.add_argument("--device", default="auto", help="where to count them")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--batches", default="1,8", help="batch sizes")
+    parser.add_argument("--differing", type=int, metavar="N", help="instead count the tokens that a batch of N changes")
+    parser.add_argument("--device", default="auto", help="where to count them (--differing)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     name, models = named_models(given.checkpoint)
     if given.differing:

@@ -1,8 +1,8 @@
-"""How long until something is there: `var --help`, and process start to PNG, against `import torch`.
+"""Start-up time: `var --help`, and `var sample` from process start to PNG, against `import torch`.
 
     python benchmarks/startup.py [--checkpoint NAME|FILE] [--rounds 7] [--json]
 
-All three take turns in every round; the table shows medians and their ratio to `import torch`.
+All three are interleaved round by round; the table shows medians and their ratio to `import torch`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def seconds(command: list[str]) -> float:
 
 
 def measure(checkpoint: str, rounds: int) -> list[dict[str, object]]:
-    """Return one row a command: median seconds, and how many times `import torch` that is."""
+    """Return one row per command: median seconds, and their ratio to `import torch`."""
     var = str(Path(sys.executable).with_name("var"))
     with tempfile.TemporaryDirectory() as folder:
         commands = {
@@ -49,9 +49,9 @@ def measure(checkpoint: str, rounds: int) -> list[dict[str, object]]:
 def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="tiny64", help="name or file of what `var sample` uses")
+    parser.add_argument("--checkpoint", default="tiny64", help="name or file of the model for `var sample`")
     parser.add_argument("--rounds", type=int, default=7, help="how often each is measured")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     print_rows(measure(given.checkpoint, given.rounds), as_json=given.json)
 

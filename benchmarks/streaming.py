@@ -1,11 +1,12 @@
-"""What it takes to put images down: how many a second each place takes, and how much memory a long run does.
+"""Writing images: how many per second each sink takes, and how much memory a long run needs.
 
     python benchmarks/streaming.py [--pixels 256] [--images 200] [--rounds 5] [--json]
     python benchmarks/streaming.py --memory 200,2000 [--checkpoint tiny64] [--json]
 
-The first table has images a second for ready-made pixels: one after the other (`Output.add`), and in threads
-(`AsyncWriter`) as `var sample` does it, taking turns; medians. A sampler that makes fewer a second never waits.
-With `--memory` whole runs of `var sample` take place, of so many images each; the peaks should be alike.
+The first table has images per second for given pixels, written one after the other (`Sink.add`) and in threads
+(`AsyncWriter`), as `var sample` does it; interleaved, medians. A slower sampler never waits for the sink. With
+`--memory` the peak memory of whole runs of `var sample` with these numbers of images is measured; it should not grow
+with them.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from varcli.outputs.async_writer import AsyncWriter
 from varcli.outputs.open import open_sink
 
 if TYPE_CHECKING:
-    from varcli.images.provenance import Pixels
+    from varcli.sampling.sampler import Pixels
 
-PLACES = ("folder", "samples.npz", "samples.tar", "-")
+SINKS = ("folder", "samples.npz", "samples.tar", "-")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image to be put down."""
+    """An image to be written."""
 
     provenance: Provenance
 
@@ -49,17 +50,17 @@ def photograph(pixels: int) -> "Pixels":
 
 
 def items(count: int) -> list[Item]:
-    """Return so many images' provenances."""
+    """Return the provenances of this many images."""
     common = {"checkpoint": "x", "checkpoint_sha256": "0" * 64, "class_id": 207, "class_name": "golden retriever"}
     computed = {"device": "cuda", "dtype": "bf16", "version": "0"}
     return [Item(Provenance(**common, **computed, settings=SampleConfig(), seed=seed)) for seed in range(count)]
 
 
-def seconds(place: str, wanted: list[Item], pixels: "Pixels", threads: bool) -> float:
-    """Return how long it takes to put the same pixels down for all items."""
+def seconds(sink: str, wanted: list[Item], pixels: "Pixels", threads: bool) -> float:
+    """Return how long it takes to write the same pixels for all items."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        with open_sink(os.devnull if place == "-" else f"{folder}/{place}", several=True) as output:
+        with open_sink(os.devnull if sink == "-" else f"{folder}/{sink}", several=True) as output:
             if threads:
                 with AsyncWriter(output, lambda item, path: None, 64) as writer:
                     for item in wanted:
@@ -71,20 +72,20 @@ def seconds(place: str, wanted: list[Item], pixels: "Pixels", threads: bool) -> 
 
 
 def speed(pixels: int, images: int, rounds: int) -> list[dict[str, object]]:
-    """Return one row a place."""
+    """Return one row per sink."""
     image, wanted = photograph(pixels), items(images)
     rows: list[dict[str, object]] = []
-    for place in PLACES:
+    for sink in SINKS:
         taken: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(rounds):
             for threads, times in taken.items():
-                times.append(seconds(place, wanted, image, threads))
+                times.append(seconds(sink, wanted, image, threads))
         one, many = (statistics.median(taken[threads]) for threads in (False, True))
         rows.append(
             {
-                "place": place,
+                "sink": sink,
                 "one after the other, images/s": round(images / one),
-                "in threads": round(images / many),
+                "in threads, images/s": round(images / many),
                 "ratio": round(one / many, 2),
             }
         )
@@ -92,13 +93,13 @@ def speed(pixels: int, images: int, rounds: int) -> list[dict[str, object]]:
 
 
 def memory(counts: list[int], checkpoint: str) -> list[dict[str, object]]:
-    """Return one row a place: the peak of a whole run's memory for each number of images."""
+    """Return one row per sink: the peak memory of a whole run for each number of images."""
     rows = []
-    for place in PLACES:
-        row: dict[str, object] = {"place": place}
+    for sink in SINKS:
+        row: dict[str, object] = {"sink": sink}
         for count in counts:
             with tempfile.TemporaryDirectory() as folder:
-                words = ["sample", "-c", "random", "-n", str(count), "-m", checkpoint, "-o", place, "--quiet"]
+                words = ["sample", "-c", "random", "-n", str(count), "-m", checkpoint, "-o", sink, "--quiet"]
                 process = subprocess.Popen(
                     [sys.executable, "-m", "varcli", *words], cwd=folder, stdout=subprocess.DEVNULL
                 )
@@ -112,12 +113,12 @@ def memory(counts: list[int], checkpoint: str) -> list[dict[str, object]]:
 def main() -> None:
     """Measure and print a Markdown table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
-    parser.add_argument("--images", type=int, default=200, help="how many a turn")
-    parser.add_argument("--rounds", type=int, default=5, help="how many turns")
-    parser.add_argument("--memory", metavar="N,N", help="measure the memory of runs of so many images instead")
-    parser.add_argument("--checkpoint", default="tiny64", help="for --memory: name or file of what `var sample` uses")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--pixels", type=int, default=256, help="pixels per side")
+    parser.add_argument("--images", type=int, default=200, help="number of images per round")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
+    parser.add_argument("--memory", metavar="N,N", help="measure the memory of runs of N images instead")
+    parser.add_argument("--checkpoint", default="tiny64", help="for --memory: name or file of the model")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     if given.memory:
         rows = memory([int(number) for number in given.memory.split(",")], given.checkpoint)

@@ -1,4 +1,4 @@
-"""How a benchmark prints what it measured."""
+"""Tables of what a benchmark measured."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
-    """Print rows as a Markdown table, or as JSON, one object a line."""
+    """Print rows as a Markdown table, or as JSON, one object per line."""
     if as_json:
         lines = [json.dumps(row) for row in rows]
     else:

@@ -1,12 +1,13 @@
-"""How fast `var train` takes steps, against a plain loop in fp32: images a second of both stages, in turns.
+"""Training speed of `var train` against a plain loop in fp32: images per second of both stages.
 
     python benchmarks/training.py [--batch-size 16] [--rounds 5] [--threads 2] [--json]
-    python benchmarks/training.py --processes   # instead: two gloo processes of one thread against one of two
+    python benchmarks/training.py --processes   # instead: two gloo processes of one thread each against one of two
 
 The models are of `tiny64`'s shape with random weights, the images random. The plain loop is forward pass, loss,
-backward pass and torch's AdamW, all in fp32; a step of `var train` clips, averages the weights and records figures too.
-The tokenizer's losses are those of the recipe, LPIPS (with random weights) and an adversary among them, or the squared
-error and the quantizer's loss alone. Figures are medians; compiling takes minutes before.
+backward pass and torch's AdamW, all in fp32; a step of `var train` clips, averages the weights and records figures
+too. The tokenizer's losses are those of the recipe, with LPIPS (random weights) and an adversary, or the squared
+error and the quantizer's loss alone. All loops are interleaved round by round; figures are medians. Compiling takes
+minutes before.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def plain_tokenizer(shape: Checkpoint, pixels_B3PP: torch.Tensor, recipe: Tokeni
 
 
 def random_lpips() -> LPIPS:
-    """Return LPIPS with random weights, as its own cannot be had everywhere."""
+    """Return LPIPS with random weights, as the trained ones are not available everywhere."""
     return LPIPS(vgg16(weights=None).features, [torch.rand(1, width, 1, 1) for width in (64, 128, 256, 512, 512)])
 
 
@@ -161,7 +162,7 @@ STAGES: dict[str, Callable[[int, str], Step]] = {
 
 
 def take_steps(stage: str, way: str, batch: int, threads: int, turns: Connection) -> None:
-    """Take a step for each message that comes, and answer with its seconds."""
+    """Take a step for each message received, and answer with its seconds."""
     torch.set_num_threads(threads)
     step = STAGES[stage](batch, way)
     while turns.recv():
@@ -171,9 +172,9 @@ def take_steps(stage: str, way: str, batch: int, threads: int, turns: Connection
 
 
 def measure(stages: list[str], batch: int, rounds: int, threads: int) -> list[dict[str, object]]:
-    """Return a row for each stage and way: images a second, and how many times faster than the plain loop.
+    """Return a row for each stage and way: images per second, and how many times faster than the plain loop.
 
-    Each way has a process of its own, since `var train` changes how its process keeps freed memory.
+    Each way has its own process, since `var train` changes how its process keeps freed memory.
     """
     rows: list[dict[str, object]] = []
     spawn = get_context("spawn")
@@ -190,7 +191,7 @@ def measure(stages: list[str], batch: int, rounds: int, threads: int) -> list[di
             for way, connection in turns.items():
                 connection.send(True)
                 seconds = connection.recv()
-                if turn > 1:  # the first compile, the second settle memory
+                if turn > 1:  # the first steps compile, the second ones settle memory
                     taken[way].append(seconds)
         for connection, process in zip(turns.values(), processes, strict=True):
             connection.send(False)
@@ -209,7 +210,7 @@ def measure(stages: list[str], batch: int, rounds: int, threads: int) -> list[di
 
 
 def measure_processes(batch: int, rounds: int) -> list[dict[str, object]]:
-    """Return images a second of `var train transformer` in one process of two threads, and in two of one thread."""
+    """Return images per second of `var train transformer` in one process of two threads and in two of one thread."""
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data" / "n02099601"
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each way takes a step, or a run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processes", action="store_true", help="two processes against one")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     given = parser.parse_args()
     if given.processes:
         rows = measure_processes(given.batch_size, given.rounds)

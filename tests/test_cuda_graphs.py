@@ -130,16 +130,16 @@ def never(error):
     raise error
 
 
-RECORDED = [
+CAPTURED = [
     SampleConfig(),
     SampleConfig(cfg=0, top_k=20, top_p=0),
     SampleConfig(vpg=0.7, ssg=0.3, refiner="itself", refine_from=4),
 ]
 
 
-@pytest.mark.parametrize("config", RECORDED, ids=["guided", "free", "refined"])
+@pytest.mark.parametrize("config", CAPTURED, ids=["guided", "free", "refined"])
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-def test_captured_steps_draw_the_twins_tokens_batch_after_batch(small, config, kind, monkeypatch):
+def test_captured_steps_sample_the_naive_samplers_tokens_batch_after_batch(small, config, kind, monkeypatch):
     """Nothing of a batch stays for the next: not its classes, not its numbers, not its cache."""
     monkeypatch.setattr(dispatch, "for_gpu", lambda transformer: kind == "fused")
     runner, refiner = GraphRunner(taped, never), small[1] if config.refiner else None
@@ -270,7 +270,7 @@ def test_after_a_failed_capture_the_stream_is_as_before_and_idle(monkeypatch, en
 
 @pytest.fixture
 def capturing(small, monkeypatch):
-    """A sampler that records, in batches of four; on the CPU it need not wait for images."""
+    """A sampler that captures, in batches of four; on the CPU it need not wait for images."""
     monkeypatch.setattr(batching, "independent", lambda transformer: False)
     made = BatchSampler(*small, SampleConfig(), 4)
     made.new_capture, made.ahead = lambda: taped, 1

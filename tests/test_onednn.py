@@ -1,6 +1,9 @@
 """Packed linear maps compute what plain ones do, and stand aside where they cannot."""
 
 import copy
+import ctypes
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +49,7 @@ def test_plain_weights_are_let_go_and_packing_twice_is_packing_once():
     assert block_weight(models.transformer).dtype == torch.float32
 
 
-def test_tokens_equal_the_plain_twin_of_unplaced_models():
+def test_tokens_equal_those_of_the_naive_sampler_on_unprepared_models():
     models = reference.load("mini")
     untouched = copy.deepcopy((models.tokenizer, models.transformer))
     prepare(models.tokenizer, models.transformer, CPU, "fp32")
@@ -95,10 +98,33 @@ def test_precisions_stay_close_on_forced_tokens(precision, difference):
     assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
 
 
-def test_freed_memory_is_kept_wherever_that_can_be_asked_for(monkeypatch):
-    keep_freed_memory()
-    monkeypatch.setattr("sys.platform", "darwin")
+@pytest.mark.parametrize(
+    ("platform", "most", "calls"),
+    [
+        ("linux", 2**30, [(-3, 2**30), (-1, 2**31 - 1)]),
+        ("linux", 2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]),
+        ("linux", 0, [(-3, 2**30), (-3, 2**25)]),
+        ("darwin", 2**30, []),
+    ],
+    ids=["glibc", "glibc before 2.35", "refused", "not Linux"],
+)
+def test_glibc_is_asked_to_keep_freed_memory(monkeypatch, platform, most, calls):
+    """The mmap threshold is M_MMAP_THRESHOLD = -3, and the trim threshold M_TRIM_THRESHOLD = -1."""
+    asked = []
+
+    def mallopt(name, value):
+        asked.append((name, value))
+        return int(name == -1 or value <= most)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(sys, "platform", platform)
     keep_freed_memory.__wrapped__()
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert asked == calls
+
+
+def test_a_libc_without_mallopt_is_left_alone(monkeypatch):
+    opened = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: opened.append(name) or object())
+    monkeypatch.setattr(sys, "platform", "linux")
     keep_freed_memory.__wrapped__()
+    assert opened == [None]

@@ -1,4 +1,4 @@
-"""The sampler equals the original where that is greedy, and its plain twin token by token everywhere."""
+"""The sampler equals the original when sampling greedily, and the naive sampler token by token in all settings."""
 
 from dataclasses import dataclass, replace
 
@@ -95,7 +95,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=str)
-def test_equals_the_plain_twin(small, config):
+def test_equals_the_naive_sampler(small, config):
     rows, seeds = [0, 4, 5, 4], [0, 1, 2, 2**40]
     results = list(generate(*small, rows, seeds, config))
     images = decode(small[0], results[-1].f_hat)
@@ -106,7 +106,7 @@ def test_equals_the_plain_twin(small, config):
         assert (torch.from_numpy(images[i]).int() - image.int()).abs().max() <= 1
 
 
-def test_equals_the_plain_twin_on_the_reference_models(original):
+def test_equals_the_naive_sampler_on_the_reference_models(original):
     for config in (SampleConfig(), SampleConfig(cfg=4, smooth=True)):
         results = list(generate(original.tokenizer, original.transformer, [3], [11], config))
         tokens, _ = naive.sample(original.tokenizer, original.transformer, 3, 11, config)
@@ -323,7 +323,7 @@ def test_an_approximated_model_that_refines_itself_changes_nothing(small, approx
 
 
 @pytest.mark.parametrize("scale", [2, 4, 5])
-def test_a_refiner_equals_the_plain_twin(small, refiner, scale):
+def test_a_refiner_equals_the_naive_sampler(small, refiner, scale):
     config = SampleConfig(cfg=3.0, top_k=40, ssg=0.4, refiner="another", refine_from=scale)
     results = list(generate(*small, [0, 4], [1, 2], config, refiner=refiner))
     for i, (row, seed) in enumerate([(0, 1), (4, 2)]):

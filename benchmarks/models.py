@@ -1,4 +1,4 @@
-"""Which models a benchmark measures."""
+"""The models that a benchmark measures."""
 
 from varcli.checkpoints.random_init import Models, random_models
 from varcli.checkpoints.registry import resolve_checkpoint

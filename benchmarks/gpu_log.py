@@ -1,4 +1,4 @@
-"""What `gpu.py` has found so far, on the disk after every part, so that neither an error nor a kill loses it."""
+"""The results of `gpu.py` so far, written to disk after every part, so that neither an error nor a kill loses them."""
 
 import json
 import sys
@@ -9,20 +9,20 @@ from pathlib import Path
 
 from varcli.files import replacing
 
-BEGUN = time.perf_counter()
-"""Set before torch is imported, which may take long, as `gpu.py` imports this module before any that needs torch."""
+START = time.perf_counter()
+"""Set before torch is imported, which may take long: `gpu.py` imports this module before any that needs torch."""
 
 Row = dict[str, object]
 UNDER_WAY = "under way"
 
 
-def age() -> float:
+def elapsed() -> float:
     """Return how many seconds this process has run."""
-    return round(time.perf_counter() - BEGUN, 1)
+    return round(time.perf_counter() - START, 1)
 
 
-class Book:
-    """Figures, what became of each part of the run, and notes."""
+class Log:
+    """Figures, the outcome of each part of the run, and notes."""
 
     def __init__(self, path: Path | None, limit: float = float("inf")) -> None:
         """Take the file to write, if any, and the seconds of this process after which no part is begun."""
@@ -33,34 +33,34 @@ class Book:
         self.notes: list[str] = []
 
     def begin(self, part: str) -> bool:
-        """Return whether there is time for a part; the file tells of it from now on, in case it is the last one."""
-        in_time = age() < self.limit
+        """Return whether there is time for a part; the file names it from now on, in case the run is killed in it."""
+        in_time = elapsed() < self.limit
         outcome = UNDER_WAY if in_time else f"left out: the limit of {self.limit:g} s was reached"
-        self.parts[part] = {"begun": age(), "outcome": outcome}
+        self.parts[part] = {"begun": elapsed(), "outcome": outcome}
         if not in_time:
             _say(f"{part}: {outcome}")
         self.write()
         return in_time
 
     def end(self, part: str) -> None:
-        """Note down that a part is over, well or not, and write the file."""
+        """Record that a part has ended, and write the file."""
         row = self.parts[part]
-        row["ended"] = age()
+        row["ended"] = elapsed()
         if row["outcome"] == UNDER_WAY:
             row["outcome"] = "done"
             _say(f"{part}: done, {row['begun']} to {row['ended']} s")
         self.write()
 
     def failed(self, part: str, error: Exception) -> None:
-        """Note down, in a line, what went wrong in a part, or in one way to make images, and where."""
+        """Record the error that ended a part, or one way to sample images, in a line, and where it came from."""
         frames = traceback.extract_tb(error.__traceback__)
         ours = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if "/torch/" not in frame.filename]
         outcome = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        self.parts.setdefault(part, {"begun": age()}).update(outcome=outcome, where=" > ".join(ours))
+        self.parts.setdefault(part, {"begun": elapsed()}).update(outcome=outcome, where=" > ".join(ours))
         _say(f"{part}: {outcome} ({' > '.join(ours[-3:])})")
 
-    def told(self, line: str) -> None:
-        """Note down what makes a way slower than it might be."""
+    def note(self, line: str) -> None:
+        """Record a sampler's note, such as that CUDA graphs cannot be captured."""
         self.notes.append(line)
         _say(line)
 
