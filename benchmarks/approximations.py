@@ -24,7 +24,7 @@ from torch import Tensor
 
 from varcli.acceleration.devices import pick_device, pick_dtype, synchronize
 from varcli.acceleration.dispatch import prepare
-from varcli.benchmarking.samplers import Models, Wanted
+from varcli.benchmarking.samplers import BenchRequest, Models
 from varcli.checkpoints.random_init import randomized, released_transformer
 from varcli.config import APPROXIMATIONS, SampleConfig
 from varcli.models.transformer import Transformer
@@ -56,7 +56,7 @@ def late_logits(model: ScaleModel, inputs: list[Tensor | None]) -> Tensor:
 
 
 @torch.inference_mode()
-def price(models: Models, config: SampleConfig, wanted: Wanted, refiner: Transformer | None) -> Price:
+def price(models: Models, config: SampleConfig, wanted: BenchRequest, refiner: Transformer | None) -> Price:
     """Return what an approximation, or a refiner, costs on one image."""
     tokenizer, transformer = models
     rows, seeds = [wanted.label], [wanted.seed]
@@ -104,7 +104,7 @@ def speeds(
         for name, sampler in samplers.items():
             synchronize(device)
             begin = time.perf_counter()
-            for _ in sampler.images(Wanted(0, seed) for seed in range(images)):
+            for _ in sampler.images(BenchRequest(0, seed) for seed in range(images)):
                 pass
             if turn > 0:  # the first round warms up
                 taken[name].append((time.perf_counter() - begin) / images)
@@ -117,7 +117,7 @@ def measure(models: Models, images: int, rounds: int, refiner: Transformer | Non
     seconds, classes = speeds(models, variants, images, rounds, refiner), models[1].config.class_count
     rows: list[dict[str, object]] = []
     for name, config in variants.items():
-        prices = [price(models, config, Wanted(37 * seed % classes, seed), refiner) for seed in range(images)]
+        prices = [price(models, config, BenchRequest(37 * seed % classes, seed), refiner) for seed in range(images)]
         rows.append(
             {
                 "approximation": name,

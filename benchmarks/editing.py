@@ -19,7 +19,7 @@ from sampling import CONFIG, CPU
 from tables import print_rows
 
 from varcli.acceleration.dispatch import prepare
-from varcli.benchmarking.samplers import Models, Wanted
+from varcli.benchmarking.samplers import BenchRequest, Models
 from varcli.images.masks import box_mask
 from varcli.images.tiling import plan_squares
 from varcli.sampling.batching import BatchSampler
@@ -42,7 +42,7 @@ def variants(models: Models) -> dict[str, Callable[[int], object]]:
     many[1][:4, pixels // 2 :: pixels] = True
     sampler, editor = BatchSampler(*models, CONFIG), Editor(*models, CONFIG)
     return {
-        "sample": lambda seed: list(sampler.images([Wanted(0, seed)])),
+        "sample": lambda seed: list(sampler.images([BenchRequest(0, seed)])),
         "encode": lambda _: encode(models[0], image[None]),
         "edit": lambda seed: editor.edit(image, plan, 0, seed),
         "holes": lambda seed: editor.edit(many[0], plan_squares(many[1], pixels), 0, seed),

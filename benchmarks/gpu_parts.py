@@ -19,7 +19,7 @@ from varcli.acceleration.cuda_blocks import GpuBlock
 from varcli.acceleration.devices import DTYPES, free_memory, synchronize
 from varcli.acceleration.dispatch import gpu_block, norm_kernel
 from varcli.benchmarking.flops import decoder_operations, transformer_operations
-from varcli.benchmarking.samplers import Models, Wanted
+from varcli.benchmarking.samplers import BenchRequest, Models
 from varcli.benchmarking.timing import hardware, matmul_rate
 from varcli.config import SampleConfig
 from varcli.errors import RunError
@@ -260,7 +260,7 @@ def whole_pipeline(run: Run, models: Models, batch: int) -> Row:
 def differing(models: Models, batch: int) -> Row:
     """Return the fraction of tokens that differ when images are sampled in one batch rather than one by one."""
 
-    def tokens(wanted: Sequence[Wanted]) -> torch.Tensor:
+    def tokens(wanted: Sequence[BenchRequest]) -> torch.Tensor:
         rows, seeds = [w.label for w in wanted], [w.seed for w in wanted]
         return torch.cat([r.tokens.cpu() for r in sampler.generate(*models, rows, seeds, CONFIG)], dim=1)
 

@@ -12,7 +12,7 @@ from gpu_log import Log
 from varcli.acceleration import dispatch
 from varcli.acceleration.cuda_blocks import GpuBlock
 from varcli.acceleration.dispatch import prepare
-from varcli.benchmarking.samplers import Models, Wanted, raster_scan
+from varcli.benchmarking.samplers import BenchRequest, Models, raster_scan
 from varcli.checkpoints.random_init import randomized, shapes
 from varcli.config import APPROXIMATIONS, PRESETS, SampleConfig
 from varcli.models.autoencoder import NormSilu
@@ -76,9 +76,9 @@ def torch_operations(tokenizer: Tokenizer) -> Iterator[None]:
         yield
 
 
-def requests(models: Models, count: int, first: int) -> list[Wanted]:
+def requests(models: Models, count: int, first: int) -> list[BenchRequest]:
     """Return requests for this many images; the classes take turns."""
-    return [Wanted(seed % models[1].config.class_count, seed) for seed in range(first, first + count)]
+    return [BenchRequest(seed % models[1].config.class_count, seed) for seed in range(first, first + count)]
 
 
 def sampling(run: Run, models: Models, batch: int, config: SampleConfig = CONFIG, graphs: bool = True) -> Make:

@@ -25,7 +25,7 @@ from tables import print_rows
 from varcli.acceleration.devices import check_int8, pick_device
 from varcli.acceleration.dispatch import prepare
 from varcli.benchmarking.flops import decoder_operations, transformer_operations
-from varcli.benchmarking.samplers import Models, Wanted
+from varcli.benchmarking.samplers import BenchRequest, Models
 from varcli.benchmarking.timing import matmul_rate
 from varcli.config import PRESETS
 from varcli.errors import UsageError
@@ -48,7 +48,7 @@ def variants(plain: Models, batches: Sequence[int]) -> dict[tuple[str, str, int]
         sampler = BatchSampler(*models, CONFIG)
         for count in batches:
             made["varcli", precision, count] = lambda seed, sampler=sampler, count=count: list(
-                sampler.images(Wanted(0, seed + i) for i in range(count))
+                sampler.images(BenchRequest(0, seed + i) for i in range(count))
             )
     return made
 

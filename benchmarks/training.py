@@ -5,7 +5,7 @@
 
 The models are of `tiny64`'s shape with random weights, the images random. The plain loop is forward pass, loss,
 backward pass and torch's AdamW, all in fp32; a step of `var train` clips, averages the weights and records figures
-too. The tokenizer's losses are those of the recipe, with LPIPS (random weights) and an adversary, or the squared
+too. The tokenizer's losses are those of the recipe, with LPIPS (random weights) and a discriminator, or the squared
 error and the quantizer's loss alone. All loops are interleaved round by round; figures are medians. Compiling takes
 minutes before.
 """
@@ -48,10 +48,10 @@ Step = Callable[[], object]
 
 def plain_tokenizer(shape: Checkpoint, pixels_B3PP: torch.Tensor, recipe: TokenizerTrainingConfig) -> Step:
     """Return a step of a plain loop on images in [-1, 1]."""
-    model, adversary = build_tokenizer(shape.tokenizer.config, 0)
+    model, discriminator = build_tokenizer(shape.tokenizer.config, 0)
     perceptual = random_lpips()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    adversary_optimizer = torch.optim.AdamW(adversary.parameters(), lr=1e-4)
+    discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-4)
 
     def step() -> None:
         f_BCHW = model.features(pixels_B3PP)
@@ -61,22 +61,22 @@ def plain_tokenizer(shape: Checkpoint, pixels_B3PP: torch.Tensor, recipe: Tokeni
         if recipe.perceptual_weight:
             loss = loss + perceptual(decoded, pixels_B3PP)
         if recipe.gan:
-            adversary.requires_grad_(False)
-            push = -adversary(augment(decoded)).mean()
+            discriminator.requires_grad_(False)
+            push = -discriminator(augment(decoded)).mean()
             norms = [
                 torch.autograd.grad(one, model.decoder.conv_out.weight, retain_graph=True)[0].norm()
                 for one in (loss, push)
             ]
             loss = loss + recipe.gan * norms[0] / (norms[1] + 1e-4) * push
-            adversary.requires_grad_(True)
+            discriminator.requires_grad_(True)
         (loss + quantization_loss(quantized, f_BCHW, recipe.commitment)).backward()
         optimizer.step()
         optimizer.zero_grad()
         if recipe.gan:
             real, fake = augment(pixels_B3PP), augment(decoded.detach())
-            discriminator_loss(adversary(real), adversary(fake)).backward()
-            adversary_optimizer.step()
-            adversary_optimizer.zero_grad()
+            discriminator_loss(discriminator(real), discriminator(fake)).backward()
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
 
     return step
 
@@ -154,7 +154,7 @@ def ours(stage: Stage, batch: object, bf16: bool, compiled: bool) -> Step:
 
 STAGES: dict[str, Callable[[int, str], Step]] = {
     "tokenizer": lambda batch, way: tokenizer_step(batch, way, TokenizerTrainingConfig(batch=batch, gan_start=0.0)),
-    "tokenizer, without LPIPS and adversary": lambda batch, way: tokenizer_step(
+    "tokenizer, without LPIPS and discriminator": lambda batch, way: tokenizer_step(
         batch, way, TokenizerTrainingConfig(batch=batch, perceptual_weight=0.0, gan=0.0)
     ),
     "transformer": transformer_step,
