@@ -69,7 +69,7 @@ HEAD_WIDTH = 64
 """Channels of one attention head, the same at every depth."""
 
 
-PRESET_S, RECIPE_S = "the preset's", "the recipe's"
+PRESET_S = "the preset's"
 """Where options get their defaults, as `--help` says it."""
 
 
@@ -347,34 +347,40 @@ class SampleConfig:
 class TrainingConfig:
     """Settings of both training stages. Everything here affects the result, so a resumed run must have the same."""
 
-    epochs: float = option(200, "Passes over the training images.", shown=RECIPE_S)
-    batch: int = option(768, "Images per step.", "--batch-size", shown=RECIPE_S)
+    epochs: float = option(200, "Passes over the training images.", shown="200, from depth 19 on 250, from 23 on 350")
+    batch: int = option(768, "Images per step.", "--batch-size", shown="768; 1024 for transformers of depth 28 to 33")
     accumulate: int = option(
-        1, "Parts in which a batch is computed, to save memory.", "--grad-accum", metavar="N", shown=RECIPE_S
+        1,
+        "Parts in which a batch is computed, to save memory.",
+        "--grad-accum",
+        metavar="N",
     )
     base_lr: float = option(
-        1e-4, "Learning rate for 256 images per step; it grows in proportion to the batch.", shown=RECIPE_S
+        1e-4,
+        "Learning rate for 256 images per step; it grows in proportion to the batch.",
+        shown="0.0001, for transformers from depth 23 on 8e-05",
     )
-    final_lr: float = option(0.1, "Learning rate at the end, as a fraction of the peak.", shown=RECIPE_S)
-    weight_decay: float = option(0.05, "Decoupled weight decay at the start.", shown=RECIPE_S)
+    final_lr: float = option(
+        0.1, "Learning rate at the end, as a fraction of the peak.", shown="0.1, from depth 23 on 0.01"
+    )
+    weight_decay: float = option(0.05, "Decoupled weight decay at the start.")
     ema: float = option(
-        0.9999, "Decay of the moving average of the weights, which the checkpoint holds; 0 is off.", shown=RECIPE_S
+        0.9999,
+        "Decay of the moving average of the weights, which the checkpoint holds; 0 is off.",
     )
     enlarge: float = option(
         1.125,
         "Shorter side before the random crop, as a multiple of the model's image size.",
         "--resize-ratio",
-        shown=RECIPE_S,
     )
-    flip: bool = option(False, "Mirror each image in every other epoch.", shown=RECIPE_S)
+    flip: bool = option(False, "Mirror each image in every other epoch.")
     freeze: str = option(
         "",
         'Do not train the weights with these names, e.g. "encoder.*,quant*" (comma-separated).',
         metavar="PATTERNS",
-        shown=RECIPE_S,
     )
-    clip_grad: float = option(0.0, "Largest norm of the gradient; 0 is off.", shown=RECIPE_S)
-    seed: int = option(0, "Random seed.", shown=RECIPE_S)
+    clip_grad: float = option(0.0, "Largest norm of the gradient; 0 is off.")
+    seed: int = option(0, "Random seed.")
 
     def __post_init__(self) -> None:
         _require_types(self)
@@ -409,25 +415,24 @@ PERCEPTUAL = ("lpips", "resnet50", "efficientnet-lite0", "none")
 class TokenizerTrainingConfig(TrainingConfig):
     """How to train a tokenizer (paper, equation 5)."""
 
-    epochs: float = option(250, "Passes over the training images.", shown=RECIPE_S)
-    final_lr: float = option(0.3, "Learning rate at the end, as a fraction of the peak.", shown=RECIPE_S)
-    weight_decay: float = option(0.005, "Decoupled weight decay.", shown=RECIPE_S)
+    epochs: float = option(250, "Passes over the training images.")
+    final_lr: float = option(0.3, "Learning rate at the end, as a fraction of the peak.")
+    weight_decay: float = option(0.005, "Decoupled weight decay.")
     perceptual: str = option(
         "lpips",
         f"Network of the perceptual loss: {', '.join(PERCEPTUAL)}. The first two need downloaded weights.",
         metavar="NAME",
-        shown=RECIPE_S,
     )
-    perceptual_weight: float = option(1.0, "λ_P, weight of the perceptual loss; 0 is off.", shown=RECIPE_S)
+    perceptual_weight: float = option(1.0, "λ_P, weight of the perceptual loss; 0 is off.")
     commitment: float = option(
-        0.25, "β, weight of the commitment loss; the codebook loss has weight 1.", shown=RECIPE_S
+        0.25,
+        "β, weight of the commitment loss; the codebook loss has weight 1.",
     )
-    gan: float = option(0.4, "λ_G, weight of the adversarial loss; 0 is off.", shown=RECIPE_S)
-    gan_start: float = option(0.22, "Start of the adversarial loss, as a fraction of training.", shown=RECIPE_S)
+    gan: float = option(0.4, "λ_G, weight of the adversarial loss; 0 is off.")
+    gan_start: float = option(0.22, "Start of the adversarial loss, as a fraction of training.")
     scale_drop: float = option(
         0.0,
         "Quantizer dropout: probability that a step leaves out the last scales, so that the coarse ones stay in use.",
-        shown=RECIPE_S,
     )
 
     def __post_init__(self) -> None:
@@ -447,37 +452,36 @@ class TokenizerTrainingConfig(TrainingConfig):
 class TransformerTrainingConfig(TrainingConfig):
     """How to train a transformer (paper, section 4 and appendix)."""
 
-    final_weight_decay: float = option(0.05, "Decoupled weight decay at the end.", shown=RECIPE_S)
-    clip_grad: float = option(2.0, "Largest norm of the gradient; 0 is off.", shown=RECIPE_S)
+    final_weight_decay: float = option(
+        0.05, "Decoupled weight decay at the end.", shown="0.05; 0.08 for depth 28 to 33"
+    )
+    clip_grad: float = option(2.0, "Largest norm of the gradient; 0 is off.")
     scale_weight: str = option(
         "mean",
         'Weight of a token in the loss: "mean" is the same for all tokens, "side" is 1/side of its scale.',
         metavar="RULE",
-        shown=RECIPE_S,
     )
     scale_drop: float = option(
         0.0,
         "Probability that a step leaves out the last scale, for a fraction of its cost.",
-        shown=RECIPE_S,
     )
     adapter: str = option(
         "",
         "Train only an adapter and the class embedding: lora:RANK or modulation. It is merged into the checkpoint.",
-        shown=RECIPE_S,
     )
     cca: float = option(
         0.0,
         "λ of condition contrastive alignment: fine-tune --init so that samples need no guidance; 0 is off.",
-        shown=RECIPE_S,
     )
-    cca_beta: float = option(0.02, "β of condition contrastive alignment.", shown=RECIPE_S)
+    cca_beta: float = option(0.02, "β of condition contrastive alignment.")
     gamma_init: float = option(
         1e-3,
-        "Factor of the initial weights behind the gates γ, smaller in deeper models.",
-        shown=RECIPE_S,
+        "Factor of the initial weights behind the gates γ.",
+        shown="0.001, from depth 23 on 0.0001, less for deeper models",
     )
     crops: int = option(
-        4, "Cached random crops per image, used in turn by the epochs; 1 is the centre alone.", shown=RECIPE_S
+        4,
+        "Cached random crops per image, used in turn by the epochs; 1 is the centre alone.",
     )
     """Differs: the released recipe draws a new crop every time, and computes its tokens."""
 
