@@ -135,7 +135,11 @@ def test_version(capsys):
             3,
             "called golden retreiver; close to it: 207 golden retriever",
         ),
-        (["sample", "-c", "5000"], 3, "there is no class 5000: this checkpoint knows 5 classes between 1 and 985"),
+        (
+            ["sample", "-c", "5000"],
+            3,
+            "there is no class 5000: this checkpoint knows 1 goldfish, 207 golden",
+        ),
         (
             ["sample", "-c", "1", "-m", "tiny46"],
             4,

@@ -323,12 +323,14 @@ def _closest(word: str, table: ClassTable) -> str:
 
 
 def _extent(table: ClassTable) -> str:
-    """Describe which ids a table has, and how to list them."""
+    """Describe which ids a table has, and how to list them; a few classes are named."""
+    if len(table) <= 5:
+        return f"this checkpoint knows {_listing(table.entries)}"
     ids = sorted(table._labels)
     known = f"{len(ids)} classes between {ids[0]} and {ids[-1]}"
     if ids == list(range(len(ids))):
         known = f"0 to {len(ids) - 1}"
-    return f"this checkpoint knows {known}; `var classes` lists them"
+    return f"this checkpoint knows {known}; `var classes` with the same --checkpoint lists them"
 
 
 def _listing(entries: Sequence[ClassEntry]) -> str:
