@@ -117,8 +117,10 @@ def test_what_is_drawn_for_a_part_is_the_whole_batchs():
 @pytest.mark.parametrize(
     "more",
     [
+        ("--nproc", 2),
         ("--nproc", 2, "--grad-accum", 2),
         ("--grad-accum", 4),
+        ("--nproc", 2, "--shard"),
         ("--nproc", 2, "--shard", "--grad-accum", 2, "--checkpoint-activations"),
     ],
 )
@@ -228,9 +230,17 @@ def test_a_run_whose_rank_is_killed_says_how_to_go_on_and_does_with_another_numb
 LONGER = ("--epochs", 8, "--save-every", 2)
 
 
+@pytest.fixture(scope="module")
+def longer(data, tokenizer, tmp_path_factory):
+    """A longer transformer's run of one process: its folder and last figures."""
+    out = tmp_path_factory.mktemp("longer")
+    return out, train("transformer", data, out, *tokenizer, *LONGER)
+
+
 @pytest.mark.slow
-def test_torchrun_goes_on_with_a_run_whose_main_rank_is_killed(data, tokenizer, tmp_path):
-    whole = train("transformer", data, tmp_path / "whole", *tokenizer, *LONGER)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_goes_on_with_a_run_whose_rank_is_killed(rank, data, tokenizer, longer, tmp_path):
+    folder, whole = longer
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     words = launcher + command("transformer", data, tmp_path / "killed", *tokenizer, *LONGER)[1:]
     running = subprocess.Popen(
@@ -240,11 +250,11 @@ def test_torchrun_goes_on_with_a_run_whose_main_rank_is_killed(data, tokenizer, 
         time.sleep(0.02)
         assert running.poll() is None
     children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(running.pid)], text=True)
-    os.kill(int(children.split()[0]), signal.SIGKILL)
+    os.kill(int(children.split()[rank]), signal.SIGKILL)
     result, error = running.communicate(timeout=120)
     assert running.returncode == 0, error
     assert json.loads(result)["step"] == whole["step"]
-    compare(tmp_path / "whole", tmp_path / "killed")
+    compare(folder, tmp_path / "killed")
 
 
 @pytest.mark.slow
