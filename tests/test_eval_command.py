@@ -25,7 +25,7 @@ from support import extractors, small
 from support.reference_images import reference_images
 from varcli import cli
 from varcli.classes import imagenet
-from varcli.errors import InputError
+from varcli.errors import InputError, UsageError
 from varcli.evaluation import comparability, distances, feature_pass
 from varcli.evaluation.extractors import EXTRACTORS, Features
 from varcli.evaluation.statistics import FeatureShape
@@ -177,6 +177,13 @@ class Corners(Projection):
     def features(self, pixels_BHW3):
         corners = torch.from_numpy(pixels_BHW3[:, [0, 0, -1, -1], [0, -1, 0, -1]]).float().flatten(1)
         return dataclasses.replace(super().features(pixels_BHW3), spatial_BF=corners)
+
+
+def test_metrics_of_samples_alone_are_refused_for_a_tokenizer_in_python_too(model, tmp_path):
+    photographs(tmp_path / "photographs")
+    loaded = varcli.load(model, device="cpu")
+    with pytest.raises(UsageError, match="--tokenizer cannot be used with --is: it measures FID"):
+        varcli.evaluate(loaded, ("is",), tokenizer=True, paths=[str(tmp_path / "photographs")])
 
 
 def test_a_tokenizer_is_measured_on_pixels_alone_without_a_network(measure, tmp_path, monkeypatch):

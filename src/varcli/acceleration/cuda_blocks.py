@@ -31,7 +31,7 @@ class BlockBranches(Protocol):
     def residual_norm(
         self, x_BlD: Tensor, branch: Branch | None, factor_B1D: Tensor, shift_B1D: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Change the residual stream in place and return the input of the next product, as `residual_norm` does."""
+        """Change the residual stream in place and return the input of the next product, as the function below does."""
 
     def attend(self, x_BlD: Tensor, number: int, cache: Any) -> Tensor:
         """Return the attention branch, (B, l, D): over the token's own scale and those before it."""

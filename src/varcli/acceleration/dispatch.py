@@ -34,7 +34,6 @@ from varcli.acceleration.onednn import CpuBlock, GrowingCache, for_cpu, pack
 from varcli.config import HEAD_WIDTH
 from varcli.errors import RunError
 from varcli.models.autoencoder import NormSilu, Upsample
-from varcli.models.perceptual import LPIPS
 from varcli.models.tokenizer import Tokenizer
 from varcli.models.transformer import Block, KeyValueCache, Transformer
 
@@ -113,6 +112,8 @@ def compile_networks(model: Tokenizer | Transformer, device: torch.device, perce
         # Not the last layer: the adaptive weight needs its gradient alone, and a compiled graph computes all its own.
         last = cast("Any", model.decoder.conv_out)
         last.forward = torch.compiler.disable(last.forward)
+        from varcli.models.perceptual import LPIPS  # not for sampling, which imports this module
+
         if isinstance(perceptual, LPIPS):
             networks.append(perceptual)
     else:

@@ -38,9 +38,9 @@ class FlexAttention:
 
     def mask(self, length: int) -> "BlockMask":
         """Which tiles of the first tokens are computed."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         if length not in self.masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
             level_L = self.level_L
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

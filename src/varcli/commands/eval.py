@@ -13,7 +13,7 @@ from varcli.config import option
 from varcli.console import input_lines, notes, result, table
 from varcli.distributed import launch, launched, process_group
 from varcli.errors import UsageError
-from varcli.evaluation.metrics import FEATURES, METRICS
+from varcli.evaluation.metrics import FEATURES, METRICS, check_reconstructed
 
 if TYPE_CHECKING:
     from varcli.evaluation.results import Result
@@ -135,11 +135,8 @@ def evaluate(
             "--resize is for images that exist, and for those of --reference; sampled ones have the model's size"
         )
     chosen = tuple(name.removeprefix("metric_") for name in metrics)
-    others = [f"--{name}" for name in chosen if METRICS[name].reconstruction_prefix is None]
-    if tokenizer and others:
-        raise UsageError(
-            f"--tokenizer cannot be used with {' or '.join(others)}: it measures FID, PSNR, SSIM and LPIPS"
-        )
+    if tokenizer:
+        check_reconstructed(chosen)
     read = [*(paths or []), *([reference] if reference else [])]
     _check_outputs(out, save_stats, save_images, read, shared=nproc > 1 or launched())
     if nproc > 1 and not launched():

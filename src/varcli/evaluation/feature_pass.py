@@ -28,7 +28,7 @@ from varcli.evaluation.statistics import EvalPlan, FeatureShape, Statistics
 from varcli.files import check_writable, replacing
 
 Batch = tuple[Sequence[int], Pixels, Sequence[int]]
-"""Ranks, pixels (B, H, W, 3), and labels, -1 where no class is known."""
+"""Indices, pixels (B, H, W, 3), and labels, -1 where no class is known."""
 
 Make = Callable[[Sequence[int]], Iterable[Batch]]
 """Yields the images of given indices, in any order; unreadable ones may be missing."""

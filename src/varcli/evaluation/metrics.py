@@ -218,6 +218,15 @@ def check_features(names: Collection[str], shape: "FeatureShape") -> None:
             raise InputError(f"--{name} needs the features of another network: {METRICS[name].advice}")
 
 
+def check_reconstructed(names: Collection[str]) -> None:
+    """Raise UsageError if one of these metrics is not measured of a tokenizer's reconstructions."""
+    others = [f"--{name}" for name in names if METRICS[name].reconstruction_prefix is None]
+    if others:
+        raise UsageError(
+            f"--tokenizer cannot be used with {' or '.join(others)}: it measures FID, PSNR, SSIM and LPIPS"
+        )
+
+
 def check_plan(plan: "EvalPlan", shape: "FeatureShape", reference: "Target | None") -> None:
     """Check, before long work, that a plan's figures can be computed against a reference.
 
@@ -264,7 +273,7 @@ def check_read(statistics: "Statistics", reference: "Target | None") -> None:
 
 
 def compute_figures(statistics: "Statistics", reference: "Target | None") -> dict[str, float]:
-    """All figures of a plan's metrics by name, against a reference that passed `check`.
+    """All figures of a plan's metrics by name, against a reference that passed `check_plan`.
 
     Raises:
         InputError: one is not finite.

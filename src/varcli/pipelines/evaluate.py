@@ -30,6 +30,7 @@ from varcli.evaluation.metrics import (
     check_features,
     check_plan,
     check_read,
+    check_reconstructed,
     compute_figures,
     needed_sums,
     protocol_of,
@@ -154,6 +155,7 @@ def evaluate(
             usual = {known.pixels: name for name, known in references().items()}.get(images.side)
             target = evaluator.usual_reference(reference, usual, chosen, resize)
         elif tokenizer:
+            check_reconstructed(chosen)
             rebuilt = _reconstructed(model, evaluator, paths, resize, skip_bad, lines, lpips_weights, note)
             images = rebuilt
             if reference:

@@ -137,8 +137,8 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    whole, shard = tensor.to(like.device), cast("DTensor", like)
-    return distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
+    weight = cast("DTensor", like)
+    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def gather(tensor: Tensor) -> Tensor:
