@@ -14,6 +14,7 @@ from hashlib import sha256
 from importlib.resources import files
 from itertools import chain
 
+from varcli.console import in_words
 from varcli.errors import CheckpointError, InputError, UsageError
 from varcli.files import parse_json
 
@@ -334,4 +335,4 @@ def _extent(table: ClassTable) -> str:
 
 
 def _listing(entries: Sequence[ClassEntry]) -> str:
-    return ", ".join(map(str, entries[:8])) + (f" and {len(entries) - 8} more" if len(entries) > 8 else "")
+    return in_words([str(entry) for entry in entries], 8)

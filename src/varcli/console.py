@@ -68,6 +68,11 @@ def counted(number: float, noun: str) -> str:
     return f"{number:.15g} {noun}{ending}"
 
 
+def in_words(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def notes(quiet: bool) -> Callable[[str], None]:
     """Return `note`, or with `quiet` a function that prints nothing."""
     return (lambda line: None) if quiet else note

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from varcli.classes import KEYWORDS, ClassTable
-from varcli.console import counted
+from varcli.console import counted, in_words
 from varcli.errors import InputError, UsageError
 from varcli.images.decode import UnreadableImage, adm_crop, decode_image, open_image, reading_image
 from varcli.images.labels import (
@@ -485,11 +485,6 @@ def _unnamable(classes: ClassTable) -> list[str]:
         or (entry.name.isdecimal() and (entry.name.lstrip("0") or "0") != str(entry.id))
     ]
     return [f"{in_words(names)} must be given by number: the name has another meaning"] if names else []
-
-
-def in_words(names: Sequence[str]) -> str:
-    """The first five of some names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # --- headers -----------------------------------------------------------------------------------------

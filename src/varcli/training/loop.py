@@ -32,11 +32,10 @@ from varcli.config import (
     TransformerTrainingConfig,
     option_names,
 )
-from varcli.console import counted
+from varcli.console import counted, in_words
 from varcli.distributed import ProcessGroup
 from varcli.errors import CheckpointError, InputError, RunError, UsageError
 from varcli.files import cannot_lock, cannot_write, parse_json
-from varcli.images.dataset import in_words
 from varcli.training import optim
 from varcli.training.data import reader_failures
 from varcli.training.metrics_log import Metrics, MetricsLog
