@@ -237,6 +237,23 @@ def test_sampling_imports_nothing_it_has_no_use_for(model, tmp_path):
     assert heavy == "[]"
 
 
+def test_the_collector_pauses_while_torch_is_imported():
+    run_python(
+        "import gc; from varcli import cli\n"
+        "def run():\n"
+        "    assert not gc.isenabled()\n"
+        "    import varcli.pipelines\n"
+        "    assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "    return 0\n"
+        "cli.run = run\n"
+        "cli.main()"
+    )
+    run_python(
+        "import gc; import varcli.pipelines\n"  # not for programs that import us
+        "assert gc.isenabled() and gc.get_freeze_count() == 0"
+    )
+
+
 def var(*arguments, **options):
     return subprocess.Popen([sys.executable, "-m", "varcli", *arguments], text=True, stderr=subprocess.PIPE, **options)
 

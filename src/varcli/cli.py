@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from varcli import __version__, console, distributed
+from varcli import __version__, collector, console, distributed
 from varcli.errors import RunError, UsageError, VarError
 
 COMMANDS = {
@@ -205,6 +205,7 @@ def _failed(message: str, code: int) -> int:
 
 def main() -> None:
     """Run `var`."""
+    collector.pause()
     console.prepare_streams()
     code = run()
     if distributed.launched():

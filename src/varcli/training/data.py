@@ -13,7 +13,7 @@ import operator
 import os
 import random
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children
@@ -143,7 +143,7 @@ def collate(items: list[tuple[Tensor, list[Unread]]]) -> Batch:
     return torch.stack([pixels for pixels, _ in items]), [names for _, names in items]
 
 
-def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterator[Batch]:
+def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Generator[Batch, None, None]:
     """Yield given batches in order, read ahead by `workers` processes.
 
     Raises:
@@ -157,20 +157,24 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Iterato
         collate_fn=collate,
         worker_init_fn=_follow_parent,
     )
+    started = None
     try:
         before = set(active_children())
         with _signals_held_back():
             started = iter(reading)
         _readers.update(set(active_children()) - before)
         yield from started
-    except InputError as error:  # a worker process sends it with its traceback
-        line = str(error).strip().splitlines()[-1]
-        raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
-    except (RuntimeError, OSError) as error:
+    except (InputError, RuntimeError, OSError) as error:
+        if workers:
+            error.__traceback__ = None  # of torch's loader, not of the process: that one is in the message
         line = _last_line(error)
-        if not any(words in line for words in _ENDED):
-            raise
-        raise _reader_failed(line) from error
+        if isinstance(error, InputError):
+            raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
+        if any(words in line for words in _ENDED):
+            raise _reader_failed(line) from error
+        raise
+    finally:
+        del started  # ends the processes at once; where a traceback keeps it they take ten seconds
 
 
 @contextmanager

@@ -12,8 +12,8 @@ A run lives in a folder:
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -59,7 +59,7 @@ class Stage(Protocol):
     def training(self) -> TrainingConfig:
         """The recipe."""
 
-    def batches(self, steps: range) -> Iterator[Any]:
+    def batches(self, steps: range) -> Generator[Any, None, None]:
         """Yield what each step of `steps` needs."""
 
     def prepare(self, batch: Any, step: int, steps: int) -> Sequence[Any]:
@@ -416,8 +416,8 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
     remaining = range(start, run.steps)
     if not remaining:
         conclude(stage, run, start)
-    with StopSignal() as stop:
-        for step, batch in zip(remaining, stage.batches(remaining), strict=True):
+    with StopSignal() as stop, closing(stage.batches(remaining)) as batches:
+        for step, batch in zip(remaining, batches, strict=True):
             done = step + 1
             metrics = update(stage, batch, step, run.steps)
             loss = metrics["loss"].item()

@@ -7,7 +7,7 @@ Shapes: B images of P × P pixels, C codebook channels, V codebook rows, S scale
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -141,7 +141,7 @@ class TokenizerStage:
         self.reconstruct = data_parallel(reconstruction, self.group, self.device, unused=True)
         self.judge = data_parallel(self.discriminator, self.group, self.device)
 
-    def batches(self, steps: range) -> Iterator[Batch]:
+    def batches(self, steps: range) -> Generator[Batch, None, None]:
         """Yield images as (B, 3, P, P) uint8, with the names of unreadable ones."""
         training = self.training
         crops = Crops(self.images, self.config.pixels, training.enlarge, training.seed, flip=training.flip)

@@ -6,7 +6,7 @@ Shapes: B images, L tokens of all scales, l of one, C codebook channels, V codeb
 import copy
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -192,7 +192,7 @@ class TransformerStage:
             self.network = data_parallel(self.model, self.group, self.device)
         self.optimizer = optim.adamw(self.model, BETAS, exempt=WITHOUT_DECAY)
 
-    def batches(self, steps: range) -> Iterator[Batch]:
+    def batches(self, steps: range) -> Generator[Batch, None, None]:
         """Yield tokens (B, L) and labels (B,) of this rank's rows of each step."""
         assert self.tokens is not None, "a stage without tokens only plans"
         for chosen in draws(len(self.tokens), self.training.batch, steps, self.training.seed, self.group):
