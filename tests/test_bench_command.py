@@ -137,8 +137,8 @@ def test_approximations_are_in_the_settings(bench):
 MISTAKES = [
     (["--vs", "fast"], 2, r"--vs must be naive, raster, or naive,raster \(got fast\)"),
     (["--vs", ""], 2, r"--vs must be naive, raster, or naive,raster \(got \)"),
-    (["--rounds", "0"], 2, r"Invalid value for '--rounds': Input should be greater than or equal to 1"),
-    (["--batch-size", "0"], 2, r"Invalid value for '--batch-size': Input should be greater than or equal to 1"),
+    (["--rounds", "0"], 2, r"--rounds must be at least 1 \(got 0\)"),
+    (["--batch-size", "0"], 2, r"--batch-size must be at least 1 \(got 0\)"),
     (
         ["--approximate", "magic"],
         2,

@@ -243,7 +243,7 @@ def assert_refused(answer, code, line):
         (["verify", "var-d16"], 4, "is not on this machine yet: var checkpoints download var-d16"),
         (["verify", "nothing.safetensors"], 4, "the checkpoint nothing.safetensors does not exist"),
         (["download", "var-d99"], 4, "the names are tiny64, var-d16"),
-        (["convert", "a.pth", "b.pth"], 2, "Missing option '--out'"),
+        (["convert", "a.pth", "b.pth"], 2, "--out is required"),
         (
             ["convert", "a.pth", "b.pth", "--out", "c", "--sides", "1,two"],
             2,

@@ -37,6 +37,12 @@ def test_a_released_checkpoint_need_not_be_here(capsys):
     assert found == {"id": 207, "wnid": "n02099601", "names": ["golden retriever"], "known": True}
 
 
+def test_an_index_finds_its_class(model, capsys):
+    assert cli.run(["classes", "281", "-m", model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["names"][0] == "tabby"
+    assert cli.run(["classes", "1000", "-m", model]) == 3  # ImageNet has no such index
+
+
 def test_nothing_found(model, capsys):
     assert cli.run(["classes", "zeppelin", "-m", model]) == 3
     assert capsys.readouterr().err == ("var: error: no class name has the words zeppelin: try fewer or shorter words\n")

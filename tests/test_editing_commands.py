@@ -482,7 +482,7 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
         (["outpaint", "in.png", "--pad", "1,1,1,1", "--to", "90x90"], 2, "exactly one of --pad and --to"),
         (["outpaint", "in.png", "--pad", "0,0,0,0"], 2, "--pad must be 0 or more on each side"),
         (["outpaint", "in.png", "--to", "50x90"], 2, "--to must be larger than the image's 60x40 (got 50x90)"),
-        (["edit", "in.png", "--mask", "mask.png"], 2, "Missing option '--class' / '-c'."),
+        (["edit", "in.png", "--mask", "mask.png"], 2, "--class is required, as in --class 207"),
         (
             ["edit", "in.png", "-c", "1"],
             2,

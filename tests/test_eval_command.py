@@ -575,7 +575,7 @@ def test_names_on_stdin_may_be_no_text(measure, tmp_path, monkeypatch):
         (["--save-images", "one.png"], 2, "one.png is one file, but there are several images"),
         (["--top-p", "2", "--fid"], 2, "--top-p must be between 0 (off) and 1 (got 2)"),
         (["--resize", "64"], 2, "--resize is for images that exist"),
-        (["--best-of", "0.5"], 2, "Invalid value for '--best-of': "),
+        (["--best-of", "0.5"], 2, "--best-of must be at least 1 (got 0.5)"),
         (["--is", "--decide-at", "2"], 2, "--decide-at needs --best-of"),
         (["photographs", "--decide-at", "2"], 2, "--decide-at is for images to be sampled"),
         (["--tokenizer", "--kid"], 2, "--tokenizer cannot be used with --kid: it measures FID"),

@@ -302,7 +302,7 @@ def test_contact_sheet_and_growing_image(sample, capsys):
         (["-c", "-", "--nproc", "2"], 2, "--class - needs one process"),
         (["-c", "1", "--growth", "g.gif", "--nproc", "2"], 2, "--growth needs one process"),
         (["-c", "1", "--cfg", "1e38"], 2, "--cfg must be at most 1000 (got 1e+38)"),
-        (["-c", "1", "--nproc", "0"], 2, "Invalid value for '--nproc'"),
+        (["-c", "1", "--nproc", "0"], 2, "--nproc must be at least 1 (got 0)"),
         (["-c", "1", "--nproc", "100000"], 2, "--nproc 100000 is too much for this machine"),
         (["-c", "1", "--device", "cuda:99"], 2, "this machine has no device cuda:99, only cpu"),
         (

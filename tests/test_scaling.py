@@ -276,7 +276,7 @@ def test_two_ranks_train_the_ladder_that_one_trains(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["fit", "nowhere"], 3, "training run nowhere has no metrics.jsonl"),
+        (["fit", "nowhere"], 3, "there is no training run nowhere: give its folder"),
         (["fit", "x", "--images", "9"], 2, "--images needs --depth"),
         (["fit", "x", "--figure", "missing/laws.png"], 5, "missing"),
         (["fit", "x", "--figure", "laws.jpg"], 2, "--figure must be a name ending in .png or .svg (got laws.jpg)"),

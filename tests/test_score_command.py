@@ -134,7 +134,7 @@ def test_a_damaged_image_among_others(var, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["score", "1.png"], 2, "Missing option '--class' / '-c'."),
+        (["score", "1.png"], 2, "--class is required, as in --class 207"),
         (["score", "1.png", "-c", "all"], 2, "--class takes exactly one class here, or none (got all)"),
         (["score", "1.png", "-c", "random"], 2, "--class takes exactly one class here, or none (got random)"),
         (["score", "1.png", "-c", "2"], 3, "this checkpoint does not know 2 "),
@@ -148,7 +148,7 @@ def test_a_damaged_image_among_others(var, tmp_path):
         (["classify", "-r", "nothing"], 3, "there is no reference nothing: neither a file nor one of the names"),
         (["classify", "1.png", "--candidates", "3,10"], 2, "--candidates must be falling numbers such as 10,3, or 0"),
         (["classify", "1.png", "--candidates", "few"], 2, "--candidates must be whole numbers separated by commas"),
-        (["classify", "1.png", "--encodings", "0"], 2, "Invalid value for '--encodings'"),
+        (["classify", "1.png", "--encodings", "0"], 2, "--encodings must be at least 1 (got 0)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -222,8 +223,10 @@ def test_finished_run_is_left_as_it_is(data, tokenizer, tmp_path, capsys):
     command = transformer_command(data, tokenizer, tmp_path)
     assert run(command) == 0
     before = (tmp_path / "model.safetensors").read_bytes()
+    capsys.readouterr()
     assert run(command) == 0
     assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert re.search(r"var: nothing left to do: all \d+ steps are done\n", capsys.readouterr().err)
     assert run([*command, "--seed", "7"]) == 2
     assert "seed 0 (now 7)" in capsys.readouterr().err
 

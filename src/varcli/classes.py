@@ -158,7 +158,9 @@ class ClassTable:
         return self.entries[self.label(class_id)]
 
     def search(self, words: str) -> list[ClassEntry]:
-        """Return the classes with all of these words in their names, the best matches first."""
+        """Return the classes with all of these words in their names, the best matches first; of an index its class."""
+        if words.isdecimal() and int(words) in self:
+            return [self.by_id(int(words))]
         return list(
             dict.fromkeys(
                 chain.from_iterable(

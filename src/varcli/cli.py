@@ -5,10 +5,12 @@ reader of our output closed the pipe, 143 SIGTERM during training, after its sta
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -153,9 +155,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except VarError as error:
         return _failed(str(error), error.exit_code)
     except typer.TyperException as error:
-        message = error.format_message()
-        if message.startswith("Got unexpected extra argument"):
-            message += ": quotes keep several words together, as in --class 'golden retriever'"
+        message = in_our_words(error.format_message(), words)
         return _failed(message, UsageError.exit_code) if message else UsageError.exit_code  # nothing typed: the help
     except ImportError as error:
         if not (error.path or "").endswith(".so"):
@@ -195,6 +195,39 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
             words[i + 1] = changed
         console.note(f"{flag} is now {name} {changed}; the old name will be removed in the next version")
     return words
+
+
+def in_our_words(message: str, words: Sequence[str]) -> str:
+    """Typer's message about a command line as a sentence that says what was given and what would be right."""
+    if message.startswith("Got unexpected extra argument"):
+        return f"{message}: quotes keep several words together, as in --class 'golden retriever'"
+    if message.startswith("No such option: --resume") and words[:1] == ["train"]:
+        return f"{message}; the same command resumes a run that was stopped"
+    if missing := re.match(r"Missing option '(--[\w-]+)'", message):
+        example = ", as in --class 207" if missing[1] == "--class" else ""
+        return f"{missing[1]} is required{example}"
+    invalid = re.match(r"Invalid value for '(--[\w-]+)'(?: / '(-\w)')?: (.*)", message)
+    if not invalid:
+        return message
+    flag, short, reason = invalid.groups()
+    for pattern, right in _RIGHT:
+        if found := re.match(pattern, reason):
+            given = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+            given += [value for word, value in pairwise(words) if word in (flag, short)]
+            got = f" (got {', '.join(given)})" if given else ""
+            return f"{flag} must be {found.expand(right).replace(chr(39), '')}{got}"
+    return f"{flag}: {reason}"
+
+
+_RIGHT = (
+    (r"Input should be greater than or equal to (.+)", r"at least \1"),
+    (r"Input should be less than or equal to (.+)", r"at most \1"),
+    (r"Input should be (greater|less) than (.+)", r"\1 than \2"),
+    (r"Input should be a valid number", "a number"),
+    (r"Input should be a valid integer", "a whole number"),
+    (r"Value error, .+ is not one of (.+?)\.?$", r"one of \1"),
+)
+"""What Typer says of a value, by pydantic, and what would be right."""
 
 
 def _failed(message: str, code: int) -> int:

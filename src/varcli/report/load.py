@@ -211,6 +211,8 @@ def read_runs(folders: Sequence[Path]) -> list[TrainingRun]:
 
 
 def _read_run(folder: Path, name: str) -> TrainingRun:
+    if not folder.exists():
+        raise InputError(f"there is no training run {folder}: give its folder")
     log = folder / METRICS_LOG
     if not log.is_file():
         raise InputError(

@@ -415,6 +415,7 @@ def continue_run(stage: Stage, run: Run, start: int) -> Metrics:
     log = MetricsLog(run.folder, start, run.batch) if group.is_main else None
     remaining = range(start, run.steps)
     if not remaining:
+        run.note(f"nothing left to do: all {run.steps} steps are done")
         conclude(stage, run, start)
     with StopSignal() as stop, closing(stage.batches(remaining)) as batches:
         for step, batch in zip(remaining, batches, strict=True):
