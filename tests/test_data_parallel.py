@@ -16,6 +16,7 @@ from io import StringIO
 import pytest
 import torch
 
+from support.fork_server import python
 from support.images import write_folder
 from support.threads import one_thread
 from varcli.checkpoints.safetensors_io import load_tensors
@@ -57,8 +58,8 @@ def train(stage, data, out, *more):
         with redirect_stdout(StringIO()) as printed:
             assert run(words[3:]) == 0
         return json.loads(printed.getvalue())
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    words[0] = python()
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 

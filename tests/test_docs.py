@@ -5,12 +5,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 import typer
 
 from support import generated, small
+from support.fork_server import python
 from varcli import cli
 from varcli.checkpoints.registry import count_in_words, registry
 
@@ -28,8 +28,6 @@ COMMANDS = re.compile(r"\bvar (?=[a-z])[^|>&#]*")
 UNTRIED = re.compile(r"pip|var-d|code-\d|\.pth|\bphotos\b|\bruns/|\bvar eval\b|\bvar report\b|decide-at")
 """Lines that need a network, released or other weights or a data set; the others are run."""
 BASH = None if os.name == "nt" else shutil.which("bash")
-HERE = f'var() {{ {shlex.quote(sys.executable)} -m varcli "$@"; }}'
-"""For the shell: the `var` under test, wherever it is installed."""
 
 
 def test_the_readme_begins_with_the_two_commands():
@@ -98,7 +96,8 @@ def test_every_command_that_can_be_tried_works(page, tmp_path, monkeypatch, capf
         if not set("|>&") & set("".join(words)):
             assert cli.run(words[1:]) == 0, f"{line}: {capfd.readouterr().err}"
         elif BASH:
-            subprocess.run([BASH, "-c", f"set -euo pipefail; {HERE}\n{line}"], check=True)
+            here = f'var() {{ {shlex.quote(python())} -m varcli "$@"; }}'
+            subprocess.run([BASH, "-c", f"set -euo pipefail; {here}\n{line}"], check=True)
     made = {path.name for path in tmp_path.rglob("*")}
     named = {word for line in lines for word in re.findall(r"[\w-]+\.(?:png|gif|npz|tar)", line)}
     assert named <= made or not BASH

@@ -4,7 +4,6 @@ import io
 import json
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 
 import varcli
 from support import small
+from support.fork_server import python
 from varcli import cli
 from varcli.checkpoints.store import save_model
 from varcli.classes import ClassEntry, ClassTable
@@ -396,7 +396,7 @@ def test_a_pipeline(model, tmp_path, monkeypatch):
     Image.fromarray(box_mask((4, 4, 12, 12), (24, 16))).save(tmp_path / "mask.png")
     content = b""
     for command in ("sample -c 207 -o -", "outpaint - --pad 4,0,4,0 -o -", "inpaint - mask.png -o -"):
-        words = [sys.executable, "-m", "varcli", *command.split(), "--device", "cpu", "--dtype", "fp32"]
+        words = [python(), "-m", "varcli", *command.split(), "--device", "cpu", "--dtype", "fp32"]
         done = subprocess.run(words, input=content, capture_output=True, check=True, cwd=tmp_path)
         content = done.stdout
         assert done.stderr == b""

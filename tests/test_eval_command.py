@@ -22,6 +22,7 @@ from torch import nn
 
 import varcli
 from support import extractors, small
+from support.fork_server import python
 from support.reference_images import reference_images
 from varcli import cli
 from varcli.classes import imagenet
@@ -372,18 +373,7 @@ def test_two_processes_find_what_one_finds(model, tmp_path):
     """For real: two processes that talk through gloo, and the true network with random weights."""
     weights = extractors.save(tmp_path / "inception.pth")
     variables = {"VAR_INCEPTION": str(weights), "XDG_CACHE_HOME": str(tmp_path / "cache"), "VAR_CHECKPOINT": str(model)}
-    command = [
-        sys.executable,
-        "-m",
-        "varcli",
-        "eval",
-        "--num-images",
-        "15",
-        "--is",
-        "--prc",
-        "--reference",
-        "photographs",
-    ]
+    command = [python(), "-m", "varcli", "eval", "--num-images", "15", "--is", "--prc", "--reference", "photographs"]
     photographs(tmp_path / "photographs", 6)
     found = []
     for processes in ("1", "2"):

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support import small
+from support.fork_server import python
 from varcli import cli
 from varcli.checkpoints.store import load_tokenizer, save_tokenizer
 from varcli.commands import tokens
@@ -171,7 +172,7 @@ def test_pipes(model, tmp_path):
     Image.fromarray(NOISE).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
     for command in ("tokens encode - -o -", "tokens decode - -o -", "reconstruct - -o -"):
-        words = [sys.executable, "-m", "varcli", *command.split(), "-m", str(model), "--device", "cpu"]
+        words = [python(), "-m", "varcli", *command.split(), "-m", str(model), "--device", "cpu"]
         done = subprocess.run(words, input=content, capture_output=True, check=True, cwd=tmp_path)
         content = done.stdout
     with Image.open(io.BytesIO(content)) as image:

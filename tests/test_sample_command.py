@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from PIL import Image
 from torch import nn
 
 from support import small
+from support.fork_server import python
+from support.threads import one_thread
 from varcli import cli
 from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.checkpoints.store import recorded_hashes
@@ -423,22 +424,10 @@ def test_the_best_go_on_too(sample, redness, capsys):
 @pytest.mark.slow
 def test_two_processes_judge_together(sample, redness):
     asked = ["-c", "207,963,985", "-n", "1", "--best-of", "2", "--classifier", str(redness), "--dtype", "fp32"]
-    sample(*asked, "-o", "alone.npz")
-    command = [
-        sys.executable,
-        "-m",
-        "varcli",
-        "sample",
-        "--device",
-        "cpu",
-        *asked,
-        "-o",
-        "together.npz",
-        "--nproc",
-        "2",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run(command, check=True, timeout=300, env=environment)
+    with one_thread():
+        sample(*asked, "-o", "alone.npz")
+    command = [python(), "-m", "varcli", "sample", "--device", "cpu", *asked, "-o", "together.npz", "--nproc", "2"]
+    subprocess.run(command, check=True, timeout=300)
     assert Path("together.npz").read_bytes() == Path("alone.npz").read_bytes()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import small
+from support.fork_server import python
 from support.provenances import listing
 from support.threads import one_thread
 from varcli import cli
@@ -41,15 +42,15 @@ def alone(*arguments):
     assert cli.run(["sample", "--device", "cpu", *map(str, arguments)]) == 0
 
 
-def begin(*arguments):
+def begin(*arguments, executable=sys.executable):
     """Begin a `var sample` in processes of their own."""
-    words = [sys.executable, "-m", *arguments, "--device", "cpu"]
+    words = [executable, "-m", *arguments, "--device", "cpu"]
     return subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def shared(*arguments):
     """Run a `var sample` by two processes to its end; return exit code, stdout and stderr."""
-    process = begin("varcli", "sample", *arguments, "--nproc", 2)
+    process = begin("varcli", "sample", *arguments, "--nproc", 2, executable=python())
     out, err = process.communicate()
     return process.returncode, out, err.decode()
 

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from support.fork_server import python
 from support.images import write_folder
 from varcli.checkpoints.safetensors_io import load_tensors, save_tensors
 from varcli.checkpoints.store import read_metadata, run_facts, save_model
@@ -263,7 +263,7 @@ def test_two_ranks_train_the_ladder_that_one_trains(tmp_path, capsys):
     command = ["scaling", "run", str(data), "--tokenizer", str(tokenizer), "--depths", "1,2", "--passes", "1"]
     command += ["--batch-size", "4", "--holdout", "2", "--workers", "0", "--dtype", "fp32", "-q"]
     assert run([*command, "--out", str(tmp_path / "one")]) == 0
-    words = [sys.executable, "-m", "varcli", *command, "--out", str(tmp_path / "two"), "--nproc", "2"]
+    words = [python(), "-m", "varcli", *command, "--out", str(tmp_path / "two"), "--nproc", "2"]
     for _ in range(2):  # also where all runs are finished
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         assert done.stdout.split() == [str(tmp_path / "two" / name) for name in ("d1-e1", "d2-e1")]
