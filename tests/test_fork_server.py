@@ -10,7 +10,7 @@ import pytest
 from support import small
 from support.fork_server import python
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="Python itself is used")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="Python itself is used")]
 
 
 def test_streams_folder_environment_and_exit_code_are_those_of_python(tmp_path):

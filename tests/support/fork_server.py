@@ -41,8 +41,8 @@ os._exit(code)
 
 @functools.cache
 def python():
-    """Return what stands for `sys.executable` where tests run `-m varcli`; where nothing can fork, that itself."""
-    if not hasattr(os, "fork"):
+    """Return what stands for `sys.executable` where tests run `-m varcli`; on other systems than Linux that itself."""
+    if sys.platform != "linux":  # where libraries survive a fork
         return sys.executable
     folder = tempfile.TemporaryDirectory(prefix="varcli-tests-")
     client, address = Path(folder.name) / "python", Path(folder.name) / "server"
