@@ -22,11 +22,11 @@ layers:
 
 # The quick tests; `just test -m ""` runs all.
 test *arguments:
-    pytest -n auto --maxprocesses 4 -m "not slow" {{arguments}}
+    pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow" {{arguments}}
 
 # All tests, as CI runs them.
 test-all *arguments:
-    pytest -n auto --maxprocesses 4 --durations=20 {{arguments}}
+    pytest -n auto --maxprocesses 4 --dist worksteal --durations=20 {{arguments}}
 
 # The documentation as a site, in site/.
 docs:

@@ -214,7 +214,7 @@ def in_our_words(message: str, words: Sequence[str]) -> str:
         if found := re.match(pattern, reason):
             given = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
             given += [value for word, value in pairwise(words) if word in (flag, short)]
-            got = f" (got {', '.join(given)})" if given else ""
+            got = f" (got {given[-1]})" if given else ""  # of an option given twice the last counts
             return f"{flag} must be {found.expand(right).replace(chr(39), '')}{got}"
     return f"{flag}: {reason}"
 
