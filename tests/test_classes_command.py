@@ -41,6 +41,7 @@ def test_an_index_finds_its_class(model, capsys):
     assert cli.run(["classes", "281", "-m", model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["names"][0] == "tabby"
     assert cli.run(["classes", "1000", "-m", model]) == 3  # ImageNet has no such index
+    assert cli.run(["classes", "9" * 5000, "-m", model]) == 3  # which Python does not even read
 
 
 def test_nothing_found(model, capsys):

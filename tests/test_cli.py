@@ -104,6 +104,7 @@ def test_version(capsys):
         (["sample", "-c", "1", "-n", "0"], 2, "--count must be at least 1 (got 0)"),
         (["sample", "-c", "1", "--preset", "best"], 2, "--preset must be one of metrics, looks (got best)"),
         (["sample", "-c", "1", "--dtype=int8"], 2, "--dtype must be one of auto, fp32, bf16, fp16 (got int8)"),
+        (["sample", "-c", "1", "--count=0", "-n", "3", "--count=0"], 2, "--count must be at least 1 (got 0)"),
         (["sample", "-c", "1", "--seed", "1.5"], 2, "--seed must be a whole number (got 1.5)"),
         (["demo", "--port", "99999"], 2, "--port must be at most 65535 (got 99999)"),
         (["train", "--resume"], 2, "the same command resumes a run that was stopped"),

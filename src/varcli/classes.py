@@ -159,8 +159,8 @@ class ClassTable:
 
     def search(self, words: str) -> list[ClassEntry]:
         """Return the classes with all of these words in their names, the best matches first; of an index its class."""
-        if words.isdecimal() and int(words) in self:
-            return [self.by_id(int(words))]
+        if by_index := [entry for entry in self.entries if str(entry.id) == words]:
+            return by_index
         return list(
             dict.fromkeys(
                 chain.from_iterable(

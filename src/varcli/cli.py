@@ -210,12 +210,16 @@ def in_our_words(message: str, words: Sequence[str]) -> str:
     if not invalid:
         return message
     flag, short, reason = invalid.groups()
-    for pattern, right in _RIGHT:
+    for pattern, template in _RIGHT:
         if found := re.match(pattern, reason):
-            given = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
-            given += [value for word, value in pairwise(words) if word in (flag, short)]
-            got = f" (got {given[-1]})" if given else ""  # of an option given twice the last counts
-            return f"{flag} must be {found.expand(right).replace(chr(39), '')}{got}"
+            right = found.expand(template).replace("'", "")
+            got = ""
+            for word, following in pairwise([*words, ""]):  # of an option given twice the last counts
+                if word in (flag, short):
+                    got = f" (got {following})"
+                elif word.startswith(f"{flag}="):
+                    got = f" (got {word.partition('=')[2]})"
+            return f"{flag} must be {right}{got}"
     return f"{flag}: {reason}"
 
 

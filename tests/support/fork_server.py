@@ -48,7 +48,8 @@ def python():
     client, address = Path(folder.name) / "python", Path(folder.name) / "server"
     client.write_text(CLIENT)
     client.chmod(0o700)
-    environment = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as ranks get it; read when torch is imported
+    # Both are read when torch is imported; ranks get the second.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     server = subprocess.Popen(
         [sys.executable, __file__, address, client], env=environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
     )

@@ -14,7 +14,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
@@ -168,7 +168,7 @@ def loader(crops: Crops, batches: Iterable[list[Draw]], workers: int) -> Generat
         if workers:
             error.__traceback__ = None  # of torch's loader, not of the process: that one is in the message
         line = _last_line(error)
-        if isinstance(error, InputError):
+        if isinstance(error, InputError):  # with the traceback of the process before its message
             raise InputError(line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from error
         if any(words in line for words in _ENDED):
             raise _reader_failed(line) from error
@@ -317,8 +317,8 @@ def open_cache(
     chunks = _chunks(range(done, total), len(images))
     seed = settings.seed if settings.crops > 1 else None
     crops = Crops(images, tokenizer.config.pixels, settings.enlarge, seed, flip=settings.flip)
-    with reader_failures():
-        for chunk, (pixels, stands_in_for) in zip(chunks, loader(crops, chunks, workers), strict=True):
+    with reader_failures(), closing(loader(crops, chunks, workers)) as batches:
+        for chunk, (pixels, stands_in_for) in zip(chunks, batches, strict=True):
             skipped.add(itertools.chain(*stands_in_for))
             unreadable |= {index for (index, _), names in zip(chunk, stands_in_for, strict=True) if names}
             tokens[done : done + len(chunk)] = _encode(tokenizer, pixels, device)
